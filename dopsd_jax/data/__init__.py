@@ -1,0 +1,1 @@
+"""Data sets: rows, images, buckets, batches, cached features. Knows no model."""

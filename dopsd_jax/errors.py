@@ -1,0 +1,47 @@
+"""Faults a user can mend, and how a program reports them."""
+
+import sys
+from collections.abc import Callable, Iterable
+
+from absl import app
+
+USER_ERROR_EXIT = 2
+
+
+class UserError(Exception):
+    """One or several faults the user can mend.
+
+    Every problem is one line that names the file, row or config field, says what is wrong and what to
+    do about it. Collect all problems of one kind before raising.
+    """
+
+    def __init__(self, *problems: str):
+        if not problems:
+            raise ValueError("UserError needs at least one problem")
+        self.problems = tuple(" ".join(p.split()) for p in problems)
+        super().__init__("\n".join(self.problems))
+
+
+def raise_if(problems: Iterable[str]) -> None:
+    """Raises one `UserError` with all problems, if there are any."""
+    problems = list(problems)
+    if problems:
+        raise UserError(*problems)
+
+
+def report(main: Callable[[], int | None]) -> int:
+    """Runs `main`; prints a `UserError` as lines on stderr. Returns the exit status."""
+    try:
+        return main() or 0
+    except UserError as error:
+        for problem in error.problems:
+            print(f"error: {problem}", file=sys.stderr)
+        return USER_ERROR_EXIT
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 130
+
+
+def run(main: Callable[[], int | None]) -> None:
+    """Entry point of every program that takes absl flags: parses them, runs `main`, exits."""
+    app.run(lambda argv: sys.exit(report(main)))

@@ -1,0 +1,1 @@
+"""Kinds of checkpoints: how the parts of a model belong together."""

@@ -1,0 +1,120 @@
+"""Parts that several networks share. Dimension names: b batch, n tokens, d width, h heads."""
+
+import math
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float
+
+
+class Dense(nnx.Module):
+    """y = x W (+ b) (+ scale * x A B for every adapted part).
+
+    Projections of one input are fused: with `dout=(d0, d1, d2)` the kernel is [din, d0 + d1 + d2], and
+    part i is the i-th slice of the output. `lora.attach` fills `adapters`, keyed by the part's number.
+    The product runs in x's type, whatever the kernel is stored in.
+    """
+
+    def __init__(self, din: int, dout: int | tuple[int, ...], *, bias: bool = False, rngs: nnx.Rngs):
+        self.din = din
+        self.douts = (dout,) if isinstance(dout, int) else tuple(dout)
+        init = jax.nn.initializers.normal(1 / math.sqrt(din))
+        self.kernel = nnx.Param(init(rngs.params(), (din, sum(self.douts))))
+        self.bias = nnx.Param(jnp.zeros((sum(self.douts),))) if bias else None
+        self.adapters = nnx.Dict()
+
+    def __call__(self, x: Float[Array, "... din"]) -> Float[Array, "... dout"]:
+        y = x @ self.kernel[...].astype(x.dtype)
+        if self.bias is not None:
+            y = y + self.bias[...].astype(x.dtype)
+        if len(self.adapters):
+            y = y + self._adapter_update(x)
+        return y
+
+    def split(self, y: Float[Array, "... dout"]) -> list[Float[Array, "... part"]]:
+        """Cuts an output into its parts."""
+        bounds, total = [], 0
+        for size in self.douts[:-1]:
+            total += size
+            bounds.append(total)
+        return jnp.split(y, bounds, axis=-1)
+
+    def _adapter_update(self, x):
+        parts = [self.adapters.get(str(i)) for i in range(len(self.douts))]
+        # One product for all down-projections: x is read once.
+        downs = [p.a[...].astype(x.dtype) for p in parts if p is not None]
+        low = jnp.split(x @ jnp.concatenate(downs, -1), len(downs), axis=-1)
+        updates, used = [], 0
+        for part, size in zip(parts, self.douts, strict=True):
+            if part is None:
+                updates.append(jnp.zeros((*x.shape[:-1], size), x.dtype))
+                continue
+            scaled = low[used] * part.scale[...].astype(x.dtype)
+            updates.append(scaled @ part.b[...].astype(x.dtype))
+            used += 1
+        return jnp.concatenate(updates, -1)
+
+
+class RMSNorm(nnx.Module):
+    """x / rms(x) * weight; the mean square in float32, the product in x's type."""
+
+    def __init__(self, dim: int, eps: float):
+        self.eps = eps
+        self.scale = nnx.Param(jnp.ones((dim,)))
+
+    def __call__(self, x: Float[Array, "... d"]) -> Float[Array, "... d"]:
+        x32 = x.astype(jnp.float32)
+        x32 = x32 * jax.lax.rsqrt(jnp.mean(x32 * x32, axis=-1, keepdims=True) + self.eps)
+        return x32.astype(x.dtype) * self.scale[...].astype(x.dtype)
+
+
+class LayerNorm(nnx.Module):
+    """Layer normalisation with weight and bias, computed in float32."""
+
+    def __init__(self, dim: int, eps: float):
+        self.eps = eps
+        self.scale = nnx.Param(jnp.ones((dim,)))
+        self.bias = nnx.Param(jnp.zeros((dim,)))
+
+    def __call__(self, x: Float[Array, "... d"]) -> Float[Array, "... d"]:
+        y = normalize(x.astype(jnp.float32), self.eps)
+        return (y * self.scale[...].astype(jnp.float32) + self.bias[...].astype(jnp.float32)).astype(x.dtype)
+
+
+def normalize(x: Float[Array, "... d"], eps: float) -> Float[Array, "... d"]:
+    """Layer normalisation without weights."""
+    x = x - jnp.mean(x, axis=-1, keepdims=True)
+    return x * jax.lax.rsqrt(jnp.mean(x * x, axis=-1, keepdims=True) + eps)
+
+
+def sinusoids(t: Float[Array, " b"], dim: int, max_period: float = 10000.0) -> Float[Array, "b dim"]:
+    """Time features in float32, cosines first, then sines (models.md 2.2)."""
+    half = dim // 2
+    freqs = jnp.exp(-math.log(max_period) * jnp.arange(half, dtype=jnp.float32) / half)
+    angles = t.astype(jnp.float32)[:, None] * freqs
+    return jnp.concatenate([jnp.cos(angles), jnp.sin(angles)], axis=-1)
+
+
+def stack(make: Callable[[nnx.Rngs], nnx.Module], count: int, rngs: nnx.Rngs) -> nnx.Module:
+    """`count` equal modules as one module whose parameters have a leading layer axis."""
+    keys = jax.random.split(rngs.params(), count)
+    return jax.vmap(lambda key: make(nnx.Rngs(params=key)))(keys)
+
+
+def scan_blocks(apply: Callable, blocks: nnx.Module, x, remat: str = "none"):
+    """x -> apply(block, x) for every layer of a stack, as one `lax.scan`.
+
+    `remat`: `none` keeps every activation for the backward pass, `dots` keeps the results of matrix
+    products with weights, `full` keeps one activation a layer and computes the rest again.
+    """
+    body = lambda x, block: (apply(block, x), None)
+    if remat == "full":
+        body = jax.checkpoint(body, prevent_cse=False)
+    elif remat == "dots":
+        policy = jax.checkpoint_policies.dots_with_no_batch_dims_saveable
+        body = jax.checkpoint(body, policy=policy, prevent_cse=False)
+    elif remat != "none":
+        raise ValueError(f"remat is one of none, dots, full; got {remat!r}")
+    return jax.lax.scan(body, x, blocks)[0]

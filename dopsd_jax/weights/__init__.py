@@ -1,0 +1,1 @@
+"""Weights on disk: names, safetensors, converted checkpoints, LoRA dialects."""

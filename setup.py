@@ -1,0 +1,46 @@
+"""Installation: `pip install .`, with extras `test`, `gpu` (CUDA), `tpu`."""
+
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+setup(
+    name="dopsd_jax",
+    version="0.1.0",
+    description="On-policy self-distillation (D-OPSD) for few-step image models, in JAX/Flax for TPU and GPU",
+    long_description=Path(__file__).with_name("README.md").read_text(encoding="utf-8"),
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    python_requires=">=3.11",
+    packages=find_packages(include=["dopsd_jax", "dopsd_jax.*"]),
+    install_requires=[
+        "jax>=0.10.2,<0.13",
+        "flax>=0.12.8; python_version < '3.12'",
+        "flax>=0.12.9; python_version >= '3.12'",
+        "optax>=0.2.8",
+        "orbax-checkpoint>=0.12.8",
+        "grain>=0.2.18",
+        "ml_collections>=1.1.0",
+        "transformers>=5.0",
+        "numpy>=2.0",
+        "pillow>=11.0",
+        "absl-py",
+        "etils[epath]",
+        "huggingface_hub>=1.0",
+        "jaxtyping",
+        "safetensors>=0.5",
+    ],
+    extras_require={
+        # The libraries that the tests compare with; exact, because they are the reference.
+        "test": [
+            "pytest>=8",
+            "torch==2.13.0",
+            "diffusers==0.42.1",
+            "transformers==5.23.0",
+            "peft==0.21.2",
+            "accelerate",
+        ],
+        "gpu": ["jax[cuda13]"],
+        "tpu": ["jax[tpu]"],
+    },
+)
