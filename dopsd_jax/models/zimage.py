@@ -1,0 +1,355 @@
+"""Z-Image's transformer (`ZImageTransformer2DModel`), text-to-image mode, any configuration.
+
+Dimension names: b batch, h w latent rows and columns, c channels, n image tokens, l caption tokens,
+d width. Facts: the published checkpoint and diffusers 0.42.1.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Mapping
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jaxtyping import Array, Float, Int
+
+from dopsd_jax.errors import raise_if
+from dopsd_jax.models.attention import attention
+from dopsd_jax.models.layers import Dense, RMSNorm, normalize, scan_blocks, sinusoids, stack
+from dopsd_jax.weights.names import Leaf, linear, vector
+
+MODULATION_DIM = 256  # ADALN_EMBED_DIM; narrower models use their own width
+TIME_HIDDEN = 1024
+TIME_FREQUENCIES = 256
+PAD_MULTIPLE = 32  # SEQ_MULTI_OF: image and caption are each padded to it, with learned tokens
+QK_NORM_EPS = 1e-5  # fixed in the block, whatever `norm_eps` says
+FINAL_NORM_EPS = 1e-6
+
+
+@dataclasses.dataclass(frozen=True)
+class ZImageConfig:
+    """Architecture; the fields of transformer/config.json under our names."""
+
+    dim: int = 3840
+    layers: int = 30
+    refiner_layers: int = 2
+    heads: int = 30
+    channels: int = 16
+    patch: int = 2
+    caption_dim: int = 2560
+    norm_eps: float = 1e-5
+    qk_norm: bool = True
+    rope_theta: float = 256.0
+    time_scale: float = 1000.0
+    axes_dims: tuple[int, ...] = (32, 48, 48)
+    axes_lens: tuple[int, ...] = (1536, 512, 512)
+
+    @property
+    def head_dim(self) -> int:
+        return self.dim // self.heads
+
+    @property
+    def hidden_dim(self) -> int:
+        return int(self.dim / 3 * 8)  # diffusers' own expression: float division, then truncation
+
+    @property
+    def modulation_dim(self) -> int:
+        return min(self.dim, MODULATION_DIM)
+
+    @property
+    def max_caption(self) -> int:
+        """Most caption tokens, padding included: image tokens stand at the next position."""
+        return (self.axes_lens[0] - 2) // PAD_MULTIPLE * PAD_MULTIPLE
+
+    @classmethod
+    def from_dict(cls, config: Mapping, where: str) -> "ZImageConfig":
+        """Reads transformer/config.json. Raises `UserError` with every fault; `where` names the file."""
+        names = {
+            "dim": "dim",
+            "n_layers": "layers",
+            "n_refiner_layers": "refiner_layers",
+            "n_heads": "heads",
+            "in_channels": "channels",
+            "cap_feat_dim": "caption_dim",
+            "norm_eps": "norm_eps",
+            "qk_norm": "qk_norm",
+            "rope_theta": "rope_theta",
+            "t_scale": "time_scale",
+            "axes_dims": "axes_dims",
+            "axes_lens": "axes_lens",
+        }
+        # diffusers ignores n_kv_heads; the class has no grouped heads.
+        needed = [*names, "all_patch_size", "all_f_patch_size"]
+        raise_if(f"{where}: field {n!r} is missing; use the file of the checkpoint" for n in needed if n not in config)
+        faults = []
+        if list(config["all_f_patch_size"]) != [1] or len(config["all_patch_size"]) != 1:
+            faults.append(
+                f"{where}: all_patch_size {config['all_patch_size']}, all_f_patch_size {config['all_f_patch_size']}: "
+                "only one patch size and frame patch 1 (still images) are supported"
+            )
+        if config.get("siglip_feat_dim") is not None:
+            faults.append(f"{where}: siglip_feat_dim is set: Z-Image-Omni checkpoints are not supported")
+        raise_if(faults)
+        fields = {ours: config[theirs] for theirs, ours in names.items()}
+        fields |= {a: tuple(fields[a]) for a in ("axes_dims", "axes_lens")}
+        self = cls(**fields, patch=config["all_patch_size"][0])
+        if self.dim % self.heads or self.head_dim != sum(self.axes_dims):
+            faults.append(f"{where}: dim {self.dim} / n_heads {self.heads} is not the sum of axes_dims {self.axes_dims}")
+        if any(a % 2 for a in self.axes_dims) or len(self.axes_dims) != 3 or len(self.axes_lens) != 3:
+            faults.append(f"{where}: axes_dims and axes_lens must be three numbers, axes_dims even")
+        raise_if(faults)
+        return self
+
+    def to_dict(self) -> dict:
+        """The same as transformer/config.json holds it."""
+        return {
+            "_class_name": "ZImageTransformer2DModel",
+            "all_f_patch_size": [1],
+            "all_patch_size": [self.patch],
+            "axes_dims": list(self.axes_dims),
+            "axes_lens": list(self.axes_lens),
+            "cap_feat_dim": self.caption_dim,
+            "dim": self.dim,
+            "in_channels": self.channels,
+            "n_heads": self.heads,
+            "n_kv_heads": self.heads,
+            "n_layers": self.layers,
+            "n_refiner_layers": self.refiner_layers,
+            "norm_eps": self.norm_eps,
+            "qk_norm": self.qk_norm,
+            "rope_theta": self.rope_theta,
+            "t_scale": self.time_scale,
+        }
+
+
+def names(cfg: ZImageConfig) -> list[Leaf]:
+    """Every tensor of the diffusers checkpoint and where it goes."""
+    d, hidden, mod, size = cfg.dim, cfg.hidden_dim, cfg.modulation_dim, f"{cfg.patch}-1"
+    pixels = cfg.patch**2 * cfg.channels
+
+    def dense(path, module, dout, din):
+        return [linear(f"{path}.kernel", None, (module, dout, din)), vector(f"{path}.bias", None, f"{module}.bias", dout)]
+
+    def block(where, i, modulated):
+        torch, a, f = f"{where}.{i}", f"{where}.attention", f"{where}.feed_forward"
+        ta, tf = f"{torch}.attention", f"{torch}.feed_forward"
+        yield linear(f"{a}.qkv.kernel", i, *((f"{ta}.to_{n}", d, d) for n in "qkv"))
+        yield linear(f"{a}.out.kernel", i, (f"{ta}.to_out.0", d, d))
+        if cfg.qk_norm:
+            yield vector(f"{a}.q_norm.scale", i, f"{ta}.norm_q.weight", cfg.head_dim)
+            yield vector(f"{a}.k_norm.scale", i, f"{ta}.norm_k.weight", cfg.head_dim)
+        yield linear(f"{f}.w13.kernel", i, (f"{tf}.w1", hidden, d), (f"{tf}.w3", hidden, d))
+        yield linear(f"{f}.w2.kernel", i, (f"{tf}.w2", d, hidden))
+        for norm in ("attention_norm1", "attention_norm2", "ffn_norm1", "ffn_norm2"):
+            yield vector(f"{where}.{norm}.scale", i, f"{torch}.{norm}.weight", d)
+        if modulated:
+            yield linear(f"{where}.modulation.kernel", i, (f"{torch}.adaLN_modulation.0", 4 * d, mod))
+            yield vector(f"{where}.modulation.bias", i, f"{torch}.adaLN_modulation.0.bias", 4 * d)
+
+    leaves = [
+        *dense("x_embedder", f"all_x_embedder.{size}", d, pixels),
+        vector("caption_norm.scale", None, "cap_embedder.0.weight", cfg.caption_dim),
+        *dense("caption_embedder", "cap_embedder.1", d, cfg.caption_dim),
+        *dense("time_in", "t_embedder.mlp.0", TIME_HIDDEN, TIME_FREQUENCIES),
+        *dense("time_out", "t_embedder.mlp.2", mod, TIME_HIDDEN),
+        vector("x_pad_token", None, "x_pad_token", 1, d),
+        vector("caption_pad_token", None, "cap_pad_token", 1, d),
+        *dense("final_linear", f"all_final_layer.{size}.linear", pixels, d),
+        *dense("final_modulation", f"all_final_layer.{size}.adaLN_modulation.1", d, mod),
+    ]
+    for where, count in (("noise_refiner", cfg.refiner_layers), ("context_refiner", cfg.refiner_layers), ("layers", cfg.layers)):
+        for i in range(count):
+            leaves += block(where, i, where != "context_refiner")
+    return leaves
+
+
+class Attention(nnx.Module):
+    """Self-attention with normalised queries and keys."""
+
+    def __init__(self, cfg: ZImageConfig, implementation: str, *, rngs: nnx.Rngs):
+        self.heads, self.implementation = cfg.heads, implementation
+        self.qkv = Dense(cfg.dim, (cfg.dim,) * 3, rngs=rngs)
+        self.out = Dense(cfg.dim, cfg.dim, rngs=rngs)
+        self.q_norm = RMSNorm(cfg.head_dim, QK_NORM_EPS) if cfg.qk_norm else None
+        self.k_norm = RMSNorm(cfg.head_dim, QK_NORM_EPS) if cfg.qk_norm else None
+
+    def __call__(self, x: Float[Array, "b n d"], rope, lengths: Int[Array, " b"]) -> Float[Array, "b n d"]:
+        q, k, v = (y.reshape(*y.shape[:2], self.heads, -1) for y in self.qkv.split(self.qkv(x)))
+        if self.q_norm is not None:
+            q, k = self.q_norm(q), self.k_norm(k)
+        q, k = rotate(q, rope), rotate(k, rope)
+        y = attention(q, k, v, lengths=lengths, implementation=self.implementation)
+        return self.out(y.reshape(x.shape))
+
+
+class FeedForward(nnx.Module):
+    """w2(silu(w1 x) * w3 x)."""
+
+    def __init__(self, cfg: ZImageConfig, *, rngs: nnx.Rngs):
+        self.w13 = Dense(cfg.dim, (cfg.hidden_dim,) * 2, rngs=rngs)
+        self.w2 = Dense(cfg.hidden_dim, cfg.dim, rngs=rngs)
+
+    def __call__(self, x: Float[Array, "b n d"]) -> Float[Array, "b n d"]:
+        gate, up = self.w13.split(self.w13(x))
+        return self.w2(jax.nn.silu(gate) * up)
+
+
+class Block(nnx.Module):
+    """A layer with a norm before and after each half; scaled and gated by the time if modulated."""
+
+    def __init__(self, cfg: ZImageConfig, implementation: str, modulated: bool, *, rngs: nnx.Rngs):
+        self.attention = Attention(cfg, implementation, rngs=rngs)
+        self.feed_forward = FeedForward(cfg, rngs=rngs)
+        self.attention_norm1 = RMSNorm(cfg.dim, cfg.norm_eps)
+        self.attention_norm2 = RMSNorm(cfg.dim, cfg.norm_eps)
+        self.ffn_norm1 = RMSNorm(cfg.dim, cfg.norm_eps)
+        self.ffn_norm2 = RMSNorm(cfg.dim, cfg.norm_eps)
+        self.modulation = Dense(cfg.modulation_dim, 4 * cfg.dim, bias=True, rngs=rngs) if modulated else None
+
+    def __call__(
+        self, x: Float[Array, "b n d"], rope, lengths: Int[Array, " b"], c: Float[Array, "b m"] | None = None
+    ) -> Float[Array, "b n d"]:
+        if self.modulation is None:
+            x = x + self.attention_norm2(self.attention(self.attention_norm1(x), rope, lengths))
+            return x + self.ffn_norm2(self.feed_forward(self.ffn_norm1(x)))
+        # In float32: a few numbers a sample, and every token feels their rounding.
+        s_attn, g_attn, s_ffn, g_ffn = jnp.split(self.modulation(c)[:, None], 4, axis=-1)
+        scale = lambda s: (1 + s).astype(x.dtype)
+        gate = lambda g: jnp.tanh(g).astype(x.dtype)
+        y = self.attention(self.attention_norm1(x) * scale(s_attn), rope, lengths)
+        x = x + gate(g_attn) * self.attention_norm2(y)
+        y = self.feed_forward(self.ffn_norm1(x) * scale(s_ffn))
+        return x + gate(g_ffn) * self.ffn_norm2(y)
+
+
+class ZImage(nnx.Module):
+    """The transformer. `refine` embeds the caption and never sees the time; `__call__` is one forward.
+
+    Args:
+      cfg: architecture.
+      dtype: type of activations; parameters keep the type they are loaded in.
+      attention: see `attention.IMPLEMENTATIONS`.
+      remat: see `layers.scan_blocks`.
+    """
+
+    def __init__(self, cfg: ZImageConfig, *, dtype=jnp.float32, attention: str = "xla", remat: str = "none", rngs: nnx.Rngs):
+        self.cfg, self.dtype, self.remat = cfg, jnp.dtype(dtype), remat
+        make = lambda modulated: lambda r: Block(cfg, attention, modulated, rngs=r)
+        pixels = cfg.patch**2 * cfg.channels
+        self.x_embedder = Dense(pixels, cfg.dim, bias=True, rngs=rngs)
+        self.caption_norm = RMSNorm(cfg.caption_dim, cfg.norm_eps)
+        self.caption_embedder = Dense(cfg.caption_dim, cfg.dim, bias=True, rngs=rngs)
+        self.time_in = Dense(TIME_FREQUENCIES, TIME_HIDDEN, bias=True, rngs=rngs)
+        self.time_out = Dense(TIME_HIDDEN, cfg.modulation_dim, bias=True, rngs=rngs)
+        self.x_pad_token = nnx.Param(jnp.zeros((1, cfg.dim)))
+        self.caption_pad_token = nnx.Param(jnp.zeros((1, cfg.dim)))
+        self.noise_refiner = stack(make(True), cfg.refiner_layers, rngs)
+        self.context_refiner = stack(make(False), cfg.refiner_layers, rngs)
+        self.layers = stack(make(True), cfg.layers, rngs)
+        self.final_modulation = Dense(cfg.modulation_dim, cfg.dim, bias=True, rngs=rngs)
+        self.final_linear = Dense(cfg.dim, pixels, bias=True, rngs=rngs)
+
+    def refine(self, features: Float[Array, "b l c"], lengths: Int[Array, " b"]) -> Float[Array, "b l d"]:
+        """Embeds and refines captions. l is a multiple of 32; rows from `lengths` on are padding."""
+        l = features.shape[1]
+        if l % PAD_MULTIPLE or l > self.cfg.max_caption:
+            raise ValueError(f"caption rows {l} must be a multiple of {PAD_MULTIPLE}, at most {self.cfg.max_caption}")
+        x = self.caption_embedder(self.caption_norm(features.astype(self.dtype)))
+        real = jnp.arange(l) < lengths[:, None]
+        x = jnp.where(real[..., None], x, self.caption_pad_token[...].astype(x.dtype))
+        rope = self._rope(_caption_positions(l)[None])
+        padded = padded_length(lengths)
+        return scan_blocks(lambda block, x: block(x, rope, padded), self.context_refiner, x, self.remat)
+
+    def __call__(
+        self,
+        x: Float[Array, "b h w c"],
+        t: Float[Array, " b"],
+        caption: Float[Array, "b l d"],
+        lengths: Int[Array, " b"],
+    ) -> Float[Array, "b h w c"]:
+        """The network's own output x0 - noise, in float32; t = 1 - sigma; `caption` is refined."""
+        cfg, (h, w) = self.cfg, x.shape[1:3]
+        rows, columns = h // cfg.patch, w // cfg.patch
+        tokens = rows * columns
+        if h % cfg.patch or w % cfg.patch or rows > cfg.axes_lens[1] or columns > cfg.axes_lens[2]:
+            raise ValueError(f"latent {h} x {w}: sides must be multiples of {cfg.patch} and fit axes_lens {cfg.axes_lens}")
+        padded = padded_length(lengths)
+        c = self.time_out(jax.nn.silu(self.time_in(sinusoids(t * cfg.time_scale, TIME_FREQUENCIES))))
+
+        image = self.x_embedder(patchify(x, cfg.patch).astype(self.dtype))
+        pads = -tokens % PAD_MULTIPLE
+        pad_rows = jnp.broadcast_to(self.x_pad_token[...].astype(self.dtype), (len(x), pads, cfg.dim))
+        image = jnp.concatenate([image, pad_rows], axis=1)
+        image_rope = self._rope(_image_positions(rows, columns, pads, padded))
+        image_lengths = jnp.full((len(x),), tokens + pads)
+        image = scan_blocks(lambda block, x: block(x, image_rope, image_lengths, c), self.noise_refiner, image, self.remat)
+
+        # Image first: what stands behind a caption's own padding is then the end of the row.
+        both = jnp.concatenate([image, caption.astype(self.dtype)], axis=1)
+        caption_rope = self._rope(_caption_positions(caption.shape[1])[None])
+        rope = jax.tree.map(
+            lambda i, l: jnp.concatenate([i, jnp.broadcast_to(l, (len(x), *l.shape[1:]))], axis=1), image_rope, caption_rope
+        )
+        total = tokens + pads + padded
+        both = scan_blocks(lambda block, x: block(x, rope, total, c), self.layers, both, self.remat)
+
+        y = normalize(both[:, :tokens].astype(jnp.float32), FINAL_NORM_EPS)
+        y = y * (1 + self.final_modulation(jax.nn.silu(c)))[:, None]
+        y = self.final_linear(y.astype(self.dtype)).astype(jnp.float32)
+        return unpatchify(y, rows, columns, cfg.patch)
+
+    def _rope(self, positions: Int[Array, "b n 3"]) -> tuple[Array, Array]:
+        tables = rope_tables(self.cfg)
+        picked = [jnp.asarray(table)[positions[..., axis]] for axis, table in enumerate(tables)]
+        angles = jnp.concatenate(picked, axis=-1)
+        return jnp.cos(angles)[:, :, None], jnp.sin(angles)[:, :, None]
+
+
+@functools.cache
+def rope_tables(cfg: ZImageConfig) -> tuple[np.ndarray, ...]:
+    """Angles [position, frequency] of each axis: float64 rounded to float32, as diffusers has them."""
+    tables = []
+    for dim, length in zip(cfg.axes_dims, cfg.axes_lens, strict=True):
+        frequencies = 1.0 / cfg.rope_theta ** (np.arange(0, dim, 2, dtype=np.float64) / dim)
+        tables.append(np.outer(np.arange(length, dtype=np.float64), frequencies).astype(np.float32))
+    return tuple(tables)
+
+
+def rotate(x: Float[Array, "b n h d"], rope: tuple[Array, Array]) -> Float[Array, "b n h d"]:
+    """Rotary embedding; adjacent elements are a pair. In float32."""
+    cos, sin = rope
+    even, odd = x[..., 0::2].astype(jnp.float32), x[..., 1::2].astype(jnp.float32)
+    pairs = jnp.stack([even * cos - odd * sin, even * sin + odd * cos], axis=-1)
+    return pairs.reshape(x.shape).astype(x.dtype)
+
+
+def padded_length(lengths: Int[Array, " b"]) -> Int[Array, " b"]:
+    """Caption lengths with the learned padding, which is attended to."""
+    return (lengths + PAD_MULTIPLE - 1) // PAD_MULTIPLE * PAD_MULTIPLE
+
+
+def _caption_positions(l: int) -> Int[Array, "l 3"]:
+    return jnp.stack([1 + jnp.arange(l), jnp.zeros(l, int), jnp.zeros(l, int)], axis=-1)
+
+
+def _image_positions(rows: int, columns: int, pads: int, padded: Int[Array, " b"]) -> Int[Array, "b n 3"]:
+    row, column = jnp.divmod(jnp.arange(rows * columns), columns)
+    frame = jnp.broadcast_to(padded[:, None] + 1, (len(padded), rows * columns))
+    real = jnp.stack([frame, jnp.broadcast_to(row, frame.shape), jnp.broadcast_to(column, frame.shape)], axis=-1)
+    return jnp.pad(real, ((0, 0), (0, pads), (0, 0)))  # padding tokens stand at (0, 0, 0)
+
+
+def patchify(x: Float[Array, "b h w c"], patch: int) -> Float[Array, "b n p"]:
+    """Tokens in raster order; in a token row, column, channel, the channel fastest."""
+    b, h, w, c = x.shape
+    x = x.reshape(b, h // patch, patch, w // patch, patch, c).transpose(0, 1, 3, 2, 4, 5)
+    return x.reshape(b, -1, patch * patch * c)
+
+
+def unpatchify(x: Float[Array, "b n p"], rows: int, columns: int, patch: int) -> Float[Array, "b h w c"]:
+    """Inverse of `patchify`."""
+    b = len(x)
+    x = x.reshape(b, rows, columns, patch, patch, -1).transpose(0, 1, 3, 2, 4, 5)
+    return x.reshape(b, rows * patch, columns * patch, -1)
