@@ -12,12 +12,15 @@ from jaxtyping import Array, Float
 class Dense(nnx.Module):
     """y = x W (+ b) (+ scale * x A B for every adapted part).
 
-    Projections of one input are fused: with `dout=(d0, d1, d2)` the kernel is [din, d0 + d1 + d2], and
-    part i is the i-th slice of the output. `lora.attach` fills `adapters`, keyed by the part's number.
+    Projections of one input are fused: with `dout=(d0, d1, d2)` the kernel is [din, d0 + d1 + d2],
+    and part i is the i-th slice of the output. `lora.attach` fills `adapters`, keyed by the part's
+    number.
     The product runs in x's type, whatever the kernel is stored in.
     """
 
-    def __init__(self, din: int, dout: int | tuple[int, ...], *, bias: bool = False, rngs: nnx.Rngs):
+    def __init__(
+        self, din: int, dout: int | tuple[int, ...], *, bias: bool = False, rngs: nnx.Rngs
+    ):
         self.din = din
         self.douts = (dout,) if isinstance(dout, int) else tuple(dout)
         init = jax.nn.initializers.normal(1 / math.sqrt(din))
@@ -80,7 +83,9 @@ class LayerNorm(nnx.Module):
 
     def __call__(self, x: Float[Array, "... d"]) -> Float[Array, "... d"]:
         y = normalize(x.astype(jnp.float32), self.eps)
-        return (y * self.scale[...].astype(jnp.float32) + self.bias[...].astype(jnp.float32)).astype(x.dtype)
+        return (
+            y * self.scale[...].astype(jnp.float32) + self.bias[...].astype(jnp.float32)
+        ).astype(x.dtype)
 
 
 def normalize(x: Float[Array, "... d"], eps: float) -> Float[Array, "... d"]:
@@ -89,7 +94,9 @@ def normalize(x: Float[Array, "... d"], eps: float) -> Float[Array, "... d"]:
     return x * jax.lax.rsqrt(jnp.mean(x * x, axis=-1, keepdims=True) + eps)
 
 
-def sinusoids(t: Float[Array, " b"], dim: int, max_period: float = 10000.0) -> Float[Array, "b dim"]:
+def sinusoids(
+    t: Float[Array, " b"], dim: int, max_period: float = 10000.0
+) -> Float[Array, "b dim"]:
     """Time features in float32, cosines first, then sines (models.md 2.2)."""
     half = dim // 2
     freqs = jnp.exp(-math.log(max_period) * jnp.arange(half, dtype=jnp.float32) / half)

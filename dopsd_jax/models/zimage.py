@@ -64,7 +64,7 @@ class ZImageConfig:
 
     @classmethod
     def from_dict(cls, config: Mapping, where: str) -> "ZImageConfig":
-        """Reads transformer/config.json. Raises `UserError` with every fault; `where` names the file."""
+        """Reads transformer/config.json, named `where`. Raises `UserError` with every fault."""
         names = {
             "dim": "dim",
             "n_layers": "layers",
@@ -81,22 +81,35 @@ class ZImageConfig:
         }
         # diffusers ignores n_kv_heads; the class has no grouped heads.
         needed = [*names, "all_patch_size", "all_f_patch_size"]
-        raise_if(f"{where}: field {n!r} is missing; use the file of the checkpoint" for n in needed if n not in config)
+        raise_if(
+            f"{where}: field {n!r} is missing; use the file of the checkpoint"
+            for n in needed
+            if n not in config
+        )
         faults = []
         if list(config["all_f_patch_size"]) != [1] or len(config["all_patch_size"]) != 1:
             faults.append(
-                f"{where}: all_patch_size {config['all_patch_size']}, all_f_patch_size {config['all_f_patch_size']}: "
-                "only one patch size and frame patch 1 (still images) are supported"
+                f"{where}: all_patch_size {config['all_patch_size']} and all_f_patch_size "
+                f"{config['all_f_patch_size']}: supported are one patch size and frame patch 1"
             )
         if config.get("siglip_feat_dim") is not None:
-            faults.append(f"{where}: siglip_feat_dim is set: Z-Image-Omni checkpoints are not supported")
+            faults.append(
+                f"{where}: siglip_feat_dim is set: Z-Image-Omni checkpoints are not supported"
+            )
         raise_if(faults)
         fields = {ours: config[theirs] for theirs, ours in names.items()}
         fields |= {a: tuple(fields[a]) for a in ("axes_dims", "axes_lens")}
         self = cls(**fields, patch=config["all_patch_size"][0])
         if self.dim % self.heads or self.head_dim != sum(self.axes_dims):
-            faults.append(f"{where}: dim {self.dim} / n_heads {self.heads} is not the sum of axes_dims {self.axes_dims}")
-        if any(a % 2 for a in self.axes_dims) or len(self.axes_dims) != 3 or len(self.axes_lens) != 3:
+            faults.append(
+                f"{where}: dim {self.dim} / n_heads {self.heads} is not the sum of axes_dims "
+                f"{self.axes_dims}"
+            )
+        if (
+            any(a % 2 for a in self.axes_dims)
+            or len(self.axes_dims) != 3
+            or len(self.axes_lens) != 3
+        ):
             faults.append(f"{where}: axes_dims and axes_lens must be three numbers, axes_dims even")
         raise_if(faults)
         return self
@@ -129,7 +142,10 @@ def names(cfg: ZImageConfig) -> list[Leaf]:
     pixels = cfg.patch**2 * cfg.channels
 
     def dense(path, module, dout, din):
-        return [linear(f"{path}.kernel", None, (module, dout, din)), vector(f"{path}.bias", None, f"{module}.bias", dout)]
+        return [
+            linear(f"{path}.kernel", None, (module, dout, din)),
+            vector(f"{path}.bias", None, f"{module}.bias", dout),
+        ]
 
     def block(where, i, modulated):
         torch, a, f = f"{where}.{i}", f"{where}.attention", f"{where}.feed_forward"
@@ -144,7 +160,9 @@ def names(cfg: ZImageConfig) -> list[Leaf]:
         for norm in ("attention_norm1", "attention_norm2", "ffn_norm1", "ffn_norm2"):
             yield vector(f"{where}.{norm}.scale", i, f"{torch}.{norm}.weight", d)
         if modulated:
-            yield linear(f"{where}.modulation.kernel", i, (f"{torch}.adaLN_modulation.0", 4 * d, mod))
+            yield linear(
+                f"{where}.modulation.kernel", i, (f"{torch}.adaLN_modulation.0", 4 * d, mod)
+            )
             yield vector(f"{where}.modulation.bias", i, f"{torch}.adaLN_modulation.0.bias", 4 * d)
 
     leaves = [
@@ -158,7 +176,11 @@ def names(cfg: ZImageConfig) -> list[Leaf]:
         *dense("final_linear", f"all_final_layer.{size}.linear", pixels, d),
         *dense("final_modulation", f"all_final_layer.{size}.adaLN_modulation.1", d, mod),
     ]
-    for where, count in (("noise_refiner", cfg.refiner_layers), ("context_refiner", cfg.refiner_layers), ("layers", cfg.layers)):
+    for where, count in (
+        ("noise_refiner", cfg.refiner_layers),
+        ("context_refiner", cfg.refiner_layers),
+        ("layers", cfg.layers),
+    ):
         for i in range(count):
             leaves += block(where, i, where != "context_refiner")
     return leaves
@@ -174,7 +196,9 @@ class Attention(nnx.Module):
         self.q_norm = RMSNorm(cfg.head_dim, QK_NORM_EPS) if cfg.qk_norm else None
         self.k_norm = RMSNorm(cfg.head_dim, QK_NORM_EPS) if cfg.qk_norm else None
 
-    def __call__(self, x: Float[Array, "b n d"], rope, lengths: Int[Array, " b"]) -> Float[Array, "b n d"]:
+    def __call__(
+        self, x: Float[Array, "b n d"], rope, lengths: Int[Array, " b"]
+    ) -> Float[Array, "b n d"]:
         q, k, v = (y.reshape(*y.shape[:2], self.heads, -1) for y in self.qkv.split(self.qkv(x)))
         if self.q_norm is not None:
             q, k = self.q_norm(q), self.k_norm(k)
@@ -205,10 +229,16 @@ class Block(nnx.Module):
         self.attention_norm2 = RMSNorm(cfg.dim, cfg.norm_eps)
         self.ffn_norm1 = RMSNorm(cfg.dim, cfg.norm_eps)
         self.ffn_norm2 = RMSNorm(cfg.dim, cfg.norm_eps)
-        self.modulation = Dense(cfg.modulation_dim, 4 * cfg.dim, bias=True, rngs=rngs) if modulated else None
+        self.modulation = (
+            Dense(cfg.modulation_dim, 4 * cfg.dim, bias=True, rngs=rngs) if modulated else None
+        )
 
     def __call__(
-        self, x: Float[Array, "b n d"], rope, lengths: Int[Array, " b"], c: Float[Array, "b m"] | None = None
+        self,
+        x: Float[Array, "b n d"],
+        rope,
+        lengths: Int[Array, " b"],
+        c: Float[Array, "b m"] | None = None,
     ) -> Float[Array, "b n d"]:
         if self.modulation is None:
             x = x + self.attention_norm2(self.attention(self.attention_norm1(x), rope, lengths))
@@ -224,7 +254,7 @@ class Block(nnx.Module):
 
 
 class ZImage(nnx.Module):
-    """The transformer. `refine` embeds the caption and never sees the time; `__call__` is one forward.
+    """The transformer: `refine` embeds the caption, without the time; `__call__` is one forward.
 
     Args:
       cfg: architecture.
@@ -233,7 +263,15 @@ class ZImage(nnx.Module):
       remat: see `layers.scan_blocks`.
     """
 
-    def __init__(self, cfg: ZImageConfig, *, dtype=jnp.float32, attention: str = "xla", remat: str = "none", rngs: nnx.Rngs):
+    def __init__(
+        self,
+        cfg: ZImageConfig,
+        *,
+        dtype=jnp.float32,
+        attention: str = "xla",
+        remat: str = "none",
+        rngs: nnx.Rngs,
+    ):
         self.cfg, self.dtype, self.remat = cfg, jnp.dtype(dtype), remat
         make = lambda modulated: lambda r: Block(cfg, attention, modulated, rngs=r)
         pixels = cfg.patch**2 * cfg.channels
@@ -250,17 +288,24 @@ class ZImage(nnx.Module):
         self.final_modulation = Dense(cfg.modulation_dim, cfg.dim, bias=True, rngs=rngs)
         self.final_linear = Dense(cfg.dim, pixels, bias=True, rngs=rngs)
 
-    def refine(self, features: Float[Array, "b l c"], lengths: Int[Array, " b"]) -> Float[Array, "b l d"]:
-        """Embeds and refines captions. l is a multiple of 32; rows from `lengths` on are padding."""
+    def refine(
+        self, features: Float[Array, "b l c"], lengths: Int[Array, " b"]
+    ) -> Float[Array, "b l d"]:
+        """Embeds and refines captions; l is a multiple of 32, rows from `lengths` on are padding."""
         l = features.shape[1]
         if l % PAD_MULTIPLE or l > self.cfg.max_caption:
-            raise ValueError(f"caption rows {l} must be a multiple of {PAD_MULTIPLE}, at most {self.cfg.max_caption}")
+            raise ValueError(
+                f"caption rows {l} must be a multiple of {PAD_MULTIPLE} and at most "
+                f"{self.cfg.max_caption}"
+            )
         x = self.caption_embedder(self.caption_norm(features.astype(self.dtype)))
         real = jnp.arange(l) < lengths[:, None]
         x = jnp.where(real[..., None], x, self.caption_pad_token[...].astype(x.dtype))
         rope = self._rope(_caption_positions(l)[None])
         padded = padded_length(lengths)
-        return scan_blocks(lambda block, x: block(x, rope, padded), self.context_refiner, x, self.remat)
+        return scan_blocks(
+            lambda block, x: block(x, rope, padded), self.context_refiner, x, self.remat
+        )
 
     def __call__(
         self,
@@ -274,23 +319,37 @@ class ZImage(nnx.Module):
         rows, columns = h // cfg.patch, w // cfg.patch
         tokens = rows * columns
         if h % cfg.patch or w % cfg.patch or rows > cfg.axes_lens[1] or columns > cfg.axes_lens[2]:
-            raise ValueError(f"latent {h} x {w}: sides must be multiples of {cfg.patch} and fit axes_lens {cfg.axes_lens}")
+            raise ValueError(
+                f"latent {h} x {w}: sides must be multiples of {cfg.patch} and fit axes_lens "
+                f"{cfg.axes_lens}"
+            )
         padded = padded_length(lengths)
-        c = self.time_out(jax.nn.silu(self.time_in(sinusoids(t * cfg.time_scale, TIME_FREQUENCIES))))
+        c = self.time_out(
+            jax.nn.silu(self.time_in(sinusoids(t * cfg.time_scale, TIME_FREQUENCIES)))
+        )
 
         image = self.x_embedder(patchify(x, cfg.patch).astype(self.dtype))
         pads = -tokens % PAD_MULTIPLE
-        pad_rows = jnp.broadcast_to(self.x_pad_token[...].astype(self.dtype), (len(x), pads, cfg.dim))
+        pad_rows = jnp.broadcast_to(
+            self.x_pad_token[...].astype(self.dtype), (len(x), pads, cfg.dim)
+        )
         image = jnp.concatenate([image, pad_rows], axis=1)
         image_rope = self._rope(_image_positions(rows, columns, pads, padded))
         image_lengths = jnp.full((len(x),), tokens + pads)
-        image = scan_blocks(lambda block, x: block(x, image_rope, image_lengths, c), self.noise_refiner, image, self.remat)
+        image = scan_blocks(
+            lambda block, x: block(x, image_rope, image_lengths, c),
+            self.noise_refiner,
+            image,
+            self.remat,
+        )
 
         # Image first: what stands behind a caption's own padding is then the end of the row.
         both = jnp.concatenate([image, caption.astype(self.dtype)], axis=1)
         caption_rope = self._rope(_caption_positions(caption.shape[1])[None])
         rope = jax.tree.map(
-            lambda i, l: jnp.concatenate([i, jnp.broadcast_to(l, (len(x), *l.shape[1:]))], axis=1), image_rope, caption_rope
+            lambda i, l: jnp.concatenate([i, jnp.broadcast_to(l, (len(x), *l.shape[1:]))], axis=1),
+            image_rope,
+            caption_rope,
         )
         total = tokens + pads + padded
         both = scan_blocks(lambda block, x: block(x, rope, total, c), self.layers, both, self.remat)
@@ -309,7 +368,7 @@ class ZImage(nnx.Module):
 
 @functools.cache
 def rope_tables(cfg: ZImageConfig) -> tuple[np.ndarray, ...]:
-    """Angles [position, frequency] of each axis: float64 rounded to float32, as diffusers has them."""
+    """Angles [position, frequency] of each axis: float64 rounded to float32, as in diffusers."""
     tables = []
     for dim, length in zip(cfg.axes_dims, cfg.axes_lens, strict=True):
         frequencies = 1.0 / cfg.rope_theta ** (np.arange(0, dim, 2, dtype=np.float64) / dim)
@@ -334,10 +393,14 @@ def _caption_positions(l: int) -> Int[Array, "l 3"]:
     return jnp.stack([1 + jnp.arange(l), jnp.zeros(l, int), jnp.zeros(l, int)], axis=-1)
 
 
-def _image_positions(rows: int, columns: int, pads: int, padded: Int[Array, " b"]) -> Int[Array, "b n 3"]:
+def _image_positions(
+    rows: int, columns: int, pads: int, padded: Int[Array, " b"]
+) -> Int[Array, "b n 3"]:
     row, column = jnp.divmod(jnp.arange(rows * columns), columns)
     frame = jnp.broadcast_to(padded[:, None] + 1, (len(padded), rows * columns))
-    real = jnp.stack([frame, jnp.broadcast_to(row, frame.shape), jnp.broadcast_to(column, frame.shape)], axis=-1)
+    real = jnp.stack(
+        [frame, jnp.broadcast_to(row, frame.shape), jnp.broadcast_to(column, frame.shape)], axis=-1
+    )
     return jnp.pad(real, ((0, 0), (0, pads), (0, 0)))  # padding tokens stand at (0, 0, 0)
 
 
@@ -348,7 +411,9 @@ def patchify(x: Float[Array, "b h w c"], patch: int) -> Float[Array, "b n p"]:
     return x.reshape(b, -1, patch * patch * c)
 
 
-def unpatchify(x: Float[Array, "b n p"], rows: int, columns: int, patch: int) -> Float[Array, "b h w c"]:
+def unpatchify(
+    x: Float[Array, "b n p"], rows: int, columns: int, patch: int
+) -> Float[Array, "b h w c"]:
     """Inverse of `patchify`."""
     b = len(x)
     x = x.reshape(b, rows, columns, patch, patch, -1).transpose(0, 1, 3, 2, 4, 5)
