@@ -1,0 +1,177 @@
+"""D-OPSD: on-policy self-distillation of a few-step model (arXiv 2605.05204, section 3).
+
+The student sees the prompt and rolls out its own few steps. At every state x_k it visits, the
+teacher, the same network with a richer context, predicts the velocity too, and the student is
+pulled to it:
+
+    L = 1/K sum_k  w_k  mean( (v_student(x_k) - sg v_teacher(x_k))^2 )
+
+The paper's loss has w = 1. Its code compares clean estimates; x0_hat = x - sigma v at one shared
+state makes that w = sigma^2 exactly.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float
+
+from dopsd_jax.errors import UserError
+from dopsd_jax.flow import euler
+
+Tree = Any
+
+
+class Denoiser(NamedTuple):
+    """What the method knows of a model: two pure functions.
+
+    hoist(trainable, base, context) -> hoisted: what depends on neither time nor state, as a tree of
+      floating-point arrays; computed once a rollout.
+    velocity(trainable, base, x, sigma, context, hoisted) -> dx/dsigma, float32, of x's shape.
+    """
+
+    hoist: Callable[[Tree, Tree, Tree], Tree]
+    velocity: Callable[[Tree, Tree, Float[Array, "b h w c"], Float[Array, ""], Tree, Tree], Array]
+
+
+class Contexts(NamedTuple):
+    """What conditions the two roles; each a tree the model's family understands."""
+
+    student: Tree
+    teacher: Tree
+
+
+class Nodes(NamedTuple):
+    """The grid of a rollout with what is asked at each of its K nodes."""
+
+    sigma: Float[Array, " K"]
+    sigma_next: Float[Array, " K"]
+    weight: Float[Array, " K"]
+    taught: Bool[Array, " K"]
+
+
+class Losses(NamedTuple):
+    """total: the loss. per_step: w_k MSE_k, NaN where not taught. mse: velocity MSE, likewise."""
+
+    total: Float[Array, ""]
+    per_step: Float[Array, " K"]
+    mse: Float[Array, " K"]
+
+
+def step_weights(loss: str | Sequence[float], grid: Sequence[float]) -> tuple[float, ...]:
+    """Weight of the velocity MSE at each node.
+
+    `x0` (sigma^2: the paper's code), `velocity` (1: the paper), `step` (the square of the Euler
+    step's length: the per-step KL of arXiv 2605.15055) or a list of K numbers.
+    """
+    sigma = list(grid[:-1])
+    if loss == "x0":
+        return tuple(s * s for s in sigma)
+    if loss == "velocity":
+        return (1.0,) * len(sigma)
+    if loss == "step":
+        return tuple((a - b) ** 2 for a, b in zip(sigma, grid[1:], strict=True))
+    if isinstance(loss, str) or len(loss) != len(sigma) or min(loss) < 0 or not any(loss):
+        raise UserError(
+            f"config.loss: {loss!r} is not x0, velocity, step or a list of {len(sigma)} weights, "
+            "one for each step of config.grid, none negative and not all zero"
+        )
+    return tuple(float(w) for w in loss)
+
+
+def taught_steps(loss_steps: str | Sequence[int], count: int, key: Array) -> Bool[Array, " K"]:
+    """On which of `count` steps the teacher is asked.
+
+    `all`, a list of step numbers (0 is the noisiest), or `random:m` (m of them, drawn from `key`).
+    """
+    if loss_steps == "all":
+        return jnp.ones((count,), bool)
+    if isinstance(loss_steps, str):
+        head, _, number = loss_steps.partition(":")
+        if head != "random" or not number.isdigit() or not 1 <= int(number) <= count:
+            raise UserError(
+                f"config.loss_steps: {loss_steps!r} is not all, random:m with m from 1 to {count}, "
+                "or a list of step numbers"
+            )
+        return jax.random.permutation(key, count) < int(number)
+    steps = sorted(set(loss_steps))
+    if not steps or steps[0] < 0 or steps[-1] >= count:
+        raise UserError(
+            f"config.loss_steps: {list(loss_steps)} must name some of the steps 0 to {count - 1}"
+        )
+    return jnp.zeros((count,), bool).at[jnp.array(steps)].set(True)
+
+
+def make_nodes(
+    grid: Sequence[float], loss: str | Sequence[float], loss_steps: str | Sequence[int], key: Array
+) -> Nodes:
+    """The nodes of one rollout. Raises `UserError` naming config.loss or config.loss_steps."""
+    sigma = jnp.asarray(grid, jnp.float32)
+    weight = jnp.asarray(step_weights(loss, grid), jnp.float32)
+    return Nodes(sigma[:-1], sigma[1:], weight, taught_steps(loss_steps, len(grid) - 1, key))
+
+
+def loss_and_gradient(
+    net: Denoiser,
+    student: Tree,
+    teacher: Tree,
+    base: Tree,
+    contexts: Contexts,
+    noise: Float[Array, "b h w c"],
+    nodes: Nodes,
+    every_step: bool = True,
+) -> tuple[Losses, Tree]:
+    """One rollout of the student: its loss and the loss's gradient for the student.
+
+    The state is cut between steps, so the gradient is a sum over steps: it is taken inside the
+    scan, and memory does not grow with K. `every_step` says that all nodes are taught: then nothing
+    is asked at run time. Noise, states, losses and gradients are float32.
+    """
+    count = jnp.sum(nodes.taught).astype(jnp.float32)
+    hoisted_teacher = net.hoist(teacher, base, contexts.teacher)
+    hoisted, pull = jax.vjp(lambda s: net.hoist(s, base, contexts.student), student)
+
+    def loss(student, hoisted, x, node, target):
+        v = net.velocity(student, base, x, node.sigma, contexts.student, hoisted)
+        mse = jnp.mean(jnp.square(v - target))
+        return node.weight * mse / count, (v, mse)
+
+    def learn(x, node):
+        target = net.velocity(teacher, base, x, node.sigma, contexts.teacher, hoisted_teacher)
+        grad = jax.grad(loss, argnums=(0, 1), has_aux=True)
+        gradients, (v, mse) = grad(student, hoisted, x, node, target)
+        return v, mse, gradients
+
+    def follow(x, node):
+        v = net.velocity(student, base, x, node.sigma, contexts.student, hoisted)
+        return v, jnp.float32(jnp.nan), jax.tree.map(jnp.zeros_like, (student, hoisted))
+
+    def denoise(carry, node):
+        x, total = carry
+        v, mse, gradients = (
+            learn(x, node) if every_step else jax.lax.cond(node.taught, learn, follow, x, node)
+        )
+        x = euler(x, v, node.sigma, node.sigma_next)
+        return (x, jax.tree.map(jnp.add, total, gradients)), mse
+
+    zeros = jax.tree.map(jnp.zeros_like, (student, hoisted))
+    (_, (gradient, hoisted_gradient)), mse = jax.lax.scan(denoise, (noise, zeros), nodes)
+    gradient = jax.tree.map(jnp.add, gradient, *pull(hoisted_gradient))
+    per_step = nodes.weight * mse
+    total = jnp.sum(jnp.where(nodes.taught, per_step, 0.0)) / count
+    return Losses(total, per_step, mse), gradient
+
+
+def rollout(
+    net: Denoiser, trainable: Tree, base: Tree, context: Tree, x: Float[Array, "b h w c"], grid
+) -> Float[Array, "b h w c"]:
+    """Few-step sampling: the Euler solver along the grid, from noise to the clean latent."""
+    hoisted = net.hoist(trainable, base, context)
+    sigma = jnp.asarray(grid, jnp.float32)
+
+    def denoise(x, pair):
+        v = net.velocity(trainable, base, x, pair[0], context, hoisted)
+        return euler(x, v, *pair), None
+
+    return jax.lax.scan(denoise, x, (sigma[:-1], sigma[1:]))[0]

@@ -1,0 +1,148 @@
+"""What training changes: student, teacher, optimizer; and one optimizer step around a method."""
+
+import functools
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from dopsd_jax.dopsd import Losses
+from dopsd_jax.errors import UserError
+
+Tree = Any
+
+
+class TrainState(NamedTuple):
+    """step: optimizer steps done. teacher: None when it is the student itself (`live`)."""
+
+    step: jax.Array
+    student: Tree
+    teacher: Tree | None
+    opt_state: Tree
+
+
+class Teacher(NamedTuple):
+    """config.teacher's weights: `ema`, `frozen` or `live`, with the decay of an EMA.
+
+    For the first `warmup_steps` steps an EMA decays with `warmup_decay` instead.
+    """
+
+    weights: str = "ema"
+    decay: float = 0.9999
+    warmup_steps: int = 0
+    warmup_decay: float = 0.999
+
+
+def check_teacher(teacher: Teacher) -> None:
+    """Raises `UserError` naming every field of config.teacher that is off."""
+    faults = []
+    if teacher.weights not in ("ema", "frozen", "live"):
+        faults.append(f"config.teacher.weights: {teacher.weights!r} is not ema, frozen or live")
+    for field in ("decay", "warmup_decay"):
+        if not 0 <= getattr(teacher, field) <= 1:
+            faults.append(f"config.teacher.{field}: {getattr(teacher, field)} is not from 0 to 1")
+    if faults:
+        raise UserError(*faults)
+
+
+def schedule(config: Mapping) -> optax.Schedule:
+    """Learning rate by step: `constant`, `linear` or `cosine` (down to 0), after a warm-up."""
+    peak, warmup, steps = config["learning_rate"], config["warmup_steps"], config["steps"]
+    decays = {
+        "constant": lambda rest: optax.constant_schedule(peak),
+        "linear": lambda rest: optax.linear_schedule(peak, 0.0, rest),
+        "cosine": lambda rest: optax.cosine_decay_schedule(peak, rest),
+    }
+    if config["lr_schedule"] not in decays:
+        raise UserError(
+            f"config.lr_schedule: {config['lr_schedule']!r} is not one of {', '.join(decays)}"
+        )
+    decay = decays[config["lr_schedule"]](max(steps - warmup, 1))
+    if not warmup:
+        return decay
+    # The first step already moves: from peak / warmup, not from 0.
+    ramp = optax.linear_schedule(peak / warmup, peak, warmup - 1) if warmup > 1 else decay
+    return optax.join_schedules([ramp, decay], [warmup])
+
+
+def optimizer(config: Mapping) -> optax.GradientTransformation:
+    """AdamW after clipping by the global norm (d-opsd.md 7); `grad_clip` 0 turns clipping off."""
+    adamw = optax.adamw(
+        schedule(config),
+        b1=config["adam_b1"],
+        b2=config["adam_b2"],
+        eps=config["adam_eps"],
+        weight_decay=config["weight_decay"],
+    )
+    if not config["grad_clip"]:
+        return adamw
+    return optax.chain(optax.clip_by_global_norm(config["grad_clip"]), adamw)
+
+
+def create(student: Tree, teacher: Teacher, tx: optax.GradientTransformation) -> TrainState:
+    """The state before step 1: the teacher is a copy of the student."""
+    copy = None if teacher.weights == "live" else jax.tree.map(jnp.copy, student)
+    return TrainState(jnp.zeros((), jnp.int32), student, copy, tx.init(student))
+
+
+def ema(teacher: Tree, student: Tree, decay) -> Tree:
+    """decay * teacher + (1 - decay) * student. Keep it in float32: bfloat16 rounds it all away."""
+    return jax.tree.map(lambda t, s: t + (1 - decay) * (s - t), teacher, student)
+
+
+def step_key(seed: int, step) -> jax.Array:
+    """The random key of one optimizer step: it depends on nothing else, so nothing is saved."""
+    return jax.random.fold_in(jax.random.key(seed), step)
+
+
+def make_step(
+    method: Callable[..., tuple[Losses, Tree]],
+    tx: optax.GradientTransformation,
+    teacher: Teacher,
+    lr: optax.Schedule,
+    seed: int,
+) -> Callable:
+    """The compiled optimizer step: (state, base, batch, latent) -> (state, metrics).
+
+    `method(student, teacher, base, batch, noise, key)` gives the losses and the gradient of one
+    micro-batch. `batch`: a tree whose leaves have a leading axis of micro-batches; their gradients
+    are averaged. `latent`: static shape [b, h, w, c] of a micro-batch's noise. The state is
+    donated.
+    """
+
+    def micro(state, base, carry, item):
+        total, number = carry
+        batch, shape = item
+        key = jax.random.fold_in(step_key(seed, state.step), number)
+        noise_key, method_key = jax.random.split(key)
+        noise = jax.random.normal(noise_key, shape, jnp.float32)
+        target = jax.lax.stop_gradient(state.student) if state.teacher is None else state.teacher
+        losses, gradient = method(state.student, target, base, batch, noise, method_key)
+        return (jax.tree.map(jnp.add, total, gradient), number + 1), losses
+
+    @functools.partial(jax.jit, donate_argnums=0, static_argnames="latent")
+    def step(state: TrainState, base: Tree, batch: Tree, *, latent: tuple[int, ...]):
+        count = len(jax.tree.leaves(batch)[0])
+        zeros = jax.tree.map(jnp.zeros_like, state.student)
+        body = lambda carry, item: micro(state, base, carry, (item, latent))
+        (gradient, _), losses = jax.lax.scan(body, (zeros, 0), batch)
+        gradient = jax.tree.map(lambda g: g / count, gradient)
+        updates, opt_state = tx.update(gradient, state.opt_state, state.student)
+        student = optax.apply_updates(state.student, updates)
+        shadow = state.teacher
+        if teacher.weights == "ema":
+            warm = state.step < teacher.warmup_steps
+            decay = jnp.where(warm, teacher.warmup_decay, teacher.decay)
+            shadow = ema(shadow, student, decay.astype(jnp.float32))
+        metrics = {
+            "loss": jnp.mean(losses.total),
+            "loss_per_step": jnp.nanmean(losses.per_step, axis=0),
+            "gap": jnp.sqrt(jnp.nanmean(losses.mse)),
+            "grad_norm": optax.global_norm(gradient),
+            "lr": jnp.asarray(lr(state.step), jnp.float32),
+        }
+        return TrainState(state.step + 1, student, shadow, opt_state), metrics
+
+    return step
