@@ -116,12 +116,30 @@ def scan_blocks(apply: Callable, blocks: nnx.Module, x, remat: str = "none"):
     `remat`: `none` keeps every activation for the backward pass, `dots` keeps the results of matrix
     products with weights, `full` keeps one activation a layer and computes the rest again.
     """
-    body = lambda x, block: (apply(block, x), None)
-    if remat == "full":
-        body = jax.checkpoint(body, prevent_cse=False)
-    elif remat == "dots":
-        policy = jax.checkpoint_policies.dots_with_no_batch_dims_saveable
-        body = jax.checkpoint(body, policy=policy, prevent_cse=False)
-    elif remat != "none":
-        raise ValueError(f"remat is one of none, dots, full; got {remat!r}")
+    body = _rematerialized(lambda x, block: (apply(block, x), None), remat)
     return jax.lax.scan(body, x, blocks)[0]
+
+
+def scan_range(apply: Callable, blocks: nnx.Module, x, start: int, stop: int, remat: str = "none"):
+    """x -> apply(block, x) for layers start ... stop - 1 of a stack, as one `lax.scan`.
+
+    For forward passes that stop early: no layer's weights are copied out of the stack beforehand.
+    (Under differentiation with respect to the weights it is wasteful; `scan_blocks` is not.)
+    """
+
+    def body(x, i):
+        pick = lambda a: jax.lax.dynamic_index_in_dim(a, i, keepdims=False)
+        return apply(jax.tree.map(pick, blocks), x), None
+
+    return jax.lax.scan(_rematerialized(body, remat), x, jnp.arange(start, stop))[0]
+
+
+def _rematerialized(body: Callable, remat: str) -> Callable:
+    if remat == "none":
+        return body
+    if remat == "full":
+        return jax.checkpoint(body, prevent_cse=False)
+    if remat == "dots":
+        policy = jax.checkpoint_policies.dots_with_no_batch_dims_saveable
+        return jax.checkpoint(body, policy=policy, prevent_cse=False)
+    raise ValueError(f"remat is one of none, dots, full; got {remat!r}")
