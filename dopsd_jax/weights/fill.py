@@ -17,6 +17,7 @@ def fill(
     Layers beyond what the module has are left out. Raises ValueError with every mismatch.
     """
     graphdef, state = nnx.split(module)
+    paths = {".".join(map(str, path)): path for path, _ in nnx.to_flat_state(state)}
     flat = {".".join(map(str, path)): var for path, var in nnx.to_flat_state(state)}
     rows: dict[str, dict[int | None, np.ndarray]] = {}
     for leaf in leaves:
@@ -33,5 +34,5 @@ def fill(
         flat[path] = var.replace(jnp.asarray(value))
     if faults:
         raise ValueError("\n".join(sorted(faults)))
-    state = nnx.from_flat_state({tuple(p.split(".")): v for p, v in flat.items()})
+    state = nnx.from_flat_state({paths[p]: v for p, v in flat.items()})
     return nnx.merge(graphdef, state)
