@@ -140,7 +140,7 @@ def unused(cfg: Qwen3Config) -> list[Source]:
 
 
 def inverse_frequencies(head_dim: int, theta: float) -> np.ndarray:
-    """theta^(-2j / head_dim) for j = 0 ... head_dim/2 - 1, in float32 as transformers makes them."""
+    """theta^(-2j / head_dim), j = 0 ... head_dim/2 - 1, in float32 as transformers makes them."""
     steps = np.arange(0, head_dim, 2, dtype=np.float32) / np.float32(head_dim)
     return np.float32(1) / np.power(np.float32(theta), steps)
 
