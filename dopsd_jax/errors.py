@@ -22,9 +22,14 @@ class UserError(Exception):
         super().__init__("\n".join(self.problems))
 
 
-def raise_if(problems: Iterable[str]) -> None:
-    """Raises one `UserError` with all problems, if there are any."""
+def raise_if(problems: Iterable[str], limit: int | None = None) -> None:
+    """Raises one `UserError` with all problems, if there are any.
+
+    With a `limit`, problems beyond it are only counted, on a last line.
+    """
     problems = list(problems)
+    if limit is not None and len(problems) > limit:
+        problems = [*problems[:limit], f"... and {len(problems) - limit} more"]
     if problems:
         raise UserError(*problems)
 

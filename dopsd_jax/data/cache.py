@@ -1,0 +1,173 @@
+"""Outputs of frozen encoders on disk, found again by what they were made from."""
+
+import contextlib
+import errno
+import hashlib
+import json
+import os
+import secrets
+import struct
+import zlib
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+from typing import Literal
+
+import ml_dtypes
+import numpy as np
+import safetensors
+import safetensors.numpy
+
+from dopsd_jax.errors import UserError
+
+FORMAT = 1  # part of every key: raise it when old entries must not be read
+_DTYPES = {
+    "BF16": np.dtype(ml_dtypes.bfloat16),
+    "F32": np.dtype(np.float32),
+    "I32": np.dtype(np.int32),
+}
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+
+
+def feature_key(
+    *,
+    role: Literal["student", "teacher"],
+    prompt: str,
+    encoder: str,
+    options: Mapping[str, object],
+    image: str | None = None,
+    crop: str | None = None,
+) -> str:
+    """sha256 of all that an encoder's output depends on.
+
+    `encoder` is the digest of the encoder's weights; `options` holds template and length settings
+    as plain JSON; `image` is the sha256 of the file, `crop` names what was done to it.
+    """
+    if (image is None) != (crop is None):
+        raise ValueError("image and crop belong together")
+    parts = [FORMAT, role, prompt, encoder, dict(options), image, crop]
+    return hashlib.sha256(json.dumps(parts, sort_keys=True, allow_nan=False).encode()).hexdigest()
+
+
+class FeatureCache:
+    """A folder of safetensors files, one for each key.
+
+    Entries are written beside their place and renamed into it, so any number of processes may
+    write at once and a reader sees a whole entry or none. A damaged entry counts as missing: one
+    line is given to `report`, and the entry is removed.
+    """
+
+    def __init__(self, directory: str | Path, report: Callable[[str], None] = print):
+        self.directory = Path(directory).expanduser()
+        self.report = report
+        with self._writing():
+            self.directory.mkdir(parents=True, exist_ok=True)
+
+    def path(self, key: str) -> Path:
+        return self.directory / key[:2] / f"{key}.safetensors"
+
+    def put(self, key: str, arrays: Mapping[str, np.ndarray]) -> None:
+        """Stores an entry: arrays of float32, bfloat16 or int32, none of them empty."""
+        arrays = {name: np.ascontiguousarray(array) for name, array in arrays.items()}
+        for name, array in arrays.items():
+            if array.dtype not in _DTYPES.values() or array.size == 0:
+                raise ValueError(f"{name} is {array.dtype}{array.shape}; not for the cache")
+        content = safetensors.numpy.save(arrays, {"key": key, "crc32": _checksum(arrays)})
+        place = self.path(key)
+        with self._writing():
+            place.parent.mkdir(parents=True, exist_ok=True)
+            temporary = place.with_name(f".{key}.{os.getpid()}.{secrets.token_hex(4)}.tmp")
+            try:
+                with open(temporary, "xb") as file:
+                    file.write(content)
+                os.replace(temporary, place)
+            except BaseException:
+                with contextlib.suppress(OSError):
+                    os.unlink(temporary)
+                raise
+
+    def get(self, key: str) -> dict[str, np.ndarray] | None:
+        """An entry, or None if it is missing or damaged."""
+        place = self.path(key)
+        try:
+            content = place.read_bytes()
+        except FileNotFoundError:
+            return None
+        except OSError as error:
+            raise UserError(f"{place}: cannot be read ({error.strerror})") from error
+        fault = None
+        try:
+            arrays = {}
+            for name, tensor in safetensors.deserialize(content):
+                dtype = _DTYPES[tensor["dtype"]]
+                arrays[name] = np.frombuffer(tensor["data"], dtype).reshape(tensor["shape"])
+            size = struct.unpack("<Q", content[:8])[0]
+            about = json.loads(content[8 : 8 + size]).get("__metadata__", {})
+            if about.get("key") != key:
+                fault = "belongs to another key"
+            elif about.get("crc32") != _checksum(arrays):
+                fault = "its checksum is wrong"
+        except safetensors.SafetensorError as error:
+            fault = str(error)
+        except KeyError as error:
+            fault = f"holds {error}"
+        if fault is None:
+            return arrays
+        self._drop(place, fault)
+        return None
+
+    def load(self, key: str) -> dict[str, np.ndarray]:
+        """An entry that must be there."""
+        arrays = self.get(key)
+        if arrays is None:
+            raise UserError(
+                f"{self.path(key)}: this cached feature is gone or was damaged; start the run "
+                "again and it is computed anew"
+            )
+        return arrays
+
+    def shapes(self, key: str) -> dict[str, tuple[int, ...]] | None:
+        """Array shapes of an entry, from its header alone; None if missing or not whole."""
+        place = self.path(key)
+        try:
+            with safetensors.safe_open(place, framework="numpy") as file:
+                return {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
+        except FileNotFoundError:
+            return None
+        except safetensors.SafetensorError as error:
+            self._drop(place, str(error))
+            return None
+        except OSError as error:
+            raise UserError(f"{place}: cannot be read ({error.strerror})") from error
+
+    def missing(self, keys: Iterable[str]) -> list[str]:
+        """Those keys, each once and in order, that are missing or whose file is not whole."""
+        return [key for key in dict.fromkeys(keys) if self.shapes(key) is None]
+
+    def _drop(self, place: Path, fault: str) -> None:
+        self.report(f"{place}: damaged ({fault}); removed, to be computed anew")
+        with contextlib.suppress(FileNotFoundError):
+            place.unlink()
+
+    @contextlib.contextmanager
+    def _writing(self):
+        try:
+            yield
+        except OSError as error:
+            if error.errno in _FULL:
+                raise UserError(
+                    f"{self.directory}: no space left for cached features; free some, or set "
+                    "data.cache to another disk (what is stored stays good)"
+                ) from error
+            raise UserError(
+                f"{self.directory}: cannot be written ({error.strerror}); set data.cache to a "
+                "folder that can"
+            ) from error
+
+
+def _checksum(arrays: Mapping[str, np.ndarray]) -> str:
+    total = 0
+    for name in sorted(arrays):
+        array = arrays[name]
+        total = zlib.crc32(f"{name} {array.dtype} {array.shape}".encode(), total)
+        total = zlib.crc32(array.reshape(-1).view(np.uint8), total)
+    return f"{total:08x}"

@@ -1,0 +1,217 @@
+"""Pictures from files: checked, decoded, and cut to a bucket."""
+
+import contextlib
+import hashlib
+import struct
+import zlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import BinaryIO
+
+import numpy as np
+from jaxtyping import UInt8
+from PIL import ExifTags, Image, ImageOps
+
+from dopsd_jax.data.rgb import UnsupportedModeError, mark_sixteen_bits, to_srgb
+from dopsd_jax.errors import UserError
+
+FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "TIFF", "GIF", "AVIF")  # names of Pillow's readers
+CONVERT = "convert it to PNG or JPEG"
+
+# What Pillow's decoders raise on damaged files.
+DECODE_ERRORS = (
+    OSError,
+    EOFError,
+    SyntaxError,
+    ValueError,
+    TypeError,
+    LookupError,
+    ArithmeticError,
+    AttributeError,
+    struct.error,
+    zlib.error,
+    RuntimeError,
+    Image.DecompressionBombError,
+)
+
+
+@dataclass(frozen=True)
+class ImageLimits:
+    """What a picture must keep to."""
+
+    max_pixels: int = 200_000_000  # a file can claim any size; this much is 600 MB decoded
+    min_side: int = 32  # pixels; smaller ones hold nothing to learn from
+    max_aspect: float = 8.0  # long side / short side; a crop would keep too little
+
+
+@dataclass(frozen=True, slots=True)
+class ImageInfo:
+    """Size as displayed, content digest (sha256 of the file) and what the user should know."""
+
+    width: int
+    height: int
+    digest: str
+    notes: tuple[str, ...]
+
+
+def open_image(path: str | Path, limits: ImageLimits | None = None) -> UInt8[np.ndarray, "H W 3"]:
+    """Decodes a picture: upright, flattened on white, 8-bit sRGB. Raises `UserError`."""
+    path = Path(path)
+    with _reading(path) as file:
+        image, _ = _decode(path, _header(path, file, limits or ImageLimits()))
+        return np.asarray(image)
+
+
+def inspect_image(
+    path: str | Path, limits: ImageLimits | None = None, *, verify: bool = True
+) -> ImageInfo:
+    """Checks a picture and tells its size and digest. Raises `UserError`.
+
+    With `verify` the pixels are decoded too; without it damage behind the header is not found.
+    """
+    path = Path(path)
+    with _reading(path) as file:
+        image = _header(path, file, limits or ImageLimits())
+        notes: tuple[str, ...] = ()
+        if verify:
+            image, notes = _decode(path, image)
+            width, height = image.size
+        else:
+            width, height = _upright_size(path, image)
+        file.seek(0)
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+    return ImageInfo(width, height, digest, notes)
+
+
+@contextlib.contextmanager
+def _reading(path: Path) -> Iterator[BinaryIO]:
+    """Opens a file for reading; a fault of the file system is a `UserError`."""
+    try:
+        if path.stat().st_size == 0:
+            raise UserError(f"{path}: is empty (zero bytes); replace or remove it")
+        with path.open("rb") as file:
+            yield file
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such picture; mend the path") from None
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror}); check the file") from error
+
+
+def _header(path: Path, file: BinaryIO, limits: ImageLimits) -> Image.Image:
+    """The picture with only its header read, after all checks that need no pixels.
+
+    Pillow's readers are called one by one and not through `Image.open`, whose limit on the size is
+    a global of the process.
+    """
+    Image.init()
+    prefix = file.read(16)
+    image = None
+    for name in FORMATS:
+        if name not in Image.OPEN:
+            continue
+        factory, accepts = Image.OPEN[name]
+        if accepts is None or accepts(prefix) is not True:
+            continue
+        file.seek(0)
+        try:
+            image = factory(file, str(path))
+        except DECODE_ERRORS as error:
+            raise _damaged(path, error) from error
+        break
+    if image is None:
+        raise UserError(f"{path}: {_foreign(prefix)}; {CONVERT}")
+
+    width, height = image.size
+    if width * height > limits.max_pixels:
+        raise UserError(
+            f"{path}: {width}x{height} is {width * height / 1e6:.0f} megapixels, the limit is "
+            f"{limits.max_pixels / 1e6:.0f}; shrink it, or raise data.max_pixels if it is meant"
+        )
+    if min(width, height) < limits.min_side:
+        raise UserError(
+            f"{path}: {width}x{height} is smaller than {limits.min_side} pixels on a side; "
+            "replace or remove it"
+        )
+    if max(width, height) > limits.max_aspect * min(width, height):
+        raise UserError(
+            f"{path}: {width}x{height} is longer than {limits.max_aspect:g}:1; crop or remove it"
+        )
+    try:
+        frames = getattr(image, "n_frames", 1)
+    except DECODE_ERRORS as error:
+        raise _damaged(path, error) from error
+    if frames > 1 and image.format != "MPO":  # phones add a second view or a preview to a JPEG
+        kind = "pages" if image.format == "TIFF" else "frames (animated)"
+        raise UserError(f"{path}: has {frames} {kind}; save the one you mean as PNG or JPEG")
+    return image
+
+
+def _decode(path: Path, image: Image.Image) -> tuple[Image.Image, tuple[str, ...]]:
+    try:
+        mark_sixteen_bits(image)
+        image.load()
+        ImageOps.exif_transpose(image, in_place=True)
+        return to_srgb(image)
+    except UnsupportedModeError as error:
+        raise UserError(f"{path}: pixels of kind {error} have no one meaning; {CONVERT}") from error
+    except MemoryError as error:
+        raise UserError(f"{path}: does not fit into memory; shrink it") from error
+    except DECODE_ERRORS as error:
+        raise _damaged(path, error) from error
+
+
+def _upright_size(path: Path, image: Image.Image) -> tuple[int, int]:
+    """(width, height) after the EXIF orientation; a TIFF's size has it already."""
+    width, height = image.size
+    try:
+        orientation = image.getexif().get(ExifTags.Base.Orientation, 1)
+    except DECODE_ERRORS as error:
+        raise _damaged(path, error) from error
+    if image.format != "TIFF" and orientation in (5, 6, 7, 8):
+        return height, width
+    return width, height
+
+
+def _damaged(path: Path, error: BaseException) -> UserError:
+    reason = str(error) or type(error).__name__
+    return UserError(f"{path}: is damaged or truncated ({reason}); replace or remove it")
+
+
+def _foreign(prefix: bytes) -> str:
+    """What a file is that no reader knows."""
+    if prefix[4:8] == b"ftyp":
+        return "is HEIC or a film, which cannot be read"
+    if prefix.lstrip()[:1] in (b"<", b"{"):
+        return "is not a picture but text (a failed download?)"
+    return "is not a picture of a known format"
+
+
+def fit(image: UInt8[np.ndarray, "H W 3"], width: int, height: int) -> UInt8[np.ndarray, "h w 3"]:
+    """Scales to cover `width` x `height` (bicubic, antialiased) and crops the centre.
+
+    The scaled sides are rounded and never short of the target, so no edge is made up.
+    """
+    scaled_width, scaled_height = covering_size(image.shape[1], image.shape[0], width, height)
+    picture = Image.fromarray(image)
+    if picture.size != (scaled_width, scaled_height):
+        picture = picture.resize((scaled_width, scaled_height), Image.Resampling.BICUBIC)
+    left, top = (scaled_width - width) // 2, (scaled_height - height) // 2
+    return np.asarray(picture)[top : top + height, left : left + width]
+
+
+def covering_size(width: int, height: int, to_width: int, to_height: int) -> tuple[int, int]:
+    """The size after scaling by max(to_width / width, to_height / height), in whole numbers."""
+    if to_width * height >= to_height * width:
+        return to_width, max(to_height, (2 * height * to_width + width) // (2 * width))
+    return max(to_width, (2 * width * to_height + height) // (2 * height)), to_height
+
+
+def crop_name(width: int, height: int) -> str:
+    """Names what `fit` does, for cache keys; to be changed whenever its pixels change."""
+    return f"cover-bicubic-centre-1:{width}x{height}"
+
+
+def enlargement(width: int, height: int, to_width: int, to_height: int) -> float:
+    """How many times `fit` enlarges; 1 or less means that no pixels are invented."""
+    return max(to_width / width, to_height / height)

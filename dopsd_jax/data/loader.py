@@ -1,0 +1,152 @@
+"""Batch order: batch n is a function of (seed, n) and of nothing else.
+
+There is no state to save: a run that starts again at step n reads what it would have read.
+Upstream drops incomplete batches and repeats the same order every epoch; neither is done here.
+"""
+
+import functools
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Literal, TypeVar
+
+import grain
+import numpy as np
+from jaxtyping import Int64
+
+from dopsd_jax.data.buckets import Bucket
+from dopsd_jax.data.rows import Row
+
+T = TypeVar("T")
+
+# Names of independent random streams.
+_ROWS, _BATCHES, _KEYS, _CAPTIONS = range(4)
+
+
+@dataclass(frozen=True)
+class BatchIndex:
+    """What batch `n` holds: rows of one bucket, and for each its prompt key and caption.
+
+    `captions[i]` is an index into the captions of row `rows[i]`.
+    """
+
+    n: int
+    bucket: Bucket
+    rows: Int64[np.ndarray, " b"]
+    prompt_keys: tuple[str, ...]
+    captions: Int64[np.ndarray, " b"]
+
+    def part(self, index: int, count: int) -> "BatchIndex":
+        """The share of process `index` of `count`; the parts in order make up the whole."""
+        size, rest = divmod(len(self.rows), count)
+        if rest or not 0 <= index < count:
+            raise ValueError(f"part {index} of {count} of a batch of {len(self.rows)}")
+        own = slice(index * size, (index + 1) * size)
+        return replace(
+            self,
+            rows=self.rows[own],
+            prompt_keys=self.prompt_keys[own],
+            captions=self.captions[own],
+        )
+
+
+class Batches:
+    """The endless sequence of batches.
+
+    In each epoch the rows of each bucket are shuffled and cut into batches; the last batch of a
+    bucket is filled up with rows from the start of the same shuffle. The batches of all buckets are
+    then shuffled. So every row is seen at least once an epoch, and at most once more, or as often
+    as a bucket with fewer rows than a batch must repeat them.
+
+    `draw` says whether one prompt key is drawn for the whole batch (as upstream) or for each row.
+    """
+
+    def __init__(
+        self,
+        rows_by_bucket: Mapping[Bucket, np.ndarray],
+        rows: Sequence[Row],
+        prompt_keys: Sequence[str],
+        *,
+        batch_size: int,
+        seed: int,
+        draw: Literal["batch", "row"] = "batch",
+    ):
+        if batch_size < 1 or seed < 0 or not prompt_keys or draw not in ("batch", "row"):
+            raise ValueError(f"{batch_size=} {seed=} {prompt_keys=} {draw=}")
+        if not rows_by_bucket or any(len(ids) == 0 for ids in rows_by_bucket.values()):
+            raise ValueError("a bucket without rows")
+        self.rows_by_bucket = {
+            bucket: np.sort(np.asarray(rows_by_bucket[bucket], np.int64))
+            for bucket in sorted(rows_by_bucket)
+        }
+        self.buckets = tuple(self.rows_by_bucket)
+        self.rows = rows
+        self.prompt_keys = tuple(prompt_keys)
+        self.batch_size = batch_size
+        self.seed = seed
+        self.draw = draw
+        counts = (-(-len(ids) // batch_size) for ids in self.rows_by_bucket.values())
+        self.per_epoch = sum(counts)
+        self._plan = functools.lru_cache(maxsize=2)(self._make_plan)
+
+    def _make_plan(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
+        """Bucket numbers [n] and rows [n, b] of the batches of one epoch, in order."""
+        buckets, rows = [], []
+        for number, (bucket, ids) in enumerate(self.rows_by_bucket.items()):
+            shuffled = ids[_permutation(len(ids), self.seed, epoch, _ROWS, *bucket)]
+            count = -(-len(ids) // self.batch_size)
+            rows.append(np.resize(shuffled, (count, self.batch_size)))  # repeats from the start
+            buckets.append(np.full(count, number))
+        order = _permutation(self.per_epoch, self.seed, epoch, _BATCHES)
+        return np.concatenate(buckets)[order], np.concatenate(rows)[order]
+
+    def batch(self, n: int) -> BatchIndex:
+        """The n-th batch, counted from 0 over all epochs."""
+        epoch, place = divmod(n, self.per_epoch)
+        bucket_numbers, all_rows = self._plan(epoch)
+        bucket, rows = self.buckets[bucket_numbers[place]], all_rows[place]
+        size = len(rows)
+        draws = _random(size, self.seed, n, _KEYS)
+        if self.draw == "batch":
+            draws = np.repeat(draws[:1], size)
+        keys = tuple(self.prompt_keys[draw % len(self.prompt_keys)] for draw in draws.tolist())
+        captions = np.empty(size, np.int64)
+        for i, draw in enumerate(_random(size, self.seed, n, _CAPTIONS).tolist()):
+            having = self.rows[rows[i]].having(keys[i])
+            captions[i] = having[draw % len(having)]
+        return BatchIndex(n, bucket, rows, keys, captions)
+
+
+def prefetch(
+    batches: Batches,
+    load: Callable[[BatchIndex], T],
+    start: int,
+    stop: int,
+    *,
+    process_index: int = 0,
+    process_count: int = 1,
+    threads: int = 2,
+    ahead: int = 2,
+) -> Iterator[tuple[int, T]]:
+    """Yields (n, load(batch n)) for start <= n < stop, loaded by threads a few batches ahead.
+
+    `load` receives this process's part of the batch. What it raises is raised here.
+    """
+
+    def fetch(n: int) -> tuple[int, T]:
+        return n, load(batches.batch(n).part(process_index, process_count))
+
+    options = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=ahead)
+    yield from grain.MapDataset.source(range(start, stop)).map(fetch).to_iter_dataset(options)
+
+
+def _random(count: int, *key: int) -> np.ndarray:
+    """`count` random uint64 for a key of non-negative integers.
+
+    Raw Philox output: NumPy keeps these streams as they are, which it does not promise for its
+    distributions and shuffles.
+    """
+    return np.random.Philox(np.random.SeedSequence(key)).random_raw(count)
+
+
+def _permutation(count: int, *key: int) -> np.ndarray:
+    return np.argsort(_random(count, *key), kind="stable")

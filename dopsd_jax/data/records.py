@@ -1,0 +1,216 @@
+"""Rows written as records: D-OPSD `.jsonl`, `metadata.jsonl` and `metadata.csv`."""
+
+import csv
+import json
+import re
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from dopsd_jax.errors import UserError
+
+UPSTREAM_KEYS = tuple(
+    f"{length}_{language}"
+    for language in ("en", "zh")
+    for length in ("short", "medium", "detailed", "user_prompt")
+)
+GENERIC_KEYS = ("caption", "prompt", "text")
+KNOWN_KEYS = UPSTREAM_KEYS + GENERIC_KEYS
+
+# Tried in this order; the first one that is present and not empty is used.
+PATH_LISTS = ("local_path_list", "local_paths", "image_path_list", "image_paths")
+PATH_STRINGS = ("image_path", "path", "file_name", "image")
+REMOTE_LIST = "oss_path_list"  # used upstream when its entries are local
+PATH_KEYS = (*PATH_LISTS, *PATH_STRINGS, REMOTE_LIST)
+
+SIZE_KEYS = ("h*w", "w*h")
+_BOM = b"\xef\xbb\xbf"
+
+
+@dataclass(frozen=True, slots=True)
+class Record:
+    """One record with its picture found on disk.
+
+    `texts` holds the captions that the record has, empty ones included. `declared_size` is
+    (width, height) as the record claims; nothing is computed from it.
+    """
+
+    line: int
+    image: Path
+    texts: tuple[tuple[str, str], ...]
+    declared_size: tuple[int, int] | None
+
+
+def read_records(
+    path: Path, keys: Iterable[str], data_root: Path | None
+) -> tuple[list[Record], list[str], list[str]]:
+    """Reads a `.jsonl` or `.csv` file: its good records, its faults, its notes (each one line).
+
+    Only captions under `keys` are kept. Relative pictures are looked for in the folder of the file,
+    then in `data_root`.
+    """
+    lines = _csv_objects(path) if path.suffix.lower() == ".csv" else _json_objects(path)
+    roots = [path.parent, *([data_root] if data_root else [])]
+    keys = tuple(keys)
+    records, problems, bad_sizes = [], [], []
+    for number, found in lines:
+        where = f"{path}:{number}"
+        if isinstance(found, str):
+            problems.append(f"{where}: {found}")
+            continue
+        image, fault = _image(found, roots)
+        faults = [fault] if fault else []
+        texts = []
+        for key in keys:
+            text = found.get(key)
+            if isinstance(text, str):
+                texts.append((key, text))
+                if any("\ud800" <= letter <= "\udfff" for letter in text):
+                    faults.append(f"{key!r} holds half of a surrogate pair; mend the text")
+            elif text is not None:
+                faults.append(f"{key!r} is {_kind(text)}; a caption must be a string")
+        problems += [f"{where}: {fault}" for fault in faults]
+        size, sound = _declared_size(found)
+        if not sound:
+            bad_sizes.append(number)
+        if not faults:
+            records.append(Record(number, image, tuple(texts), size))
+    notes = []
+    if bad_sizes:
+        notes.append(
+            f"{path}: 'h*w' or 'w*h' is not a size such as \"832*1264\" in lines "
+            f"{listing(bad_sizes)}; it is not used"
+        )
+    return records, problems, notes
+
+
+def listing(items: Iterable[object], limit: int = 10) -> str:
+    """`items` joined by commas; those beyond `limit` are only counted."""
+    items = [str(item) for item in items]
+    if len(items) <= limit:
+        return ", ".join(items)
+    return f"{', '.join(items[:limit])} and {len(items) - limit} more"
+
+
+def _json_objects(path: Path) -> Iterator[tuple[int, dict | str]]:
+    """Line number and object of every line that is not blank; a string in its place is a fault."""
+    with path.open("rb") as file:
+        for number, raw in enumerate(file, start=1):
+            if number == 1:
+                raw = raw.removeprefix(_BOM)
+            if not raw.strip():
+                continue
+            try:
+                found = json.loads(raw.decode("utf-8"))
+            except UnicodeDecodeError as error:
+                yield number, not_utf8(error)
+            except json.JSONDecodeError as error:
+                yield number, f"broken JSON at column {error.colno} ({error.msg}); mend the line"
+            except RecursionError:
+                yield number, "JSON nested too deeply; a row is one flat object"
+            else:
+                if isinstance(found, dict):
+                    yield number, found
+                else:
+                    yield number, f"is {_kind(found)}; a row must be one JSON object"
+
+
+def _csv_objects(path: Path) -> Iterator[tuple[int, dict | str]]:
+    """The same for comma-separated values with a header line."""
+    with path.open("rb") as file:
+        texts = (raw.removeprefix(_BOM if n == 0 else b"") for n, raw in enumerate(file))
+        reader = csv.reader((raw.decode("utf-8") for raw in texts), strict=True)
+        try:
+            header = next(reader, [])
+            twice = sorted({name for name in header if header.count(name) > 1})
+            if twice:
+                yield 1, f"the header names {listing(twice)} twice; keep one column of each"
+                return
+            for fields in reader:
+                if not fields:
+                    continue
+                if len(fields) != len(header):
+                    yield (
+                        reader.line_num,
+                        f"{len(fields)} columns where the header has {len(header)}; "
+                        "quote fields that contain a comma",
+                    )
+                else:
+                    yield reader.line_num, dict(zip(header, fields, strict=True))
+        except csv.Error as error:
+            yield reader.line_num, f"broken CSV ({error}); mend the line"
+        except UnicodeDecodeError as error:
+            yield reader.line_num + 1, not_utf8(error)
+
+
+def not_utf8(error: UnicodeDecodeError) -> str:
+    """What to tell about bytes that are not UTF-8."""
+    wide = error.object[:2] in (b"\xff\xfe", b"\xfe\xff")
+    what = "looks like UTF-16" if wide else f"byte 0x{error.object[error.start]:02x}"
+    return f"not UTF-8 text ({what}); save it as UTF-8"
+
+
+def _image(record: Mapping, roots: list[Path]) -> tuple[Path | None, str | None]:
+    """The picture of a record on disk, or what is wrong."""
+    for key in PATH_KEYS:
+        value = record.get(key)
+        if value is None or value == "" or value == []:
+            continue
+        if key in PATH_STRINGS:
+            if not isinstance(value, str):
+                return None, f"{key!r} is {_kind(value)}; it must be the path of a picture"
+            return _find(value, roots)
+        if not isinstance(value, list) or not all(isinstance(v, str) and v for v in value):
+            return None, f"{key!r} must be a list of paths"
+        return _find(value[0], roots)
+    return None, f"names no picture; give its path under one of {listing(PATH_KEYS)}"
+
+
+def _find(name: str, roots: list[Path]) -> tuple[Path | None, str | None]:
+    if "://" in name:
+        return None, f"{name} is remote; download the pictures first"
+    if "\0" in name:
+        return None, f"{name!r} is not a path"
+    candidates = [root / name for root in roots]  # an absolute name replaces the root
+    for candidate in candidates:
+        try:
+            if candidate.is_file():
+                return candidate, None
+        except OSError as error:  # for example a name longer than the file system takes
+            return None, f"{name[:80]!r} is not a usable path ({error.strerror})"
+    if any(candidate.is_dir() for candidate in candidates):
+        return None, f"{name} is a folder; name the picture itself"
+    if Path(name).is_absolute():
+        return None, f"no such picture {name}; mend the path"
+    looked = listing(root if str(root) != "." else "the current folder" for root in roots)
+    return None, f"no such picture {name} (looked in {looked}); mend the path or set data.root"
+
+
+def _declared_size(record: Mapping) -> tuple[tuple[int, int] | None, bool]:
+    """(width, height) of the first size given, and whether what is there is sound."""
+    for key in SIZE_KEYS:
+        value = record.get(key)
+        if value is None:
+            continue
+        if isinstance(value, list) and value:
+            value = value[0]
+        match = isinstance(value, str) and re.fullmatch(r"\s*(\d{1,7})\s*\*\s*(\d{1,7})\s*", value)
+        if not match:
+            return None, False
+        first, second = int(match[1]), int(match[2])
+        return ((second, first) if key == "h*w" else (first, second)), True
+    return None, True
+
+
+def _kind(value: object) -> str:
+    if value is None:
+        return "null"
+    names = {bool: "true or false", int: "a number", float: "a number", str: "a string"}
+    return names.get(type(value), "a list" if isinstance(value, list) else "an object")
+
+
+def open_failure(path: Path, error: OSError) -> UserError:
+    """A file or folder that is there and cannot be read."""
+    return UserError(
+        f"{error.filename or path}: cannot be read ({error.strerror}); check its permissions"
+    )

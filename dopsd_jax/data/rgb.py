@@ -1,0 +1,141 @@
+"""Any picture Pillow decodes, as 8-bit sRGB."""
+
+import functools
+import io
+
+import numpy as np
+from PIL import Image, ImageCms
+
+REFUSED_MODES = ("F", "I", "LAB", "HSV")
+_TIFF_BITS, _TIFF_PHOTOMETRIC = 258, 262
+_ICC_SPACES = {"RGB": "RGB", "GRAY": "L", "CMYK": "CMYK"}
+
+
+class UnsupportedModeError(ValueError):
+    """The picture's kind of pixels has no one meaning in sRGB."""
+
+
+def to_srgb(image: Image.Image) -> tuple[Image.Image, tuple[str, ...]]:
+    """A decoded picture as 8-bit sRGB in mode RGB, and notes on what that took.
+
+    16-bit grey is scaled (not clipped), transparency is laid on white, and colours go through an
+    embedded ICC profile. Raises `UnsupportedModeError` for float, 32-bit, Lab and HSV pixels.
+    """
+    notes = []
+    profile = image.info.get("icc_profile")
+    if _sixteen_bits(image):
+        notes.append("16 bits a channel reduced to 8")
+        if image.mode.startswith("I"):
+            image = _grey_from_16(image)
+    if image.mode in REFUSED_MODES:
+        raise UnsupportedModeError(image.mode)
+
+    grey = image.mode in ("1", "L", "LA", "La")
+    if image.has_transparency_data:
+        image, seen = _on_white(image)
+        if seen:
+            notes.append("transparency laid on white")
+    if grey:
+        image = image.convert("L")
+    elif image.mode != "CMYK":
+        image = image.convert("RGB")
+
+    if profile:
+        image, note = _through_profile(image, profile)
+        if note:
+            notes.append(note)
+    if image.mode == "CMYK":
+        notes.append("CMYK without a usable ICC profile: colours are approximate")
+    return image.convert("RGB"), tuple(notes)
+
+
+def _sixteen_bits(image: Image.Image) -> bool:
+    if image.mode.startswith("I;16"):
+        return True
+    return bool(image.info.get("sixteen_bits"))
+
+
+def mark_sixteen_bits(image: Image.Image) -> None:
+    """Remembers in `image.info`, before decoding, that the file has 16 bits a channel.
+
+    Pillow reads 16-bit colour as the upper 8 bits and forgets the depth when it decodes.
+    """
+    image.info["sixteen_bits"] = any(";16" in str(tile.args) for tile in image.tile)
+
+
+def _grey_from_16(image: Image.Image) -> Image.Image:
+    """Mode I;16* as mode L (LA, if one value is marked transparent)."""
+    tags = getattr(image, "tag_v2", {})
+    bits = tags.get(_TIFF_BITS, (16,))
+    top = 2 ** (bits[0] if isinstance(bits, tuple) else bits) - 1  # 12-bit TIFFs come as I;16 too
+    values = np.asarray(image).astype(np.uint32)
+    clear = image.info.get("transparency")
+    scaled = ((values * 255 + top // 2) // top).clip(max=255).astype(np.uint8)
+    if tags.get(_TIFF_PHOTOMETRIC) == 0:  # white is zero, which Pillow does not undo at 16 bits
+        scaled = 255 - scaled
+    grey = Image.fromarray(scaled)
+    if isinstance(clear, int):
+        grey = Image.merge(
+            "LA", (grey, Image.fromarray(np.where(values == clear, 0, 255).astype(np.uint8)))
+        )
+    return grey
+
+
+def _on_white(image: Image.Image) -> tuple[Image.Image, bool]:
+    """The picture over white, and whether any of it was transparent."""
+    image = image.convert("RGBA")
+    if image.getchannel("A").getextrema()[0] == 255:
+        return image.convert("RGB"), False
+    white = Image.new("RGBA", image.size, "white")
+    return Image.alpha_composite(white, image).convert("RGB"), True
+
+
+def _through_profile(image: Image.Image, profile: bytes) -> tuple[Image.Image, str | None]:
+    """The picture in sRGB if the profile fits and changes anything; a note if it did or cannot."""
+    try:
+        space, name = _describe(profile)
+        mode = _ICC_SPACES.get(space)
+        if mode == "RGB" and image.mode == "L":
+            image = image.convert("RGB")
+        if mode != image.mode:
+            return image, f"ICC profile is for {space}, the picture is {image.mode}: ignored"
+        transform = _transform(profile, mode)
+        if transform is None:
+            return image, None
+        converted = ImageCms.applyTransform(image, transform)
+    except (ImageCms.PyCMSError, OSError, ValueError) as error:
+        return image, f"unreadable ICC profile ignored ({error})"
+    return converted, f"converted to sRGB from ICC profile {name!r}"
+
+
+@functools.lru_cache(maxsize=32)
+def _describe(profile: bytes) -> tuple[str, str]:
+    """Colour space and name of an ICC profile."""
+    opened = ImageCms.ImageCmsProfile(io.BytesIO(profile))
+    name = ImageCms.getProfileDescription(opened).strip()
+    return opened.profile.xcolor_space.strip(), name
+
+
+@functools.lru_cache(maxsize=32)
+def _transform(profile: bytes, mode: str) -> ImageCms.ImageCmsTransform | None:
+    """The transform to sRGB; None when it moves no colour by more than 1/255, as sRGB itself."""
+    transform = ImageCms.buildTransform(
+        ImageCms.ImageCmsProfile(io.BytesIO(profile)),
+        ImageCms.createProfile("sRGB"),
+        mode,
+        "RGB",
+        ImageCms.Intent.RELATIVE_COLORIMETRIC,
+        ImageCms.Flags.BLACKPOINTCOMPENSATION | ImageCms.Flags.NOCACHE,  # no state between threads
+    )
+    if mode == "CMYK":
+        return transform
+    ramp = np.arange(256, dtype=np.uint8)
+    if mode == "RGB":
+        levels = ramp[::15]
+        grid = np.stack(np.meshgrid(levels, levels, levels), -1).reshape(1, -1, 3)
+    else:
+        grid = ramp[None]
+    probe = Image.fromarray(grid)
+    moved = np.asarray(ImageCms.applyTransform(probe, transform)).astype(int)
+    plain = np.asarray(probe.convert("RGB")).astype(int)
+    return None if np.abs(moved - plain).max() <= 1 else transform
