@@ -1,11 +1,12 @@
-"""D-OPSD for Z-Image in PyTorch, on diffusers' transformer and peft: what the JAX step is compared with.
+"""D-OPSD for Z-Image in PyTorch, on diffusers' transformer and peft: the JAX step's reference.
 
-Written from the paper's algorithm and sharing nothing with `dopsd_jax`. Latents are [b, c, h, w] here,
+Written from the paper's algorithm, sharing nothing with `dopsd_jax`. Latents are [b, c, h, w] here,
 as in diffusers; the network is told t = 1 - sigma and answers with x0 - noise. All float32.
 """
 
 import copy
 import dataclasses
+import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -16,7 +17,7 @@ from diffusers.utils import logging as diffusers_logging
 from peft import LoraConfig
 from peft.tuners.lora import LoraLayer
 
-torch.set_num_threads(2)
+torch.set_num_threads(1)  # small products; on a shared machine a second thread waits
 diffusers_logging.disable_progress_bar()
 
 TARGETS = (
@@ -56,8 +57,8 @@ class Batch:
 class Settings:
     """What is varied; the defaults are the released recipe.
 
-    `loss`: `x0`, `velocity`, or one weight a node, which multiplies the velocity loss. The sum over
-    nodes is divided by K, the length of the grid, also where `loss_steps` (indices) leaves some out.
+    `loss`: `x0`, `velocity`, or one weight a node, which multiplies the velocity loss. The loss
+    is the mean over the nodes named by `loss_steps` (indices; None means all K).
     `teacher`: `ema`, `frozen` or `live` (the student's own weights at that moment).
     """
 
@@ -77,9 +78,9 @@ class Settings:
 class Step:
     """One optimizer step. Losses are means over its micro-batches.
 
-    `node_losses` [K] are before the division by K (0 where no loss is taken), `velocity_losses` [K] are
-    MSE(u_s, u_t) with no weight; `gradients` are before clipping, (dA, dB); `states` are the latents
-    [K + 1, b, c, h, w] of the last micro-batch's rollout.
+    `node_losses` [K] are what the loss is the mean of (NaN where the teacher is not asked),
+    `velocity_losses` [K] are MSE(u_s, u_t) with no weight; `gradients` are before clipping, (dA,
+    dB); `states` are the latents [K + 1, b, c, h, w] of the last micro-batch's rollout.
     """
 
     loss: float
@@ -121,7 +122,7 @@ def targets(model: ZImageTransformer2DModel) -> dict[str, tuple[int, int]]:
 def random_adapters(
     model: ZImageTransformer2DModel, rank: int, seed: int, b_std: float = 0.05
 ) -> Adapters:
-    """Adapters for every target: A of unit gain, B small but not zero, so that both have gradients."""
+    """Adapters for every target: A of unit gain; B small, not zero, so that both have gradients."""
     rng = np.random.default_rng(seed)
     draw = lambda *shape: rng.standard_normal(shape, dtype=np.float32)
     return {
@@ -142,7 +143,9 @@ def load_adapters(
     config = LoraConfig(
         r=rank, lora_alpha=alpha or rank, target_modules=list(TARGETS), lora_dropout=0.0
     )
-    model.add_adapter(config, adapter_name=name)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Already found a `peft_config`")  # two adapters are meant
+        model.add_adapter(config, adapter_name=name)
     layers = _layers(model)
     assert layers.keys() == adapters.keys(), "adapters do not fit the targets"
     with torch.no_grad():
@@ -176,7 +179,7 @@ def run_reference(
         for batch in batches[first : first + s.accumulate]:
             node, velocity, states = rollout_losses(model, batch, s)
             model.set_adapter("student")  # leaves of the inactive adapter take no gradient
-            (node.sum() / len(s.sigmas) / s.accumulate).backward()
+            (torch.nanmean(node) / s.accumulate).backward()
             nodes.append(node.detach())
             velocities.append(velocity)
         gradients = _export(model, "student", lambda p: p.grad)
@@ -189,7 +192,7 @@ def run_reference(
         node = torch.stack(nodes).mean(0)
         steps.append(
             Step(
-                loss=float(node.sum() / len(s.sigmas)),
+                loss=float(torch.nanmean(node)),
                 node_losses=node.numpy(),
                 velocity_losses=torch.stack(velocities).mean(0).numpy(),
                 gradients=gradients,
@@ -209,9 +212,8 @@ def rollout_losses(
     x = torch.from_numpy(batch.noise)
     states, nodes, velocities = [x], [], []
     chosen = range(len(s.sigmas)) if s.loss_steps is None else s.loss_steps
-    for k, (sigma, following) in enumerate(
-        zip(s.sigmas, (*s.sigmas[1:], s.sigma_end), strict=True)
-    ):
+    ends = (*s.sigmas[1:], s.sigma_end)
+    for k, (sigma, end) in enumerate(zip(s.sigmas, ends, strict=True)):
         x = x.detach()
         raw = predict(model, "student", x, sigma, batch.student)
         if k in chosen:
@@ -227,9 +229,9 @@ def rollout_losses(
                 nodes.append(weight * velocity)
             velocities.append(velocity.detach())
         else:
-            nodes.append(torch.zeros(()))
-            velocities.append(torch.zeros(()))
-        x = (x - (following - sigma) * raw).detach()  # velocity = -raw
+            nodes.append(torch.tensor(torch.nan))
+            velocities.append(torch.tensor(torch.nan))
+        x = (x - (end - sigma) * raw).detach()  # velocity = -raw
         states.append(x)
     return torch.stack(nodes), torch.stack(velocities), torch.stack(states).numpy()
 
@@ -261,7 +263,7 @@ def sample_with_diffusers(
 
     latents: start noise, channels-last [b, h, w, c] as everywhere in `dopsd_jax`. `lora` is a file.
     """
-    pipe = ZImagePipeline.from_pretrained(folder, torch_dtype=torch.float32, local_files_only=True)
+    pipe = ZImagePipeline.from_pretrained(folder, dtype=torch.float32, local_files_only=True)
     pipe.set_progress_bar_config(disable=True)
     if lora is not None:
         path = Path(lora)
@@ -284,9 +286,8 @@ def _layers(model) -> Mapping[str, LoraLayer]:
 
 
 def _parameters(model, name: str) -> list[torch.nn.Parameter]:
-    return [
-        p for m in _layers(model).values() for p in (m.lora_A[name].weight, m.lora_B[name].weight)
-    ]
+    layers = _layers(model).values()
+    return [p for m in layers for p in (m.lora_A[name].weight, m.lora_B[name].weight)]
 
 
 def _export(model, name: str, of=lambda p: p.detach()) -> Adapters:
