@@ -1,0 +1,83 @@
+"""Files and folders that appear whole or not at all."""
+
+import contextlib
+import errno
+import os
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+from dopsd_jax.errors import UserError
+
+FULL = (errno.ENOSPC, errno.EDQUOT)
+
+
+def disk_error(error: OSError, path: Path) -> UserError:
+    """What to tell the user when writing `path` failed."""
+    if error.errno in FULL:
+        return UserError(f"{path}: the disk is full; free some space and run again, nothing was lost")
+    return UserError(f"{path}: cannot be written ({error.strerror}); check the folder")
+
+
+@contextlib.contextmanager
+def atomic_file(path: str | os.PathLike) -> Iterator:
+    """A binary file that replaces `path` when the block ends well; otherwise the old one stays."""
+    path = Path(path)
+    partial = path.with_name(f".{path.name}.partial-{os.getpid()}")
+    try:
+        with open(partial, "wb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(partial, path)
+        _sync_folder(path.parent)
+    except OSError as error:
+        raise disk_error(error, path) from error
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def atomic_folder(path: str | os.PathLike) -> Iterator[Path]:
+    """A folder that gets its name when the block ends well. Raises `UserError` if the name is taken."""
+    path = Path(path)
+    if path.exists() and (not path.is_dir() or any(path.iterdir())):
+        raise UserError(f"{path}: already there; give another name, or remove it")
+    partial = path.with_name(f"{path.name}.partial-{os.getpid()}")
+    try:
+        partial.mkdir(parents=True)
+        yield partial
+        if path.exists():
+            path.rmdir()
+        os.replace(partial, path)
+        _sync_folder(path.parent)
+    except OSError as error:
+        raise disk_error(error, path) from error
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def write_text(path: str | os.PathLike, text: str) -> None:
+    """Writes a small text file atomically."""
+    with atomic_file(path) as file:
+        file.write(text.encode())
+
+
+def need_space(folder: str | os.PathLike, nbytes: int) -> None:
+    """Raises `UserError` when the disk that will hold `folder` has not `nbytes` free."""
+    folder = Path(folder).absolute()
+    while not folder.exists():
+        folder = folder.parent
+    free = shutil.disk_usage(folder).free
+    if free < nbytes:
+        raise UserError(
+            f"{folder}: {nbytes / 1e9:.1f} GB are needed, {free / 1e9:.1f} GB are free; free some space"
+        )
+
+
+def _sync_folder(folder: Path) -> None:
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

@@ -1,0 +1,63 @@
+"""One number for the content of a network's weights, whatever files hold them.
+
+The digest is over names, types, shapes and bytes of all tensors; sharding, file names and header order do
+not change it. Being made of one hash per tensor, it can be taken in any order while tensors pass by.
+"""
+
+import hashlib
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+
+import numpy as np
+
+from dopsd_jax.weights.atomic import write_text
+from dopsd_jax.weights.safetensors_io import TensorFiles
+from dopsd_jax.weights.tensors import CODES, Tensors
+
+
+def tensor_digest(array: np.ndarray) -> str:
+    """sha256 of type, shape and bytes."""
+    content = hashlib.sha256(f"{CODES[array.dtype]} {list(array.shape)} ".encode())
+    content.update(memoryview(np.ascontiguousarray(array).reshape(-1).view(np.uint8)))
+    return content.hexdigest()
+
+
+def combined_digest(digests: Mapping[str, str]) -> str:
+    """The digest of a set of tensors, given each one's."""
+    lines = (f"{name} {digests[name]}\n" for name in sorted(digests))
+    return hashlib.sha256("".join(lines).encode()).hexdigest()
+
+
+def digest(tensors: Tensors) -> str:
+    """The digest of all tensors: reads every byte."""
+    return combined_digest({n: tensor_digest(tensors.read(n)) for n in tensors.infos})
+
+
+def file_stamp(files: TensorFiles) -> str:
+    """Names, sizes and times of the files: changes when they may have changed. Cheap."""
+    stamps = []
+    for file in sorted(files.files):
+        status = file.stat()
+        stamps.append([str(file.resolve()), status.st_size, status.st_mtime_ns])
+    return hashlib.sha256(json.dumps(stamps).encode()).hexdigest()
+
+
+def remembered_digest(tensors: Tensors, files: TensorFiles, memo: str | os.PathLike) -> str:
+    """`digest(tensors)`, taken once per state of `files` and kept in the JSON file `memo`.
+
+    An unreadable memo is written anew: it holds nothing that cannot be computed.
+    """
+    memo, stamp = Path(memo), file_stamp(files)
+    try:
+        known = json.loads(memo.read_text())
+    except (OSError, ValueError):
+        known = {}
+    if not isinstance(known, dict):
+        known = {}
+    if not isinstance(known.get(stamp), str):
+        known[stamp] = digest(tensors)
+        memo.parent.mkdir(parents=True, exist_ok=True)
+        write_text(memo, json.dumps(known, indent=1, sort_keys=True) + "\n")
+    return known[stamp]

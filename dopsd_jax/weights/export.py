@@ -1,0 +1,103 @@
+"""Writes models for others: a diffusers folder, or the transformer as a ComfyUI single file."""
+
+import dataclasses
+from collections.abc import Mapping
+from pathlib import Path
+
+from dopsd_jax.errors import UserError, raise_if
+from dopsd_jax.weights.atomic import atomic_folder, need_space, write_text
+from dopsd_jax.weights.converted import CONFIG
+from dopsd_jax.weights.layouts import CANONICAL, Found, in_layout
+from dopsd_jax.weights.layouts_zimage import ORIGINAL
+from dopsd_jax.weights.lora_files import LoraModule
+from dopsd_jax.weights.merge import Merged
+from dopsd_jax.weights.model_folder import copy_assets, copy_shared_assets, networks_of
+from dopsd_jax.weights.networks import Network
+from dopsd_jax.weights.safetensors_write import (
+    MAX_SHARD,
+    Progress,
+    no_progress,
+    write_safetensors,
+    write_sharded,
+)
+from dopsd_jax.weights.stored import Stored, open_stored
+from dopsd_jax.weights.tensors import Cast, Tensors, total_bytes
+
+HUGGING_FACE_LAYOUTS = (CANONICAL, "bare")  # what diffusers and transformers read by themselves
+PT = {"format": "pt"}  # transformers refuses files that do not say so
+
+
+def export_diffusers(
+    model: Path,
+    out: Path,
+    *,
+    lora: Mapping[str, LoraModule] | None = None,
+    dtype: str | None = None,
+    max_shard: int = MAX_SHARD,
+    progress: Progress = no_progress,
+    total: list[int] | None = None,
+) -> None:
+    """Writes the pipeline of a model (converted or not) as the new folder `out`.
+
+    Names and types are those of the source, unless `dtype` (a code of `tensors.FLOATS`) is given;
+    `lora` is merged into the transformer. The folder appears when it is whole. Raises `UserError`.
+    """
+    opened, faults = {}, []
+    for name, network in networks_of(model).items():
+        try:
+            opened[name] = network, open_stored(model / name, network)
+        except UserError as error:
+            faults += error.problems
+    raise_if(faults)
+    views = {}
+    for name, (network, stored) in opened.items():
+        changed = _changed(stored, lora if name == "transformer" else None, dtype)
+        views[name] = in_layout(changed, _hugging_face(network, stored))
+    size = sum(total_bytes(view) for view in views.values())
+    if total is not None:
+        total.append(size)
+    need_space(out.parent, size)
+    with atomic_folder(out) as partial:
+        copy_shared_assets(model, partial)
+        for name, (network, stored) in opened.items():
+            copy_assets(model / name, partial / name)
+            write_text(partial / name / CONFIG, stored.config_text)
+            write_sharded(partial / name, network.base, views[name], max_shard, PT, progress)
+
+
+def export_single(
+    model: Path,
+    out: Path,
+    *,
+    lora: Mapping[str, LoraModule] | None = None,
+    dtype: str | None = None,
+    progress: Progress = no_progress,
+    total: list[int] | None = None,
+) -> None:
+    """Writes the transformer of a model as one file with the authors' names, for ComfyUI.
+
+    The names carry a prefix if the file that the model was imported from did. Raises `UserError`.
+    """
+    network = networks_of(model)["transformer"]
+    stored = open_stored(model / network.component, network)
+    layouts = {layout.name: layout for layout in network.layouts(stored.config)}
+    prefix = stored.found.prefix if stored.found.layout.name == ORIGINAL else ""
+    view = in_layout(_changed(stored, lora, dtype), Found(layouts[ORIGINAL], prefix))
+    if total is not None:
+        total.append(total_bytes(view))
+    write_safetensors(out, view.infos, view.read, progress=progress)
+
+
+def _changed(stored: Stored, lora: Mapping[str, LoraModule] | None, dtype: str | None) -> Tensors:
+    tensors = stored.tensors
+    # In the type to be written: one rounding, not two.
+    if dtype is not None and lora is None:
+        return Cast(tensors, dtype)
+    return tensors if lora is None else Merged(tensors, lora, dtype)
+
+
+def _hugging_face(network: Network, stored: Stored) -> Found:
+    """The layout to write for diffusers: the source's own, if that is one."""
+    if stored.found.layout.name in HUGGING_FACE_LAYOUTS:
+        return dataclasses.replace(stored.found, prefix="")
+    return Found(network.layouts(stored.config)[0], "")

@@ -1,0 +1,112 @@
+"""A model's folder from what a user writes: a path, or a Hugging Face hub id."""
+
+import os
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+from huggingface_hub import snapshot_download
+from huggingface_hub.errors import (
+    GatedRepoError,
+    HfHubHTTPError,
+    HFValidationError,
+    LocalEntryNotFoundError,
+    RepositoryNotFoundError,
+    RevisionNotFoundError,
+)
+
+from dopsd_jax.errors import UserError
+from dopsd_jax.weights.atomic import FULL
+from dopsd_jax.weights.stored import read_json
+
+MODEL_MANIFEST = "dopsd_jax.json"  # of a converted model
+HUB_ID = re.compile(r"[\w.-]+/[\w.-]+(@[\w./-]+)?")
+ROOT = ("*.json", "*.safetensors", "*.txt", "*.jinja")  # a repository that is one network
+# A pipeline's components; the weights of others (safety checkers, ONNX copies) stay where they are.
+PIPELINE = (
+    "model_index.json",
+    "transformer/*.json",
+    "transformer/*.safetensors",
+    "text_encoder/*.json",
+    "text_encoder/*.safetensors",
+    "vae/*.json",
+    "vae/*.safetensors",
+    "tokenizer/*",
+    "scheduler/*.json",
+)
+# The hub client's own failures are these, whichever HTTP library its release stands on.
+NETWORK_ERRORS = HfHubHTTPError.__bases__
+
+
+class Resolved(NamedTuple):
+    """A folder, and the commit it is of; None for a folder of the user's own."""
+
+    path: Path
+    revision: str | None
+
+
+def resolve(
+    model: str, revision: str | None = None, patterns: Sequence[str] = PIPELINE
+) -> Resolved:
+    """The folder of `model`: a path, or `owner/name[@revision]` on the hub.
+
+    A hub model is downloaded into the hub's cache once, and is taken from there when the network is
+    away. Raises `UserError`.
+    """
+    path = Path(model).expanduser()
+    if path.is_dir():
+        return Resolved(path, _recorded_revision(path))
+    if path.exists():
+        raise UserError(f"{model}: is a file; give the model's folder, or a hub id")
+    if model.startswith(("/", ".", "~")) or not HUB_ID.fullmatch(model):
+        raise UserError(
+            f"{model}: no such folder, and not a hub id (owner/name or owner/name@revision)"
+        )
+    name, _, pinned = model.partition("@")
+    if pinned and revision and pinned != revision:
+        raise UserError(f"{model}: revision {pinned!r} and revision {revision!r} are both given")
+    return _download(name, pinned or revision, patterns)
+
+
+def _recorded_revision(path: Path) -> str | None:
+    """The commit a local folder is of, if it says so: a converted model, or the hub's cache."""
+    if (path / MODEL_MANIFEST).is_file():
+        manifest, _ = read_json(path / MODEL_MANIFEST)
+        return manifest.get("revision") if isinstance(manifest, dict) else None
+    return path.name if path.parent.name == "snapshots" else None
+
+
+def _download(name: str, revision: str | None, patterns: Sequence[str]) -> Resolved:
+    at = f"{name}@{revision}" if revision else name
+    try:
+        path = Path(snapshot_download(name, revision=revision, allow_patterns=list(patterns)))
+    except GatedRepoError:
+        raise UserError(
+            f"{at}: is gated; accept its terms at https://huggingface.co/{name}, then log in with "
+            "`hf auth login`"
+        ) from None
+    except RepositoryNotFoundError:
+        raise UserError(
+            f"{at}: no such folder here and no such model on the hub; check the name "
+            "(a private one needs `hf auth login`)"
+        ) from None
+    except RevisionNotFoundError:
+        raise UserError(f"{name}: has no revision {revision!r} on the hub; check it") from None
+    except HFValidationError as error:
+        raise UserError(f"{at}: is not a hub id ({error})") from None
+    except LocalEntryNotFoundError:
+        offline = os.environ.get("HF_HUB_OFFLINE", "0") not in ("0", "")
+        why = "HF_HUB_OFFLINE is set" if offline else "the hub cannot be reached"
+        raise UserError(
+            f"{at}: no such folder, not (wholly) in the hub's cache, and {why}; download it while "
+            "online, or give a folder"
+        ) from None
+    except NETWORK_ERRORS as error:
+        if getattr(error, "errno", None) in FULL:
+            raise UserError(f"{at}: the disk is full while downloading; free some space") from error
+        reason = str(error).strip().partition("\n")[0]
+        raise UserError(f"{at}: download failed ({reason}); try again, or give a folder") from error
+    if not any(path.rglob("*.json")):
+        raise UserError(f"{at}: holds none of the files needed; is it a diffusers-layout model?")
+    return Resolved(path, path.name)

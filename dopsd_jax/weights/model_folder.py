@@ -1,0 +1,67 @@
+"""A whole model as a folder: one per network, tokenizer and scheduler beside them.
+
+The same shape whether it is a Hugging Face folder or a converted one; the latter has `dopsd_jax.json`.
+"""
+
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+
+from dopsd_jax.errors import UserError
+from dopsd_jax.weights.hub import MODEL_MANIFEST
+from dopsd_jax.weights.networks import FAMILIES, Network
+from dopsd_jax.weights.stored import read_json
+
+INDEX = "model_index.json"
+PIPELINE_FAMILIES = {"ZImagePipeline": "zimage"}
+ASSET_FOLDERS = ("tokenizer", "scheduler")
+ASSET_SUFFIXES = (".json", ".txt", ".jinja", ".model")
+NOT_ASSETS = ("config.json", "manifest.json", "incomplete.json")  # written for each network
+
+
+def is_converted_model(folder: Path) -> bool:
+    return (folder / MODEL_MANIFEST).is_file()
+
+
+def family_of(folder: Path) -> str:
+    """The family of a model folder. Raises `UserError`."""
+    if is_converted_model(folder):
+        manifest, _ = read_json(folder / MODEL_MANIFEST)
+        family = manifest.get("family") if isinstance(manifest, dict) else None
+        if family not in FAMILIES:
+            raise UserError(f"{folder / MODEL_MANIFEST}: family {family!r} is unknown")
+        return family
+    if not (folder / INDEX).is_file():
+        raise UserError(
+            f"{folder}: has neither {INDEX} nor {MODEL_MANIFEST}: not a model folder, or an "
+            "interrupted import (run it again)"
+        )
+    index, _ = read_json(folder / INDEX)
+    pipeline = index.get("_class_name") if isinstance(index, dict) else None
+    if pipeline not in PIPELINE_FAMILIES:
+        known = ", ".join(PIPELINE_FAMILIES)
+        raise UserError(f"{folder / INDEX}: pipeline {pipeline!r} is not supported; {known} is")
+    return PIPELINE_FAMILIES[pipeline]
+
+
+def networks_of(folder: Path) -> Mapping[str, Network]:
+    """The pipeline's networks, by component."""
+    return FAMILIES[family_of(folder)]
+
+
+def copy_assets(source: Path, target: Path) -> None:
+    """Copies the small files beside a network's weights: generation settings, processors, tokenizers."""
+    target.mkdir(parents=True, exist_ok=True)
+    for file in sorted(source.iterdir()):
+        index = file.name.endswith(".index.json")
+        if file.suffix in ASSET_SUFFIXES and file.name not in NOT_ASSETS and not index:
+            shutil.copyfile(file, target / file.name)
+
+
+def copy_shared_assets(source: Path, target: Path) -> None:
+    """Copies what belongs to the model as a whole: index, tokenizer, scheduler. Raises `UserError`."""
+    shutil.copyfile(source / INDEX, target / INDEX)
+    for name in ASSET_FOLDERS:
+        if not (source / name).is_dir():
+            raise UserError(f"{source / name}: no such folder; download the whole model")
+        copy_assets(source / name, target / name)

@@ -1,0 +1,110 @@
+"""Writes safetensors files, one tensor at a time, and sharded folders as diffusers lays them out."""
+
+import json
+import os
+import struct
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+
+import numpy as np
+
+from dopsd_jax.errors import UserError
+from dopsd_jax.weights.atomic import atomic_file, need_space, write_text
+from dopsd_jax.weights.tensors import CODES, TensorInfo, Tensors
+
+MAX_SHARD = 10_000_000_000  # diffusers' default, bytes
+HEADER_MULTIPLE = 8
+Progress = Callable[[str, int], None]  # name of the tensor that is done, its bytes
+
+
+def no_progress(name: str, nbytes: int) -> None:
+    """Reports nothing."""
+
+
+def file_order(infos: Mapping[str, TensorInfo]) -> list[str]:
+    """Wide types first, then by name: every tensor begins at a multiple of its item size."""
+    return sorted(infos, key=lambda n: (-infos[n].numpy.itemsize, n))
+
+
+def write_safetensors(
+    path: str | os.PathLike,
+    infos: Mapping[str, TensorInfo],
+    produce: Callable[[str], np.ndarray],
+    metadata: Mapping[str, str] | None = None,
+    progress: Progress = no_progress,
+) -> None:
+    """Writes one file; `produce(name)` gives a tensor when its turn comes.
+
+    The file appears under its name when it is whole. Raises `UserError` when it cannot be written;
+    an older file of the name is then untouched.
+    """
+    path = Path(path)
+    if not path.parent.is_dir():
+        raise UserError(f"{path.parent}: no such folder; create it first")
+    if path.is_dir():
+        raise UserError(f"{path}: is a folder; give the name of a file")
+    need_space(path.parent, sum(info.nbytes for info in infos.values()))
+    names = file_order(infos)
+    with atomic_file(path) as file:
+        file.write(_header(names, infos, metadata))
+        for name in names:
+            array, info = produce(name), infos[name]
+            if CODES.get(array.dtype) != info.dtype or array.shape != info.shape:
+                raise ValueError(f"{name}: produced {array.dtype} {array.shape}, announced {info}")
+            file.write(memoryview(np.ascontiguousarray(array).reshape(-1).view(np.uint8)))
+            progress(name, info.nbytes)
+
+
+def _header(names: list[str], infos: Mapping[str, TensorInfo], metadata) -> bytes:
+    entries, offset = {}, 0
+    if metadata:
+        entries["__metadata__"] = dict(metadata)
+    for name in names:
+        info = infos[name]
+        span = [offset, offset + info.nbytes]
+        entries[name] = {"dtype": info.dtype, "shape": list(info.shape), "data_offsets": span}
+        offset = span[1]
+    text = json.dumps(entries, separators=(",", ":"), ensure_ascii=False).encode()
+    text += b" " * (-len(text) % HEADER_MULTIPLE)
+    return struct.pack("<Q", len(text)) + text
+
+
+def write_sharded(
+    folder: str | os.PathLike,
+    base: str,
+    tensors: Tensors,
+    max_shard: int = MAX_SHARD,
+    metadata: Mapping[str, str] | None = None,
+    progress: Progress = no_progress,
+) -> None:
+    """Writes `<base>.safetensors`, or `<base>-00001-of-0000N.safetensors` and the index.
+
+    `base` is `diffusion_pytorch_model` for diffusers' components, `model` for transformers'.
+    """
+    folder, infos = Path(folder), tensors.infos
+    shards = _shards(sorted(infos), infos, max_shard)
+    weight_map = {}
+    for number, names in enumerate(shards, 1):
+        part = f"-{number:05d}-of-{len(shards):05d}" if len(shards) > 1 else ""
+        file = f"{base}{part}.safetensors"
+        write_safetensors(
+            folder / file, {n: infos[n] for n in names}, tensors.read, metadata, progress
+        )
+        weight_map |= {n: file for n in names}
+    if len(shards) > 1:
+        size = sum(info.nbytes for info in infos.values())
+        index = {"metadata": {"total_size": size}, "weight_map": dict(sorted(weight_map.items()))}
+        text = json.dumps(index, indent=2, sort_keys=True) + "\n"
+        write_text(folder / f"{base}.safetensors.index.json", text)
+
+
+def _shards(names: Iterable[str], infos: Mapping[str, TensorInfo], limit: int) -> list[list[str]]:
+    """Fills shards in order; a tensor larger than the limit stands alone."""
+    shards, size = [[]], 0
+    for name in names:
+        if shards[-1] and size + infos[name].nbytes > limit:
+            shards.append([])
+            size = 0
+        shards[-1].append(name)
+        size += infos[name].nbytes
+    return shards

@@ -1,0 +1,128 @@
+"""What every source of named tensors offers: a safetensors file, a converted checkpoint, a view of one.
+
+A `Tensors` is a mapping of PyTorch names to descriptions, and a function that reads one tensor, or some
+rows of it. Layouts, merged adapters and exports are views of a `Tensors`: nothing is held in memory.
+"""
+
+import dataclasses
+import math
+from collections.abc import Mapping
+from typing import Protocol
+
+import ml_dtypes
+import numpy as np
+
+# Safetensors' type codes. The sub-byte types are missing: no numpy array holds them as stored.
+DTYPES: dict[str, np.dtype] = {
+    "BOOL": np.dtype(np.bool_),
+    "U8": np.dtype(np.uint8),
+    "I8": np.dtype(np.int8),
+    "U16": np.dtype(np.uint16),
+    "I16": np.dtype(np.int16),
+    "U32": np.dtype(np.uint32),
+    "I32": np.dtype(np.int32),
+    "U64": np.dtype(np.uint64),
+    "I64": np.dtype(np.int64),
+    "F8_E4M3": np.dtype(ml_dtypes.float8_e4m3fn),
+    "F8_E5M2": np.dtype(ml_dtypes.float8_e5m2),
+    "F16": np.dtype(np.float16),
+    "BF16": np.dtype(ml_dtypes.bfloat16),
+    "F32": np.dtype(np.float32),
+    "F64": np.dtype(np.float64),
+    "C64": np.dtype(np.complex64),
+}
+CODES = {dtype: code for code, dtype in DTYPES.items()}
+FLOATS = ("F32", "BF16", "F16")  # what a network's parameters may be stored in
+
+
+@dataclasses.dataclass(frozen=True)
+class TensorInfo:
+    """Type code of `DTYPES`, and shape."""
+
+    dtype: str
+    shape: tuple[int, ...]
+
+    @property
+    def numpy(self) -> np.dtype:
+        return DTYPES[self.dtype]
+
+    @property
+    def nbytes(self) -> int:
+        return math.prod(self.shape) * self.numpy.itemsize
+
+
+class Tensors(Protocol):
+    """Named tensors that are read one at a time."""
+
+    infos: Mapping[str, TensorInfo]
+    where: str  # for messages: the file or folder
+
+    def read(self, name: str, rows: slice = slice(None)) -> np.ndarray:
+        """The tensor, or the given rows of its first axis."""
+        ...
+
+
+@dataclasses.dataclass(frozen=True)
+class ArrayTensors:
+    """Arrays in memory as `Tensors`."""
+
+    arrays: Mapping[str, np.ndarray]
+    where: str = "memory"
+
+    @property
+    def infos(self) -> dict[str, TensorInfo]:
+        return {n: TensorInfo(CODES[a.dtype], a.shape) for n, a in self.arrays.items()}
+
+    def read(self, name: str, rows: slice = slice(None)) -> np.ndarray:
+        return self.arrays[name][rows]
+
+
+@dataclasses.dataclass(frozen=True)
+class Piece:
+    """Where a tensor of a view comes from: rows of a tensor of another source."""
+
+    name: str
+    rows: tuple[int, int] | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class Recipe:
+    """A tensor of a view: pieces stacked along the first axis, then given `shape`."""
+
+    pieces: tuple[Piece, ...]
+    shape: tuple[int, ...]
+
+
+class View:
+    """Tensors of another source, rearranged under other names; read only when asked for."""
+
+    def __init__(self, base: Tensors, recipes: Mapping[str, Recipe]):
+        self.base, self.where, self.recipes = base, base.where, recipes
+        self.infos = {
+            name: TensorInfo(base.infos[recipe.pieces[0].name].dtype, recipe.shape)
+            for name, recipe in recipes.items()
+        }
+
+    def read(self, name: str, rows: slice = slice(None)) -> np.ndarray:
+        recipe = self.recipes[name]
+        parts = [self.base.read(p.name, slice(*(p.rows or (None,)))) for p in recipe.pieces]
+        whole = parts[0] if len(parts) == 1 else np.concatenate(parts)
+        return whole.reshape(recipe.shape)[rows]
+
+
+class Cast:
+    """Tensors of another source in one floating type; other types stay."""
+
+    def __init__(self, base: Tensors, dtype: str):
+        self.base, self.where = base, base.where
+        self.infos = {
+            name: TensorInfo(dtype if info.dtype in FLOATS else info.dtype, info.shape)
+            for name, info in base.infos.items()
+        }
+
+    def read(self, name: str, rows: slice = slice(None)) -> np.ndarray:
+        return self.base.read(name, rows).astype(self.infos[name].numpy, copy=False)
+
+
+def total_bytes(tensors: Tensors) -> int:
+    return sum(info.nbytes for info in tensors.infos.values())
