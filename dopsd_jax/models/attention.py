@@ -1,10 +1,20 @@
 """Attention: one function, three implementations, chosen by name."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
+from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as splash
+from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as splash_mask
+from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float, Int
 
+from dopsd_jax.errors import UserError
+from dopsd_jax.sharding import BATCH_AXES, axes_dividing
+
 IMPLEMENTATIONS = ("xla", "cudnn", "splash")
+LANES = 128  # width of a TPU vector register: splash's blocks and head sizes are multiples of it
+SPLASH_BLOCK = 512
 
 
 def attention(
@@ -19,18 +29,142 @@ def attention(
     """softmax(q k^T / sqrt(d)) v, the softmax in float32.
 
     h is a multiple of g: query head i uses key-value head i * g // h. Keys at positions >=
-    `lengths` are not seen; padding stands last, so one length per sample replaces every mask.
+    `lengths` (each at least 1) are not seen; padding stands last, so one length per sample replaces
+    every mask. Queries there see the real keys too; what they give is finite and of no use.
     """
-    if implementation in ("xla", "cudnn"):
+    if implementation == "xla":
         return jax.nn.dot_product_attention(
             q,
             k,
             v,
             is_causal=causal,
             key_value_seq_lengths=lengths,
-            query_seq_lengths=None
-            if lengths is None or implementation == "xla"
-            else jnp.full_like(lengths, q.shape[1]),
-            implementation=implementation,
+            implementation="xla",
         )
-    raise ValueError(f"attention is one of {', '.join(IMPLEMENTATIONS)}; got {implementation!r}")
+    kernels = {"cudnn": cudnn_attention, "splash": splash_attention}
+    if implementation not in kernels:
+        raise ValueError(
+            f"attention is one of {', '.join(IMPLEMENTATIONS)}; got {implementation!r}"
+        )
+    return per_device(functools.partial(kernels[implementation], causal=causal))(q, k, v, lengths)
+
+
+def resolve(name: str, platform: str, dtype, head_dim: int) -> str:
+    """The implementation that config.attention means on a platform; ask once, at the start.
+
+    Args:
+      name: one of `IMPLEMENTATIONS`, or `auto`: the platform's kernel where it applies, else xla.
+      platform: `cpu`, `gpu` or `tpu`.
+      dtype: of queries, keys and values.
+    Raises `UserError` if `name` does not run there.
+    """
+    dtype = jnp.dtype(dtype)
+    lacks = {"xla": [], "cudnn": [], "splash": []}
+    if platform != "tpu":
+        lacks["splash"].append(f"a TPU, and this is {platform}")
+    if head_dim % LANES:
+        lacks["splash"].append(f"a head size that {LANES} divides, and the model's is {head_dim}")
+    if platform != "gpu":
+        lacks["cudnn"].append(f"an NVIDIA GPU, and this is {platform}")
+    if dtype not in (jnp.bfloat16, jnp.float16):
+        lacks["cudnn"].append(f"bfloat16 or float16 activations, and these are {dtype.name}")
+    if head_dim % 8 or head_dim > 128:
+        lacks["cudnn"].append(f"a head size of 8, 16, ... 128, and the model's is {head_dim}")
+    if name == "auto":
+        return next(n for n in ("splash", "cudnn", "xla") if not lacks[n])
+    if name not in lacks:
+        raise UserError(
+            f"config.attention: {name!r} is not auto, {', '.join(IMPLEMENTATIONS[:-1])} or "
+            f"{IMPLEMENTATIONS[-1]}"
+        )
+    if lacks[name]:
+        raise UserError(
+            f"config.attention: {name} needs {'; and '.join(lacks[name])}; set config.attention to "
+            "auto or xla"
+        )
+    return name
+
+
+def per_device(kernel):
+    """`kernel(q, k, v, lengths)` on each device's own samples and heads.
+
+    The compiler does not look into a kernel, so it cannot split one. Samples are spread over the
+    axes data and fsdp of the ambient mesh, heads over tensor, where these divide them.
+    """
+
+    def call(q, k, v, lengths):
+        mesh = jax.sharding.get_abstract_mesh()
+        if mesh.empty or mesh.size == 1:
+            return kernel(q, k, v, lengths)
+        batch = axes_dividing(mesh, BATCH_AXES, q.shape[0])
+        heads = axes_dividing(mesh, ("tensor",), k.shape[2])
+        tensor, rows = PartitionSpec(batch, None, heads, None), PartitionSpec(batch)
+        if lengths is None:
+            lengths = jnp.full((len(k),), k.shape[1])
+        mapped = jax.shard_map(
+            kernel,
+            mesh=mesh,
+            in_specs=(tensor, tensor, tensor, rows),
+            out_specs=tensor,
+            check_vma=False,
+        )
+        return mapped(q, k, v, lengths)
+
+    return call
+
+
+def cudnn_attention(q, k, v, lengths, *, causal: bool):
+    """cuDNN's flash attention. Lengths are its padding mask, not a bias of n x m numbers."""
+    queries = None if lengths is None else jnp.full((len(q),), q.shape[1], jnp.int32)
+    return jax.nn.dot_product_attention(
+        q,
+        k,
+        v,
+        is_causal=causal,
+        query_seq_lengths=queries,
+        key_value_seq_lengths=None if lengths is None else lengths.astype(jnp.int32),
+        implementation="cudnn",
+    )
+
+
+def splash_attention(q, k, v, lengths, *, causal: bool, interpret: bool = False):
+    """Splash attention, forward and fused backward, of any length: padded inside, cut after.
+
+    Keys that are not seen form a segment of their own, so no row is without keys.
+    """
+    (n, h, d), m = q.shape[1:], k.shape[1]
+    block_q, block_kv = _block(n), _block(m)
+    # The kernel has no scale of its own.
+    q = _pad((q.astype(jnp.float32) * d**-0.5).astype(q.dtype), block_q)
+    k, v = _pad(k, block_kv), _pad(v, block_kv)
+    sizes = splash.BlockSizes(
+        block_q=block_q,
+        block_kv=block_kv,
+        block_q_dkv=block_q,
+        block_kv_dkv=block_kv,
+        use_fused_bwd_kernel=True,
+    )
+    seen = splash_mask.CausalMask if causal else splash_mask.FullMask
+    kernel = splash.make_splash_mha(
+        splash_mask.MultiHeadMask([seen((q.shape[1], k.shape[1]))] * h),
+        block_sizes=sizes,
+        head_shards=1,
+        q_seq_shards=1,
+        interpret=interpret,
+    )
+    segments = None
+    if lengths is not None or k.shape[1] != m:
+        lengths = jnp.full((len(k),), m) if lengths is None else lengths
+        hidden = (jnp.arange(k.shape[1]) >= lengths[:, None]).astype(jnp.int32)
+        segments = splash.SegmentIds(jnp.zeros(q.shape[:2], jnp.int32), hidden)
+    heads_first = lambda x: x.transpose(0, 2, 1, 3)
+    y = jax.vmap(kernel)(heads_first(q), heads_first(k), heads_first(v), segments)
+    return heads_first(y)[:, :n]
+
+
+def _block(length: int) -> int:
+    return min(SPLASH_BLOCK, -(-length // LANES) * LANES)
+
+
+def _pad(x, block: int):
+    return jnp.pad(x, ((0, 0), (0, -x.shape[1] % block), (0, 0), (0, 0)))

@@ -1,0 +1,178 @@
+"""The mesh, what lies where on it, and how a host's batch gets there.
+
+Mesh axes: `data` copies of everything, each with its own samples; `fsdp` splits samples and base
+weights; `context` splits tokens; `tensor` splits heads and hidden units. Adapters, teacher and
+optimizer are small and stand on every device.
+"""
+
+import math
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+from flax import nnx
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from jaxtyping import Array
+
+from dopsd_jax.errors import UserError, raise_if
+
+Tree = Any
+
+AXES = ("data", "fsdp", "context", "tensor")
+BATCH_AXES = ("data", "fsdp")
+
+# Path of a base parameter -> how it is split; the first match counts. Kernels are [..., in, out].
+# columns: out over tensor; rows: in over tensor; both: the larger free one of in and out over fsdp.
+RULES = (
+    (r"\.attention\.qkv\.kernel$", "columns"),
+    (r"\.feed_forward\.w13\.kernel$", "columns"),
+    (r"\.attention\.out\.kernel$", "rows"),
+    (r"\.feed_forward\.w2\.kernel$", "rows"),
+    (r"\.kernel$", "fsdp"),
+    (r"", "replicate"),
+)
+
+
+def make_mesh(sizes: Mapping[str, int], devices: Sequence[jax.Device] | None = None) -> Mesh:
+    """The mesh of config.mesh: a size for each of `AXES`, of which one may be -1, the rest.
+
+    Raises `UserError` if the sizes do not multiply to the number of devices (all, by default).
+    """
+    devices = jax.devices() if devices is None else list(devices)
+    shape = mesh_shape(sizes, len(devices))
+    return jax.make_mesh(shape, AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=devices)
+
+
+def mesh_shape(sizes: Mapping[str, int], devices: int) -> tuple[int, ...]:
+    """Size of each of `AXES`; see `make_mesh`."""
+    sizes = {name: sizes[name] for name in sizes}
+    faults = [
+        f"config.mesh.{name}: there is no such axis; there are {', '.join(AXES)}"
+        for name in sizes
+        if name not in AXES
+    ]
+    for name in AXES:
+        size = sizes.setdefault(name, 1)
+        if not isinstance(size, int) or isinstance(size, bool) or (size < 1 and size != -1):
+            faults.append(
+                f"config.mesh.{name}: {size!r} is not a whole number of devices, or -1 for the rest"
+            )
+    raise_if(faults)
+    if sizes["context"] != 1:
+        raise UserError(
+            f"config.mesh.context: {sizes['context']}: tokens are not split over devices; set it "
+            "to 1 and use config.mesh.data or config.mesh.fsdp"
+        )
+    open_axes = [name for name in AXES if sizes[name] == -1]
+    if len(open_axes) > 1:
+        raise UserError(
+            f"config.mesh.{open_axes[1]}: only one axis can be -1, and {open_axes[0]} is already"
+        )
+    fixed = math.prod(size for size in sizes.values() if size != -1)
+    if devices % fixed or (not open_axes and fixed != devices):
+        product = " x ".join(f"{name} {sizes[name]}" for name in AXES if sizes[name] != -1)
+        raise UserError(
+            f"config.mesh: {product} = {fixed} does not "
+            f"{'divide' if open_axes else 'equal'} the {devices} devices there are; "
+            "set one axis to -1 to let it fill up"
+        )
+    return tuple(devices // fixed if sizes[name] == -1 else sizes[name] for name in AXES)
+
+
+def check(mesh: Mesh, *, batch_size: int, heads: int, hidden: int) -> None:
+    """Raises `UserError` for what the mesh cannot split evenly.
+
+    `batch_size`: samples of one micro-batch, over all devices. `heads`, `hidden`: attention heads
+    and feed-forward width of the network that is trained.
+    """
+    rows, tensor = math.prod(mesh.shape[a] for a in BATCH_AXES), mesh.shape["tensor"]
+    faults = []
+    if batch_size % rows:
+        faults.append(
+            f"config.batch_size: {batch_size} images cannot be spread over mesh.data "
+            f"{mesh.shape['data']} x mesh.fsdp {mesh.shape['fsdp']} devices; use a multiple of "
+            f"{rows}"
+        )
+    if heads % tensor or hidden % tensor:
+        fits = [n for n in range(1, heads + 1) if heads % n == 0 and hidden % n == 0]
+        faults.append(
+            f"config.mesh.tensor: {tensor} does not divide the network's {heads} heads and {hidden}"
+            f" hidden units; it can be {', '.join(map(str, fits))}"
+        )
+    raise_if(faults)
+
+
+def axes_dividing(mesh, axes: Sequence[str], size: int) -> tuple[str, ...] | None:
+    """The first few of `axes` whose devices divide `size` evenly; None if that is one device."""
+    used = []
+    for axis in axes:
+        if size % (math.prod(mesh.shape[a] for a in used) * mesh.shape[axis]):
+            break
+        used.append(axis)
+    return tuple(used) if math.prod(mesh.shape[a] for a in used) > 1 else None
+
+
+def parameter_spec(path: str, shape: tuple[int, ...], mesh: Mesh) -> PartitionSpec:
+    """How the base parameter `path` (joined by dots) is split; see `RULES`."""
+    tactic = next(tactic for pattern, tactic in RULES if re.search(pattern, path))
+    if tactic == "replicate":
+        return PartitionSpec()
+    spec: list[str | None] = [None] * len(shape)
+    last = {len(shape) - 2, len(shape) - 1}
+    if tactic != "fsdp" and mesh.shape["tensor"] > 1:
+        axis = len(shape) - (1 if tactic == "columns" else 2)
+        if shape[axis] % mesh.shape["tensor"] == 0:
+            spec[axis] = "tensor"
+            last.discard(axis)
+    free = [axis for axis in last if shape[axis] % mesh.shape["fsdp"] == 0]
+    if free and mesh.shape["fsdp"] > 1:
+        spec[max(free, key=lambda axis: (shape[axis], axis))] = "fsdp"
+    return PartitionSpec(*spec)
+
+
+def base_shardings(base: nnx.State, mesh: Mesh) -> nnx.State:
+    """A sharding for every parameter of the frozen base, in `base`'s own structure."""
+    return nnx.from_flat_state(
+        {
+            path: leaf.replace(
+                NamedSharding(mesh, parameter_spec(".".join(map(str, path)), leaf.shape, mesh))
+            )
+            for path, leaf in nnx.to_flat_state(base)
+        }
+    )
+
+
+def replicated(tree: Tree, mesh: Mesh) -> Tree:
+    """Everything on every device, in `tree`'s structure."""
+    return jax.tree.map(lambda _: NamedSharding(mesh, PartitionSpec()), tree)
+
+
+def batch_sharding(mesh: Mesh) -> NamedSharding:
+    """Of arrays [micro-batches, samples, ...]: samples over the axes data and fsdp."""
+    return NamedSharding(mesh, PartitionSpec(None, BATCH_AXES))
+
+
+def put_batch(batch: Tree, mesh: Mesh) -> Tree:
+    """A batch of host arrays on the mesh.
+
+    `batch`: arrays [micro-batches, samples of this process, ...]. Every process calls it.
+    """
+    sharding = batch_sharding(mesh)
+    return jax.tree.map(
+        lambda x: jax.make_array_from_process_local_data(sharding, np.asarray(x)), batch
+    )
+
+
+def constrain_batch(x: Array) -> Array:
+    """States that x [samples, ...] is split by samples alone. Without a mesh it does nothing.
+
+    The compiler propagates placements by itself; at the seams of a network it is told, lest it
+    gather activations where it could have gathered weights.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty or mesh.size == 1 or mesh.manual_axes:
+        return x
+    spec = PartitionSpec(axes_dividing(mesh, BATCH_AXES, x.shape[0]))
+    return jax.lax.with_sharding_constraint(x, spec)

@@ -1,0 +1,156 @@
+"""Every implementation of attention is the same function."""
+
+import functools
+import re
+
+import jax
+import jax.numpy as jnp
+import pytest
+from conftest import relative_error
+
+from dopsd_jax.errors import UserError
+from dopsd_jax.models import attention as attention_module
+from dopsd_jax.models.attention import attention, cudnn_attention, resolve, splash_attention
+
+
+def plain_attention(q, k, v, lengths, causal):
+    """Written out in full, head by head: the definition."""
+    b, n, h, d = q.shape
+    m, g = k.shape[1:3]
+    seen = jnp.ones((b, n, m), bool)
+    if lengths is not None:
+        seen &= jnp.arange(m) < lengths[:, None, None]
+    if causal:
+        seen &= jnp.arange(m) <= jnp.arange(n)[:, None]
+    heads = []
+    for head in range(h):
+        group = head * g // h
+        logits = jnp.einsum("bnd,bmd->bnm", q[:, :, head], k[:, :, group]) / d**0.5
+        p = jax.nn.softmax(jnp.where(seen, logits, -jnp.inf), axis=-1)
+        heads.append(jnp.einsum("bnm,bmd->bnd", p, v[:, :, group]))
+    return jnp.stack(heads, axis=2)
+
+
+def arrays(b, n, m, h, g, d, dtype=jnp.float32):
+    shapes = [(b, n, h, d), (b, m, g, d), (b, m, g, d), (b, n, h, d)]
+    keys = jax.random.split(jax.random.key(0), 4)
+    return [jax.random.normal(k, s, dtype) for k, s in zip(keys, shapes, strict=True)]
+
+
+def value_and_gradients(function, q, k, v, weight):
+    def loss(q, k, v):
+        y = function(q, k, v)
+        return jnp.sum(y * weight), y
+
+    (_, y), gradients = jax.jit(jax.value_and_grad(loss, argnums=(0, 1, 2), has_aux=True))(q, k, v)
+    return y, *gradients
+
+
+CASES = {  # b, n, m, h, g, d, lengths, causal
+    "a whole block": (2, 128, 128, 2, 2, 16, None, False),
+    "odd length, unequal samples": (2, 40, 40, 3, 3, 16, [40, 13], False),
+    "causal, grouped, over a block": (2, 150, 150, 4, 2, 16, [150, 33], True),
+    "more keys than queries, one key": (2, 33, 70, 2, 1, 24, [70, 1], False),
+    "several blocks": (1, 520, 600, 1, 1, 16, [530], False),
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_splash_and_xla_are_the_definition(case):
+    *shape, lengths, causal = CASES[case]
+    *qkv, weight = arrays(*shape)
+    lengths = None if lengths is None else jnp.array(lengths)
+    expected = value_and_gradients(lambda *x: plain_attention(*x, lengths, causal), *qkv, weight)
+    kernels = {
+        "splash": lambda *x: splash_attention(*x, lengths, causal=causal, interpret=True),
+        "xla": lambda *x: attention(*x, lengths=lengths, causal=causal, implementation="xla"),
+    }
+    for name, kernel in kernels.items():
+        for array, wanted in zip(value_and_gradients(kernel, *qkv, weight), expected, strict=True):
+            assert relative_error(array, wanted) < 5e-6, name
+
+
+def test_cudnn_gets_lengths_as_a_padding_mask(monkeypatch):
+    """On a machine without a GPU: what is handed to cuDNN, not what it computes."""
+    from jax._src.cudnn import fused_attention_stablehlo as cudnn
+
+    monkeypatch.setattr(cudnn, "check_cudnn_version", lambda: 91000)
+    q, k, v, _ = arrays(2, 64, 96, 4, 2, 64, jnp.bfloat16)
+
+    def lowered(lengths, causal):
+        def loss(q, k, v):
+            return jnp.sum(cudnn_attention(q, k, v, lengths, causal=causal).astype(jnp.float32))
+
+        trace = jax.jit(jax.grad(loss, argnums=(0, 1, 2))).trace(q, k, v)
+        text = trace.lower(lowering_platforms=("cuda",)).as_text()
+        return text.replace("\\22", '"')
+
+    masks = {
+        (False, False): "NO_MASK",
+        (True, False): "PADDING",
+        (False, True): "CAUSAL",
+        (True, True): "PADDING_CAUSAL",
+    }
+    for (padded, causal), mask in masks.items():
+        text = lowered(jnp.array([96, 50]) if padded else None, causal)
+        assert set(re.findall(r'"mask_type": "(\w+)"', text)) == {mask}
+        assert "Backward" in text
+        assert "x64x96x" not in text, "a mask or bias of n x m numbers is built"
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("lengths", [None, [200, 77]])
+def test_cudnn_is_xla(lengths, causal):
+    *qkv, weight = arrays(2, 200, 200, 4, 2, 128, jnp.bfloat16)
+    lengths = None if lengths is None else jnp.array(lengths)
+    run = lambda name: value_and_gradients(
+        functools.partial(attention, lengths=lengths, causal=causal, implementation=name),
+        *qkv,
+        weight,
+    )
+    for actual, expected in zip(run("cudnn"), run("xla"), strict=True):
+        assert relative_error(actual, expected) < 2e-2
+
+
+@pytest.mark.parametrize(
+    ("platform", "dtype", "head_dim", "expected"),
+    [
+        ("tpu", jnp.bfloat16, 128, "splash"),
+        ("tpu", jnp.float32, 256, "splash"),
+        ("tpu", jnp.bfloat16, 16, "xla"),
+        ("gpu", jnp.bfloat16, 128, "cudnn"),
+        ("gpu", jnp.float16, 16, "cudnn"),
+        ("gpu", jnp.float32, 128, "xla"),
+        ("gpu", jnp.bfloat16, 20, "xla"),
+        ("gpu", jnp.bfloat16, 512, "xla"),
+        ("cpu", jnp.bfloat16, 128, "xla"),
+    ],
+)
+def test_auto_takes_the_kernel_of_the_platform(platform, dtype, head_dim, expected):
+    assert resolve("auto", platform, dtype, head_dim) == expected
+    assert resolve(expected, platform, dtype, head_dim) == expected
+    assert resolve("xla", platform, dtype, head_dim) == "xla"
+
+
+@pytest.mark.parametrize(
+    ("name", "platform", "dtype", "head_dim", "message"),
+    [
+        ("flash", "cpu", jnp.float32, 128, "config.attention: 'flash' is not auto, xla, cudnn or"),
+        ("splash", "gpu", jnp.bfloat16, 128, "config.attention: splash needs a TPU, and this is g"),
+        ("splash", "tpu", jnp.bfloat16, 16, "a head size that 128 divides, and the model's is 16"),
+        ("cudnn", "cpu", jnp.bfloat16, 128, "cudnn needs an NVIDIA GPU, and this is cpu; set conf"),
+        ("cudnn", "gpu", jnp.float32, 128, "bfloat16 or float16 activations, and these are float"),
+        ("cudnn", "gpu", jnp.bfloat16, 512, "a head size of 8, 16, ... 128, and the model's is 51"),
+    ],
+)
+def test_a_choice_that_does_not_run_is_refused(name, platform, dtype, head_dim, message):
+    with pytest.raises(UserError, match=re.escape(message)):
+        resolve(name, platform, dtype, head_dim)
+
+
+def test_an_unknown_name_is_refused():
+    q, k, v, _ = arrays(1, 4, 4, 1, 1, 8)
+    with pytest.raises(ValueError, match="xla, cudnn, splash"):
+        attention(q, k, v, implementation="flash")
+    assert set(attention_module.IMPLEMENTATIONS) == {"xla", "cudnn", "splash"}
