@@ -67,7 +67,7 @@ class FeatureCache:
 
     def put(self, key: str, arrays: Mapping[str, np.ndarray]) -> None:
         """Stores an entry: arrays of float32, bfloat16 or int32, none of them empty."""
-        arrays = {name: np.ascontiguousarray(array) for name, array in arrays.items()}
+        arrays = {name: np.asarray(array, order="C") for name, array in arrays.items()}
         for name, array in arrays.items():
             if array.dtype not in _DTYPES.values() or array.size == 0:
                 raise ValueError(f"{name} is {array.dtype}{array.shape}; not for the cache")

@@ -28,7 +28,6 @@ DECODE_ERRORS = (
     TypeError,
     LookupError,
     ArithmeticError,
-    AttributeError,
     struct.error,
     zlib.error,
     RuntimeError,
@@ -40,7 +39,7 @@ DECODE_ERRORS = (
 class ImageLimits:
     """What a picture must keep to."""
 
-    max_pixels: int = 200_000_000  # a file can claim any size; this much is 600 MB decoded
+    max_pixels: int = 150_000_000  # a file can claim any size; this much is 450 MB decoded
     min_side: int = 32  # pixels; smaller ones hold nothing to learn from
     max_aspect: float = 8.0  # long side / short side; a crop would keep too little
 
@@ -175,6 +174,8 @@ def _upright_size(path: Path, image: Image.Image) -> tuple[int, int]:
 
 def _damaged(path: Path, error: BaseException) -> UserError:
     reason = str(error) or type(error).__name__
+    if isinstance(error, Image.DecompressionBombError):  # some readers have Pillow's own limit
+        return UserError(f"{path}: too large for Pillow ({reason}); shrink it")
     return UserError(f"{path}: is damaged or truncated ({reason}); replace or remove it")
 
 

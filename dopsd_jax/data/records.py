@@ -2,6 +2,7 @@
 
 import csv
 import json
+import os
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
@@ -169,21 +170,18 @@ def _image(record: Mapping, roots: list[Path]) -> tuple[Path | None, str | None]
 def _find(name: str, roots: list[Path]) -> tuple[Path | None, str | None]:
     if "://" in name:
         return None, f"{name} is remote; download the pictures first"
-    if "\0" in name:
-        return None, f"{name!r} is not a path"
     candidates = [root / name for root in roots]  # an absolute name replaces the root
     for candidate in candidates:
-        try:
-            if candidate.is_file():
-                return candidate, None
-        except OSError as error:  # for example a name longer than the file system takes
-            return None, f"{name[:80]!r} is not a usable path ({error.strerror})"
-    if any(candidate.is_dir() for candidate in candidates):
-        return None, f"{name} is a folder; name the picture itself"
+        if os.path.isfile(candidate):  # unlike Path.is_file never raises, whatever the name
+            return candidate, None
+    shown = name if len(name) <= 200 else f"{name[:200]}..."
+    if any(os.path.isdir(candidate) for candidate in candidates):
+        return None, f"{shown} is a folder; name the picture itself"
     if Path(name).is_absolute():
-        return None, f"no such picture {name}; mend the path"
-    looked = listing(root if str(root) != "." else "the current folder" for root in roots)
-    return None, f"no such picture {name} (looked in {looked}); mend the path or set data.root"
+        return None, f"no such picture {shown}; mend the path"
+    return None, (
+        f"no such picture {shown} (looked in {listing(roots)}); mend the path or set data.root"
+    )
 
 
 def _declared_size(record: Mapping) -> tuple[tuple[int, int] | None, bool]:
