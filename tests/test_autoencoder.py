@@ -16,7 +16,7 @@ from dopsd_jax.errors import UserError
 from dopsd_jax.models import autoencoder
 from dopsd_jax.models.autoencoder import Autoencoder, names, to_uint8
 from dopsd_jax.models.autoencoder_config import AutoencoderConfig
-from dopsd_jax.models.tiling import Tiling
+from dopsd_jax.models.tiling import Tiling, run_tiled
 from dopsd_jax.weights.fill import fill
 
 DATA = pathlib.Path(__file__).parent / "data"
@@ -24,13 +24,15 @@ TOLERANCE = 1e-5
 
 BASE = dict(
     in_channels=3, out_channels=3, block_out_channels=(8, 12), layers_per_block=1, act_fn="silu",
-    latent_channels=4, norm_num_groups=4, scaling_factor=0.3611, shift_factor=0.1159, sample_size=32,
-    use_quant_conv=False, use_post_quant_conv=False, mid_block_add_attention=True, force_upcast=True,
+    latent_channels=4, norm_num_groups=4, scaling_factor=0.3611, shift_factor=0.1159,
+    sample_size=32, use_quant_conv=False, use_post_quant_conv=False, force_upcast=True,
+    mid_block_add_attention=True,
 )  # fmt: skip
 CONFIGS = {
     "two levels": {},
     "four levels as published": dict(
-        block_out_channels=(8, 16, 24, 24), layers_per_block=2, norm_num_groups=8, latent_channels=16
+        block_out_channels=(8, 16, 24, 24), layers_per_block=2, norm_num_groups=8,
+        latent_channels=16,
     ),
     "one level, quant convs, no shift": dict(
         block_out_channels=(6,), norm_num_groups=3, use_quant_conv=True, use_post_quant_conv=True,
@@ -87,7 +89,8 @@ MODULES = {
         lambda m: m.encoder.mid.attention, lambda t: t.encoder.mid_block.attentions[0], 12),
     "mid block": (lambda m: m.decoder.mid, lambda t: t.decoder.mid_block, 12),
     "downsampling": (
-        lambda m: m.encoder.levels[0].downsample, lambda t: t.encoder.down_blocks[0].downsamplers[0], 8),
+        lambda m: m.encoder.levels[0].downsample,
+        lambda t: t.encoder.down_blocks[0].downsamplers[0], 8),
     "down level": (lambda m: m.encoder.levels[0], lambda t: t.encoder.down_blocks[0], 8),
     "up level": (lambda m: m.decoder.levels[0], lambda t: t.decoder.up_blocks[0], 12),
     "group norm": (lambda m: m.encoder.norm_out, lambda t: t.encoder.conv_norm_out, 12),
@@ -130,16 +133,15 @@ def test_whole_autoencoder_equals_diffusers(name):
     assert relative_error(jax.jit(Autoencoder.decode)(model, z), expected) <= TOLERANCE
 
 
-def test_log_variance_is_clipped(two_levels):
-    _, model = two_levels
+def test_log_variance_is_clipped():
     moments = jnp.array([[[[1.0, 2.0, 50.0, -50.0]]]])
     mean, logvar = autoencoder.split_moments(moments)
     assert mean.ravel().tolist() == [1.0, 2.0] and logvar.ravel().tolist() == [20.0, -30.0]
 
 
 def test_bfloat16_is_as_near_to_float32_as_torch_is():
-    torch_model, model = build(CONFIGS["four levels as published"])
-    images, z = np.tanh(random(1, 64, 48, 3)), random(1, 6, 8, 16)
+    torch_model, model = build(dict(block_out_channels=(16, 24), norm_num_groups=8))
+    images, z = np.tanh(random(1, 24, 16, 3)), random(1, 6, 8, 4)
     exact_mean = torch_call(lambda x: torch_model.encode(x).latent_dist.mean, images)
     exact_image = torch_call(lambda x: torch_model.decode(x).sample, z)
     mean = jax.jit(Autoencoder.encode)(model, jnp.asarray(images, jnp.bfloat16))[0]
@@ -180,35 +182,32 @@ def test_images_are_encoded_and_decoded_as_in_the_pipeline(two_levels):
 
 def test_a_key_samples_the_posterior(two_levels):
     _, model = two_levels
-    images = np.full((1, 8, 8, 3), 200, np.uint8)
-    mean, logvar = model.encode(autoencoder.from_uint8(images))
-    draw = jax.jit(lambda key: model.encode_images(images, key))
-    draws = jax.vmap(draw)(jax.random.split(jax.random.key(0), 4000))
-    assert relative_error(jnp.mean(draws, 0), model.to_latent(mean)) < 0.05
-    scaled = jnp.exp(0.5 * logvar) * model.cfg.scaling_factor
-    assert relative_error(jnp.std(draws, 0), scaled) < 0.05
-    same = draw(jax.random.key(3)) == draw(jax.random.key(3))
-    assert same.all() and (draw(jax.random.key(3)) != draw(jax.random.key(4))).any()
+    image = np.random.default_rng(0).integers(0, 256, (1, 4, 4, 3), np.uint8)
+    images = np.repeat(image, 1000, 0)
+    mean, logvar = jax.jit(Autoencoder.encode)(model, autoencoder.from_uint8(image))
+    draws = np.asarray(model.encode_images(images, jax.random.key(0)))
+    assert relative_error(draws.mean(0), model.to_latent(mean)[0]) < 0.1
+    assert relative_error(draws.std(0), np.exp(0.5 * logvar[0]) * 0.3611) < 0.1
+    assert (draws == model.encode_images(images, jax.random.key(0))).all()
+    assert (draws != model.encode_images(images, jax.random.key(1))).any()
 
 
 def test_images_whose_sides_do_not_fit_are_refused(two_levels):
     _, model = two_levels
-    with pytest.raises(ValueError, match="9x8.*multiples of 2"):
+    with pytest.raises(ValueError, match=r"9x8.*multiples of 2"):
         model.encode_images(np.zeros((1, 9, 8, 3), np.uint8))
 
 
 def test_attention_is_the_same_whatever_rows_exist_at_a_time(two_levels, monkeypatch):
     _, model = two_levels
     x = random(2, 7, 5, 12)
-    whole = model.encoder.mid.attention(x)
-    monkeypatch.setattr(autoencoder, "ATTENTION_ROWS", 10)
-    assert relative_error(model.encoder.mid.attention(x), whole) <= 1e-6
-
-
-TILED = {
-    "square": (32, 32), "no whole number of tiles": (28, 18), "wide": (6, 30), "tall": (22, 4),
-    "a thin last tile": (26, 14),
-}  # fmt: skip
+    outputs = []
+    for rows in (1, 10, 35):
+        monkeypatch.setattr(autoencoder, "ATTENTION_ROWS", rows)
+        # A new function each time: what has been traced would not be traced again.
+        outputs.append(jax.jit(lambda m, x: m(x))(model.encoder.mid.attention, x))
+    assert relative_error(outputs[0], outputs[2]) <= 1e-6
+    assert relative_error(outputs[1], outputs[2]) <= 1e-6
 
 
 @pytest.fixture(scope="module")
@@ -220,19 +219,43 @@ def tiled():
     return torch_model, model
 
 
-@pytest.mark.parametrize("sides", TILED)
-def test_tiles_give_what_diffusers_tiles_give(sides, tiled):
+def test_tiles_give_what_diffusers_tiles_give(tiled):
     torch_model, model = tiled
-    h, w = TILED[sides]
+    h, w = 11, 6
     z = random(2, h, w, 4)
     expected = torch_call(lambda z: torch_model.decode(z).sample, z)
     images = model.decode_images(model.to_latent(z), tiling=Tiling(16))
     assert relative_error(images, np.clip(expected * 127.5 + 127.5, 0, 255)) <= TOLERANCE
     pixels = np.random.default_rng(0).integers(0, 256, (1, 2 * h, 2 * w, 3), np.uint8)
-    x = np.asarray(autoencoder.from_uint8(pixels))
+    x = np.array(autoencoder.from_uint8(pixels))
     expected = torch_call(lambda x: torch_model.encode(x).latent_dist.mean, x)
     latents = model.encode_images(pixels, tiling=Tiling(16))
     assert relative_error(latents, (expected - 0.1159) * 0.3611) <= TOLERANCE
+
+
+class Upscale(torch.nn.Module):
+    """In place of a decoder: depends on what else is in the tile, so that blending shows."""
+
+    def forward(self, x):
+        x = x + x.mean((1, 2, 3), keepdim=True)
+        return x.repeat_interleave(2, 2).repeat_interleave(2, 3)
+
+
+@pytest.mark.parametrize("overlap", [0.25, 0.5, 0.0])
+def test_tiles_of_any_image_are_cut_and_blended_as_in_diffusers(overlap):
+    torch_model, _ = build(dict(sample_size=16))
+    torch_model.enable_tiling()
+    torch_model.tile_overlap_factor = overlap
+    torch_model.decoder = Upscale()
+
+    def upscale(x):
+        x = np.asarray(x) + np.mean(x, axis=(1, 2, 3), keepdims=True)
+        return x.repeat(2, 1).repeat(2, 2)
+
+    for h, w in ((32, 32), (28, 18), (6, 30), (26, 14), (9, 25), (13, 8), (14, 3)):
+        z = random(2, h, w, 4)
+        expected = torch_call(lambda z: torch_model.decode(z).sample, z)
+        assert relative_error(run_tiled(upscale, z, 8, 16, overlap), expected) <= 1e-6
 
 
 def test_tiles_differ_from_the_whole_and_serve_only_large_images(tiled):
@@ -248,11 +271,10 @@ def test_tiles_differ_from_the_whole_and_serve_only_large_images(tiled):
 def test_each_shape_of_tile_is_compiled_once(tiled):
     _, model = tiled
     autoencoder._decode.clear_cache()
-    model.decode_images(random(1, 32, 32, 4), tiling=Tiling(16))
-    # Tiles start at 0, 6, ... 30: five whole ones and an edge of 2, both ways (24 and 18 fit 8).
-    assert autoencoder._decode._cache_size() == 4
-    model.decode_images(random(1, 32, 32, 4, seed=2), tiling=Tiling(16))
-    assert autoencoder._decode._cache_size() == 4
+    # Tiles start at 0, 6, ... 30: five whole ones and an edge of 2.
+    for seed in (1, 2):
+        model.decode_images(random(1, 6, 32, 4, seed=seed), tiling=Tiling(16))
+        assert autoencoder._decode._cache_size() == 2
 
 
 def test_bad_tilings_are_refused(tiled):
@@ -262,9 +284,9 @@ def test_bad_tilings_are_refused(tiled):
         "tiling.sample_size", "tiling.overlap", "tiling.above",
     ]  # fmt: skip
     _, model = tiled
-    with pytest.raises(UserError, match="sample_size is 15.*multiple of 2"):
+    with pytest.raises(UserError, match=r"sample_size is 15.*multiple of 2"):
         model.decode_images(random(1, 16, 16, 4), tiling=Tiling(15))
-    with pytest.raises(UserError, match="overlap.*whole"):
+    with pytest.raises(UserError, match=r"overlap.*whole"):
         model.decode_images(random(1, 16, 16, 4), tiling=Tiling(14))
 
 
@@ -282,10 +304,7 @@ def test_every_published_tensor_has_one_place():
     assert len(sources) == len(shapes) == 244
     assert {s.name: s.shape for s in sources} == shapes
     model = nnx.eval_shape(lambda: Autoencoder(cfg, rngs=nnx.Rngs(0)))
-    ours = {
-        ".".join(map(str, path)): v.shape
-        for path, v in nnx.to_flat_state(nnx.state(model))
-    }
+    ours = {".".join(map(str, path)): v.shape for path, v in nnx.to_flat_state(nnx.state(model))}
     assert {leaf.path: leaf.shape for leaf in leaves} == ours
     assert len(leaves) == len(ours) == 236  # q, k, v are one
 

@@ -9,8 +9,12 @@ from dopsd_jax.fields import Fields
 
 DOWN_BLOCK, UP_BLOCK = "DownEncoderBlock2D", "UpDecoderBlock2D"
 
-# Fields that came later than the class: files without them mean these values (diffusers' signature).
-ABSENT_MEANS = {"use_quant_conv": True, "use_post_quant_conv": True, "mid_block_add_attention": True}
+# Fields later than the class: files without them mean these values (diffusers' signature).
+ABSENT_MEANS = {
+    "use_quant_conv": True,
+    "use_post_quant_conv": True,
+    "mid_block_add_attention": True,
+}
 # Say nothing about the network: the default tile size, and the type a pipeline runs it in.
 IGNORED = ("sample_size", "force_upcast")
 

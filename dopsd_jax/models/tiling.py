@@ -1,7 +1,7 @@
 """Large images in overlapping tiles, blended linearly, so that memory does not grow with the image.
 
-The scheme of diffusers' `enable_tiling`: the result differs slightly from the untiled one, since each
-tile is normalised by itself.
+The scheme of diffusers' `enable_tiling`: the result differs slightly from the untiled one, since
+each tile is normalised by itself.
 """
 
 import dataclasses
@@ -29,14 +29,13 @@ class Tiling:
     above: int | None = None
 
     def __post_init__(self):
-        problems = []
-        if self.sample_size < 1:
-            problems.append(f"tiling.sample_size is {self.sample_size}; it should be a side in pixels")
+        size, problems = self.sample_size, []
+        if size < 1:
+            problems.append(f"tiling.sample_size is {size}; it should be a side in pixels")
         if not 0 <= self.overlap <= 0.5:
             problems.append(f"tiling.overlap is {self.overlap}; it should be between 0 and 0.5")
-        if self.above is not None and self.above < self.sample_size:
-            size = self.sample_size
-            problems.append(f"tiling.above is {self.above}; it should be at least sample_size, {size}")
+        if self.above is not None and self.above < size:
+            problems.append(f"tiling.above is {self.above}; it should be at least {size}")
         raise_if(problems)
 
     def needed(self, sides: tuple[int, int]) -> bool:

@@ -8,8 +8,7 @@ from flax import nnx
 
 from dopsd_jax.models import autoencoder, qwen3, qwen3_vl, zimage
 from dopsd_jax.weights import layouts_vae, layouts_zimage
-from dopsd_jax.weights.account import sources
-from dopsd_jax.weights.layouts import Entry, Layout, canonical, renamed
+from dopsd_jax.weights.layouts import Layout, canonical, renamed
 from dopsd_jax.weights.names import Leaf, Source
 
 DIFFUSERS_BASE = "diffusion_pytorch_model"
@@ -58,12 +57,7 @@ def _qwen3_layouts(config: qwen3.Qwen3Config, leaves: Sequence[Leaf]) -> list[La
 
 
 def _vae_layouts(config: autoencoder.AutoencoderConfig, leaves: Sequence[Leaf]) -> list[Layout]:
-    shapes = sources(leaves)
-    entries = tuple(
-        Entry(t.name, (Source(t.diffusers, shapes[t.diffusers]),), t.shape)
-        for t in layouts_vae.ldm_names(config)
-    )
-    return [Layout("ldm", entries)]
+    return [layouts_vae.original(leaves, len(config.block_out_channels))]
 
 
 ZIMAGE = {
