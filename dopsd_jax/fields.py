@@ -1,5 +1,6 @@
 """Reading the fields of a configuration file, gathering every fault before reporting."""
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -9,7 +10,7 @@ from dopsd_jax.errors import raise_if
 class Fields:
     """The fields of one JSON object.
 
-    Every reader returns the value, or a stand-in after noting a problem; `finish` raises one
+    Every reader returns the value, or zero or nothing after noting a problem; `finish` raises one
     `UserError` with all problems noted. `where` names the file (and the object in it).
     """
 
@@ -40,7 +41,7 @@ class Fields:
         value = self.require(name, "a positive whole number")
         if value is not None and not _is_count(value):
             self.problem(f"field {name} is {value!r}; it must be a positive whole number")
-        return value if _is_count(value) else 1
+        return value if _is_count(value) else 0
 
     def counts(self, name: str, length: int | None = None, least: int = 1) -> tuple[int, ...]:
         """A list of whole numbers, none below `least`."""
@@ -59,10 +60,19 @@ class Fields:
     def positive(self, name: str) -> float:
         """A number above zero."""
         value = self.require(name, "a positive number")
-        good = isinstance(value, (int, float)) and not isinstance(value, bool) and value > 0
+        good = _is_number(value) and value > 0
         if value is not None and not good:
             self.problem(f"field {name} is {value!r}; it must be a positive number")
-        return float(value) if good else 1.0
+        return float(value) if good else 0.0
+
+    def numbers(self, name: str, length: int) -> tuple[float, ...]:
+        """A list of `length` numbers."""
+        kind = f"a list of {length} numbers"
+        value = self.require(name, kind)
+        good = isinstance(value, list) and len(value) == length and all(map(_is_number, value))
+        if value is not None and not good:
+            self.problem(f"field {name} is {value!r}; it must be {kind}")
+        return tuple(map(float, value)) if good else ()
 
     def only(self, name: str, *allowed: Any, required: bool = False) -> None:
         """Notes a problem unless the field has one of the supported values (or is absent)."""
@@ -85,3 +95,7 @@ class Fields:
 
 def _is_count(value: Any, least: int = 1) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and value >= least
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)

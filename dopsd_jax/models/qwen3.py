@@ -76,9 +76,9 @@ def read_language_fields(fields: Fields, tied: Any) -> tuple[Qwen3Config, Mappin
         rope_theta=theta,
         tied=tied is True,
     )
-    if "head_dim" in fields.json and config.head_dim % 2:
+    if config.head_dim % 2:
         fields.problem(f"field head_dim is {config.head_dim}; it must be even")
-    if config.num_heads % config.num_kv_heads:
+    if config.num_kv_heads and config.num_heads % config.num_kv_heads:
         fields.problem(
             f"field num_attention_heads is {config.num_heads}; it must be a multiple of "
             f"num_key_value_heads, {config.num_kv_heads}"
@@ -96,7 +96,7 @@ def _read_rope(fields: Fields) -> tuple[float, Mapping]:
             rope = {}
         return fields.positive("rope_theta"), rope
     inner = fields.part("rope_parameters")
-    theta = inner.positive("rope_theta")
+    theta = (inner if "rope_theta" in inner.json else fields).positive("rope_theta")
     old = fields.json.get("rope_theta", theta)
     if old != theta:
         fields.problem(f"fields rope_theta {old!r} and rope_parameters.rope_theta {theta!r} differ")
@@ -135,8 +135,11 @@ def names(cfg: Qwen3Config, prefix: str = "model.") -> list[Leaf]:
 
 
 def unused(cfg: Qwen3Config) -> list[Source]:
-    """Tensors of the checkpoint that no feature needs: the head, where it is not the embedding."""
-    return [] if cfg.tied else [Source("lm_head.weight", (cfg.vocab_size, cfg.hidden_size))]
+    """Tensors that a checkpoint may hold and no feature needs: the head.
+
+    Where it is tied to the embedding it is usually not stored, but some programs store a copy.
+    """
+    return [Source("lm_head.weight", (cfg.vocab_size, cfg.hidden_size))]
 
 
 def inverse_frequencies(head_dim: int, theta: float) -> np.ndarray:

@@ -52,17 +52,18 @@ class Qwen3VLConfig:
         text, rope = read_language_fields(inner, tied)
         sections = _read_mrope(inner, rope, text.head_dim)
         vision = read_vision_fields(fields.part("vision_config"))
-        if vision.out_hidden_size != text.hidden_size:
+        sizes = (vision.out_hidden_size, text.hidden_size)
+        if all(sizes) and sizes[0] != sizes[1]:
             fields.problem(
                 f"vision_config.out_hidden_size is {vision.out_hidden_size}, but "
                 f"text_config.hidden_size is {text.hidden_size}; they must be equal"
             )
-        if len(vision.deepstack) > text.num_layers:
+        if text.num_layers and len(vision.deepstack) > text.num_layers:
             fields.problem(
                 f"vision_config.deepstack_visual_indexes has {len(vision.deepstack)} entries, but "
                 f"the language model has {text.num_layers} layers"
             )
-        if image_token_id >= text.vocab_size:
+        if text.vocab_size and image_token_id >= text.vocab_size:
             fields.problem(
                 f"field image_token_id is {image_token_id}; "
                 f"it must be below vocab_size, {text.vocab_size}"
@@ -100,7 +101,9 @@ def _read_mrope(fields: Fields, rope: Any, head_dim: int) -> tuple[int, int, int
     inner.only("type", "default")
     inner.only("mrope_interleaved", True, required=True)
     sections = inner.counts("mrope_section", AXES)
-    counts = np.bincount(_mrope_axes(head_dim // 2, sections), minlength=AXES) if sections else ()
+    if not sections or not head_dim:
+        return sections
+    counts = np.bincount(_mrope_axes(head_dim // 2, sections), minlength=AXES)
     if tuple(counts) != sections:
         inner.problem(
             f"field mrope_section is {list(sections)}, but head_dim {head_dim} interleaves as "
@@ -118,7 +121,7 @@ def names(cfg: Qwen3VLConfig) -> list[Leaf]:
 
 
 def unused(cfg: Qwen3VLConfig) -> list[Source]:
-    """Tensors of the checkpoint that no feature needs: the head, where it is not the embedding."""
+    """Tensors that a checkpoint may hold and no feature needs: the head."""
     return qwen3.unused(cfg.text)
 
 

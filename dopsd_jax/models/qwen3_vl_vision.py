@@ -74,12 +74,14 @@ def read_vision_fields(fields: Fields) -> Qwen3VLVisionConfig:
         deepstack=fields.counts("deepstack_visual_indexes", least=0),
     )
     indexes = config.deepstack
-    if list(indexes) != sorted(set(indexes)) or any(i >= config.depth for i in indexes):
+    if list(indexes) != sorted(set(indexes)) or (
+        config.depth and max(indexes, default=0) >= config.depth
+    ):
         fields.problem(
             f"field deepstack_visual_indexes is {list(indexes)}; "
             f"it must grow and stay below depth, {config.depth}"
         )
-    if config.hidden_size % (4 * config.num_heads):
+    if config.num_heads and config.hidden_size % (4 * config.num_heads):
         fields.problem(
             f"field hidden_size is {config.hidden_size}; "
             f"it must be a multiple of 4 num_heads, {4 * config.num_heads}"
