@@ -168,48 +168,71 @@ def run_reference(
     model = copy.deepcopy(model)
     load_adapters(model, teacher, "teacher", alpha)
     load_adapters(model, student, "student", alpha)
-    ours, theirs = _parameters(model, "student"), _parameters(model, "teacher")
-    optimizer = torch.optim.AdamW(
-        ours, lr=s.learning_rate, betas=(0.9, 0.999), eps=1e-8, weight_decay=s.weight_decay
-    )
+    optimizer = make_optimizer(model, s)
     steps = []
     for first in range(0, len(batches), s.accumulate):
-        optimizer.zero_grad()
-        nodes, velocities = [], []
-        for batch in batches[first : first + s.accumulate]:
-            node, velocity, states = rollout_losses(model, batch, s)
-            model.set_adapter("student")  # leaves of the inactive adapter take no gradient
-            (torch.nanmean(node) / s.accumulate).backward()
-            nodes.append(node.detach())
-            velocities.append(velocity)
+        node, velocity, states = backward(model, batches[first : first + s.accumulate], s)
         gradients = _export(model, "student", lambda p: p.grad)
-        norm = torch.nn.utils.clip_grad_norm_(ours, s.clip_norm)
-        optimizer.step()
-        with torch.no_grad():
-            decay = {"ema": s.decay, "frozen": 1.0, "live": 0.0}[s.teacher]
-            for mean, p in zip(theirs, ours, strict=True):
-                mean.copy_(decay * mean + (1 - decay) * p)
-        node = torch.stack(nodes).mean(0)
+        norm = update(model, optimizer, s)
         steps.append(
             Step(
                 loss=float(torch.nanmean(node)),
                 node_losses=node.numpy(),
-                velocity_losses=torch.stack(velocities).mean(0).numpy(),
+                velocity_losses=velocity.numpy(),
                 gradients=gradients,
-                grad_norm=float(norm),
+                grad_norm=norm,
                 student=_export(model, "student"),
                 teacher=_export(model, "teacher"),
-                states=states,
+                states=states.numpy(),
             )
         )
     return steps
 
 
+def make_optimizer(model: ZImageTransformer2DModel, s: Settings) -> torch.optim.Optimizer:
+    """AdamW over the student's adapters."""
+    return torch.optim.AdamW(
+        adapter_parameters(model, "student"),
+        lr=s.learning_rate,
+        betas=(0.9, 0.999),
+        eps=1e-8,
+        weight_decay=s.weight_decay,
+    )
+
+
+def backward(
+    model: ZImageTransformer2DModel, batches: Sequence[Batch], s: Settings
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Leaves the mean loss's gradient in `.grad`; node and velocity losses, states of the last."""
+    for p in adapter_parameters(model, "student"):
+        p.grad = None
+    nodes, velocities = [], []
+    for batch in batches:
+        node, velocity, states = rollout_losses(model, batch, s)
+        model.set_adapter("student")  # leaves of the inactive adapter take no gradient
+        (torch.nanmean(node) / len(batches)).backward()
+        nodes.append(node.detach())
+        velocities.append(velocity)
+    return torch.stack(nodes).mean(0), torch.stack(velocities).mean(0), states
+
+
+def update(model: ZImageTransformer2DModel, optimizer: torch.optim.Optimizer, s: Settings) -> float:
+    """Clips, steps, moves the teacher. Returns the gradient's norm before clipping."""
+    ours, theirs = (adapter_parameters(model, name) for name in ("student", "teacher"))
+    norm = torch.nn.utils.clip_grad_norm_(ours, s.clip_norm)
+    optimizer.step()
+    decay = {"ema": s.decay, "frozen": 1.0, "live": 0.0}[s.teacher]
+    with torch.no_grad():
+        for mean, p in zip(theirs, ours, strict=True):
+            mean.copy_(decay * mean + (1 - decay) * p)
+    return float(norm)
+
+
 def rollout_losses(
     model: ZImageTransformer2DModel, batch: Batch, s: Settings
-) -> tuple[torch.Tensor, torch.Tensor, np.ndarray]:
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """The student's rollout: node losses [K] with gradient, velocity losses [K], states visited."""
-    x = torch.from_numpy(batch.noise)
+    x = torch.tensor(batch.noise, device=model.device)
     states, nodes, velocities = [x], [], []
     chosen = range(len(s.sigmas)) if s.loss_steps is None else s.loss_steps
     ends = (*s.sigmas[1:], s.sigma_end)
@@ -229,11 +252,11 @@ def rollout_losses(
                 nodes.append(weight * velocity)
             velocities.append(velocity.detach())
         else:
-            nodes.append(torch.tensor(torch.nan))
-            velocities.append(torch.tensor(torch.nan))
+            nodes.append(x.new_tensor(torch.nan))
+            velocities.append(x.new_tensor(torch.nan))
         x = (x - (end - sigma) * raw).detach()  # velocity = -raw
         states.append(x)
-    return torch.stack(nodes), torch.stack(velocities), torch.stack(states).numpy()
+    return torch.stack(nodes), torch.stack(velocities), torch.stack(states)
 
 
 def predict(
@@ -245,10 +268,16 @@ def predict(
 ) -> torch.Tensor:
     """The network's own output x0 - noise [b, c, h, w] with one of the adapters."""
     model.set_adapter(adapter)
-    t = torch.full((len(x),), sigma, dtype=torch.float32)
-    features = [torch.from_numpy(c) for c in captions]
+    t = x.new_full((len(x),), sigma)
+    features = [torch.tensor(c, device=x.device) for c in captions]
     out = model([image[:, None] for image in x], 1 - t, features, return_dict=False)[0]
     return torch.stack(out)[:, :, 0]
+
+
+def adapter_parameters(model: ZImageTransformer2DModel, name: str) -> list[torch.nn.Parameter]:
+    """A and B of every layer, in a fixed order."""
+    layers = _layers(model).values()
+    return [p for m in layers for p in (m.lora_A[name].weight, m.lora_B[name].weight)]
 
 
 def sample_with_diffusers(
@@ -283,11 +312,6 @@ def sample_with_diffusers(
 
 def _layers(model) -> Mapping[str, LoraLayer]:
     return {name: m for name, m in model.named_modules() if isinstance(m, LoraLayer)}
-
-
-def _parameters(model, name: str) -> list[torch.nn.Parameter]:
-    layers = _layers(model).values()
-    return [p for m in layers for p in (m.lora_A[name].weight, m.lora_B[name].weight)]
 
 
 def _export(model, name: str, of=lambda p: p.detach()) -> Adapters:
