@@ -153,7 +153,7 @@ def test_all_faults_of_all_lines_are_told_at_once(tmp_path):
         14: "no such picture nnnnn",
         15: "no such picture a",
         16: "not UTF-8 text (byte 0xe9)",
-        17: "nested too deeply",
+        17: "JSON nested too deeply",
     }
     for line, text in expected.items():
         assert any(f"d.jsonl:{line}: {text}" in p for p in problems), (line, text, problems)

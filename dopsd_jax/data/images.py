@@ -58,7 +58,7 @@ def open_image(path: str | Path, limits: ImageLimits | None = None) -> UInt8[np.
     """Decodes a picture: upright, flattened on white, 8-bit sRGB. Raises `UserError`."""
     path = Path(path)
     with _reading(path) as file:
-        image, _ = _decode(path, _header(path, file, limits or ImageLimits()))
+        image, _ = _decode(path, file, _header(path, file, limits or ImageLimits()))
         return np.asarray(image)
 
 
@@ -74,7 +74,7 @@ def inspect_image(
         image = _header(path, file, limits or ImageLimits())
         notes: tuple[str, ...] = ()
         if verify:
-            image, notes = _decode(path, image)
+            image, notes = _decode(path, file, image)
             width, height = image.size
         else:
             width, height = _upright_size(path, image)
@@ -146,8 +146,13 @@ def _header(path: Path, file: BinaryIO, limits: ImageLimits) -> Image.Image:
     return image
 
 
-def _decode(path: Path, image: Image.Image) -> tuple[Image.Image, tuple[str, ...]]:
+def _decode(path: Path, file: BinaryIO, image: Image.Image) -> tuple[Image.Image, tuple[str, ...]]:
+    """The pixels as upright sRGB, and what the user should know."""
     try:
+        if image.format == "PNG":  # Pillow's decoder ignores the checksums of the pixels
+            image.verify()
+            file.seek(0)
+            image = Image.OPEN["PNG"][0](file, str(path))
         mark_sixteen_bits(image)
         image.load()
         ImageOps.exif_transpose(image, in_place=True)
