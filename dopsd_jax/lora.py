@@ -135,8 +135,8 @@ def load(
 ) -> nnx.State:
     """`adapter` with the weights of a LoRA file: its own scale is folded into B.
 
-    A smaller rank is filled up with rows that do nothing yet. Raises `UserError` for layers that only one side has and
-    for ranks above ours.
+    A smaller rank is filled up with rows that do nothing yet. Raises `UserError` for layers that
+    only one side has and for ranks above ours.
     """
     flat = {".".join(map(str, p)): np.array(v[...]) for p, v in nnx.to_flat_state(adapter)}
     faults = [

@@ -10,6 +10,7 @@ import optax
 
 from dopsd_jax.dopsd import Losses
 from dopsd_jax.errors import UserError
+from dopsd_jax.sharding import constrain_batch
 
 Tree = Any
 
@@ -103,13 +104,14 @@ def make_step(
     teacher: Teacher,
     lr: optax.Schedule,
     seed: int,
+    placement: TrainState | None = None,
 ) -> Callable:
     """The compiled optimizer step: (state, base, batch, latent) -> (state, metrics).
 
     `method(student, teacher, base, batch, noise, key)` gives the losses and the gradient of one
     micro-batch. `batch`: a tree whose leaves have a leading axis of micro-batches; their gradients
     are averaged. `latent`: static shape [b, h, w, c] of a micro-batch's noise. The state is
-    donated.
+    donated; `placement`, a sharding for each of its parts, is where the new one lies too.
     """
 
     def micro(state, base, carry, item):
@@ -117,12 +119,18 @@ def make_step(
         batch, shape = item
         key = jax.random.fold_in(step_key(seed, state.step), number)
         noise_key, method_key = jax.random.split(key)
-        noise = jax.random.normal(noise_key, shape, jnp.float32)
+        noise = constrain_batch(jax.random.normal(noise_key, shape, jnp.float32))
         target = jax.lax.stop_gradient(state.student) if state.teacher is None else state.teacher
         losses, gradient = method(state.student, target, base, batch, noise, method_key)
         return (jax.tree.map(jnp.add, total, gradient), number + 1), losses
 
-    @functools.partial(jax.jit, donate_argnums=0, static_argnames="latent")
+    @functools.partial(
+        jax.jit,
+        donate_argnums=0,
+        static_argnames="latent",
+        # Else the compiler may place it elsewhere, and the next step is compiled anew.
+        out_shardings=None if placement is None else (placement, None),
+    )
     def step(state: TrainState, base: Tree, batch: Tree, *, latent: tuple[int, ...]):
         count = len(jax.tree.leaves(batch)[0])
         zeros = jax.tree.map(jnp.zeros_like, state.student)
@@ -140,7 +148,7 @@ def make_step(
             "loss": jnp.mean(losses.total),
             "loss_per_step": jnp.nanmean(losses.per_step, axis=0),
             "gap": jnp.sqrt(jnp.nanmean(losses.mse)),
-            "grad_norm": optax.global_norm(gradient),
+            "grad_norm": optax.tree.norm(gradient),
             "lr": jnp.asarray(lr(state.step), jnp.float32),
         }
         return TrainState(state.step + 1, student, shadow, opt_state), metrics

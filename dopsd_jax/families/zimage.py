@@ -40,8 +40,8 @@ class Context(NamedTuple):
 def grid(name: str | Sequence[float], shift: float) -> tuple[float, ...]:
     """The sigma nodes that config.grid names, with the final 0.
 
-    `nodes8`: the deployed sampler's; `nodes4`: every second of these, the released recipe's; `legacy8`:
-    upstream's 8-step list; or a list of sigmas.
+    `nodes8`: the deployed sampler's; `nodes4`: every second of these, the released recipe's;
+    `legacy8`: upstream's 8-step list; or a list of sigmas.
     """
     if not isinstance(name, str):
         return check_grid(name, "config.grid")

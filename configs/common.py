@@ -1,0 +1,91 @@
+"""What the configurations of all families share. Every field stands here with its unit or reason."""
+
+from ml_collections import ConfigDict
+
+
+def parse_arg(arg: str | None, known: tuple[str, ...]) -> str:
+    """The argument after the colon of `--config FILE:ARG`; the first of `known` if there is none."""
+    name = arg or known[0]
+    if name not in known:
+        raise ValueError(f"configuration argument {name!r} is not one of {', '.join(known)}")
+    return name
+
+
+def defaults() -> ConfigDict:
+    """The released recipe where it is known (d-opsd.md 7), a plain choice elsewhere."""
+    c = ConfigDict(type_safe=False)  # some fields are a name or a list; settings.check knows
+
+    # The run.
+    c.family = "zimage"
+    c.method = "dopsd"
+    c.train = "lora"
+    c.seed = 30
+    c.steps = 2000  # optimizer steps
+    c.batch_size = 4  # images a micro-batch, over all devices
+    c.accumulate = 1  # micro-batches an optimizer step; all from one bucket
+    c.checkpoint_every = 500  # steps; the LoRA file is written at the same time
+    c.keep_checkpoints = 3  # newest ones kept; LoRA files are all kept
+    c.sample_every = 100  # steps between sample grids; 0: only at the start and the end
+    c.sample_rows = 4  # rows of the data set shown in the grids
+
+    # The model.
+    c.model = (
+        ""  # folder in Hugging Face layout, converted checkpoint, hub id owner/name[@revision]
+    )
+    c.base_dtype = "bfloat16"  # type of the frozen weights: bfloat16 or float32
+    c.dtype = "bfloat16"  # type of activations; states, losses and adapters are float32 anyway
+    c.attention = "auto"  # xla, cudnn, splash; auto: the best one for the platform
+    c.remat = "full"  # none: fastest, dots, full: least memory
+
+    # The method: the student's rollout and its teacher.
+    c.grid = "nodes4"  # noise levels of the rollout: a name of the family, or a list
+    c.loss = "x0"  # x0: sigma^2, velocity: 1, step: squared step length, or a list of weights
+    c.loss_steps = "all"  # steps that are taught: all, random:m, or a list
+    c.teacher = ConfigDict(type_safe=False)
+    c.teacher.weights = "ema"  # ema, frozen, live
+    c.teacher.decay = 0.9999  # a step; kept in float32
+    c.teacher.warmup_steps = 0  # steps with warmup_decay instead
+    c.teacher.warmup_decay = 0.999
+    c.teacher.context = "vlm"  # the target image through the vision-language model
+    c.teacher.vlm = ""  # its folder or hub id; "": the folder vlm of the model
+    c.teacher.doubled_template = False  # True: the prompt templated twice, as released
+    c.teacher.min_pixels = 512 * 512  # area of the image the vision tower sees
+    c.teacher.max_pixels = 768 * 768
+
+    # The adapters.
+    c.lora = ConfigDict(type_safe=False)
+    c.lora.rank = 64
+    c.lora.alpha = 128.0  # the update is scaled by alpha / rank
+    c.lora.targets = "blocks"  # a preset of the family, or a list of patterns
+    c.lora.init_from = ""  # a LoRA file to start from
+
+    # The optimizer.
+    c.learning_rate = 1e-4
+    c.lr_schedule = "constant"  # constant, linear, cosine
+    c.warmup_steps = 0
+    c.grad_clip = 1.0  # global norm; 0: off
+    c.adam_b1 = 0.9
+    c.adam_b2 = 0.999
+    c.adam_eps = 1e-8
+    c.weight_decay = 0.0
+
+    # The data.
+    c.data = ConfigDict(type_safe=False)
+    c.data.path = ""  # jsonl file, or folder of images with captions
+    c.data.root = ""  # further folder in which a jsonl's paths are looked for
+    c.data.resolution = 1024  # pixels; the buckets have about this area, squared
+    c.data.buckets = ()  # explicit sizes "832x1248" instead
+    c.data.prompt_keys = ()  # caption fields to train on; (): all that every row has
+    c.data.caption_extension = ".txt"
+    c.data.caption_lines = False  # True: every line of a caption file is an alternative
+    c.data.prompt_draw = "batch"  # one prompt key for a batch, as released, or "row"
+    c.data.max_pixels = 200_000_000  # larger files are refused unread
+    c.data.cache = ""  # folder for encoder features; "": in the work directory
+
+    # Devices: sizes of the mesh axes, one of them may be -1 (the rest).
+    c.mesh = ConfigDict(type_safe=False)
+    c.mesh.data = -1
+    c.mesh.fsdp = 1
+    c.mesh.context = 1
+    c.mesh.tensor = 1
+    return c

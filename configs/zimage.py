@@ -1,0 +1,49 @@
+"""Z-Image-Turbo.
+
+`configs/zimage.py` or `:lora`: the released LoRA recipe; set config.model, config.teacher.vlm and
+config.data.path. `:tiny`: the same program on a miniature and pictures made on the spot, on a laptop.
+"""
+
+import importlib.util
+from pathlib import Path
+
+from ml_collections import ConfigDict
+
+
+def _common():
+    # A configuration is loaded by its path, from any directory: no package to import from.
+    path = Path(__file__).with_name("common.py")
+    spec = importlib.util.spec_from_file_location("dopsd_configs_common", path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def get_config(arg: str | None = None) -> ConfigDict:
+    common = _common()
+    name = common.parse_arg(arg, ("lora", "tiny"))
+    c = common.defaults()
+    c.model = "Tongyi-MAI/Z-Image-Turbo"
+    c.teacher.vlm = "Qwen/Qwen3-VL-4B-Instruct"
+    return tiny(c) if name == "tiny" else c
+
+
+def tiny(c: ConfigDict) -> ConfigDict:
+    """Minutes on two CPU cores. The miniature is randomly initialised: its pictures are noise."""
+    c.model = "tiny"  # made in the work directory
+    c.teacher.vlm = ""
+    c.teacher.min_pixels = 64 * 64
+    c.teacher.max_pixels = 128 * 128
+    c.data.path = "tiny"  # drawn in the work directory
+    c.data.resolution = 128
+    c.steps = 30
+    c.batch_size = 2
+    c.checkpoint_every = 15
+    c.sample_every = 15
+    c.sample_rows = 3
+    c.learning_rate = 1e-3
+    c.lora.rank = 8
+    c.lora.alpha = 16.0
+    c.base_dtype = c.dtype = "float32"
+    c.remat = "none"
+    return c

@@ -1,0 +1,24 @@
+"""D-OPSD for few-step image models, in JAX: tune them without losing their few steps."""
+
+from typing import Any
+
+__version__ = "0.1.0"
+
+
+def load_pipeline(
+    path: str, dtype: str = "float32", lora: str | None = None, vlm: str | None = None
+) -> Any:
+    """The model at `path`: a Hugging Face-layout folder, a converted checkpoint or a hub id.
+
+    dtype: type of activations. lora: a LoRA file to apply. vlm: folder or hub id of the
+    vision-language model that the teacher's context needs; None: the folder `vlm` of the model.
+    Returns a `families.zimage_pipeline.Pipeline`. Raises `errors.UserError`.
+    """
+    from dopsd_jax.families.zimage_pipeline import Pipeline  # jax is imported on use
+    from dopsd_jax.weights import hub
+    from dopsd_jax.weights.model_folder import family_of
+
+    folder = hub.resolve(path).path
+    family_of(folder)
+    vlm_folder = hub.resolve(vlm, patterns=hub.ROOT).path if vlm else None
+    return Pipeline(folder, vlm=vlm_folder, dtype=dtype, lora_file=lora)

@@ -1,0 +1,142 @@
+"""What a configuration means: its model, its data, its step. Shared by all programs."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.sharding import Mesh
+from ml_collections import ConfigDict
+
+from dopsd_jax import dopsd, lora, settings, sharding, state
+from dopsd_jax.data.buckets import make_buckets, parse_buckets
+from dopsd_jax.data.dataset import Dataset, measure
+from dopsd_jax.data.images import ImageLimits
+from dopsd_jax.data.rows import load_rows
+from dopsd_jax.data.synthetic import write_folder
+from dopsd_jax.errors import UserError
+from dopsd_jax.families import zimage as family
+from dopsd_jax.families.zimage_pipeline import Pipeline, lora_layers
+from dopsd_jax.lora import Slot
+from dopsd_jax.models import attention, zimage
+from dopsd_jax.tiny import make_tiny
+from dopsd_jax.weights import hub, lora_files
+
+TINY = "tiny"  # config.model, config.data.path: made in the work directory
+
+
+class Plan(NamedTuple):
+    """The step of a configuration: grid, adapted layers, and the compiled function."""
+
+    grid: tuple[float, ...]
+    chosen: dict[str, Slot]
+    scale: float
+    start: state.TrainState
+    step: Callable
+
+
+def open_pipeline(
+    config: ConfigDict, workdir: Path, mesh: Mesh | None = None
+) -> tuple[Pipeline, dict]:
+    """The model of config.model, with what is to be recorded of its origin; nothing is loaded yet."""
+    if config.model == TINY:
+        folder = workdir / "tiny_model"
+        if not (folder / "vlm" / "preprocessor_config.json").exists():
+            make_tiny(folder)
+        model, vlm = hub.Resolved(folder, None), hub.Resolved(folder / "vlm", None)
+    else:
+        model = hub.resolve(config.model)
+        vlm = hub.Resolved(model.path / "vlm", model.revision)
+        if config.teacher.vlm:
+            vlm = hub.resolve(config.teacher.vlm, patterns=hub.ROOT)
+        elif not vlm.path.is_dir():
+            raise UserError(
+                f"config.teacher.vlm: is empty and {vlm.path} does not exist; name the folder or "
+                "hub id of Qwen3-VL-4B-Instruct"
+            )
+    place = None
+    if mesh is not None:
+        place = lambda path, shape: jax.NamedSharding(
+            mesh, sharding.parameter_spec(path, shape, mesh)
+        )
+    pipe = Pipeline(
+        model.path,
+        vlm=vlm.path,
+        dtype=config.dtype,
+        base_dtype=config.base_dtype,
+        attention="xla",
+        remat=config.remat,
+        sharding_for=place,
+    )
+    dtype, size = jnp.dtype(config.dtype), pipe.config.head_dim
+    pipe.attention = attention.resolve(config.attention, jax.default_backend(), dtype, size)
+    return pipe, {"model_revision": model.revision, "vlm_revision": vlm.revision}
+
+
+def open_data(config: ConfigDict, workdir: Path, step: int) -> Dataset:
+    """The data set of config.data: every row checked, every picture opened once.
+
+    `step`: what sides of images must be a multiple of.
+    """
+    data = config.data
+    path = write_folder(workdir / "tiny_data") if data.path == TINY else data.path
+    buckets = (
+        parse_buckets(data.buckets, step) if data.buckets else make_buckets(data.resolution, step)
+    )
+    rows = load_rows(
+        path,
+        tuple(data.prompt_keys) or None,
+        caption_extension=data.caption_extension,
+        caption_lines=data.caption_lines,
+        data_root=data.root or None,
+    )
+    return measure(rows, buckets, ImageLimits(max_pixels=data.max_pixels))
+
+
+def adapters(config: ConfigDict, model: zimage.ZImageConfig) -> dict[str, Slot]:
+    """The layers that config.lora.targets names."""
+    targets = settings.values(config.lora.targets)
+    return lora.select(lora.slots(zimage.names(model)), targets, family.LORA_PRESETS)
+
+
+def make_plan(config: ConfigDict, pipe: Pipeline, mesh: Mesh) -> Plan:
+    """Attaches adapters to the pipeline's transformer and makes the training step around it."""
+    grid = family.grid(settings.values(config.grid), pipe.shift)
+    chosen = adapters(config, pipe.config)
+    scale = config.lora.alpha / config.lora.rank
+    lora.attach(
+        pipe.transformer, chosen, config.lora.rank, config.lora.alpha, jax.random.key(config.seed)
+    )
+    student = pipe.split[1]
+    if config.lora.init_from:
+        file = lora_files.read_lora(config.lora.init_from, lora_layers(pipe.config))
+        student = lora.load(student, chosen, file.modules, scale, config.lora.init_from)
+    teacher, tx = (
+        state.Teacher(**{f: config.teacher[f] for f in state.Teacher._fields}),
+        state.optimizer(config),
+    )
+    start = state.create(student, teacher, tx)
+    start = jax.device_put(start, sharding.replicated(start, mesh))
+    return Plan(grid, chosen, scale, start, make_step(config, pipe.split[0], grid, teacher, tx))
+
+
+def make_step(
+    config: ConfigDict, graphdef: nnx.GraphDef, grid, teacher: state.Teacher, tx
+) -> Callable:
+    """The compiled optimizer step of a configuration; see `state.make_step`."""
+    net, loss, loss_steps = (
+        family.denoiser(graphdef),
+        settings.values(config.loss),
+        settings.values(config.loss_steps),
+    )
+    dopsd.make_nodes(grid, loss, loss_steps, jax.random.key(0))  # complains now, not in a trace
+
+    def method(student, target, base, contexts, noise, key):
+        nodes = dopsd.make_nodes(grid, loss, loss_steps, key)
+        return dopsd.loss_and_gradient(
+            net, student, target, base, contexts, noise, nodes, every_step=loss_steps == "all"
+        )
+
+    return state.make_step(method, tx, teacher, state.schedule(config), config.seed)

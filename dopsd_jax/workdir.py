@@ -1,0 +1,72 @@
+"""The work directory of a run: which configuration it belongs to, and with which versions it ran."""
+
+import importlib.metadata
+import json
+import platform
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from dopsd_jax.errors import UserError
+from dopsd_jax.settings import flat
+from dopsd_jax.weights.atomic import write_text
+from dopsd_jax.weights.stored import read_json
+
+CONFIG = "config.json"
+# What may change when a run goes on: everything else changes what is trained.
+FREE = (
+    "steps",
+    "checkpoint_every",
+    "keep_checkpoints",
+    "sample_every",
+    "sample_rows",
+    "attention",
+    "remat",
+    "data.cache",
+    "mesh.data",
+    "mesh.fsdp",
+    "mesh.context",
+    "mesh.tensor",
+)
+_PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "transformers", "numpy")
+
+
+def open_workdir(workdir: Path, config: Mapping[str, Any], facts: Mapping[str, Any]) -> None:
+    """Makes the folder, or checks that it belongs to this configuration; writes config.json.
+
+    `facts`: what else decides what is trained (digest of the data, revision of the model). Raises
+    `UserError` naming every field that differs.
+    """
+    path = workdir / CONFIG
+    new = {"config": flat(config), "facts": dict(facts), "versions": versions()}
+    if path.exists():
+        old, _ = read_json(path)
+        if not isinstance(old, dict) or not {"config", "facts"} <= old.keys():
+            raise UserError(f"{path}: is not a configuration of a run; use another --workdir")
+        was, now = old["config"], new["config"]
+        faults = [
+            f"{workdir}: belongs to a run with config.{name} = {was.get(name)!r}, now {now.get(name)!r}"
+            "; use another --workdir, or the old value"
+            for name in sorted(was.keys() | now.keys())
+            if name not in FREE and was.get(name) != now.get(name)
+        ]
+        faults += [
+            f"{workdir}: was trained with {name} {old['facts'].get(name)}, now it is {value}; use "
+            "another --workdir"
+            for name, value in new["facts"].items()
+            if old["facts"].get(name) != value
+        ]
+        if faults:
+            raise UserError(*faults)
+    try:
+        workdir.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"{workdir}: cannot be made ({error.strerror}); choose another") from None
+    write_text(path, json.dumps(new, indent=1) + "\n")
+
+
+def versions() -> dict[str, str]:
+    """What the run was made with."""
+    return {"python": platform.python_version()} | {
+        name: importlib.metadata.version(name) for name in _PACKAGES
+    }
