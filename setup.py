@@ -23,7 +23,7 @@ setup(
         "ml_collections>=1.1.0",
         "transformers>=5.0",
         "numpy>=2.0",
-        "pillow>=11.0",
+        "pillow>=11.3",
         "absl-py",
         "etils[epath]",
         "huggingface_hub>=1.0",
