@@ -1,0 +1,193 @@
+"""metrics.jsonl survives interruption; the line of progress says what is true."""
+
+import errno
+import io
+import json
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from dopsd_jax.errors import UserError
+from dopsd_jax.metrics import MetricsWriter, Progress, StepTimer, duration, plain, read_metrics
+
+
+def record(step):
+    return {
+        "step": step,
+        "loss": np.float32(1 / step),
+        "loss_per_step": jnp.arange(4) / (3 * step),
+        "gap": 0.5 / step,
+        "images_per_second": 2,
+    }
+
+
+def write(workdir, steps, **options):
+    with MetricsWriter(workdir, **options) as writer:
+        for step in steps:
+            writer.write(record(step))
+
+
+def test_one_json_object_a_line_is_on_disk_at_once(tmp_path):
+    writer = MetricsWriter(tmp_path)
+    writer.write(record(1))
+    assert [r["step"] for r in read_metrics(tmp_path / "metrics.jsonl")] == [1]
+    writer.write(record(2))
+    lines = (tmp_path / "metrics.jsonl").read_text().splitlines()
+    assert len(lines) == 2 and json.loads(lines[1])["loss"] == 0.5
+    assert json.loads(lines[0])["loss_per_step"] == [0.0, 0.33333334, 0.6666667, 1.0]
+
+
+def test_float32_has_its_shortest_form_and_only_finite_numbers_are_written(tmp_path):
+    assert plain(np.float32(0.1)) == 0.1 and plain(jnp.float32(0.1)) == 0.1
+    assert plain(jnp.bfloat16(0.1)) == pytest.approx(0.1, rel=1e-2)
+    assert plain(float("nan")) is None and plain(np.float32("inf")) is None
+    assert plain(jnp.array([1.0, jnp.nan, -jnp.inf])) == [1.0, None, None]
+    assert plain(jnp.array([1, 2])) == [1, 2] and plain(np.bool_(True)) is True
+    assert plain(1e-300) == 1e-300 and plain(3) == 3 and plain("a") == "a"
+    with MetricsWriter(tmp_path) as writer:
+        writer.write({"step": 1, "loss": jnp.nan})
+    assert (tmp_path / "metrics.jsonl").read_text() == '{"step": 1, "loss": null}\n'
+
+
+@pytest.mark.parametrize("cut", [0, 1, 17, None])
+def test_a_resumed_file_equals_an_uninterrupted_one(tmp_path, cut):
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    whole.mkdir(), parts.mkdir()
+    write(whole, range(1, 9))
+    # Saved at 3, cut off after 5 (perhaps in the middle of a line), gone on with from 3.
+    write(parts, range(1, 6))
+    path = parts / "metrics.jsonl"
+    if cut is not None:
+        path.write_bytes(path.read_bytes() + b'{"step": 6, "loss": 0.25}'[:cut])
+    write(parts, range(4, 9), step=3)
+    assert path.read_bytes() == (whole / "metrics.jsonl").read_bytes()
+    assert [p.name for p in parts.iterdir()] == ["metrics.jsonl"]
+
+
+def test_a_run_from_the_start_drops_everything(tmp_path):
+    write(tmp_path, range(1, 6))
+    write(tmp_path, [1])
+    assert [r["step"] for r in read_metrics(tmp_path / "metrics.jsonl")] == [1]
+
+
+def test_steps_go_up(tmp_path):
+    write(tmp_path, [1, 2])
+    with MetricsWriter(tmp_path, step=2) as writer, pytest.raises(ValueError, match="step 2 after"):
+        writer.write(record(2))
+
+
+def test_a_half_written_last_line_is_left_out_and_other_broken_lines_are_named(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    assert read_metrics(path) == []
+    path.write_text('{"step": 1}\n{"step": 2, "lo')
+    assert read_metrics(path) == [{"step": 1}]
+    path.write_text('{"step": 1}\n{"ste\n[]\n{"step": 4}\n{"loss": 1}\n')
+    with pytest.raises(UserError) as error:
+        read_metrics(path)
+    numbers = [p.removeprefix(f"{path}:").split(":")[0] for p in error.value.problems]
+    assert numbers == ["2", "3", "5"]
+
+
+def test_a_full_disk_is_told_and_leaves_whole_lines(tmp_path):
+    writer = MetricsWriter(tmp_path)
+    writer.write(record(1))
+
+    class Full:
+        """Takes ten bytes, then has no space."""
+
+        def __init__(self, file):
+            self.file, self.space = file, 10
+
+        def write(self, data):
+            if not self.space:
+                raise OSError(errno.ENOSPC, "No space left on device")
+            done = self.file.write(data[: self.space])
+            self.space -= done
+            return done
+
+        def __getattr__(self, name):
+            return getattr(self.file, name)
+
+    real = writer._file
+    writer._file = Full(real)
+    with pytest.raises(UserError, match=r"metrics\.jsonl: the disk is full"):
+        writer.write(record(2))
+    writer._file = real
+    writer.write(record(2))
+    assert [r["step"] for r in read_metrics(writer.path)] == [1, 2]
+
+
+class Clock:
+    def __init__(self):
+        self.now = 100.0
+
+    def __call__(self):
+        return self.now
+
+
+def test_the_timer_leaves_out_compilation_and_what_is_skipped():
+    clock = Clock()
+    timer = StepTimer(window=4, clock=clock)
+    clock.now += 60
+    assert timer.tick() == 60 and timer.typical is None
+    for seconds in (2, 2, 30, 3):
+        clock.now += seconds
+        assert timer.tick() == seconds
+    assert timer.typical == 2.5
+    clock.now += 500
+    timer.skip()
+    clock.now += 3
+    assert timer.tick() == 3
+    assert timer.typical == 3  # of 2, 30, 3, 3
+
+
+def run(total, seconds, stream, start=0, **options):
+    clock = Clock()
+    timer = StepTimer(clock=clock)
+    progress = Progress(total, timer, stream=stream, clock=clock, **options)
+    for step in range(start + 1, total + 1):
+        clock.now += 40 if step == start + 1 else seconds
+        timer.tick()
+        progress.update(step, 1.5 / step, jnp.float32(0.25), 8)
+    return progress
+
+
+def test_without_a_terminal_plain_lines_appear_from_time_to_time():
+    stream = io.StringIO()
+    run(100, 2.0, stream)
+    lines = stream.getvalue().splitlines()
+    assert lines[0] == "step   1/100  loss 1.5  gap 0.25  compiled"
+    assert lines[1] == "step   6/100  loss 0.25  gap 0.25  4 images/s  3:08 left"
+    assert lines[-1] == "step 100/100  loss 0.015  gap 0.25  4 images/s  done"
+    assert len(lines) == 21 and "\r" not in stream.getvalue()
+
+
+def test_time_left_counts_from_where_the_run_went_on():
+    stream = io.StringIO()
+    run(100, 2.0, stream, start=90)
+    assert stream.getvalue().splitlines()[1].endswith("8 s left")  # step 96
+
+
+def test_on_a_terminal_the_line_is_written_over():
+    class Terminal(io.StringIO):
+        def isatty(self):
+            return True
+
+    stream = Terminal()
+    progress = run(3, 0.5, stream)
+    *lines, last, end = stream.getvalue().replace("\n", "\r").split("\r")
+    assert len(lines) == 3 and last.rstrip().endswith("done") and len(last) == len(lines[-1])
+    assert stream.getvalue().count("\n") == 1 and end == ""
+    progress.note("saved")
+    assert stream.getvalue().endswith("\nsaved\n")
+    stream = Terminal()
+    progress = Progress(9, StepTimer(), stream=stream)
+    progress.update(1, 1.0, 1.0, 1)
+    progress.note("saved")
+    assert stream.getvalue().endswith("compiled\nsaved\n")
+
+
+def test_durations_read_well():
+    texts = [duration(s) for s in (0.4, 59, 61, 3599.7, 3 * 3600 + 61, 51 * 3600 + 20 * 60)]
+    assert texts == ["0 s", "59 s", "1:01", "1:00:00", "3:01:01", "2 d 03:20"]
