@@ -15,7 +15,9 @@ FULL = (errno.ENOSPC, errno.EDQUOT)
 def disk_error(error: OSError, path: Path) -> UserError:
     """What to tell the user when writing `path` failed."""
     if error.errno in FULL:
-        return UserError(f"{path}: the disk is full; free some space and run again, nothing was lost")
+        return UserError(
+            f"{path}: the disk is full; free some space and run again, nothing was lost"
+        )
     return UserError(f"{path}: cannot be written ({error.strerror}); check the folder")
 
 
@@ -39,7 +41,7 @@ def atomic_file(path: str | os.PathLike) -> Iterator:
 
 @contextlib.contextmanager
 def atomic_folder(path: str | os.PathLike) -> Iterator[Path]:
-    """A folder that gets its name when the block ends well. Raises `UserError` if the name is taken."""
+    """A folder that gets its name when the block ends well. Raises `UserError` if that is taken."""
     path = Path(path)
     if path.exists() and (not path.is_dir() or any(path.iterdir())):
         raise UserError(f"{path}: already there; give another name, or remove it")
@@ -71,7 +73,8 @@ def need_space(folder: str | os.PathLike, nbytes: int) -> None:
     free = shutil.disk_usage(folder).free
     if free < nbytes:
         raise UserError(
-            f"{folder}: {nbytes / 1e9:.1f} GB are needed, {free / 1e9:.1f} GB are free; free some space"
+            f"{folder}: {nbytes / 1e9:.1f} GB are needed, "
+            f"{free / 1e9:.1f} GB are free; free some space"
         )
 
 

@@ -4,8 +4,8 @@
     parts/layers.0007.1/   an orbax checkpoint of some parameters of one layer (or of `rest`)
     manifest.json          what is in the parts; written last, so a folder without it is incomplete
 
-A stacked Flax parameter is never whole in host memory: each layer's rows are in parts of their own, of at
-most `PART_BYTES` unless one parameter alone is larger.
+A stacked Flax parameter is never whole in host memory: each layer's rows are in parts of their own,
+of at most `PART_BYTES` unless one parameter alone is larger.
 """
 
 import dataclasses
@@ -23,7 +23,7 @@ from dopsd_jax.weights.atomic import disk_error, need_space, write_text
 from dopsd_jax.weights.digest import combined_digest, tensor_digest
 from dopsd_jax.weights.layouts import Found
 from dopsd_jax.weights.names import Leaf, Source, to_flax
-from dopsd_jax.weights.safetensors_write import Progress, no_progress
+from dopsd_jax.weights.progress import SILENT, Progress
 from dopsd_jax.weights.tensors import CODES, DTYPES, Tensors, total_bytes
 
 FORMAT = 1
@@ -50,7 +50,8 @@ def split_parts(leaves: Sequence[Leaf], tensors: Tensors, limit: int) -> dict[st
     groups: dict[str, list[Leaf]] = {}
     for leaf in leaves:
         stack = leaf.path.partition(".")[0]
-        groups.setdefault(REST if leaf.index is None else f"{stack}.{leaf.index:04d}", []).append(leaf)
+        group = REST if leaf.index is None else f"{stack}.{leaf.index:04d}"
+        groups.setdefault(group, []).append(leaf)
     parts = {}
     for group, members in groups.items():
         count, size, current = 0, 0, []
@@ -82,7 +83,7 @@ def convert(
     component: str,
     origin: Origin,
     part_bytes: int = PART_BYTES,
-    progress: Progress = no_progress,
+    progress: Progress = SILENT,
 ) -> str:
     """Writes the converted checkpoint of one network; returns the digest of its tensors.
 
@@ -92,7 +93,7 @@ def convert(
     parts = split_parts(leaves, tensors, part_bytes)
     job = _fingerprint(tensors, config_text, component, origin, part_bytes)
     if finished := _finished(folder, job):
-        progress(component, total_bytes(tensors))
+        progress.advance(component, total_bytes(tensors))
         return finished
     digests = _start(folder, job)
     done = {name for name, part in parts.items() if all(s in digests for s in _sources(part))}
@@ -116,7 +117,7 @@ def convert(
             }
             for leaf in part
         ]
-        progress(f"{component}/{name}", bytes_of(part))
+        progress.advance(f"{component}/{name}", bytes_of(part))
     write_text(folder / CONFIG, config_text)
     manifest = {
         "format": FORMAT,
@@ -155,7 +156,7 @@ def _finished(folder: Path, job: str) -> str | None:
 
 
 def _start(folder: Path, job: str) -> dict[str, str]:
-    """Makes the folder, or finds what an interrupted conversion has left: hashes of saved tensors."""
+    """Makes the folder, or finds what an interrupted conversion left: hashes of saved tensors."""
     if not (folder / JOURNAL).exists():
         if folder.exists() and any(folder.iterdir()):
             raise UserError(f"{folder}: is not empty; give another folder")
@@ -182,8 +183,8 @@ def _read_part(tensors: Tensors, part: Sequence[Leaf]):
         if len(types) > 1:
             names = ", ".join(source.name for source in leaf.sources)
             raise UserError(
-                f"{tensors.where}: {names} are stored in different types but are one parameter here; "
-                "choose one type (--dtype)"
+                f"{tensors.where}: {names} are stored in different types but are one parameter "
+                "here; choose one type (--dtype)"
             )
         digests |= {s.name: tensor_digest(p) for s, p in zip(leaf.sources, pieces, strict=True)}
         arrays[leaf.path] = np.ascontiguousarray(to_flax(leaf, pieces))
@@ -212,7 +213,7 @@ def load_part(path: Path, entries: Sequence[dict]) -> dict[str, np.ndarray]:
 
 
 def restore(path: Path, like: dict) -> dict:
-    """A part restored into the kinds of arrays that `like` has (numpy, or abstract with shardings)."""
+    """A part as the kinds of arrays that `like` has: numpy, or abstract ones with shardings."""
     try:
         with storage_context():
             arrays = ocp.load(path.absolute(), like)

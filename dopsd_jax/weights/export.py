@@ -8,15 +8,13 @@ from dopsd_jax.errors import UserError, raise_if
 from dopsd_jax.weights.atomic import atomic_folder, need_space, write_text
 from dopsd_jax.weights.converted import CONFIG
 from dopsd_jax.weights.layouts import CANONICAL, Found, in_layout
-from dopsd_jax.weights.layouts_zimage import ORIGINAL
 from dopsd_jax.weights.lora_files import LoraModule
 from dopsd_jax.weights.merge import Merged
 from dopsd_jax.weights.model_folder import copy_assets, copy_shared_assets, networks_of
-from dopsd_jax.weights.networks import Network
+from dopsd_jax.weights.networks import VLM, Network
+from dopsd_jax.weights.progress import SILENT, Progress
 from dopsd_jax.weights.safetensors_write import (
     MAX_SHARD,
-    Progress,
-    no_progress,
     write_safetensors,
     write_sharded,
 )
@@ -34,16 +32,18 @@ def export_diffusers(
     lora: Mapping[str, LoraModule] | None = None,
     dtype: str | None = None,
     max_shard: int = MAX_SHARD,
-    progress: Progress = no_progress,
-    total: list[int] | None = None,
+    progress: Progress = SILENT,
 ) -> None:
-    """Writes the pipeline of a model (converted or not) as the new folder `out`.
+    """Writes a model (converted or not) as the new Hugging Face-layout folder `out`.
 
     Names and types are those of the source, unless `dtype` (a code of `tensors.FLOATS`) is given;
     `lora` is merged into the transformer. The folder appears when it is whole. Raises `UserError`.
     """
     opened, faults = {}, []
-    for name, network in networks_of(model).items():
+    networks = dict(networks_of(model))
+    if (model / VLM.component).is_dir():  # diffusers does not mind it; our own teacher needs it
+        networks[VLM.component] = VLM
+    for name, network in networks.items():
         try:
             opened[name] = network, open_stored(model / name, network)
         except UserError as error:
@@ -54,8 +54,7 @@ def export_diffusers(
         changed = _changed(stored, lora if name == "transformer" else None, dtype)
         views[name] = in_layout(changed, _hugging_face(network, stored))
     size = sum(total_bytes(view) for view in views.values())
-    if total is not None:
-        total.append(size)
+    progress.start(size)
     need_space(out.parent, size)
     with atomic_folder(out) as partial:
         copy_shared_assets(model, partial)
@@ -71,8 +70,7 @@ def export_single(
     *,
     lora: Mapping[str, LoraModule] | None = None,
     dtype: str | None = None,
-    progress: Progress = no_progress,
-    total: list[int] | None = None,
+    progress: Progress = SILENT,
 ) -> None:
     """Writes the transformer of a model as one file with the authors' names, for ComfyUI.
 
@@ -80,11 +78,10 @@ def export_single(
     """
     network = networks_of(model)["transformer"]
     stored = open_stored(model / network.component, network)
-    layouts = {layout.name: layout for layout in network.layouts(stored.config)}
-    prefix = stored.found.prefix if stored.found.layout.name == ORIGINAL else ""
-    view = in_layout(_changed(stored, lora, dtype), Found(layouts[ORIGINAL], prefix))
-    if total is not None:
-        total.append(total_bytes(view))
+    layout = next(x for x in network.layouts(stored.config) if x.name == network.single)
+    prefix = stored.found.prefix if stored.found.layout.name == network.single else ""
+    view = in_layout(_changed(stored, lora, dtype), Found(layout, prefix))
+    progress.start(total_bytes(view))
     write_safetensors(out, view.infos, view.read, progress=progress)
 
 

@@ -17,7 +17,7 @@ from dopsd_jax.weights.model_folder import (
     is_converted_model,
 )
 from dopsd_jax.weights.networks import FAMILIES, VLM, Network
-from dopsd_jax.weights.safetensors_write import Progress, no_progress
+from dopsd_jax.weights.progress import SILENT, Progress
 from dopsd_jax.weights.stored import Stored, is_converted, open_stored
 from dopsd_jax.weights.tensors import Cast, total_bytes
 
@@ -25,7 +25,7 @@ from dopsd_jax.weights.tensors import Cast, total_bytes
 def open_all(
     folder: Path, files: Mapping[str, Path] | None = None, vlm: Path | None = None
 ) -> dict[str, tuple[Path, Network, Stored]]:
-    """Every network of a model, accounted for; `files` holds files to read instead of a component's own.
+    """Every network of a model, accounted for; `files` holds files to read instead of its own.
 
     Raises `UserError` with the faults of all networks at once.
     """
@@ -57,8 +57,7 @@ def import_model(
     vlm: Path | None = None,
     dtype: str | None = None,
     part_bytes: int = converted.PART_BYTES,
-    progress: Progress = no_progress,
-    total: list[int] | None = None,
+    progress: Progress = SILENT,
 ) -> None:
     """Writes the converted model `out`. An import that was interrupted goes on where it stopped.
 
@@ -66,11 +65,11 @@ def import_model(
       source: Hugging Face-layout folder.
       out: new folder, or the one an interrupted import of the same source left.
       described: what the user called the source, and its commit `revision`: both are recorded.
-      files: for some components, a single file to read instead of the folder's, in any known layout;
-        of the component's folder only config.json is then needed.
-      vlm: folder of the vision-language model, stored as component `vlm`.
+      files: for some components, a single file to read instead of the folder's, in any known
+        layout; of the component's folder only config.json is then needed.
+      vlm: folder of the vision-language model, stored as component `vlm`; None takes the
+        source's own folder of that name, if it has one.
       dtype: store every parameter in this type (a code of `tensors.FLOATS`); None keeps each one's.
-      total: receives the number of bytes that `progress` will count up to.
 
     Raises `UserError`; nothing is written before all tensors of all networks are accounted for.
     """
@@ -83,9 +82,10 @@ def import_model(
     begun = any(is_converted(child) for child in out.iterdir()) if out.is_dir() else False
     if out.is_dir() and any(out.iterdir()) and not begun:
         raise UserError(f"{out}: is not empty; give another folder")
+    if vlm is None and (source / VLM.component).is_dir():
+        vlm = source / VLM.component
     opened = open_all(source, files, vlm)
-    if total is not None:
-        total.append(sum(total_bytes(stored.tensors) for _, _, stored in opened.values()))
+    progress.start(sum(total_bytes(stored.tensors) for _, _, stored in opened.values()))
     digests = {}
     for name, (path, _, stored) in opened.items():
         tensors = Cast(stored.tensors, dtype) if dtype else stored.tensors

@@ -1,7 +1,8 @@
 """The other names under which checkpoints hold a network's tensors, and views between them.
 
-The canonical names are those of diffusers and transformers, as the networks' `names` lists them. A layout
-says which canonical tensors, stacked, make each of its own. Layouts are recognised by their names alone.
+The canonical names are those of diffusers and transformers, as the networks' `names` lists them. A
+layout says which canonical tensors, stacked, make each of its own. Layouts are recognised by their
+names alone.
 """
 
 import dataclasses
@@ -31,7 +32,7 @@ class Entry:
 
 @dataclasses.dataclass(frozen=True)
 class Layout:
-    """All tensors of a layout, those that may be missing (`extras`), and prefixes in front of them."""
+    """All tensors of a layout, those that may be missing (`extras`), and possible prefixes."""
 
     name: str
     entries: tuple[Entry, ...]

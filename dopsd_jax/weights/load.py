@@ -33,10 +33,10 @@ def load_component(
     Args:
       folder: the component's folder.
       network: what is in it.
-      dtype: type of the parameters; None is the stored one; a function of a parameter's path may choose.
-      sharding_for: path and whole shape of a parameter -> its sharding; None puts all on one device.
+      dtype: type of the parameters, or a function of a parameter's path; None is the stored one.
+      sharding_for: path and whole shape of a parameter -> its sharding; None: all on one device.
       build: makes the module from the network's config; None is `network.build`.
-      room: load only the parameters below this attribute (`vision`), for a module that is that attribute.
+      room: load only the parameters below this attribute (`vision`); `build` makes what is there.
 
     Raises `UserError` when the folder does not hold exactly this network.
     """
@@ -76,14 +76,12 @@ def load_stored(
             shape = tuple(slots[leaf.path].shape)
             arrays[leaf.path] = _empty(shape, target, shardings[leaf.path])
         arrays[leaf.path] = _set_row(shardings[leaf.path])(arrays[leaf.path], row, leaf.index)
-    filled = {
-        path: var.replace(arrays[prefix + ".".join(map(str, path))]) for path, var in flat
-    }
+    filled = {path: var.replace(arrays[prefix + ".".join(map(str, path))]) for path, var in flat}
     return nnx.merge(graphdef, nnx.from_flat_state(filled))
 
 
 def _check(slots: Mapping[str, Any], leaves: list[Leaf], where: str) -> None:
-    """The table of names against the module: both are ours, so a mismatch is a bug, not a bad file."""
+    """The table of names against the module: both are ours, a mismatch is a bug, not a bad file."""
     covered: dict[str, list[Leaf]] = {}
     for leaf in leaves:
         covered.setdefault(leaf.path, []).append(leaf)

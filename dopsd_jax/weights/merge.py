@@ -12,13 +12,11 @@ from dopsd_jax.weights.tensors import FLOATS, TensorInfo, Tensors
 class Merged:
     """Canonical tensors with W + scale * B A in place of every adapted W.
 
-    The sum is in float32 and rounded once, to the stored type or to `dtype`. Raises `UserError` when an
-    adapter belongs to no tensor, or to one of another shape.
+    The sum is in float32 and rounded once, to the stored type or to `dtype`. Raises `UserError`
+    when an adapter belongs to no tensor, or to one of another shape.
     """
 
-    def __init__(
-        self, base: Tensors, modules: Mapping[str, LoraModule], dtype: str | None = None
-    ):
+    def __init__(self, base: Tensors, modules: Mapping[str, LoraModule], dtype: str | None = None):
         self.base, self.where = base, base.where
         self.modules = {f"{path}.weight": module for path, module in modules.items()}
         faults = []

@@ -1,6 +1,7 @@
 """A whole model as a folder: one per network, tokenizer and scheduler beside them.
 
-The same shape whether it is a Hugging Face folder or a converted one; the latter has `dopsd_jax.json`.
+The same shape whether it is a Hugging Face folder or a converted one; the latter has
+`dopsd_jax.json`.
 """
 
 import shutil
@@ -50,7 +51,7 @@ def networks_of(folder: Path) -> Mapping[str, Network]:
 
 
 def copy_assets(source: Path, target: Path) -> None:
-    """Copies the small files beside a network's weights: generation settings, processors, tokenizers."""
+    """Copies the small files beside a network's weights: settings, processors, tokenizers."""
     target.mkdir(parents=True, exist_ok=True)
     for file in sorted(source.iterdir()):
         index = file.name.endswith(".index.json")
@@ -59,7 +60,7 @@ def copy_assets(source: Path, target: Path) -> None:
 
 
 def copy_shared_assets(source: Path, target: Path) -> None:
-    """Copies what belongs to the model as a whole: index, tokenizer, scheduler. Raises `UserError`."""
+    """Copies what belongs to the whole model: index, tokenizer, scheduler. Raises `UserError`."""
     shutil.copyfile(source / INDEX, target / INDEX)
     for name in ASSET_FOLDERS:
         if not (source / name).is_dir():

@@ -27,6 +27,7 @@ class Network:
       names: config -> the correspondence of names.
       unused: config -> tensors that may be in a checkpoint but that the module has no use for.
       others: config and leaves -> layouts besides the canonical one.
+      single: name of the layout of the authors' single file, if that is one of them.
     """
 
     component: str
@@ -36,6 +37,7 @@ class Network:
     names: Callable[[Any], list[Leaf]]
     unused: Callable[[Any], Sequence[Source]] = lambda config: ()
     others: Callable[[Any, Sequence[Leaf]], Sequence[Layout]] = lambda config, leaves: ()
+    single: str | None = None
 
     def layouts(self, config: Any) -> list[Layout]:
         """Every layout in which the network's tensors are found; the canonical one first."""
@@ -68,6 +70,7 @@ ZIMAGE = {
         lambda config, rngs: zimage.ZImage(config, rngs=rngs),
         zimage.names,
         others=_zimage_layouts,
+        single=layouts_zimage.ORIGINAL,
     ),
     "text_encoder": Network(
         "text_encoder",

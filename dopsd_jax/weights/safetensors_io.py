@@ -51,7 +51,7 @@ def read_header(path: str | os.PathLike) -> Header:
     except FileNotFoundError:
         raise UserError(f"{path}: no such file; check the path") from None
     except OSError as error:
-        raise UserError(f"{path}: cannot be read ({error.strerror}); check its permissions") from None
+        raise UserError(f"{path}: cannot be read ({error.strerror}); check its rights") from None
 
 
 def _parse_header(path: Path, size: int, file) -> Header:
@@ -262,7 +262,7 @@ def _sharded_headers(index: Path) -> dict[Path, Header]:
     for name, shard in weight_map.items():
         file = folder / shard
         if file in headers and name not in headers[file].tensors:
-            faults.append(f"{file}: lacks tensor {name!r}, which {index.name} places there; {AGAIN}")
+            faults.append(f"{file}: lacks tensor {name!r}, which {index.name} puts there; {AGAIN}")
     for name, file in found.items():
         if name not in weight_map:
             faults.append(f"{file}: tensor {name!r} is not in {index.name}; download both again")

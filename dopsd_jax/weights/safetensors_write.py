@@ -1,4 +1,4 @@
-"""Writes safetensors files, one tensor at a time, and sharded folders as diffusers lays them out."""
+"""Writes safetensors files tensor by tensor, and sharded folders as diffusers lays them out."""
 
 import json
 import os
@@ -10,15 +10,11 @@ import numpy as np
 
 from dopsd_jax.errors import UserError
 from dopsd_jax.weights.atomic import atomic_file, need_space, write_text
+from dopsd_jax.weights.progress import SILENT, Progress
 from dopsd_jax.weights.tensors import CODES, TensorInfo, Tensors
 
 MAX_SHARD = 10_000_000_000  # diffusers' default, bytes
 HEADER_MULTIPLE = 8
-Progress = Callable[[str, int], None]  # name of the tensor that is done, its bytes
-
-
-def no_progress(name: str, nbytes: int) -> None:
-    """Reports nothing."""
 
 
 def file_order(infos: Mapping[str, TensorInfo]) -> list[str]:
@@ -31,7 +27,7 @@ def write_safetensors(
     infos: Mapping[str, TensorInfo],
     produce: Callable[[str], np.ndarray],
     metadata: Mapping[str, str] | None = None,
-    progress: Progress = no_progress,
+    progress: Progress = SILENT,
 ) -> None:
     """Writes one file; `produce(name)` gives a tensor when its turn comes.
 
@@ -52,7 +48,7 @@ def write_safetensors(
             if CODES.get(array.dtype) != info.dtype or array.shape != info.shape:
                 raise ValueError(f"{name}: produced {array.dtype} {array.shape}, announced {info}")
             file.write(memoryview(np.ascontiguousarray(array).reshape(-1).view(np.uint8)))
-            progress(name, info.nbytes)
+            progress.advance(name, info.nbytes)
 
 
 def _header(names: list[str], infos: Mapping[str, TensorInfo], metadata) -> bytes:
@@ -75,7 +71,7 @@ def write_sharded(
     tensors: Tensors,
     max_shard: int = MAX_SHARD,
     metadata: Mapping[str, str] | None = None,
-    progress: Progress = no_progress,
+    progress: Progress = SILENT,
 ) -> None:
     """Writes `<base>.safetensors`, or `<base>-00001-of-0000N.safetensors` and the index.
 

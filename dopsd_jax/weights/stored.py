@@ -1,4 +1,4 @@
-"""A network's weights on disk, in any of the forms we read: Hugging Face folder, file, converted."""
+"""A network's weights on disk in any form we read: Hugging Face folder, file, converted."""
 
 import hashlib
 import json
@@ -18,7 +18,7 @@ from dopsd_jax.weights.layouts import CANONICAL, Found, as_canonical, recognise
 from dopsd_jax.weights.names import Leaf, to_flax, to_torch
 from dopsd_jax.weights.networks import Network
 from dopsd_jax.weights.safetensors_io import TensorFiles
-from dopsd_jax.weights.tensors import DTYPES, TensorInfo, Tensors
+from dopsd_jax.weights.tensors import DTYPES, TensorInfo, Tensors, take
 
 AGAIN = "convert the model again"
 KEPT_PARTS = 2  # parts in memory while reading: neighbours share fused parameters
@@ -85,13 +85,22 @@ def open_stored(folder: Path, network: Network, weights: Path | None = None) -> 
 def _leaves(network: Network, config: Any, tensors: Tensors) -> tuple[list[Leaf], list[Leaf]]:
     leaves = network.names(config)
     used = sources(leaves)
-    known = {s.name: s for layout in network.layouts(config) for e in layout.extras for s in e.sources}
-    extras = [known[name] for name in tensors.infos if name not in used]
-    return leaves, [converted.unused_leaf(source) for source in extras]
+    known = _extras(network, config)
+    return leaves, [known[name] for name in tensors.infos if name not in used]
+
+
+def _extras(network: Network, config: Any) -> dict[str, Leaf]:
+    """Tensors that a checkpoint may hold beyond the module's, by canonical name."""
+    return {
+        source.name: converted.unused_leaf(source)
+        for layout in network.layouts(config)
+        for entry in layout.extras
+        for source in entry.sources
+    }
 
 
 def source_digest(stored: Stored, folder: Path, memo: Path) -> str:
-    """Digest of the weights' content: from the manifest if converted, else computed once per file state."""
+    """Digest of the content: from the manifest if converted, else computed once per file state."""
     if stored.files is None:
         return read_json(folder / converted.MANIFEST)[0]["digest"]
     return remembered_digest(stored.tensors, stored.files, memo)
@@ -100,7 +109,7 @@ def source_digest(stored: Stored, folder: Path, memo: Path) -> str:
 def _open_converted(folder: Path, network: Network) -> Stored:
     if not (folder / converted.MANIFEST).exists():
         raise UserError(
-            f"{folder}: its conversion was interrupted; run the same import again, it goes on from there"
+            f"{folder}: its conversion was interrupted; run the same import again, it goes on"
         )
     manifest, _ = read_json(folder / converted.MANIFEST)
     _check_manifest(folder, manifest, network)
@@ -143,10 +152,7 @@ class ConvertedTensors:
     def __init__(self, folder: Path, manifest: Mapping, network: Network, config: Any):
         self.where, self.folder, self.parts = str(folder), folder, manifest["parts"]
         known = {(leaf.path, leaf.index): leaf for leaf in network.names(config)}
-        for layout in network.layouts(config):
-            for source in (s for e in layout.extras for s in e.sources):
-                leaf = converted.unused_leaf(source)
-                known[leaf.path, leaf.index] = leaf
+        known |= {(leaf.path, None): leaf for leaf in _extras(network, config).values()}
         self.infos: dict[str, TensorInfo] = {}
         self.homes: dict[str, tuple[str, Leaf]] = {}  # tensor -> part, leaf
         self._recent: OrderedDict[str, dict[str, np.ndarray]] = OrderedDict()
@@ -154,7 +160,11 @@ class ConvertedTensors:
         for part, entries in self.parts.items():
             for entry in entries:
                 leaf = known.get((entry["path"], entry["index"]))
-                if leaf is None or list(leaf.shape) != entry["shape"] or entry["dtype"] not in DTYPES:
+                if (
+                    leaf is None
+                    or list(leaf.shape) != entry["shape"]
+                    or entry["dtype"] not in DTYPES
+                ):
                     what = f"{entry['path']}[{entry['index']}] {entry['dtype']} {entry['shape']}"
                     faults.append(f"{folder}: parameter {what} is not of this network; {AGAIN}")
                     continue
@@ -167,7 +177,7 @@ class ConvertedTensors:
         part, leaf = self.homes[name]
         pieces = to_torch(leaf, self._part(part)[leaf.path])
         names = [source.name for source in leaf.sources]
-        return pieces[names.index(name)][rows]
+        return take(pieces[names.index(name)], rows)
 
     def _part(self, part: str) -> dict[str, np.ndarray]:
         if part not in self._recent:

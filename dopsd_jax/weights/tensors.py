@@ -1,7 +1,8 @@
-"""What every source of named tensors offers: a safetensors file, a converted checkpoint, a view of one.
+"""What every source of named tensors offers: a file, a converted checkpoint, a view of one.
 
-A `Tensors` is a mapping of PyTorch names to descriptions, and a function that reads one tensor, or some
-rows of it. Layouts, merged adapters and exports are views of a `Tensors`: nothing is held in memory.
+A `Tensors` is a mapping of PyTorch names to descriptions, and a function that reads one tensor, or
+some rows of it. Layouts, merged adapters and exports are views of a `Tensors`: nothing is held in
+memory.
 """
 
 import dataclasses
@@ -74,7 +75,7 @@ class ArrayTensors:
         return {n: TensorInfo(CODES[a.dtype], a.shape) for n, a in self.arrays.items()}
 
     def read(self, name: str, rows: slice = slice(None)) -> np.ndarray:
-        return self.arrays[name][rows]
+        return take(self.arrays[name], rows)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -107,7 +108,7 @@ class View:
         recipe = self.recipes[name]
         parts = [self.base.read(p.name, slice(*(p.rows or (None,)))) for p in recipe.pieces]
         whole = parts[0] if len(parts) == 1 else np.concatenate(parts)
-        return whole.reshape(recipe.shape)[rows]
+        return take(whole.reshape(recipe.shape), rows)
 
 
 class Cast:
@@ -122,6 +123,11 @@ class Cast:
 
     def read(self, name: str, rows: slice = slice(None)) -> np.ndarray:
         return self.base.read(name, rows).astype(self.infos[name].numpy, copy=False)
+
+
+def take(array: np.ndarray, rows: slice) -> np.ndarray:
+    """Rows of the first axis; a number has none, and is only asked for as a whole."""
+    return array if rows == slice(None) else array[rows]
 
 
 def total_bytes(tensors: Tensors) -> int:

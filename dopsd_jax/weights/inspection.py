@@ -1,0 +1,143 @@
+"""What a file or folder is, in lines for people: networks, counts, types, sizes, faults."""
+
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+from dopsd_jax.errors import UserError
+from dopsd_jax.models.zimage import ZImageConfig
+from dopsd_jax.weights import converted
+from dopsd_jax.weights.hub import MODEL_MANIFEST
+from dopsd_jax.weights.layouts import as_canonical, recognise
+from dopsd_jax.weights.lora_dialects import SUFFIXES, UNSUPPORTED_PARTS, Layers, layers_of
+from dopsd_jax.weights.lora_files import PEFT_CONFIG, read_lora
+from dopsd_jax.weights.model_folder import INDEX, family_of, is_converted_model
+from dopsd_jax.weights.networks import FAMILIES, VLM, ZIMAGE, Network
+from dopsd_jax.weights.progress import size
+from dopsd_jax.weights.safetensors_io import TensorFiles
+from dopsd_jax.weights.stored import Stored, open_stored, read_config, read_json
+from dopsd_jax.weights.tensors import TensorInfo
+
+
+def inspect(path: Path, model: Path | None = None) -> Iterator[str]:
+    """Lines about `path`; `model` is the folder whose config.json a lone file belongs to.
+
+    Raises `UserError` when the path is nothing we know; faults of a known thing are lines.
+    """
+    if path.is_dir():
+        if (path / MODEL_MANIFEST).is_file() or (path / INDEX).is_file():
+            yield from _model(path)
+            return
+        if (path / PEFT_CONFIG).is_file():
+            yield from _lora(path, model)
+            return
+        if (path / converted.CONFIG).is_file():
+            yield from _component(path)
+            return
+    files = TensorFiles.open(path)
+    if any(name.endswith(tuple(SUFFIXES)) or _is_adapter(name) for name in files.infos):
+        yield from _lora(path, model)
+    else:
+        yield from _single(path, files, model)
+
+
+def layers_for(model: Path | None) -> Layers:
+    """The layers of a model's transformer; without a model, of the published Z-Image."""
+    network = ZIMAGE["transformer"]
+    if model is None:
+        return layers_of(network, ZImageConfig())
+    config, _ = read_config(model / network.component / converted.CONFIG, network)
+    return layers_of(network, config)
+
+
+def _is_adapter(name: str) -> bool:
+    return any(part in name for part in UNSUPPORTED_PARTS)
+
+
+def _model(path: Path) -> Iterator[str]:
+    family = family_of(path)
+    form = "converted model" if is_converted_model(path) else "Hugging Face folder"
+    yield f"{path}: {form}, family {family}"
+    if is_converted_model(path):
+        manifest, _ = read_json(path / MODEL_MANIFEST)
+        yield f"  source {manifest['source']}, revision {manifest['revision'] or 'not recorded'}"
+    networks = dict(FAMILIES[family])
+    if (path / VLM.component).is_dir():
+        networks[VLM.component] = VLM
+    for name, network in networks.items():
+        try:
+            yield from _stored(name, open_stored(path / name, network))
+        except UserError as error:
+            yield f"  {name}: {len(error.problems)} faults"
+            yield from (f"    {problem}" for problem in error.problems)
+
+
+def _component(path: Path) -> Iterator[str]:
+    """A folder with one network: whichever accepts its config.json."""
+    faults = []
+    for network in (*ZIMAGE.values(), VLM):
+        try:
+            read_config(path / converted.CONFIG, network)
+        except UserError as error:
+            faults += error.problems
+            continue
+        yield f"{path}:"
+        yield from _stored(network.component, open_stored(path, network))
+        return
+    raise UserError(f"{path / converted.CONFIG}: is of no network we know", *faults)
+
+
+def _stored(name: str, stored: Stored) -> Iterator[str]:
+    layout = stored.found.layout.name + (
+        f" behind {stored.found.prefix!r}" * bool(stored.found.prefix)
+    )
+    form = "converted from" if stored.files is None else "in"
+    yield f"  {name}: {_summary(stored.tensors.infos.values())}, {form} {layout} names"
+    for leaf in stored.unused:
+        yield f"    {leaf.sources[0].name}: kept, but the network has no use for it"
+
+
+def _summary(infos: Iterable[TensorInfo]) -> str:
+    infos = list(infos)
+    types = Counter(info.dtype for info in infos)
+    listed = ", ".join(f"{count} {code}" for code, count in types.most_common())
+    return f"{len(infos)} tensors ({listed}), {size(sum(info.nbytes for info in infos))}"
+
+
+def _lora(path: Path, model: Path | None) -> Iterator[str]:
+    lora = read_lora(path, layers_for(model))
+    ranks = Counter(module.rank for module in lora.modules.values())
+    scales = Counter(f"{module.scale:g}" for module in lora.modules.values())
+    listed = lambda counts: ", ".join(f"{value} ({count})" for value, count in counts.most_common())
+    yield f"{path}: LoRA, dialect {lora.dialect}, {lora.dtype}, {len(lora.modules)} layers adapted"
+    yield f"  rank {listed(ranks)}; scale {listed(scales)}"
+    for key, value in sorted(lora.metadata.items()):
+        yield f"  {key}: {value if len(value) <= 80 else value[:77] + '...'}"
+
+
+def _single(path: Path, files: TensorFiles, model: Path | None) -> Iterator[str]:
+    """A file of one network. Without a model, only the published transformer can be recognised."""
+    yield f"{path}: {_summary(files.infos.values())}"
+    candidates: list[tuple[Network, object]] = [(ZIMAGE["transformer"], ZImageConfig())]
+    if model is not None:
+        networks = FAMILIES[family_of(model)].values()
+        candidates = [
+            (network, read_config(model / network.component / converted.CONFIG, network)[0])
+            for network in networks
+        ]
+    for network, config in candidates:
+        try:
+            found = recognise(str(path), files.infos, network.layouts(config))
+        except UserError:
+            continue
+        behind = f" behind {found.prefix!r}" if found.prefix else ""
+        try:
+            as_canonical(files, found)
+            yield f"  {network.component} in {found.layout.name} names{behind}: complete"
+        except UserError as error:
+            yield f"  {network.component} in {found.layout.name} names{behind}: " + (
+                f"{len(error.problems)} faults"
+            )
+            yield from (f"    {problem}" for problem in error.problems)
+        return
+    yield "  of no network we know" + ("" if model else "; --model names the model it belongs to")

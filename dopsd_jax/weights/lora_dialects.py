@@ -1,0 +1,127 @@
+"""How LoRA files name the layers they adapt: the dialects of the common trainers and programs.
+
+P is a layer's path in diffusers, N its path in the authors' files. A name in a file is a prefix, P
+or N (in some dialects with underscores for dots), and a suffix. Names with underscores are
+ambiguous, so they are never taken apart: the names of all known layers are made, and looked up.
+"""
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from dopsd_jax.weights.networks import Network
+
+
+@dataclasses.dataclass(frozen=True)
+class Target:
+    """A linear layer as a file may adapt it: one layer of ours, or several fused along the output.
+
+    Attributes:
+      paths: diffusers paths, in the order of their rows.
+      rows: output size of each.
+      width: input size.
+    """
+
+    paths: tuple[str, ...]
+    rows: tuple[int, ...]
+    width: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Layers:
+    """All linear layers of a network by diffusers path, and by the authors' path."""
+
+    split: Mapping[str, Target]
+    native: Mapping[str, Target]
+
+
+@dataclasses.dataclass(frozen=True)
+class Style:
+    """One way of naming: `native` paths or diffusers', dots or underscores."""
+
+    prefix: str
+    native: bool
+    underscores: bool = False
+
+
+# Suffixes of A and B, and which part of the adapter each is.
+SUFFIXES = {
+    ".lora_A.weight": "a",
+    ".lora_B.weight": "b",
+    ".lora_A.default.weight": "a",
+    ".lora_B.default.weight": "b",
+    ".lora_down.weight": "a",
+    ".lora_up.weight": "b",
+    ".lora.down.weight": "a",
+    ".lora.up.weight": "b",
+    ".alpha": "alpha",
+}
+UNSUPPORTED = {
+    ".dora_scale": "is a DoRA magnitude",
+    ".lora_magnitude_vector": "is a DoRA magnitude",
+    ".lora_magnitude_vector.weight": "is a DoRA magnitude",
+    ".lora_A.bias": "is a bias of an adapter",
+    ".lora_B.bias": "is a bias of an adapter",
+    ".lora_mid.weight": "is a convolution's middle factor",
+    ".diff": "is a full difference, not a low-rank one",
+    ".diff_b": "is a difference of a bias",
+}
+UNSUPPORTED_PARTS = {".lokr_": "LoKr", ".hada_": "LoHa", ".oft_": "OFT", ".boft_": "BOFT"}
+
+# Dialect of each way of naming, by the suffix it comes with: PEFT's A and B, or down and up.
+STYLES: dict[Style, dict[str, str]] = {
+    Style("transformer.", False): {"ab": "D", "down": "T"},
+    Style("diffusion_model.", False): {"ab": "Cs", "down": "Cd"},
+    Style("diffusion_model.", True): {"ab": "Cn", "down": "Cd"},
+    Style("lora_unet_", False, True): {"ab": "Ks", "down": "Ks"},
+    Style("lora_unet_", True, True): {"ab": "K", "down": "K"},
+    Style("lora_transformer_", False, True): {"ab": "O", "down": "O"},
+    Style("lycoris_", False, True): {"ab": "Y", "down": "Y"},
+    Style("base_model.model.", False): {"ab": "Q", "down": "Q"},
+    Style("", False): {"ab": "P", "down": "P", "default": "S"},
+}
+WRITTEN = {
+    "D": Style("transformer.", False),
+    "Cs": Style("diffusion_model.", False),
+    "Cn": Style("diffusion_model.", True),
+    "K": Style("lora_unet_", True, True),
+    "Q": Style("base_model.model.", False),
+}
+
+
+def layers_of(network: Network, config: Any) -> Layers:
+    """The layers that files for this network may name."""
+    leaves = network.names(config)
+    split = {
+        source.name.removesuffix(".weight"): source.shape
+        for leaf in leaves
+        if leaf.kind == "linear"
+        for source in leaf.sources
+    }
+    native = {}
+    for layout in network.layouts(config):
+        if layout.name != network.single:
+            continue
+        for entry in layout.entries:
+            paths = tuple(s.name.removesuffix(".weight") for s in entry.sources)
+            if all(path in split for path in paths):
+                rows, width = tuple(split[p][0] for p in paths), split[paths[0]][1]
+                native[entry.name.removesuffix(".weight")] = Target(paths, rows, width)
+    own = {path: Target((path,), (shape[0],), shape[1]) for path, shape in split.items()}
+    return Layers(own, native)
+
+
+def stem(style: Style, path: str) -> str:
+    """What stands in a file before the suffix."""
+    return style.prefix + (path.replace(".", "_") if style.underscores else path)
+
+
+def stems(layers: Layers, styles: Sequence[Style]) -> dict[str, tuple[Style, Target]]:
+    """Every name that a file of these styles may use. The first style wins where two agree."""
+    table: dict[str, tuple[Style, Target]] = {}
+    for style in styles:
+        for path, target in (layers.native if style.native else layers.split).items():
+            known = table.setdefault(stem(style, path), (style, target))
+            if known[1] != target:
+                raise ValueError(f"{stem(style, path)}: names {known[1].paths} and {target.paths}")
+    return table

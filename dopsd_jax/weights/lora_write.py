@@ -1,0 +1,167 @@
+"""Writes LoRA files in the dialects that other programs load."""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+
+import numpy as np
+
+from dopsd_jax.errors import UserError, raise_if
+from dopsd_jax.weights.atomic import disk_error, write_text
+from dopsd_jax.weights.lora_dialects import WRITTEN, Layers, Target, stem
+from dopsd_jax.weights.lora_files import (
+    HEADER,
+    HEADER_PREFIX,
+    PEFT_CONFIG,
+    PEFT_WEIGHTS,
+    LoraModule,
+)
+from dopsd_jax.weights.safetensors_write import write_safetensors
+from dopsd_jax.weights.tensors import DTYPES, ArrayTensors
+
+ARCHITECTURE = "Z-Image/lora"  # SAI model spec, as musubi-tuner writes it
+
+
+def write_lora(
+    path: str | Path,
+    modules: Mapping[str, LoraModule],
+    layers: Layers,
+    dialect: str = "D",
+    dtype: str = "F32",
+    metadata: Mapping[str, str] | None = None,
+) -> None:
+    """Writes the adapters of a model. Raises `UserError`.
+
+    `D`, the default, loads everywhere: the scale is in B, every layer has the same rank (smaller
+    ones are filled up with zeros), and the header says so. `Cs`, `Cn`: the scale is in B. `K`: with
+    alpha tensors. `Q`: a folder as PEFT saves it. `dtype` is a code of `tensors.FLOATS`; `metadata`
+    adds header strings, e.g. `modelspec.title`.
+    """
+    path = Path(path)
+    if dialect not in WRITTEN:
+        raise UserError(f"{path}: dialect {dialect!r} cannot be written; {', '.join(WRITTEN)} can")
+    if not modules:
+        raise UserError(f"{path}: there is no adapter to write")
+    raise_if(
+        f"{path}: adapter {name!r} is of no linear layer of this model"
+        for name in modules
+        if name not in layers.split
+    )
+    style = WRITTEN[dialect]
+    if dialect in ("D", "Q"):
+        modules = one_rank({name: baked(m) for name, m in modules.items()})
+    by_path = fuse(modules, layers) if style.native else modules
+    names = ("lora_down", "lora_up") if dialect == "K" else ("lora_A", "lora_B")
+    tensors: dict[str, np.ndarray] = {}
+    for name in sorted(by_path):
+        module, base = by_path[name], stem(style, name)
+        if dialect == "K":
+            tensors[f"{base}.alpha"] = np.float32(module.scale * module.rank)
+        else:
+            module = baked(module)
+        tensors[f"{base}.{names[0]}.weight"] = module.a
+        tensors[f"{base}.{names[1]}.weight"] = module.b
+    arrays = {name: _cast(path, name, tensor, dtype) for name, tensor in tensors.items()}
+    _write(path, arrays, dialect, modules, metadata)
+
+
+def baked(module: LoraModule) -> LoraModule:
+    """The same adapter with the scale multiplied into B, in float32."""
+    if module.scale == 1.0:
+        return module
+    return LoraModule(module.a, module.b * np.float32(module.scale), 1.0)
+
+
+def one_rank(modules: Mapping[str, LoraModule]) -> dict[str, LoraModule]:
+    """Adapters filled up with zeros to the largest rank; the scale must be baked. Exact."""
+    rank = max(module.rank for module in modules.values())
+
+    def fill(module: LoraModule) -> LoraModule:
+        extra = rank - module.rank
+        a = np.pad(module.a, ((0, extra), (0, 0)))
+        return LoraModule(a, np.pad(module.b, ((0, 0), (0, extra))), module.scale)
+
+    return {name: m if m.rank == rank else fill(m) for name, m in modules.items()}
+
+
+def fuse(modules: Mapping[str, LoraModule], layers: Layers) -> dict[str, LoraModule]:
+    """Adapters by the authors' paths; those of fused layers on a block diagonal. Exact."""
+    fused = {}
+    for name, target in layers.native.items():
+        if any(path in modules for path in target.paths):
+            fused[name] = _fuse(target, modules)
+    return fused
+
+
+def _fuse(target: Target, modules: Mapping[str, LoraModule]) -> LoraModule:
+    found = [modules.get(path) for path in target.paths]
+    if len(found) == 1:
+        return found[0]
+    present = [module for module in found if module is not None]
+    first = present[0]
+    same_scale = all(module.scale == first.scale for module in present)
+    if len(present) == len(found) and same_scale:
+        shared = all(np.array_equal(module.a, first.a) for module in present)
+        if shared:  # it was one adapter of the fused layer: give it back
+            return LoraModule(first.a, np.concatenate([m.b for m in present]), first.scale)
+    if not same_scale:
+        found = [module and baked(module) for module in found]
+        present = [module for module in found if module is not None]
+    rank = sum(module.rank for module in present)
+    b = np.zeros((sum(target.rows), rank), np.float32)
+    row = column = 0
+    for module, rows in zip(found, target.rows, strict=True):
+        if module is not None:
+            b[row : row + rows, column : column + module.rank] = module.b
+            column += module.rank
+        row += rows
+    return LoraModule(np.concatenate([m.a for m in present]), b, present[0].scale)
+
+
+def _cast(path: Path, name: str, array: np.ndarray, dtype: str) -> np.ndarray:
+    if name.endswith(".alpha"):
+        return np.asarray(array, np.float32)
+    with np.errstate(over="ignore"):
+        cast = array.astype(DTYPES[dtype])
+    if not np.isfinite(cast.astype(np.float32)).all():
+        raise UserError(f"{path}: {name!r} does not fit {dtype}; use F32 or BF16")
+    return cast
+
+
+def _write(path: Path, arrays, dialect: str, modules, metadata) -> None:
+    tensors = ArrayTensors(arrays)
+    header = {"format": "pt", **(metadata or {})}
+    if dialect != "Q":
+        header = {
+            "modelspec.sai_model_spec": "1.0.0",
+            "modelspec.architecture": ARCHITECTURE,
+            "modelspec.title": path.stem,
+        } | header
+    if dialect == "D":
+        settings = {HEADER_PREFIX + k: v for k, v in _peft_settings(modules).items()}
+        header[HEADER] = json.dumps(settings, sort_keys=True)
+    if dialect != "Q":
+        write_safetensors(path, tensors.infos, tensors.read, header)
+        return
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise disk_error(error, path) from error
+    settings = {"peft_type": "LORA"} | _peft_settings(modules)
+    write_safetensors(path / PEFT_WEIGHTS, tensors.infos, tensors.read, header)
+    write_text(path / PEFT_CONFIG, json.dumps(settings, indent=2, sort_keys=True) + "\n")
+
+
+def _peft_settings(modules: Mapping[str, LoraModule]) -> dict:
+    rank = next(iter(modules.values())).rank
+    return {
+        "r": rank,
+        "lora_alpha": rank,
+        "target_modules": sorted(modules),
+        # Empty, but there: diffusers up to 0.39 fails on a header without them.
+        "rank_pattern": {},
+        "alpha_pattern": {},
+        "lora_bias": False,
+        "use_dora": False,
+        "use_rslora": False,
+    }
