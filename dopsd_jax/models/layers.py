@@ -8,6 +8,8 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
 
+from dopsd_jax.sharding import constrain_batch
+
 
 class Dense(nnx.Module):
     """y = x W (+ b) (+ scale * x A B for every adapted part).
@@ -116,8 +118,8 @@ def scan_blocks(apply: Callable, blocks: nnx.Module, x, remat: str = "none"):
     `remat`: `none` keeps every activation for the backward pass, `dots` keeps the results of matrix
     products with weights, `full` keeps one activation a layer and computes the rest again.
     """
-    body = _rematerialized(lambda x, block: (apply(block, x), None), remat)
-    return jax.lax.scan(body, x, blocks)[0]
+    body = _rematerialized(lambda x, block: (_split_by_sample(apply(block, x)), None), remat)
+    return jax.lax.scan(body, _split_by_sample(x), blocks)[0]
 
 
 def scan_range(apply: Callable, blocks: nnx.Module, x, start: int, stop: int, remat: str = "none"):
@@ -129,9 +131,14 @@ def scan_range(apply: Callable, blocks: nnx.Module, x, start: int, stop: int, re
 
     def body(x, i):
         pick = lambda a: jax.lax.dynamic_index_in_dim(a, i, keepdims=False)
-        return apply(jax.tree.map(pick, blocks), x), None
+        return _split_by_sample(apply(jax.tree.map(pick, blocks), x)), None
 
+    x = _split_by_sample(x)
     return jax.lax.scan(_rematerialized(body, remat), x, jnp.arange(start, stop))[0]
+
+
+def _split_by_sample(x):
+    return jax.tree.map(constrain_batch, x)
 
 
 def _rematerialized(body: Callable, remat: str) -> Callable:

@@ -1,0 +1,159 @@
+"""The mesh, its placement rules, and that placement does not change a step's result."""
+
+import os
+import pathlib
+import subprocess
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from conftest import relative_error
+from flax import nnx
+from jax.sharding import AbstractMesh, PartitionSpec
+
+from dopsd_jax import sharding
+from dopsd_jax.errors import UserError
+from dopsd_jax.models import zimage
+
+SCRIPT = pathlib.Path(__file__).with_name("mesh_step.py")
+
+
+def abstract_mesh(**sizes):
+    return AbstractMesh(tuple(sizes.get(axis, 1) for axis in sharding.AXES), sharding.AXES)
+
+
+@pytest.fixture(scope="module")
+def results(tmp_path_factory):
+    out = tmp_path_factory.mktemp("mesh") / "results.npz"
+    # Compiled without optimization: what is tested is the partitioning.
+    flags = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
+    env = {**os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags}
+    done = subprocess.run([sys.executable, SCRIPT, out], env=env, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-4000:]
+    return np.load(out)
+
+
+@pytest.mark.slow
+@pytest.mark.multiprocess
+@pytest.mark.parametrize("mesh", ["data", "fsdp", "mixed"])
+def test_a_step_is_the_same_on_every_mesh(results, mesh):
+    for what in ("loss", "student", "teacher", "moments"):
+        assert relative_error(results[f"{mesh}/{what}"], results[f"one/{what}"]) < 1e-5, what
+    assert np.abs(results["one/loss"]).min() > 1e-3
+    assert bool(results[f"{mesh}/split"]) == (mesh != "data")
+
+
+@pytest.mark.slow
+@pytest.mark.multiprocess
+def test_a_kernel_runs_on_each_devices_own_samples_and_heads(results):
+    assert relative_error(results["kernel/actual"], results["kernel/expected"]) < 5e-6
+
+
+def test_sizes_of_a_mesh():
+    assert sharding.mesh_shape({"data": -1, "fsdp": 2}, 8) == (4, 2, 1, 1)
+    assert sharding.mesh_shape({"data": 2, "fsdp": 2, "context": 1, "tensor": -1}, 8) == (
+        2,
+        2,
+        1,
+        2,
+    )
+    assert sharding.mesh_shape({"data": -1}, 1) == (1, 1, 1, 1)
+    mesh = sharding.make_mesh({"data": -1})
+    assert mesh.axis_names == sharding.AXES and mesh.size == jax.device_count()
+
+
+@pytest.mark.parametrize(
+    ("sizes", "message"),
+    [
+        ({"data": 3}, r"config.mesh: data 3 x fsdp 1 .* = 3 does not equal the 8 devices"),
+        ({"data": -1, "tensor": 3}, "= 3 does not divide the 8 devices"),
+        ({"data": -1, "fsdp": -1}, "config.mesh.fsdp: only one axis can be -1, and data is alr"),
+        ({"date": 8}, "config.mesh.date: there is no such axis; there are data, fsdp, context, t"),
+        ({"data": 0}, "config.mesh.data: 0 is not a whole number of devices"),
+        ({"data": 2.5}, "config.mesh.data: 2.5 is not a whole number of devices"),
+        ({"data": -1, "context": 2}, "config.mesh.context: 2: tokens are not split over devices"),
+    ],
+)
+def test_an_impossible_mesh_is_refused(sizes, message):
+    with pytest.raises(UserError, match=message):
+        sharding.mesh_shape(sizes, 8)
+
+
+def test_what_the_mesh_cannot_split_is_refused_all_at_once():
+    mesh = abstract_mesh(data=4, fsdp=2, tensor=4)
+    with pytest.raises(UserError) as caught:
+        sharding.check(mesh, batch_size=12, heads=30, hidden=10240)
+    batch, heads = caught.value.problems
+    assert batch.startswith("config.batch_size: 12 images cannot be spread over mesh.data 4 x mesh")
+    assert batch.endswith("use a multiple of 8")
+    assert heads.startswith("config.mesh.tensor: 4 does not divide the network's 30 heads")
+    assert heads.endswith("it can be 1, 2, 5, 10")
+    sharding.check(abstract_mesh(data=4, tensor=5), batch_size=8, heads=30, hidden=10240)
+
+
+@pytest.fixture(scope="module")
+def full_base():
+    """Parameters of the published network, abstract."""
+    net = nnx.eval_shape(lambda: zimage.ZImage(zimage.ZImageConfig(), rngs=nnx.Rngs(0)))
+    return nnx.state(net)
+
+
+def local_share(state, shardings):
+    sizes = jax.tree.map(lambda a, s: np.prod(s.shard_shape(a.shape)), state, shardings)
+    return sum(jax.tree.leaves(sizes)) / sum(a.size for a in jax.tree.leaves(state))
+
+
+def test_without_fsdp_and_tensor_the_base_is_whole_everywhere(full_base):
+    shardings = sharding.base_shardings(full_base, abstract_mesh(data=8))
+    assert all(s.is_fully_replicated for s in jax.tree.leaves(shardings))
+
+
+@pytest.mark.parametrize("sizes", [{"fsdp": 8}, {"fsdp": 64}, {"fsdp": 4, "tensor": 2}])
+def test_fsdp_and_tensor_split_nearly_everything(full_base, sizes):
+    mesh = abstract_mesh(**sizes)
+    share = local_share(full_base, sharding.base_shardings(full_base, mesh))
+    assert 1 / mesh.size <= share < 1 / mesh.size + 3e-3
+
+
+def test_the_layer_axis_is_never_split(full_base):
+    mesh = abstract_mesh(fsdp=2, tensor=2)  # both divide the 30 layers
+    spec = lambda path, *shape: sharding.parameter_spec(path, shape, mesh)
+    assert spec("layers.attention.qkv.kernel", 30, 3840, 11520) == PartitionSpec(
+        None, "fsdp", "tensor"
+    )
+    assert spec("layers.feed_forward.w2.kernel", 30, 10240, 3840) == PartitionSpec(
+        None, "tensor", "fsdp"
+    )
+    assert spec("layers.modulation.kernel", 30, 256, 15360) == PartitionSpec(None, None, "fsdp")
+    assert spec("layers.attention_norm1.scale", 30, 3840) == PartitionSpec()
+    for leaf in jax.tree.leaves(sharding.base_shardings(full_base, mesh)):
+        assert not leaf.spec or len(leaf.spec) < 3 or leaf.spec[0] is None
+
+
+def test_what_does_not_divide_stays_whole():
+    mesh = abstract_mesh(fsdp=8, tensor=3)
+    spec = sharding.parameter_spec("layers.attention.out.kernel", (2, 100, 64), mesh)
+    assert spec == PartitionSpec(None, None, "fsdp")
+    assert sharding.parameter_spec("x.kernel", (3, 3), mesh) == PartitionSpec(None, None)
+    assert sharding.axes_dividing(abstract_mesh(data=2, fsdp=3), ("data", "fsdp"), 4) == ("data",)
+    assert sharding.axes_dividing(abstract_mesh(data=2, fsdp=3), ("data", "fsdp"), 6) == (
+        "data",
+        "fsdp",
+    )
+    assert sharding.axes_dividing(abstract_mesh(), ("data", "fsdp"), 6) is None
+
+
+def test_a_batch_on_the_mesh_is_the_batch():
+    mesh = sharding.make_mesh({"data": -1})
+    host = {"a": np.arange(24.0, dtype=np.float32).reshape(1, 4, 6), "b": np.ones((1, 4), np.int32)}
+    placed = sharding.put_batch(host, mesh)
+    for name, array in host.items():
+        np.testing.assert_array_equal(placed[name], array)
+        assert placed[name].dtype == array.dtype
+
+
+def test_constraints_do_nothing_without_a_mesh():
+    x = jnp.ones((3, 2))
+    assert sharding.constrain_batch(x) is x
