@@ -184,21 +184,22 @@ def test_prefetch_gives_each_process_its_part():
 
 
 def test_prefetch_loads_ahead_and_in_threads():
-    names = set()
+    loaded = {}
 
     def load(batch):
-        names.add(threading.current_thread().name)
-        time.sleep(0.02)
+        loaded[batch.n] = threading.current_thread()
         return batch.n
 
-    stream = prefetch(make(64), load, 0, 16, threads=4, ahead=8)
-    next(stream)
-    time.sleep(0.2)
-    start = time.monotonic()
-    for _ in range(6):
-        next(stream)
-    assert time.monotonic() - start < 0.1
-    assert threading.current_thread().name not in names
+    stream = prefetch(make(64), load, 0, 16, threads=2, ahead=4)
+    assert next(stream) == (0, 0)
+    patience = time.monotonic() + 20
+    while len(loaded) < 4 and time.monotonic() < patience:
+        time.sleep(0.01)
+    assert len(loaded) >= 4
+    assert threading.current_thread() not in loaded.values()
+    time.sleep(0.1)
+    assert len(loaded) < 16  # not everything at once
+    stream.close()
 
 
 def test_what_loading_raises_arrives_and_an_endless_stream_can_be_left():
