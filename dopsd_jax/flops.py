@@ -1,0 +1,217 @@
+"""Work and memory of a D-OPSD step, counted from the architecture.
+
+XLA's own count takes the body of a scan once, so it says nothing about a program of scans. One
+multiply and add are two FLOP; only matrix products count. Everything is per image.
+"""
+
+import dataclasses
+import math
+import re
+from collections.abc import Iterable, Mapping
+from typing import NamedTuple
+
+from dopsd_jax.lora import Slot
+from dopsd_jax.models import zimage
+from dopsd_jax.models.zimage import PAD_MULTIPLE, ZImageConfig
+
+# Dense bfloat16 rate of one device in FLOP/s, and its memory in bytes as the compiler sees it; by
+# a pattern in jax's `device_kind`. NVIDIA's and Google's data sheets; a TPU7x chip is two devices.
+DEVICES = (
+    (r"TPU v5 lite|TPU v5e", 197e12, 15.75 * 2**30),
+    (r"TPU v5", 459e12, 95.74 * 2**30),
+    (r"TPU v6", 918e12, 31.25 * 2**30),
+    (r"TPU ?7|TPU v7", 1153.5e12, 94.75 * 2**30),
+    (r"A100", 312e12, None),
+    (r"H100.*PCIe", 756e12, None),
+    (r"H100|H200|GH200", 989e12, None),
+    (r"B200|GB200", 2250e12, None),
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Work:
+    """FLOP of one forward pass, by how much a backward pass adds.
+
+    once: products on the way to nothing that is trained (embeddings of inputs and of the time).
+    linear: products with frozen weights: the backward pass needs the input's gradient only, 1x.
+    attention: 2x. adapter: the input's gradient and the adapter's own, 2x.
+    """
+
+    once: float = 0.0
+    linear: float = 0.0
+    attention: float = 0.0
+    adapter: float = 0.0
+
+    @property
+    def forward(self) -> float:
+        return self.once + self.linear + self.attention + self.adapter
+
+    @property
+    def backward(self) -> float:
+        return self.linear + 2 * self.attention + 2 * self.adapter
+
+    def again(self, remat: str, flash: bool) -> float:
+        """What a backward pass computes a second time."""
+        kept = {
+            "none": 0.0,
+            "dots": self.attention,
+            "full": self.linear + self.attention + self.adapter,
+        }
+        # A flash kernel keeps no probabilities: one of the forward's two products is done again.
+        return kept[remat] + (0.5 * self.attention if flash else 0.0)
+
+
+class StepWork(NamedTuple):
+    """model: what the method needs. executed: with what is computed again to save memory."""
+
+    model: float
+    executed: float
+
+
+class Memory(NamedTuple):
+    """Parameters, and bytes of what lives as long as the run."""
+
+    base_parameters: int
+    adapter_parameters: int
+    base: int
+    adapters: int
+    teacher: int
+    optimizer: int
+
+    @property
+    def total(self) -> int:
+        return self.base + self.adapters + self.teacher + self.optimizer
+
+
+def image_tokens(cfg: ZImageConfig, height: int, width: int) -> int:
+    """Tokens of a latent [height, width], with the network's own padding."""
+    tokens = (height // cfg.patch) * (width // cfg.patch)
+    return -(-tokens // PAD_MULTIPLE) * PAD_MULTIPLE
+
+
+def caption_work(cfg: ZImageConfig, rows: int, chosen: Mapping[str, Slot], rank: int) -> Work:
+    """`ZImage.refine` on `rows` caption rows: it depends on neither time nor state."""
+    return add(
+        Work(once=2 * rows * cfg.caption_dim * cfg.dim),
+        Work(**_blocks(cfg, "context_refiner", cfg.refiner_layers, rows, chosen, rank)),
+    )
+
+
+def velocity_work(
+    cfg: ZImageConfig, height: int, width: int, rows: int, chosen: Mapping[str, Slot], rank: int
+) -> Work:
+    """One `ZImage.__call__` on a latent [height, width], its caption of `rows` rows refined."""
+    tokens, real = image_tokens(cfg, height, width), height * width // cfg.patch**2
+    pixels, mod = cfg.patch**2 * cfg.channels, cfg.modulation_dim
+    time = zimage.TIME_FREQUENCIES * zimage.TIME_HIDDEN + zimage.TIME_HIDDEN * mod
+    layers = cfg.refiner_layers + cfg.layers
+    once = Work(once=2 * (real * pixels * cfg.dim + time + mod * cfg.dim * (4 * layers + 1)))
+    refiner = Work(**_blocks(cfg, "noise_refiner", cfg.refiner_layers, tokens, chosen, rank))
+    main = Work(**_blocks(cfg, "layers", cfg.layers, tokens + rows, chosen, rank))
+    final = Work(linear=2 * real * cfg.dim * pixels)
+    return add(once, refiner, main, final)
+
+
+def step_work(
+    cfg: ZImageConfig,
+    *,
+    height: int,
+    width: int,
+    rows_student: int,
+    rows_teacher: int,
+    steps: int,
+    chosen: Mapping[str, Slot],
+    rank: int,
+    remat: str = "none",
+    flash: bool = True,
+    taught: int | None = None,
+    hoisted: bool = True,
+) -> StepWork:
+    """One D-OPSD optimizer step for one image.
+
+    Args:
+      height, width: of the latent.
+      rows_student, rows_teacher: caption rows, padding included.
+      steps: nodes of the rollout, K.
+      chosen, rank: the adapters; see `lora.select`.
+      flash: attention by a kernel that keeps no probabilities (splash, cudnn).
+      taught: at how many of the nodes the teacher is asked; None: at all.
+      hoisted: captions are refined once a rollout, as `dopsd` does; False: at every node.
+    """
+    taught = steps if taught is None else taught
+    captions = [caption_work(cfg, rows, chosen, rank) for rows in (rows_student, rows_teacher)]
+    student, teacher = (
+        velocity_work(cfg, height, width, rows, chosen, rank)
+        for rows in (rows_student, rows_teacher)
+    )
+    forwards, pulls = (1, 1) if hoisted else (steps, taught)
+    model = (
+        steps * student.forward
+        + taught * (teacher.forward + student.backward)
+        + forwards * captions[0].forward
+        + (1 if hoisted else taught) * captions[1].forward
+        + pulls * captions[0].backward
+    )
+    again = taught * student.again(remat, flash) + pulls * captions[0].again(remat, flash)
+    return StepWork(model, model + again)
+
+
+def memory(
+    cfg: ZImageConfig,
+    chosen: Mapping[str, Slot],
+    rank: int,
+    *,
+    base_bytes: int,
+    teacher_copy: bool = True,
+) -> Memory:
+    """Parameters and their bytes, unsplit.
+
+    `base_bytes`: of one base weight. Adapters, teacher and Adam's two moments are float32.
+    """
+    base = sum(math.prod(leaf.shape) for leaf in zimage.names(cfg))
+    adapters = adapter_parameters(chosen.values(), rank)
+    copy = 4 * adapters if teacher_copy else 0
+    return Memory(base, adapters, base_bytes * base, 4 * adapters, copy, 8 * adapters)
+
+
+def adapter_parameters(chosen: Iterable[Slot], rank: int) -> int:
+    """Numbers in the adapters of the chosen layers."""
+    return sum(rank * (slot.din + slot.dout) for slot in chosen)
+
+
+def peak_rate(device_kind: str) -> float | None:
+    """Dense bfloat16 FLOP/s of a device on its data sheet; None if it is not in `DEVICES`."""
+    return next((rate for kind, rate, _ in DEVICES if re.search(kind, device_kind)), None)
+
+
+def device_memory(device_kind: str) -> float | None:
+    """Bytes of a TPU's memory; None if it is not in `DEVICES`."""
+    return next((size for kind, _, size in DEVICES if re.search(kind, device_kind)), None)
+
+
+def mfu(model_flop: float, seconds: float, devices: int, rate: float) -> float:
+    """Share of the devices' peak that the work a step needs would keep busy.
+
+    `model_flop`: `StepWork.model` times the images of a step. `rate`: see `peak_rate`.
+    """
+    return model_flop / (seconds * devices * rate)
+
+
+def add(*works: Work) -> Work:
+    """The sum, kind by kind."""
+    return Work(*(sum(kinds) for kinds in zip(*map(dataclasses.astuple, works), strict=True)))
+
+
+def _blocks(cfg, where: str, layers: int, tokens: int, chosen, rank: int) -> dict[str, float]:
+    weights = 4 * cfg.dim**2 + 3 * cfg.dim * cfg.hidden_dim
+    slots = [slot for slot in chosen.values() if slot.dense.startswith(f"{where}.")]
+    linear, attention = 2 * tokens * layers * weights, 4 * tokens**2 * cfg.dim * layers
+    if not slots and where != "layers":
+        return {
+            "once": linear + attention
+        }  # a refiner that is not adapted stands before all others
+    return {
+        "linear": linear,
+        "attention": attention,
+        "adapter": 2 * tokens * adapter_parameters(slots, rank),
+    }

@@ -1,0 +1,178 @@
+"""The counts are those of the programs that run, and of the documented budget."""
+
+import math
+
+import jax
+import jax.numpy as jnp
+import pytest
+from flax import nnx
+from jax.extend.core import jaxprs_in_params
+
+from dopsd_jax import dopsd, flops, lora
+from dopsd_jax.families import zimage as family
+from dopsd_jax.models import zimage
+
+FULL = zimage.ZImageConfig()
+TINY = zimage.ZImageConfig(
+    dim=96, layers=3, refiner_layers=2, heads=4, caption_dim=16, axes_dims=(8, 8, 8)
+)
+
+
+def chosen(cfg, targets="blocks"):
+    return lora.select(lora.slots(zimage.names(cfg)), targets, family.LORA_PRESETS)
+
+
+def adapted(cfg, targets, rank, remat="none"):
+    """(graph, adapters, base), all abstract."""
+
+    def build():
+        net = zimage.ZImage(cfg, remat=remat, rngs=nnx.Rngs(0))
+        lora.attach(net, chosen(cfg, targets), rank, rank, jax.random.key(0))
+        return net
+
+    return nnx.split(nnx.eval_shape(build), nnx.LoRAParam, ...)
+
+
+def product_flops(jaxpr) -> float:
+    """FLOP of every matrix product of a traced program, scan bodies times their length."""
+    total = 0
+    for eqn in jaxpr.eqns:
+        if eqn.primitive.name == "dot_general":
+            (contracted, _), _ = eqn.params["dimension_numbers"]
+            depth = math.prod(eqn.invars[0].aval.shape[axis] for axis in contracted)
+            total += 2 * depth * math.prod(eqn.outvars[0].aval.shape)
+        inner = sum(product_flops(getattr(j, "jaxpr", j)) for j in jaxprs_in_params(eqn.params))
+        total += inner * eqn.params.get("length", 1)
+    return total
+
+
+@pytest.mark.parametrize("targets", ["blocks", "attention", "main"])
+def test_a_traced_step_has_the_counted_products(targets):
+    """The tiny step, exactly: one sample, odd sizes, padding tokens."""
+    latent, rows, rank, grid = (6, 10), (32, 64), 4, (1.0, 0.8, 0.5, 0.0)
+    graphdef, adapter, base = adapted(TINY, targets, rank)
+    context = lambda n: family.Context(jnp.zeros((1, n, TINY.caption_dim)), jnp.array([n]))
+    nodes = dopsd.make_nodes(grid, "x0", "all", jax.random.key(0))
+
+    def step(student, teacher, base, contexts, noise):
+        net = family.denoiser(graphdef)
+        return dopsd.loss_and_gradient(net, student, teacher, base, contexts, noise, nodes)
+
+    contexts = dopsd.Contexts(*map(context, rows))
+    traced = jax.make_jaxpr(step)(adapter, adapter, base, contexts, jnp.zeros((1, *latent, 16)))
+    counted = flops.step_work(
+        TINY,
+        height=latent[0],
+        width=latent[1],
+        rows_student=rows[0],
+        rows_teacher=rows[1],
+        steps=3,
+        chosen=chosen(TINY, targets),
+        rank=rank,
+        flash=False,
+    )
+    assert counted.executed == counted.model == product_flops(traced.jaxpr)
+
+
+@pytest.mark.parametrize("gradient", [False, True])
+def test_a_layer_costs_what_xla_says(gradient):
+    """XLA's count of a program of two layers less that of one layer: scans are left out."""
+    cfg = zimage.ZImageConfig(dim=768, layers=2, heads=6, caption_dim=16)
+    tokens, rank = 256, 16
+    graphdef, adapter, base = adapted(cfg, "main", rank)
+    rope = (jnp.ones((1, tokens, 1, cfg.head_dim // 2)),) * 2
+
+    def run(adapter, base, x, c, layers):
+        blocks = nnx.merge(graphdef, adapter, base).layers
+        for i in range(layers):
+            x = jax.tree.map(lambda a, i=i: a[i], blocks)(x, rope, jnp.array([tokens]), c)
+        return jnp.sum(x * x)
+
+    def cost(layers):
+        function = lambda *args: run(*args, layers)
+        if gradient:
+            function = jax.grad(function, argnums=(0, 2))
+        x, c = jnp.ones((1, tokens, cfg.dim)), jnp.ones((1, cfg.modulation_dim))
+        return jax.jit(function).lower(adapter, base, x, c).cost_analysis()["flops"]
+
+    two, one = (
+        flops.velocity_work(
+            zimage.ZImageConfig(**{**vars(cfg), "layers": n}), 32, 32, 0,
+            chosen(zimage.ZImageConfig(**{**vars(cfg), "layers": n}), "main"), rank,
+        )
+        for n in (2, 1)
+    )  # fmt: skip
+    counted = two.forward - one.forward + (two.backward - one.backward if gradient else 0)
+    # XLA counts sums, norms and exponentials too: about 1 % at this size.
+    assert counted < cost(2) - cost(1) < 1.02 * counted
+
+
+@pytest.mark.parametrize(
+    ("rows", "remat", "model", "executed"),
+    [
+        ((512, 1024), "none", 846, 867),
+        ((512, 1024), "full", 846, 1123),
+        ((128, 704), "none", 771, 788),
+        ((128, 704), "full", 771, 1019),
+    ],
+)
+def test_the_documented_budget(rows, remat, model, executed):
+    """TFLOP for an image of 1024 x 1024, K = 4, rank 64; captions refined at every node."""
+    work = flops.step_work(
+        FULL, height=128, width=128, rows_student=rows[0], rows_teacher=rows[1], steps=4,
+        chosen=chosen(FULL), rank=64, remat=remat, hoisted=False,
+    )  # fmt: skip
+    assert abs(work.model / 1e12 - model) < 0.51
+    assert abs(work.executed / 1e12 - executed) < 0.51
+
+
+def test_options_change_the_count_as_they_should():
+    def count(**options):
+        settings = {
+            "height": 128, "width": 128, "rows_student": 512, "rows_teacher": 1024, "steps": 4,
+            "chosen": chosen(FULL), "rank": 64,
+        }  # fmt: skip
+        return flops.step_work(FULL, **{**settings, **options})
+
+    assert count().model < count(hoisted=False).model < 1.01 * count().model
+    nothing, all_four = count(taught=0), count(taught=4)
+    assert all_four == count()
+    assert count(taught=2).model - nothing.model == pytest.approx(
+        (all_four.model - nothing.model) / 2
+    )
+    none, dots, full = (count(remat=remat) for remat in ("none", "dots", "full"))
+    assert none.model == dots.model == full.model
+    assert none.executed < dots.executed < full.executed
+    assert count(flash=False).executed == count().model
+
+
+def test_the_published_network_has_its_published_size():
+    memory = flops.memory(FULL, chosen(FULL), 64, base_bytes=2)
+    assert memory.base_parameters == 6_154_908_736
+    assert memory.adapter_parameters == 158_760_960
+    assert memory.base == 12_309_817_472
+    assert memory.adapters == memory.teacher == 635_043_840
+    assert memory.optimizer == 2 * memory.adapters
+    assert memory.total == memory.base + 4 * memory.adapters
+    live = flops.memory(FULL, chosen(FULL), 64, base_bytes=2, teacher_copy=False)
+    assert live.total == memory.total - memory.teacher
+
+
+def test_the_counted_parameters_are_those_of_the_module():
+    _, adapter, base = adapted(TINY, "blocks", 4)
+    memory = flops.memory(TINY, chosen(TINY), 4, base_bytes=4)
+    size = lambda tree, kind: sum(
+        leaf.size for _, leaf in nnx.to_flat_state(tree) if type(leaf) is kind
+    )
+    assert size(base, nnx.Param) == memory.base_parameters
+    assert size(adapter, nnx.LoRAParam) == memory.adapter_parameters
+
+
+def test_rates_of_devices():
+    assert flops.peak_rate("TPU v5") == flops.peak_rate("TPU v5p") == 459e12
+    assert flops.peak_rate("TPU v5 lite") == 197e12
+    assert flops.peak_rate("TPU v6 lite") == 918e12
+    assert flops.peak_rate("NVIDIA H100 80GB HBM3") == 989e12
+    assert flops.peak_rate("NVIDIA H100 PCIe") == 756e12
+    assert flops.peak_rate("cpu") is None
+    assert flops.mfu(459e12, seconds=2.0, devices=1, rate=459e12) == 0.5
