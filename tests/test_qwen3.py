@@ -33,10 +33,9 @@ def torch_config(sizes: dict, theta: float = 1e6, **more) -> transformers.Qwen3C
     return transformers.Qwen3Config(
         vocab_size=60,
         intermediate_size=44,
-        num_hidden_layers=4,
         rope_parameters={"rope_type": "default", "rope_theta": theta},
         rms_norm_eps=1e-6,
-        **sizes,
+        **({"num_hidden_layers": 4} | sizes),
         **more,
     )
 
@@ -141,14 +140,23 @@ def test_padding_does_not_change_the_real_rows():
 
 
 def test_only_the_layers_needed_are_run():
-    model, cfg = reference(GROUPED)
-    tensors = numpy_state(model, "model.")
+    _, cfg = reference(GROUPED)
+    language = nnx.eval_shape(lambda: Qwen3(cfg, rngs=nnx.Rngs(0)))
     ids, lengths = batch()
-    expected = run(build(cfg, tensors), ids, lengths, (-2, 2))
-    poisoned = {k: v * np.nan if "layers.3." in k else v for k, v in tensors.items()}
-    states = run(build(cfg, poisoned), ids, lengths, (-2, 2))
-    for state, clean in zip(states, expected, strict=True):
-        np.testing.assert_array_equal(state, clean)
+    for hidden, layers in (((-2, 2), 3), ((1,), 1), ((0,), 0), ((-1, 0), 4)):
+        jaxpr = jax.make_jaxpr(lambda m, h=hidden: m(ids, lengths, hidden=h))(language)
+        scans = [e.params["length"] for e in jaxpr.eqns if e.primitive.name == "scan"]
+        assert sum(scans) == layers, hidden
+
+
+def test_stacked_weights_are_not_copied_to_stop_early():
+    config = torch_config(dict(PLAIN, hidden_size=256, num_hidden_layers=12))
+    cfg = Qwen3Config.from_dict(config.to_dict(), "config.json")
+    language = nnx.eval_shape(lambda: Qwen3(cfg, rngs=nnx.Rngs(0)))
+    ids, lengths = batch()
+    memory = run.lower(language, ids, lengths, (-2,)).compile().memory_analysis()
+    weights = sum(a.size * a.dtype.itemsize for a in jax.tree.leaves(language.layers))
+    assert memory.temp_size_in_bytes < weights / 3
 
 
 def test_an_entry_the_model_lacks_is_refused():
