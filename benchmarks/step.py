@@ -1,0 +1,239 @@
+"""Times the compiled D-OPSD step of a configuration on the devices here.
+
+    python benchmarks/step.py --config configs/zimage.py:tiny --torch
+    python benchmarks/step.py --config configs/zimage.py --config.batch_size=1 --repeats=20
+
+Weights, captions and noise are random: the time does not depend on them, and nothing is read. The
+sizes are those of config.model: `tiny`, a folder, or the published Z-Image-Turbo. With --torch the
+PyTorch loop (diffusers, peft, one backward over all K steps) is timed first, in its own process.
+"""
+
+import json
+import math
+import statistics
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from absl import flags
+from flax import nnx
+from ml_collections import config_flags
+
+from dopsd_jax import dopsd, errors, experiment, lora, settings, sharding, state
+from dopsd_jax.errors import UserError, raise_if
+from dopsd_jax.families import zimage as family
+from dopsd_jax.models import attention, zimage
+from dopsd_jax.tiny import Size, configs
+
+PUBLISHED = "Tongyi-MAI/Z-Image-Turbo"
+SHIFT = 3.0  # only names a grid here: its values do not change the time
+VAE_FACTOR = 8
+
+CONFIG = config_flags.DEFINE_config_file("config", help_string="configuration, file.py[:argument]")
+SIDES = [
+    flags.DEFINE_integer(side, None, f"{side} in pixels; by default config.data.resolution")
+    for side in ("height", "width")
+]
+STUDENT = flags.DEFINE_integer("student_tokens", 128, "caption length of the student")
+TEACHER = flags.DEFINE_integer("teacher_tokens", 704, "caption length of the teacher")
+REPEATS = flags.DEFINE_integer("repeats", 10, "timed steps", lower_bound=1)
+WARMUP = flags.DEFINE_integer("warmup", 2, "steps before them", lower_bound=1)
+TORCH = flags.DEFINE_boolean("torch", False, "time the PyTorch loop as well")
+flags.mark_flag_as_required("config")
+
+
+def main() -> None:
+    config = CONFIG.value
+    config.data.path = config.data.path or experiment.TINY  # no data are read here
+    settings.check(config)
+    sizes = transformer_sizes(config.model)
+    latent = latent_shape(config, sizes)
+    theirs = time_torch(config, sizes, latent) if TORCH.value else None
+
+    mesh = sharding.make_mesh(config.mesh)
+    sharding.check(mesh, batch_size=config.batch_size, heads=sizes.heads, hidden=sizes.hidden_dim)
+    kernel = attention.resolve(
+        config.attention, jax.default_backend(), jnp.dtype(config.dtype), sizes.head_dim
+    )
+    grid = family.grid(settings.values(config.grid), SHIFT)
+    device = jax.devices()[0]
+    captions = f"{STUDENT.value} (student), {TEACHER.value} (teacher)"
+    facts = {
+        "device": f"{mesh.size} x {device.device_kind} ({device.platform}), jax {jax.__version__}",
+        "image": f"{latent[1] * VAE_FACTOR} x {latent[2] * VAE_FACTOR}, batch {latent[0]}"
+        f" x {config.accumulate}",
+        "captions": captions,
+        "step": f"K = {len(grid) - 1}, LoRA rank {config.lora.rank}, remat {config.remat},"
+        f" attention {kernel}, weights {config.base_dtype}, activations {config.dtype}",
+    }
+    for name, value in facts.items():
+        print(f"{name:9} {value}", flush=True)
+    with jax.set_mesh(mesh):
+        ours = time_jax(config, sizes, latent, grid, kernel, mesh)
+    images = latent[0] * config.accumulate
+    report("jax", ours, images)
+    if theirs is not None:
+        report("pytorch", theirs["seconds"], images, theirs["device"])
+        ratio = statistics.median(theirs["seconds"]) / statistics.median(ours)
+        print(f"{'ratio':9} pytorch takes {ratio:.2f} times as long")
+
+
+def transformer_sizes(model: str) -> zimage.ZImageConfig:
+    """The architecture that config.model names. Raises `UserError` if that takes a download."""
+    if model == experiment.TINY:
+        return zimage.ZImageConfig.from_dict(configs.transformer(Size()), "tiny")
+    if model.partition("@")[0] == PUBLISHED:
+        return zimage.ZImageConfig()
+    path = Path(model) / "transformer" / "config.json"
+    if not path.is_file():
+        raise UserError(
+            f"config.model: {model!r} is not tiny, {PUBLISHED} or a folder with "
+            "transformer/config.json; the benchmark downloads nothing"
+        )
+    try:
+        return zimage.ZImageConfig.from_dict(json.loads(path.read_text("utf-8")), str(path))
+    except ValueError as error:
+        raise UserError(f"{path}: is not JSON ({error})") from None
+
+
+def latent_shape(config, sizes: zimage.ZImageConfig) -> tuple[int, int, int, int]:
+    """[b, h, w, c] of one micro-batch's noise."""
+    height, width = (flag.value or config.data.resolution for flag in SIDES)
+    multiple = VAE_FACTOR * sizes.patch
+    raise_if(
+        f"--{name} {side}: must be a positive multiple of {multiple}"
+        for name, side in (("height", height), ("width", width))
+        if side < 1 or side % multiple
+    )
+    raise_if(
+        f"--{flag.name} {flag.value}: must be from 1 to {sizes.max_caption}"
+        for flag in (STUDENT, TEACHER)
+        if not 1 <= flag.value <= sizes.max_caption
+    )
+    return config.batch_size, height // VAE_FACTOR, width // VAE_FACTOR, sizes.channels
+
+
+def time_jax(config, sizes, latent, grid, kernel, mesh) -> list[float]:
+    """Seconds of each timed step."""
+    model = nnx.eval_shape(
+        lambda: zimage.ZImage(
+            sizes, dtype=config.dtype, attention=kernel, remat=config.remat, rngs=nnx.Rngs(0)
+        )
+    )
+    graphdef, base = nnx.split(model)
+    base = random_weights(base, jnp.dtype(config.base_dtype), mesh)
+    model = nnx.merge(graphdef, base)
+    chosen = experiment.adapters(config, sizes)
+    lora.attach(model, chosen, config.lora.rank, config.lora.alpha, jax.random.key(0))
+    graphdef, student, base = nnx.split(model, nnx.LoRAParam, ...)
+    teacher = state.Teacher(**{f: config.teacher[f] for f in state.Teacher._fields})
+    tx = state.optimizer(config)
+    start = state.create(student, teacher, tx)
+    start = jax.device_put(start, sharding.replicated(start, mesh))
+    step = experiment.make_step(config, graphdef, grid, teacher, tx)
+    batch = sharding.put_batch(contexts(config, sizes), mesh)
+
+    begin = time.perf_counter()
+    step = step.lower(start, base, batch, latent=latent).compile()
+    print(f"{'compile':9} {time.perf_counter() - begin:.1f} s", flush=True)
+    seconds = []
+    for _ in range(WARMUP.value + REPEATS.value):
+        begin = time.perf_counter()
+        start, metrics = jax.block_until_ready(step(start, base, batch))
+        seconds.append(time.perf_counter() - begin)
+    if not math.isfinite(float(metrics["loss"])):
+        raise UserError(f"the loss is {float(metrics['loss'])}: these times mean nothing")
+    return seconds[WARMUP.value :]
+
+
+def random_weights(base: nnx.State, dtype, mesh) -> nnx.State:
+    """Weights of unit gain for an abstract state, made where they will lie, in `dtype`."""
+    flat = {}
+    for number, (path, leaf) in enumerate(nnx.to_flat_state(base)):
+        name = ".".join(map(str, path))
+
+        def draw(kind=path[-1], shape=leaf.shape, number=number):
+            if kind == "scale":
+                return jnp.ones(shape, dtype)
+            gain = 0.5 if kind == "bias" else shape[-2] ** -0.5
+            return gain * jax.random.normal(jax.random.key(number), shape, dtype)
+
+        place = jax.NamedSharding(mesh, sharding.parameter_spec(name, leaf.shape, mesh))
+        flat[path] = leaf.replace(jax.jit(draw, out_shardings=place)())
+    return nnx.from_flat_state(flat)
+
+
+def contexts(config, sizes: zimage.ZImageConfig) -> dopsd.Contexts:
+    """Random captions of both roles, [micro-batches, samples, tokens, width]."""
+    rng = np.random.default_rng(0)
+
+    def role(tokens):
+        draw = lambda: rng.standard_normal((tokens, sizes.caption_dim), np.float32)
+        groups = [
+            family.pad_features([draw() for _ in range(config.batch_size)])
+            for _ in range(config.accumulate)
+        ]
+        padded = jax.tree.map(lambda *parts: np.stack(parts), *groups)
+        return padded._replace(features=padded.features.astype(jnp.dtype(config.dtype)))
+
+    return dopsd.Contexts(role(STUDENT.value), role(TEACHER.value))
+
+
+def time_torch(config, sizes: zimage.ZImageConfig, latent) -> dict:
+    """What `torch_step.py` measures, in a process of its own: it has all of the device's memory."""
+    loss, loss_steps = settings.values(config.loss), settings.values(config.loss_steps)
+    others = {
+        "lora.targets": "" if config.lora.targets == "blocks" else "blocks",
+        "loss": "x0, velocity or a list" if loss == "step" else "",
+        "loss_steps": "all or a list"
+        if isinstance(loss_steps, str) and loss_steps != "all"
+        else "",
+    }
+    raise_if(
+        f"--torch: the PyTorch loop has not this config.{field}; use {other}"
+        for field, other in others.items()
+        if other
+    )
+    job = {
+        "transformer": {k: v for k, v in sizes.to_dict().items() if not k.startswith("_")},
+        "latent": latent,
+        "accumulate": config.accumulate,
+        "student_tokens": STUDENT.value,
+        "teacher_tokens": TEACHER.value,
+        "sigmas": family.grid(settings.values(config.grid), SHIFT)[:-1],
+        "loss": loss,
+        "loss_steps": None if loss_steps == "all" else loss_steps,
+        "teacher": config.teacher.weights,
+        "rank": config.lora.rank,
+        "alpha": config.lora.alpha,
+        "base_dtype": config.base_dtype,
+        "dtype": config.dtype,
+        "checkpointing": config.remat != "none",
+        "warmup": WARMUP.value,
+        "repeats": REPEATS.value,
+    }
+    script = Path(__file__).with_name("torch_step.py")
+    done = subprocess.run(
+        [sys.executable, script, json.dumps(job)], stdout=subprocess.PIPE, text=True
+    )
+    if done.returncode:
+        raise UserError(f"--torch: {script.name} failed; its own message stands above")
+    return json.loads(done.stdout)
+
+
+def report(name: str, seconds: list[float], images: int, device: str = "") -> None:
+    """One line: median, range, images a second."""
+    median = statistics.median(seconds)
+    print(
+        f"{name:9} {median:.4g} s a step (median of {len(seconds)}, {min(seconds):.4g} to"
+        f" {max(seconds):.4g}), {images / median:.4g} images/s{f', on {device}' if device else ''}",
+        flush=True,
+    )
+
+
+if __name__ == "__main__":
+    errors.run(main)
