@@ -30,6 +30,7 @@ FORMAT = 1
 MANIFEST, JOURNAL, PARTS, CONFIG = "manifest.json", "incomplete.json", "parts", "config.json"
 PART_BYTES = 256 << 20
 REST = "rest"
+SKIP = ocp.PLACEHOLDER  # stands for a parameter that is not to be read
 UNUSED = "unused."  # in front of the names of tensors that the module has no place for
 
 
@@ -213,13 +214,14 @@ def load_part(path: Path, entries: Sequence[dict]) -> dict[str, np.ndarray]:
 
 
 def restore(path: Path, like: dict) -> dict:
-    """A part as the kinds of arrays that `like` has: numpy, or abstract ones with shardings."""
+    """A part as the kinds of arrays that `like` has: numpy, abstract with shardings, or `SKIP`."""
     try:
         with storage_context():
             arrays = ocp.load(path.absolute(), like)
     except (OSError, ValueError, KeyError, ocp.errors.InvalidLayoutError) as error:
         reason = str(error).strip().partition("\n")[0][:200]
         raise UserError(f"{path}: is damaged ({reason}); convert the model again") from error
+    arrays = {name: array for name, array in arrays.items() if array is not SKIP}
     for name, array in arrays.items():
         if array.shape != like[name].shape or array.dtype != like[name].dtype:
             raise UserError(f"{path}: {name} is {CODES[array.dtype]} {array.shape}; convert again")

@@ -74,7 +74,7 @@ def load_stored(
             continue
         if leaf.path not in arrays:
             shape = tuple(slots[leaf.path].shape)
-            arrays[leaf.path] = _empty(shape, target, shardings[leaf.path])
+            arrays[leaf.path] = _empty(shape, target, shardings[leaf.path])()
         arrays[leaf.path] = _set_row(shardings[leaf.path])(arrays[leaf.path], row, leaf.index)
     filled = {path: var.replace(arrays[prefix + ".".join(map(str, path))]) for path, var in flat}
     return nnx.merge(graphdef, nnx.from_flat_state(filled))
@@ -133,8 +133,9 @@ def _row_sharding(sharding: jax.sharding.Sharding, leaf: Leaf) -> jax.sharding.S
     return jax.NamedSharding(sharding.mesh, jax.P(*sharding.spec[1:]))
 
 
-def _empty(shape: tuple[int, ...], dtype: Any, sharding: jax.sharding.Sharding) -> jax.Array:
-    return jax.jit(lambda: jnp.zeros(shape, dtype), out_shardings=sharding)()
+@functools.cache
+def _empty(shape: tuple[int, ...], dtype: Any, sharding: jax.sharding.Sharding):
+    return jax.jit(lambda: jnp.zeros(shape, dtype), out_shardings=sharding)
 
 
 @functools.cache

@@ -113,9 +113,10 @@ def _open_converted(folder: Path, network: Network) -> Stored:
         )
     manifest, _ = read_json(folder / converted.MANIFEST)
     _check_manifest(folder, manifest, network)
-    config, text = read_config(folder / converted.CONFIG, network)
+    _, text = read_json(folder / converted.CONFIG)
     if hashlib.sha256(text.encode()).hexdigest() != manifest["config_sha256"]:
         raise UserError(f"{folder / converted.CONFIG}: was changed after the conversion; {AGAIN}")
+    config, _ = read_config(folder / converted.CONFIG, network)
     layouts = network.layouts(config)
     named = {layout.name: layout for layout in layouts}
     layout = named.get(manifest["layout"]["name"], named[CANONICAL])
@@ -192,10 +193,10 @@ class ConvertedTensors:
         """The parameters of a part that `shardings` names, on devices, each with its sharding."""
         like = {}
         for entry in self.parts[part]:
-            if entry["path"] in shardings:
-                like[entry["path"]] = jax.ShapeDtypeStruct(
-                    tuple(entry["shape"]), DTYPES[entry["dtype"]], sharding=shardings[entry["path"]]
-                )
+            path, shape, dtype = entry["path"], tuple(entry["shape"]), DTYPES[entry["dtype"]]
+            like[path] = converted.SKIP
+            if path in shardings:
+                like[path] = jax.ShapeDtypeStruct(shape, dtype, sharding=shardings[path])
         return converted.restore(self.folder / converted.PARTS / part, like)
 
 
