@@ -21,7 +21,7 @@ from dopsd_jax.weights.atomic import FULL
 from dopsd_jax.weights.stored import read_json
 
 MODEL_MANIFEST = "dopsd_jax.json"  # of a converted model
-HUB_ID = re.compile(r"[\w.-]+/[\w.-]+(@[\w./-]+)?")
+HUB_ID = re.compile(r"[\w.-]+/[\w.-]+(@[\w./-]+)?", re.ASCII)
 ROOT = ("*.json", "*.safetensors", "*.txt", "*.jinja")  # a repository that is one network
 # A pipeline's components; the weights of others (safety checkers, ONNX copies) stay where they are.
 PIPELINE = (
@@ -55,13 +55,13 @@ def resolve(
     away. Raises `UserError`.
     """
     path = Path(model).expanduser()
-    if path.is_dir():
+    if model and path.is_dir():
         return Resolved(path, _recorded_revision(path))
-    if path.exists():
+    if path.is_file():
         raise UserError(f"{model}: is a file; give the model's folder, or a hub id")
     if model.startswith(("/", ".", "~")) or not HUB_ID.fullmatch(model):
         raise UserError(
-            f"{model}: no such folder, and not a hub id (owner/name or owner/name@revision)"
+            f"{model!r}: no such folder, and not a hub id (owner/name or owner/name@revision)"
         )
     name, _, pinned = model.partition("@")
     if pinned and revision and pinned != revision:
