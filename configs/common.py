@@ -1,10 +1,10 @@
-"""What the configurations of all families share. Every field stands here with its unit or reason."""
+"""What the configurations of all families share: every field with its unit or reason."""
 
 from ml_collections import ConfigDict
 
 
 def parse_arg(arg: str | None, known: tuple[str, ...]) -> str:
-    """The argument after the colon of `--config FILE:ARG`; the first of `known` if there is none."""
+    """The argument behind the colon of `--config FILE:ARG`; the first of `known` if none."""
     name = arg or known[0]
     if name not in known:
         raise ValueError(f"configuration argument {name!r} is not one of {', '.join(known)}")

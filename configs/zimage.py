@@ -1,7 +1,8 @@
 """Z-Image-Turbo.
 
-`configs/zimage.py` or `:lora`: the released LoRA recipe; set config.model, config.teacher.vlm and
-config.data.path. `:tiny`: the same program on a miniature and pictures made on the spot, on a laptop.
+`configs/zimage.py` or `:lora`: the released LoRA recipe; set config.data.path, and config.model
+and config.teacher.vlm to folders if you have them. `:tiny`: the same program on a miniature and
+pictures made on the spot, on a laptop.
 """
 
 import importlib.util
@@ -36,6 +37,7 @@ def tiny(c: ConfigDict) -> ConfigDict:
     c.teacher.max_pixels = 128 * 128
     c.data.path = "tiny"  # drawn in the work directory
     c.data.resolution = 128
+    c.data.buckets = ("128x128", "144x112")  # few shapes: each is compiled once
     c.steps = 30
     c.batch_size = 2
     c.checkpoint_every = 15

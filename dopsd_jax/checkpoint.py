@@ -49,9 +49,9 @@ class Checkpoints:
     def restore(self, like: Tree, report=print) -> tuple[int, Tree] | None:
         """The newest state that can be read, with its step; None if there is none at all.
 
-        `like`: abstract arrays with shardings, in the state's structure. A damaged checkpoint is
-        named in a line to `report`, and the one before is taken. Raises `UserError` if all are
-        damaged, or if one holds another kind of state.
+        `like`: arrays, real or abstract, of the state's structure and with its shardings. A damaged
+        checkpoint is named in a line to `report`, and the one before is taken. Raises `UserError`
+        if all are damaged or hold another kind of state.
         """
         steps = self.steps
         for step in reversed(steps):
@@ -60,15 +60,16 @@ class Checkpoints:
             except (OSError, ValueError, KeyError, ocp.errors.InvalidLayoutError) as error:
                 reason = str(error).strip().partition("\n")[0][:200]
                 report(
-                    f"{self.folder / str(step)}: cannot be restored ({reason}); trying an older one"
+                    f"{self.folder / str(step)}: cannot be restored ({reason}); "
+                    "trying the one before"
                 )
                 continue
             treedef = jax.tree.structure(like)
             return step, jax.tree.unflatten(treedef, [flat[name] for name in flatten(like)])
         if steps:
             raise UserError(
-                f"{self.folder}: none of the checkpoints {steps} fits this configuration and can be "
-                "read; use another --workdir, or move them away to start anew"
+                f"{self.folder}: none of the checkpoints {steps} can be read and fits the "
+                "configuration; use another --workdir, or move them away to start anew"
             )
         return None
 

@@ -3,7 +3,7 @@
 import sys
 from collections.abc import Callable, Iterable
 
-from absl import app
+from absl import app, flags, logging
 
 USER_ERROR_EXIT = 2
 
@@ -47,6 +47,27 @@ def report(main: Callable[[], int | None]) -> int:
         return 130
 
 
+def _parse(argv: list[str]) -> list[str]:
+    """Flags of the command line; libraries log warnings only, unless --verbosity says otherwise."""
+    logging.set_verbosity(logging.WARNING)
+    try:
+        rest = flags.FLAGS(argv)
+        if len(rest) > 1:
+            raise UserError(f"{rest[1]}: not understood; options are written --name=value")
+    except (
+        flags.Error,
+        UserError,
+        AttributeError,
+        KeyError,
+        ValueError,
+        TypeError,
+        OSError,
+    ) as error:
+        print(f"error: {' '.join(str(error).split())}; see --help", file=sys.stderr)
+        sys.exit(USER_ERROR_EXIT)
+    return rest
+
+
 def run(main: Callable[[], int | None]) -> None:
     """Entry point of every program that takes absl flags: parses them, runs `main`, exits."""
-    app.run(lambda argv: sys.exit(report(main)))
+    app.run(lambda argv: sys.exit(report(main)), flags_parser=_parse)

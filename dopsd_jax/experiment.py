@@ -36,11 +36,22 @@ class Plan(NamedTuple):
     start: state.TrainState
     step: Callable
 
+    def describe(self) -> list[str]:
+        """What is trained, in a few lines."""
+        kinds: dict[str, int] = {}
+        for path in self.chosen:
+            kind = ".".join(part for part in path.split(".") if not part.isdigit())
+            kinds[kind] = kinds.get(kind, 0) + 1
+        count = sum(x.size for x in jax.tree.leaves(self.start.student))
+        lines = [f"adapters: {len(self.chosen)} layers, {count:,} parameters"]
+        lines += [f"  {number:4d} {kind}" for kind, number in sorted(kinds.items())]
+        return [*lines, "grid: " + ", ".join(f"{sigma:.4f}" for sigma in self.grid)]
+
 
 def open_pipeline(
     config: ConfigDict, workdir: Path, mesh: Mesh | None = None
 ) -> tuple[Pipeline, dict]:
-    """The model of config.model, with what is to be recorded of its origin; nothing is loaded yet."""
+    """The model of config.model and what to record of its origin; nothing is loaded yet."""
     if config.model == TINY:
         folder = workdir / "tiny_model"
         if not (folder / "vlm" / "preprocessor_config.json").exists():

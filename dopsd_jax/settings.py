@@ -10,7 +10,7 @@ from dopsd_jax.models.attention import IMPLEMENTATIONS
 
 @dataclasses.dataclass(frozen=True)
 class Field:
-    """kind: int, float, bool, str, or list (which a string of commas also is), or `name or list`."""
+    """kind: int, float, bool, str, list, or `name or list`; bounds of numbers."""
 
     kind: str
     choices: tuple[str, ...] = ()

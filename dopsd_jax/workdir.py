@@ -1,4 +1,4 @@
-"""The work directory of a run: which configuration it belongs to, and with which versions it ran."""
+"""The work directory of a run: whose configuration it is, and with which versions it ran."""
 
 import importlib.metadata
 import json
@@ -45,8 +45,8 @@ def open_workdir(workdir: Path, config: Mapping[str, Any], facts: Mapping[str, A
             raise UserError(f"{path}: is not a configuration of a run; use another --workdir")
         was, now = old["config"], new["config"]
         faults = [
-            f"{workdir}: belongs to a run with config.{name} = {was.get(name)!r}, now {now.get(name)!r}"
-            "; use another --workdir, or the old value"
+            f"{workdir}: belongs to a run with config.{name} = {was.get(name)!r}, now "
+            f"{now.get(name)!r}; use another --workdir, or the old value"
             for name in sorted(was.keys() | now.keys())
             if name not in FREE and was.get(name) != now.get(name)
         ]

@@ -145,7 +145,7 @@ class Pipeline:
         )
 
     def image_settings(self, min_pixels: int | None, max_pixels: int | None):
-        """How the vision tower's images are made; areas from 512^2 to 768^2 unless told otherwise."""
+        """How the vision tower's images are made; areas from 512^2 to 768^2 by default."""
         path = self.vlm_folder / "preprocessor_config.json"
         low, high = min_pixels or TEACHER_MIN_PIXELS, max_pixels or TEACHER_MAX_PIXELS
         content, _ = read_json(path)
@@ -294,10 +294,14 @@ class Pipeline:
             to_uint8(self.vae.decode_images(latents, tiling=Tiling(above=TILED_ABOVE)))
         )
 
+    @property
+    def size_multiple(self) -> int:
+        """What both sides of an image must be multiples of."""
+        return self.vae_config.factor * self.config.patch
+
     def latent_shape(self, height: int, width: int) -> tuple[int, int, int]:
         """[h, w, c] of an image's latent. Raises `UserError` for a side the model cannot make."""
-        factor = self.vae_config.factor
-        multiple = factor * self.config.patch
+        factor, multiple = self.vae_config.factor, self.size_multiple
         limit = self.config.axes_lens[1] * multiple, self.config.axes_lens[2] * multiple
         raise_if(
             f"image {name} {side}: must be a multiple of {multiple}, from {multiple} to {most}"

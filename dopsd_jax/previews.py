@@ -1,0 +1,68 @@
+"""Pictures of how far a run is: base, student, teacher and target side by side, on fixed noise."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from dopsd_jax import pictures
+from dopsd_jax.dopsd import Contexts
+from dopsd_jax.families import zimage as family
+from dopsd_jax.families.zimage_pipeline import Pipeline, start_noise
+from dopsd_jax.features import Features
+from dopsd_jax.flow import shifted_grid
+
+NOISE_SEED = 2026  # not the training seed: the noise of the grids is no training noise
+COLUMNS = ("base", "student", "teacher", "target")
+
+
+class Sample(NamedTuple):
+    """One row of the grids."""
+
+    caption: str
+    contexts: Contexts
+    noise: jax.Array
+    target: np.ndarray
+
+
+class Previews:
+    """Grids of a few rows of the data set, with the deployed sampler; the same noise every time."""
+
+    def __init__(self, pipe: Pipeline, features: Features, rows: Sequence[int], workdir: Path):
+        self.pipe, self.workdir = pipe, workdir
+        self.grid = shifted_grid(family.DEPLOYED_STEPS, pipe.shift)
+        self.samples = []
+        for row in rows:
+            width, height = features.dataset.buckets[row]
+            shape = pipe.latent_shape(height, width)
+            noise = start_noise(NOISE_SEED, row + 1, shape)[row:]
+            caption = features.dataset.rows[row].captions[0][1]
+            contexts = features.contexts([(row, 0)])
+            self.samples.append(Sample(caption, contexts, noise, features.image(row)))
+        nothing = jax.tree.map(jnp.zeros_like, pipe.split[1])
+        self.base = [self._picture(nothing, s.contexts.student, s.noise) for s in self.samples]
+
+    def _picture(self, adapter, context, noise) -> np.ndarray:
+        return self.pipe.decode(self.pipe.sample(adapter, noise, context, self.grid))[0]
+
+    def write(self, step: int, student, teacher) -> Path:
+        """Writes the grid of a step; returns its path."""
+        rows = [
+            pictures.Row(
+                sample.caption,
+                (
+                    base,
+                    self._picture(student, sample.contexts.student, sample.noise),
+                    self._picture(teacher, sample.contexts.teacher, sample.noise),
+                    sample.target,
+                ),
+            )
+            for base, sample in zip(self.base, self.samples, strict=True)
+        ]
+        path = pictures.sample_path(self.workdir, step)
+        title = f"step {step}, {len(self.grid) - 1} forwards"
+        pictures.save_grid(path, COLUMNS, rows, title=title)
+        return path

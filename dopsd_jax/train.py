@@ -1,0 +1,140 @@
+"""Trains: python -m dopsd_jax.train --config FILE[:ARG] [--workdir DIR] [--config.FIELD=VALUE ...]
+
+Run the same command again to resume. What it writes is described in README.md.
+"""
+
+from pathlib import Path
+
+import jax
+import numpy as np
+from absl import flags
+from ml_collections import config_flags
+
+from dopsd_jax import errors, experiment, lora, settings, sharding
+from dopsd_jax.checkpoint import Checkpoints
+from dopsd_jax.data.dataset import describe
+from dopsd_jax.data.loader import Batches, prefetch
+from dopsd_jax.errors import UserError
+from dopsd_jax.families.zimage_pipeline import lora_layers
+from dopsd_jax.features import Features
+from dopsd_jax.metrics import MetricsWriter, Progress, StepTimer
+from dopsd_jax.previews import Previews
+from dopsd_jax.report import write_report
+from dopsd_jax.weights.lora_write import write_lora
+from dopsd_jax.workdir import open_workdir
+
+CONFIG = config_flags.DEFINE_config_file(
+    "config", None, "configuration file, with :argument", lock_config=True
+)
+WORKDIR = flags.DEFINE_string("workdir", "runs/zimage", "folder of the run; an old one is resumed")
+
+
+def main() -> None:
+    config, workdir = CONFIG.value, Path(WORKDIR.value).expanduser()
+    settings.check(config)
+
+    # ---- Devices, model, data: everything that can be wrong is found here.
+    mesh = sharding.make_mesh(config.mesh)
+    pipe, origin = experiment.open_pipeline(config, workdir, mesh)
+    size = pipe.config
+    sharding.check(mesh, batch_size=config.batch_size, heads=size.heads, hidden=size.hidden_dim)
+    dataset = experiment.open_data(config, workdir, pipe.size_multiple)
+    open_workdir(workdir, config, {"data": dataset.digest(), **origin})
+    effective_batch = config.batch_size * config.accumulate
+    print("\n".join(describe(dataset, effective_batch)), flush=True)
+
+    # ---- Contexts of student and teacher: computed once, then the encoders leave.
+    features = Features(pipe, dataset, config, Path(config.data.cache or workdir / "features"))
+    features.prepare()
+
+    # ---- State and step.
+    with jax.set_mesh(mesh):
+        plan = experiment.make_plan(config, pipe, mesh)
+    state = plan.start
+    print("\n".join(plan.describe()), flush=True)
+
+    # ---- Restore.
+    checkpoints = Checkpoints(workdir / "checkpoints", config.keep_checkpoints)
+    restored = checkpoints.restore(state)
+    first = 0  # optimizer steps done
+    if restored is not None:
+        first, state = restored
+        print(f"resuming at step {first}", flush=True)
+    writer = MetricsWriter(workdir, first)
+    (workdir / "lora").mkdir(exist_ok=True)
+    rows = np.linspace(0, len(dataset.rows), config.sample_rows, endpoint=False).astype(int)
+    previews = Previews(pipe, features, sorted(set(rows.tolist())), workdir)
+
+    lora_path = lambda step: workdir / "lora" / f"step_{step}.safetensors"
+
+    def save(step: int) -> None:
+        # The file first: who resumes at a checkpoint finds its LoRA file there.
+        modules = lora.export(state.student, plan.chosen, plan.scale)
+        write_lora(lora_path(step), modules, lora_layers(pipe.config))
+        checkpoints.save(step, state)
+
+    def show(step: int) -> None:
+        teacher = state.student if state.teacher is None else state.teacher
+        print(f"pictures: {previews.write(step, state.student, teacher)}", flush=True)
+
+    # ---- Loop. Metrics are read one step late, so that the device never waits for the host.
+    batches = Batches(
+        dataset.rows_by_bucket(),
+        dataset.rows,
+        dataset.prompt_keys,
+        batch_size=effective_batch,
+        seed=config.seed,
+        draw=config.data.prompt_draw,
+    )
+    load = lambda index: (index.bucket, features.batch(index, config.accumulate))
+    timer = StepTimer()
+    progress = Progress(config.steps, timer)
+    pending = None
+
+    def finish(step: int, metrics) -> None:
+        metrics = jax.device_get(metrics)
+        seconds = timer.tick()
+        if not np.isfinite(metrics["loss"]) or not np.isfinite(metrics["grad_norm"]):
+            raise UserError(
+                f"step {step}: the loss is {metrics['loss']}, its gradient's norm "
+                f"{metrics['grad_norm']}; lower config.learning_rate and start from one of the saved "
+                f"steps {checkpoints.steps}"
+            )
+        speed = {"seconds": seconds, "images_per_second": effective_batch / seconds}
+        writer.write({"step": step, **metrics, **speed})
+        progress.update(step, metrics["loss"], metrics["gap"], effective_batch)
+
+    try:
+        if first == 0:
+            show(0)
+        timer.skip()
+        for n, (bucket, contexts) in prefetch(batches, load, first, config.steps):
+            latent = (config.batch_size, *pipe.latent_shape(bucket.height, bucket.width))
+            with jax.set_mesh(mesh):
+                contexts = sharding.put_batch(contexts, mesh)
+                state, metrics = plan.step(state, pipe.split[2], contexts, latent=latent)
+            if pending:
+                finish(*pending)
+            pending = step, _ = n + 1, metrics
+            last = step == config.steps
+            due = [
+                every and step % every == 0
+                for every in (config.checkpoint_every, config.sample_every)
+            ]
+            if last or any(due):
+                finish(*pending)
+                pending = None
+                if last or due[0]:
+                    save(step)
+                if last or due[1]:
+                    show(step)
+                timer.skip()
+    finally:  # a save under way is finished, whatever happened
+        checkpoints.close()
+        writer.close()
+    print(f"LoRA: {lora_path(config.steps)}\nreport: {write_report(workdir)}", flush=True)
+
+
+if __name__ == "__main__":
+    flags.mark_flag_as_required("config")
+    errors.run(main)
