@@ -92,7 +92,7 @@ def read_lora(path: str | Path, layers: Layers) -> LoraFile:
     style = next((s for s in styles if s.native), next(iter(styles)))
     kind = next((k for k in ("default", "down") if k in kinds), "ab")
     dialect = STYLES[style].get(kind) or STYLES[style]["ab"]
-    used = {files.infos[n].dtype for _, _, parts in groups.values() for n in parts.values()}
+    used = {files.infos[parts[p]].dtype for _, _, parts in groups.values() for p in ("a", "b")}
     dtype = next(code for code in FLOATS if code in used)
     return LoraFile(modules, dialect, dtype, files.metadata)
 
