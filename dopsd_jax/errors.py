@@ -11,8 +11,8 @@ USER_ERROR_EXIT = 2
 class UserError(Exception):
     """One or several faults the user can mend.
 
-    Every problem is one line that names the file, row or config field, says what is wrong and what to
-    do about it. Collect all problems of one kind before raising.
+    Every problem is one line that names the file, row or config field, says what is wrong and what
+    to do about it. Collect all problems of one kind before raising.
     """
 
     def __init__(self, *problems: str):

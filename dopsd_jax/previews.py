@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from dopsd_jax import pictures
+from dopsd_jax.data.dataset import Dataset
 from dopsd_jax.dopsd import Contexts
 from dopsd_jax.families import zimage as family
 from dopsd_jax.families.zimage_pipeline import Pipeline, start_noise
@@ -26,6 +27,12 @@ class Sample(NamedTuple):
     contexts: Contexts
     noise: jax.Array
     target: np.ndarray
+
+
+def rows_of(dataset: Dataset, count: int) -> list[int]:
+    """Rows to look at: spread over the data set, the same ones in every program."""
+    rows = np.linspace(0, len(dataset.rows), count, endpoint=False).astype(int)
+    return sorted(set(rows.tolist()))
 
 
 class Previews:
@@ -48,9 +55,9 @@ class Previews:
     def _picture(self, adapter, context, noise) -> np.ndarray:
         return self.pipe.decode(self.pipe.sample(adapter, noise, context, self.grid))[0]
 
-    def write(self, step: int, student, teacher) -> Path:
-        """Writes the grid of a step; returns its path."""
-        rows = [
+    def rows(self, student, teacher) -> list[pictures.Row]:
+        """The pictures of every sample, in the order of `COLUMNS`."""
+        return [
             pictures.Row(
                 sample.caption,
                 (
@@ -62,7 +69,10 @@ class Previews:
             )
             for base, sample in zip(self.base, self.samples, strict=True)
         ]
+
+    def write(self, step: int, student, teacher) -> Path:
+        """Writes the grid of a step; returns its path."""
         path = pictures.sample_path(self.workdir, step)
         title = f"step {step}, {len(self.grid) - 1} forwards"
-        pictures.save_grid(path, COLUMNS, rows, title=title)
+        pictures.save_grid(path, COLUMNS, self.rows(student, teacher), title=title)
         return path

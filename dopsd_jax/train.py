@@ -18,7 +18,7 @@ from dopsd_jax.errors import UserError
 from dopsd_jax.families.zimage_pipeline import lora_layers
 from dopsd_jax.features import Features
 from dopsd_jax.metrics import MetricsWriter, Progress, StepTimer
-from dopsd_jax.previews import Previews
+from dopsd_jax.previews import Previews, rows_of
 from dopsd_jax.report import write_report
 from dopsd_jax.weights.lora_write import write_lora
 from dopsd_jax.workdir import open_workdir
@@ -62,8 +62,7 @@ def main() -> None:
         print(f"resuming at step {first}", flush=True)
     writer = MetricsWriter(workdir, first)
     (workdir / "lora").mkdir(exist_ok=True)
-    rows = np.linspace(0, len(dataset.rows), config.sample_rows, endpoint=False).astype(int)
-    previews = Previews(pipe, features, sorted(set(rows.tolist())), workdir)
+    previews = Previews(pipe, features, rows_of(dataset, config.sample_rows), workdir)
 
     lora_path = lambda step: workdir / "lora" / f"step_{step}.safetensors"
 
@@ -97,8 +96,8 @@ def main() -> None:
         if not np.isfinite(metrics["loss"]) or not np.isfinite(metrics["grad_norm"]):
             raise UserError(
                 f"step {step}: the loss is {metrics['loss']}, its gradient's norm "
-                f"{metrics['grad_norm']}; lower config.learning_rate and start from one of the saved "
-                f"steps {checkpoints.steps}"
+                f"{metrics['grad_norm']}; lower config.learning_rate and start from one of the "
+                f"saved steps {checkpoints.steps}"
             )
         speed = {"seconds": seconds, "images_per_second": effective_batch / seconds}
         writer.write({"step": step, **metrics, **speed})

@@ -1,0 +1,132 @@
+"""What will happen, before it does: python -m dopsd_jax.check --config FILE[:ARG] [--workdir DIR]
+
+Checks the configuration, every row and picture; reports buckets, adapted layers, memory and work;
+then asks the teacher: whether its context changes the prediction, and what it draws. Where the
+teacher's picture is no nearer to the target than the student's, there is nothing to learn.
+"""
+
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from absl import flags
+from ml_collections import config_flags
+
+from dopsd_jax import errors, experiment, flops, pictures, settings, sharding
+from dopsd_jax.data.dataset import describe
+from dopsd_jax.dopsd import Contexts, Denoiser
+from dopsd_jax.families import zimage as family
+from dopsd_jax.features import Features
+from dopsd_jax.flow import euler
+from dopsd_jax.previews import COLUMNS, Previews, rows_of
+
+CONFIG = config_flags.DEFINE_config_file("config", None, "configuration file", lock_config=True)
+WORKDIR = flags.DEFINE_string("workdir", "runs/zimage", "where caches and the picture go")
+NOTHING = 1e-3  # relative gap below which the context changes nothing
+
+
+def main() -> None:
+    config, workdir = CONFIG.value, Path(WORKDIR.value).expanduser()
+    settings.check(config)
+    mesh = sharding.make_mesh(config.mesh)
+    pipe, _ = experiment.open_pipeline(config, workdir, mesh)
+    size = pipe.config
+    sharding.check(mesh, batch_size=config.batch_size, heads=size.heads, hidden=size.hidden_dim)
+    dataset = experiment.open_data(config, workdir, pipe.size_multiple)
+    print("\n".join(describe(dataset, config.batch_size * config.accumulate)), flush=True)
+
+    features = Features(pipe, dataset, config, Path(config.data.cache or workdir / "features"))
+    features.prepare()
+    print(f"features: student {features.student_rows} rows, teacher {features.teacher_rows} rows")
+    plan = experiment.make_plan(config, pipe, mesh)
+    print("\n".join(plan.describe()), flush=True)
+    print("\n".join(budget(config, pipe, plan, features)), flush=True)
+
+    previews = Previews(pipe, features, rows_of(dataset, config.sample_rows), workdir)
+    teacher = plan.start.student if plan.start.teacher is None else plan.start.teacher
+    gaps = [
+        gap(pipe.split, plan.start.student, teacher, s.contexts, s.noise, plan.grid)
+        for s in previews.samples
+    ]
+    print("teacher: relative gap by step, " + ", ".join(f"{g:.3f}" for g in np.mean(gaps, axis=0)))
+    grid = previews.rows(plan.start.student, teacher)
+    path = workdir / "check.png"
+    pictures.save_grid(path, COLUMNS, grid, title="before step 1")
+    distance = lambda column: float(np.mean([_rms(r.images[column], r.images[3]) for r in grid]))
+    student, taught = distance(1), distance(2)
+    print(f"distance to the target (rms of 255): student {student:.1f}, teacher {taught:.1f}")
+    print(f"pictures: {path}")
+    if np.mean(gaps) < NOTHING:
+        print("warning: the teacher's context changes nothing; there is nothing to learn")
+    elif taught >= student:
+        print(
+            "warning: the teacher is no nearer to the targets than the student; look at the "
+            "pictures before training"
+        )
+
+
+def budget(config, pipe, plan, features) -> list[str]:
+    """Parameters, memory that lives as long as the run, and the work of a step."""
+    width, height = max(features.dataset.buckets, key=lambda b: b.width * b.height)
+    h, w, _ = pipe.latent_shape(height, width)
+    memory = flops.memory(
+        pipe.config,
+        plan.chosen,
+        config.lora.rank,
+        base_bytes=jnp.dtype(config.base_dtype).itemsize,
+        teacher_copy=plan.start.teacher is not None,
+    )
+    work = flops.step_work(
+        pipe.config,
+        height=h,
+        width=w,
+        rows_student=features.student_rows,
+        rows_teacher=features.teacher_rows,
+        steps=len(plan.grid) - 1,
+        chosen=plan.chosen,
+        rank=config.lora.rank,
+        remat=config.remat,
+        flash=pipe.attention != "xla",
+    )
+    images = config.batch_size * config.accumulate
+    gib = lambda n: f"{n / 2**30:.3g} GiB"
+    return [
+        f"parameters: base {memory.base_parameters:,}, adapters {memory.adapter_parameters:,}",
+        f"memory (unsplit, without activations): base {gib(memory.base)}, adapters "
+        f"{gib(memory.adapters)}, teacher {gib(memory.teacher)}, optimizer "
+        f"{gib(memory.optimizer)}; in all {gib(memory.total)}",
+        f"work a step of {images} images at {width}x{height}: {work.model * images / 1e12:.4g} "
+        f"TFLOP, executed {work.executed * images / 1e12:.4g}; attention {pipe.attention}, remat "
+        f"{config.remat}",
+    ]
+
+
+def gap(split, student, teacher, contexts: Contexts, noise, grid) -> np.ndarray:
+    """rms(v_student - v_teacher) / rms(v_teacher) at each state of the student's rollout, [K]."""
+    graphdef, _, base = split
+    sigma = jnp.asarray(grid, jnp.float32)
+    run = jax.jit(lambda *args: _gaps(family.denoiser(graphdef), *args))
+    return np.asarray(run(student, teacher, base, contexts, noise, sigma))
+
+
+def _gaps(net: Denoiser, student, teacher, base, contexts: Contexts, noise, sigma):
+    hoisted = net.hoist(student, base, contexts.student)
+    hoisted_teacher = net.hoist(teacher, base, contexts.teacher)
+
+    def denoise(x, pair):
+        v = net.velocity(student, base, x, pair[0], contexts.student, hoisted)
+        target = net.velocity(teacher, base, x, pair[0], contexts.teacher, hoisted_teacher)
+        size = jnp.sqrt(jnp.mean(jnp.square(target)))
+        return euler(x, v, *pair), jnp.sqrt(jnp.mean(jnp.square(v - target))) / size
+
+    return jax.lax.scan(denoise, noise, (sigma[:-1], sigma[1:]))[1]
+
+
+def _rms(a: np.ndarray, b: np.ndarray) -> float:
+    return float(np.sqrt(np.mean(np.square(a.astype(np.float64) - b))))
+
+
+if __name__ == "__main__":
+    flags.mark_flag_as_required("config")
+    errors.run(main)
