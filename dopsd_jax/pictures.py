@@ -206,6 +206,7 @@ def _font_name(text: str) -> str:
 
 def _typable(text: str) -> str:
     """The text without letters that no font at hand has, or a remark if little would be left."""
+    text = text.encode("utf-8", "replace").decode()  # halves of surrogate pairs
     name = _font_name(text)
     kept = "".join(
         # é is better read as e than left out

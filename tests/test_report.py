@@ -1,0 +1,230 @@
+"""The page is whole by itself, says what is there, and says what is not."""
+
+import html
+import html.parser
+import json
+import math
+import re
+
+import numpy as np
+import pytest
+
+from dopsd_jax.charts import HEIGHT, WIDTH, Series, chart, number
+from dopsd_jax.errors import UserError
+from dopsd_jax.metrics import MetricsWriter
+from dopsd_jax.pictures import Row, sample_path, save_grid
+from dopsd_jax.report import ROUNDS, write_report
+
+VOID = {"meta", "img", "input", "line", "polyline", "polygon", "circle", "br"}
+
+
+class Page(html.parser.HTMLParser):
+    """Tags and text of a page; fails on tags that are not closed in order."""
+
+    def __init__(self, text):
+        super().__init__()
+        self.tags, self.text, self._open = [], [], []
+        self.feed(text)
+        assert not self._open
+
+    def handle_starttag(self, tag, attrs):
+        self.tags.append((tag, dict(attrs)))
+        if tag not in VOID:
+            self._open.append(tag)
+
+    def handle_startendtag(self, tag, attrs):
+        self.tags.append((tag, dict(attrs)))
+
+    def handle_endtag(self, tag):
+        assert self._open.pop() == tag
+
+    def handle_data(self, data):
+        self.text.append(data)
+
+    def all(self, tag):
+        return [attrs for name, attrs in self.tags if name == tag]
+
+
+def points(page, tag="polyline"):
+    return [
+        [tuple(map(float, pair.split(","))) for pair in attrs["points"].split()]
+        for attrs in page.all(tag)
+    ]
+
+
+def record(step, **others):
+    loss = 1 / step
+    return {
+        "step": step, "loss": loss, "loss_per_step": [loss, None, 2 * loss], "gap": math.sqrt(loss),
+        "grad_norm": 1.0, "lr": 1e-4, "seconds": 2.0, "images_per_second": 4.0, **others,
+    }  # fmt: skip
+
+
+def run(workdir, steps, grids=(), config=None, caption="a fox", **others):
+    with MetricsWriter(workdir) as writer:
+        for step in range(1, steps + 1):
+            writer.write(record(step, **others))
+    images = [np.full((6, 4, 3), 90, np.uint8)] * 2
+    for step in grids:
+        save_grid(sample_path(workdir, step), ["base", "student"], [Row(caption, images)], cell=16)
+    if config is not None:
+        (workdir / "config.json").write_text(json.dumps(config))
+    path = write_report(workdir)
+    assert path == workdir / "report.html"
+    return Page(path.read_text(encoding="utf-8"))
+
+
+def test_a_run_shows_curves_samples_and_settings(tmp_path):
+    config = {"config": {"steps": 20, "lora.rank": 64}, "versions": {"jax": "0.10.2"}}
+    page = run(tmp_path, 12, grids=[0, 10, 5], config=config)
+    text = " ".join(page.text)
+    assert "12 of 20" in text and "0.08333" in text and "24 s" in text
+    assert len(page.all("svg")) == 6 and len(points(page)) == 7  # loss_per_step: two are trained
+    assert [int(s["data-step"]) for s in page.all("section")] == [0, 5, 10]
+    assert page.all("img")[0]["alt"] == "base, student at step 0"
+    (slider,) = page.all("input")
+    assert slider["max"] == "2" and page.all("label")[0].get("hidden", "no") is None
+    assert all(word in text for word in ("lora.rank", "64", "jax", "0.10.2", "a fox"))
+
+
+def test_nothing_outside_the_page_is_needed(tmp_path):
+    page = run(tmp_path, 3, grids=[0])
+    for tag, attrs in page.tags:
+        assert tag not in ("link", "iframe", "object", "embed", "base")
+        for name in ("href", "srcset", "data", "xlink:href"):
+            assert name not in attrs
+        assert attrs.get("src", "data:").startswith("data:")
+    raw = (tmp_path / "report.html").read_text()
+    assert not re.search(r"https?://|url\(|@import|import\(|fetch\(", raw)
+    assert "prefers-color-scheme: dark" in raw
+
+
+def test_every_text_is_escaped(tmp_path):
+    evil = '</script><script>alert(1)</script><b title="&amp;">'
+    workdir = tmp_path / "<u>&run"
+    workdir.mkdir()
+    page = run(workdir, 2, grids=[1], config={evil: {evil: evil}, "loose": [evil]}, caption=evil)
+    assert len(page.all("script")) == 1 and not page.all("u")
+    assert not any("title" in attrs for _, attrs in page.tags)
+    text = "".join(page.text)
+    assert text.count(evil) >= 4 and "<u>&run" in text
+
+
+def test_letters_that_cannot_be_encoded_do_not_spoil_the_page(tmp_path):
+    page = run(tmp_path, 1, grids=[0], caption="half a pair \ud83e here")
+    assert any("half a pair ? here" in text for text in page.text)
+
+
+def test_no_steps_and_no_files_are_said_to_be_missing(tmp_path):
+    page = Page(write_report(tmp_path).read_text())
+    text = " ".join(page.text)
+    assert "No step has been recorded yet" in text and "No samples have been drawn yet" in text
+    assert "no config.json" in text and text.count("nothing was recorded") == 6
+    assert not page.all("svg") and not page.all("img") and not page.all("input")
+
+
+def test_one_step_is_a_point_and_not_a_curve(tmp_path):
+    page = run(tmp_path, 1, grids=[0])
+    assert not page.all("polyline") and len(page.all("circle")) == 7
+    assert " ".join(page.text).count("one step so far") == 6
+    assert not page.all("input")  # nothing to slide
+
+
+def test_values_that_are_not_finite_break_the_curve_and_are_counted(tmp_path):
+    with MetricsWriter(tmp_path) as writer:
+        for step in range(1, 10):
+            writer.write(record(step, loss=float("nan") if step == 4 else 1.0))
+    page = Page(write_report(tmp_path).read_text())
+    assert sum("1 value was not finite" in t for t in page.text) == 1
+    first, second = points(page)[:2]
+    assert len(first) == 3 and len(second) == 5
+    missing = chart("Loss", "", [Series("Loss", [1, 2], [None, None])])
+    assert "nothing was recorded" in missing and "2 values were not finite" in missing
+
+
+def test_broken_pictures_are_named_and_the_rest_is_shown(tmp_path):
+    run(tmp_path, 2, grids=[0, 1])
+    sample_path(tmp_path, 1).write_bytes(b"not a picture")
+    page = Page(write_report(tmp_path).read_text())
+    assert len(page.all("img")) == 1
+    assert any("step_000001.png cannot be read" in text for text in page.text)
+
+
+def test_broken_files_are_named(tmp_path):
+    (tmp_path / "config.json").write_text("{")
+    with pytest.raises(UserError, match=r"config\.json: cannot be read as JSON"):
+        write_report(tmp_path)
+    (tmp_path / "config.json").write_text("[]")
+    with pytest.raises(UserError, match=r"config\.json: holds no JSON object"):
+        write_report(tmp_path)
+    with pytest.raises(UserError, match="is not a folder"):
+        write_report(tmp_path / "nowhere")
+
+
+def test_many_rounds_are_thinned_and_that_is_said(tmp_path):
+    page = run(tmp_path, 1, grids=range(0, 10 * (ROUNDS + 6), 10))
+    steps = [int(s["data-step"]) for s in page.all("section")]
+    assert len(set(steps)) == ROUNDS and steps[0] == 0 and steps[-1] == 10 * (ROUNDS + 5)
+    assert any("6 further rounds" in text for text in page.text)
+
+
+def test_the_page_is_written_whole_or_not_at_all(tmp_path, monkeypatch):
+    run(tmp_path, 2)
+    before = (tmp_path / "report.html").read_bytes()
+
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("os.fsync", full)
+    with pytest.raises(UserError, match="disk is full"):
+        write_report(tmp_path)
+    assert (tmp_path / "report.html").read_bytes() == before
+
+
+def test_points_stand_where_their_values_are():
+    page = Page(chart("T", "", [Series("a", [0, 50, 100], [0.0, 1.0, 2.0])]))
+    ((start, middle, end),) = points(page)
+    assert middle[0] == pytest.approx((start[0] + end[0]) / 2, abs=0.11)
+    assert middle[1] == pytest.approx((start[1] + end[1]) / 2, abs=0.11)
+    assert start[1] > end[1] and start[0] < end[0]  # upwards is smaller in SVG
+    lines = {round(float(a["y1"]), 1) for a in page.all("line")}
+    assert middle[1] in lines and "1" in page.text  # the tick of value 1
+
+
+def test_a_wide_range_may_have_a_logarithmic_axis():
+    values = [1.0, 10.0, 100.0]
+    page = Page(chart("T", "", [Series("a", [1, 2, 3], values)], log=True))
+    ((a, b, c),) = points(page)
+    assert b[1] == pytest.approx((a[1] + c[1]) / 2, abs=0.11)
+    assert any("logarithmic" in text for text in page.text)
+    for series in (values, [0.0, 10.0, 100.0]):  # not asked for; not possible
+        text = chart("T", "", [Series("a", [1, 2, 3], series)], log=series[0] == 0)
+        assert "logarithmic" not in text
+
+
+def test_long_runs_are_drawn_as_mean_and_range_without_losing_peaks():
+    steps = range(1, 100_001)
+    values = [100.0 if step == 77_777 else 1.0 + step % 7 for step in steps]
+    text = chart("T", "", [Series("a", steps, values)])
+    page = Page(text)
+    (band,) = points(page, "polygon")
+    assert len(text) < 20_000
+    peak = min(band, key=lambda point: point[1])
+    span = max(x for x, _ in band) - min(x for x, _ in band)
+    assert peak[0] == pytest.approx(min(x for x, _ in band) + span * 0.77777, abs=3)
+    assert all(0 <= x <= WIDTH and 0 <= y <= HEIGHT for x, y in band)
+
+
+@pytest.mark.parametrize(
+    "values", [[0.0] * 4, [-1.0] * 4, [3e-9] * 4, [-5.0, 5.0] * 2, [1e9, 0] * 2]
+)
+def test_any_values_can_be_drawn(values):
+    page = Page(chart("T", "", [Series("a", [1, 2, 3, 4], values)], log=True))
+    (line,) = points(page)
+    assert all(0 <= x <= WIDTH and 0 <= y <= HEIGHT for x, y in line)
+    assert len(page.all("line")) >= 3  # an axis, and at least two ticks
+
+
+def test_numbers_are_short():
+    texts = [number(v) for v in (0, 0.012, 1500, 2.5e-5, 123456.7, -0.5)]
+    assert texts == ["0", "0.012", "1500", "2.5e-5", "1.23e+05", "-0.5"]
