@@ -83,7 +83,11 @@ def optimizer(config: Mapping) -> optax.GradientTransformation:
 
 
 def create(student: Tree, teacher: Teacher, tx: optax.GradientTransformation) -> TrainState:
-    """The state before step 1: the teacher is a copy of the student."""
+    """The state before step 1: the teacher is a copy of the student.
+
+    `student` itself stays the caller's: the step donates what it is given.
+    """
+    student = jax.tree.map(jnp.copy, student)
     copy = None if teacher.weights == "live" else jax.tree.map(jnp.copy, student)
     return TrainState(jnp.zeros((), jnp.int32), student, copy, tx.init(student))
 
