@@ -1,6 +1,9 @@
 """Shared by all tests: float32 products, and the one measure of error."""
 
 import os
+import subprocess
+import sys
+from pathlib import Path
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -8,6 +11,9 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 import jax
 import numpy as np
+import pytest
+
+from dopsd_jax.tiny import make_tiny
 
 jax.config.update("jax_default_matmul_precision", "float32")
 
@@ -17,3 +23,40 @@ def relative_error(actual, expected) -> float:
     actual, expected = np.asarray(actual, np.float64), np.asarray(expected, np.float64)
     assert actual.shape == expected.shape, f"shapes {actual.shape} and {expected.shape}"
     return float(np.abs(actual - expected).max() / np.abs(expected).max())
+
+
+@pytest.fixture(scope="session")
+def tiny_model(tmp_path_factory):
+    """The miniature's folder, made once; do not write into it."""
+    return make_tiny(tmp_path_factory.mktemp("tiny") / "model")
+
+
+@pytest.fixture(scope="session")
+def tiny_run(tmp_path_factory):
+    """A work directory in which `train --config configs/zimage.py:tiny` ran for a few steps."""
+    workdir = tmp_path_factory.mktemp("run")
+    result = run_program("train", *TINY_CONFIG, f"--workdir={workdir}")
+    assert result.returncode == 0, result.stderr
+    (workdir / "stdout.txt").write_text(result.stdout)
+    return workdir
+
+
+ROOT = Path(__file__).parents[1]
+# Four steps, saved at 2 and 4, with dense optimizer settings: enough to see everything happen.
+TINY_CONFIG = (
+    f"--config={ROOT}/configs/zimage.py:tiny",
+    "--config.steps=4",
+    "--config.checkpoint_every=2",
+    "--config.sample_every=0",
+    "--config.sample_rows=1",
+    "--config.data.buckets=96x96,112x80",
+    "--config.grid=1,0.5",
+)
+
+
+def run_program(name: str, *arguments: str, **environment: str) -> subprocess.CompletedProcess:
+    """Runs `python -m dopsd_jax.<name>` as a user does; output as text."""
+    return subprocess.run(
+        [sys.executable, "-m", f"dopsd_jax.{name}", *map(str, arguments)],
+        capture_output=True, text=True, timeout=600, cwd=ROOT, env=os.environ | environment,
+    )  # fmt: skip
