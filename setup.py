@@ -21,7 +21,7 @@ setup(
         "orbax-checkpoint>=0.12.8",
         "grain>=0.2.18",
         "ml_collections>=1.1.0",
-        "transformers>=5.0",
+        "transformers>=5.23",
         "numpy>=2.0",
         "pillow>=11.3",
         "absl-py",

@@ -74,8 +74,8 @@ def defaults() -> ConfigDict:
     c.data.path = ""  # jsonl file, or folder of images with captions
     c.data.root = ""  # further folder in which a jsonl's paths are looked for
     c.data.resolution = 1024  # pixels; the buckets have about this area, squared
-    c.data.buckets = ()  # explicit sizes "832x1248" instead
-    c.data.prompt_keys = ()  # caption fields to train on; (): all that every row has
+    c.data.buckets = ""  # explicit sizes instead, such as "832x1248,1024x1024", or a list
+    c.data.prompt_keys = ""  # caption fields to train on; "": all that every row has
     c.data.caption_extension = ".txt"
     c.data.caption_lines = False  # True: every line of a caption file is an alternative
     c.data.prompt_draw = "batch"  # one prompt key for a batch, as released, or "row"

@@ -37,7 +37,7 @@ def tiny(c: ConfigDict) -> ConfigDict:
     c.teacher.max_pixels = 128 * 128
     c.data.path = "tiny"  # drawn in the work directory
     c.data.resolution = 128
-    c.data.buckets = ("128x128", "144x112")  # few shapes: each is compiled once
+    c.data.buckets = "128x128,144x112"  # few shapes: each is compiled once
     c.steps = 30
     c.batch_size = 2
     c.checkpoint_every = 15

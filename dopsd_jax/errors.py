@@ -52,6 +52,7 @@ def _parse(argv: list[str]) -> list[str]:
     logging.set_verbosity(logging.WARNING)
     try:
         rest = flags.FLAGS(argv)
+        flags.FLAGS.flag_values_dict()  # a configuration that was not loaded says so when read
         if len(rest) > 1:
             raise UserError(f"{rest[1]}: not understood; options are written --name=value")
     except (
@@ -63,7 +64,10 @@ def _parse(argv: list[str]) -> list[str]:
         TypeError,
         OSError,
     ) as error:
-        print(f"error: {' '.join(str(error).split())}; see --help", file=sys.stderr)
+        head, traceback, tail = str(error).partition("Traceback (most recent call last)")
+        # A fault inside a configuration file: what it says stands in its last line.
+        lines = [head, tail.strip().splitlines()[-1]] if traceback else [head]
+        print(f"error: {' '.join(' '.join(lines).split())}; see --help", file=sys.stderr)
         sys.exit(USER_ERROR_EXIT)
     return rest
 

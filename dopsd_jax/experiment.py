@@ -93,12 +93,13 @@ def open_data(config: ConfigDict, workdir: Path, step: int) -> Dataset:
     """
     data = config.data
     path = write_folder(workdir / "tiny_data") if data.path == TINY else data.path
+    buckets = settings.names(data.buckets)
     buckets = (
-        parse_buckets(data.buckets, step) if data.buckets else make_buckets(data.resolution, step)
+        parse_buckets(buckets, step) if buckets else make_buckets(data.resolution, step)
     )
     rows = load_rows(
         path,
-        tuple(data.prompt_keys) or None,
+        settings.names(data.prompt_keys) or None,
         caption_extension=data.caption_extension,
         caption_lines=data.caption_lines,
         data_root=data.root or None,
@@ -129,12 +130,19 @@ def make_plan(config: ConfigDict, pipe: Pipeline, mesh: Mesh) -> Plan:
         state.optimizer(config),
     )
     start = state.create(student, teacher, tx)
-    start = jax.device_put(start, sharding.replicated(start, mesh))
-    return Plan(grid, chosen, scale, start, make_step(config, pipe.split[0], grid, teacher, tx))
+    placement = sharding.replicated(start, mesh)
+    start = jax.device_put(start, placement)
+    step = make_step(config, pipe.split[0], grid, teacher, tx, placement)
+    return Plan(grid, chosen, scale, start, step)
 
 
 def make_step(
-    config: ConfigDict, graphdef: nnx.GraphDef, grid, teacher: state.Teacher, tx
+    config: ConfigDict,
+    graphdef: nnx.GraphDef,
+    grid,
+    teacher: state.Teacher,
+    tx,
+    placement: state.TrainState | None = None,
 ) -> Callable:
     """The compiled optimizer step of a configuration; see `state.make_step`."""
     net, loss, loss_steps = (
@@ -150,4 +158,4 @@ def make_step(
             net, student, target, base, contexts, noise, nodes, every_step=loss_steps == "all"
         )
 
-    return state.make_step(method, tx, teacher, state.schedule(config), config.seed)
+    return state.make_step(method, tx, teacher, state.schedule(config), config.seed, placement)

@@ -101,11 +101,18 @@ def values(value: str | list | tuple) -> str | tuple:
     """A field that is a name or a list: `1, 0.9` on the command line means the list."""
     if not isinstance(value, str):
         return tuple(value)
-    items = [item.strip() for item in value.strip("()[] ").split(",")]
-    numbers = [_number(item) for item in items]
-    if None not in numbers:
-        return tuple(numbers)
-    return tuple(item.strip("'\"") for item in items if item) if len(items) > 1 else value
+    items = names(value)
+    numbers = tuple(_number(item) for item in items)
+    if items and None not in numbers:
+        return numbers
+    return items if "," in value else value
+
+
+def names(value: str | list | tuple) -> tuple:
+    """A field that is a list, or one string with commas between the items."""
+    if not isinstance(value, str):
+        return tuple(value)
+    return tuple(item.strip() for item in value.strip("()[] ").split(",") if item.strip())
 
 
 def check(config: Mapping[str, Any]) -> None:
@@ -140,7 +147,7 @@ def _fault(field: Field, value: Any) -> str | None:
         "float": type(value) in (int, float),
         "bool": type(value) is bool,
         "str": isinstance(value, str),
-        "list": isinstance(value, list | tuple),
+        "list": isinstance(value, str | list | tuple),
         "name or list": isinstance(value, str | list | tuple) and len(value) > 0,
     }
     if not kinds[field.kind]:

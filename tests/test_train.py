@@ -1,0 +1,223 @@
+"""The programs, run as a user runs them, on the miniature."""
+
+import json
+import re
+import runpy
+import shutil
+import subprocess
+import sys
+
+import jax
+import numpy as np
+import pytest
+from conftest import ROOT, TINY_CONFIG, run_program
+from PIL import Image
+from torch_reference import sample_with_diffusers
+
+import dopsd_jax
+from dopsd_jax import settings
+from dopsd_jax.checkpoint import Checkpoints, flatten
+from dopsd_jax.errors import UserError
+from dopsd_jax.families.zimage_pipeline import start_noise
+from dopsd_jax.weights.safetensors_io import TensorFiles
+
+PROMPT = "a large green circle on the left"
+
+
+def tensors(path):
+    files = TensorFiles.open(path)
+    return {name: files.read(name) for name in files.infos}
+
+
+def records(workdir):
+    return [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+
+
+def same_numbers(a, b):
+    """Equal records but for what a clock measured."""
+    clock = ("seconds", "images_per_second")
+    strip = lambda rows: [{k: v for k, v in r.items() if k not in clock} for r in rows]
+    assert strip(a) == strip(b)
+
+
+def test_a_run_leaves_what_is_promised(tiny_run):
+    rows = records(tiny_run)
+    assert [r["step"] for r in rows] == [1, 2, 3, 4]
+    wanted = {"step", "loss", "loss_per_step", "gap", "grad_norm", "lr", "seconds"}
+    assert all(
+        wanted | {"images_per_second"} <= r.keys() and len(r["loss_per_step"]) == 2 for r in rows
+    )
+    assert all(r["loss"] > 0 and r["grad_norm"] > 0 for r in rows)
+    config = json.loads((tiny_run / "config.json").read_text())
+    assert config["config"].keys() == settings.FIELDS.keys()
+    assert config["config"]["steps"] == 4 and len(config["facts"]["data"]) == 64
+    assert "jax" in config["versions"]
+    for step in (0, 4):
+        with Image.open(tiny_run / f"samples/step_{step:06d}.png") as picture:
+            assert picture.width > picture.height
+    assert {p.name for p in (tiny_run / "lora").iterdir()} == {
+        "step_2.safetensors",
+        "step_4.safetensors",
+    }
+    assert "<svg" in (tiny_run / "report.html").read_text()
+    output = (tiny_run / "stdout.txt").read_text()
+    assert re.search(r"step +4/4 .*loss .*gap .*images/s", output)
+    assert "adapters: 49 layers" in output
+
+
+def test_the_exported_lora_gives_diffusers_the_pictures_we_sample(tiny_run, tmp_path):
+    """Loaded by diffusers' own load_lora_weights, and merged: the same image from one noise."""
+    model, file = tiny_run / "tiny_model", tiny_run / "lora" / "step_4.safetensors"
+    result = run_program(
+        "sample", f"--model={model}", f"--lora={file}", f"--prompt={PROMPT}", f"--out={tmp_path}",
+        "--height=96", "--width=112", "--seed=7",
+    )  # fmt: skip
+    assert result.returncode == 0, result.stderr
+    with Image.open(tmp_path / "000_seed7.png") as picture:
+        ours = np.asarray(picture).astype(int)
+        assert picture.text["prompt"] == PROMPT
+    noise = np.asarray(start_noise(7, 1, (12, 14, 16)))
+    theirs = sample_with_diffusers(model, [PROMPT], noise, lora=file)[0].astype(int)
+    assert np.abs(ours - theirs).max() <= 2
+    merged = tmp_path / "merged"
+    command = [sys.executable, ROOT / "tools/convert_weights.py", "merge", model, file, merged]
+    subprocess.run([*map(str, command), "--format", "diffusers"], check=True, capture_output=True)
+    theirs = sample_with_diffusers(merged, [PROMPT], noise)[0].astype(int)
+    assert np.abs(ours - theirs).max() <= 2
+    pipe = dopsd_jax.load_pipeline(str(merged))
+    again = pipe([PROMPT], height=96, width=112, latents=noise)[0].astype(int)
+    assert np.abs(ours - again).max() <= 2
+
+
+def test_a_resumed_run_equals_an_uninterrupted_one_bit_for_bit(tiny_run, tmp_path):
+    """Stopped after step 2, with a half-written line and a half-written checkpoint behind it."""
+    workdir = tmp_path / "run"
+    shutil.copytree(tiny_run, workdir)
+    shutil.rmtree(workdir / "checkpoints" / "4")
+    (workdir / "checkpoints" / "4.orbax-checkpoint-tmp-0").mkdir()
+    (workdir / "lora" / "step_4.safetensors").unlink()
+    with open(workdir / "metrics.jsonl", "a") as file:
+        file.write('{"step": 5, "lo')
+    result = run_program("train", *TINY_CONFIG, f"--workdir={workdir}")
+    assert result.returncode == 0, result.stderr
+    assert "resuming at step 2" in result.stdout
+    same_numbers(records(workdir), records(tiny_run))
+    ours, whole = (tensors(w / "lora" / "step_4.safetensors") for w in (workdir, tiny_run))
+    assert ours.keys() == whole.keys()
+    for name, array in whole.items():
+        np.testing.assert_array_equal(ours[name], array, err_msg=name)
+
+
+def test_another_configuration_does_not_touch_the_run(tiny_run):
+    before = (tiny_run / "metrics.jsonl").read_bytes()
+    result = run_program(
+        "train", *TINY_CONFIG, f"--workdir={tiny_run}", "--config.learning_rate=0.5",
+        "--config.lora.rank=2",
+    )  # fmt: skip
+    assert result.returncode == 2
+    errors = result.stderr.strip().splitlines()
+    assert len([e for e in errors if e.startswith("error: ")]) == 2
+    assert "config.learning_rate = 0.001, now 0.5" in result.stderr
+    assert "config.lora.rank = 8, now 2" in result.stderr
+    assert (tiny_run / "metrics.jsonl").read_bytes() == before
+
+
+@pytest.mark.parametrize(
+    ("arguments", "messages"),
+    [
+        (["--config.stepz=4"], ["stepz"]),
+        (["--config.steps=many"], ["many"]),
+        (["--config.steps=0", "--config.loss=", "--config.remat=x"], ["steps: 0", "loss", "remat"]),
+        (["--config.method=ppo", "--config.learning_rate=-1"], ["method", "learning_rate"]),
+        (["--config.data.path=/nowhere/at/all"], ["/nowhere/at/all"]),
+        (["--config.model=/nowhere/model"], ["/nowhere/model"]),
+        (["--config.model=some-owner/some-model"], ["HF_HUB_OFFLINE"]),
+        (["--config.lora.targets=attention.to_q,ff.net"], ["'ff.net' matches no linear layer"]),
+        (["--config.data.buckets=100x96"], ["not a multiple of 16"]),
+        (["--config.data.resolution=100", "--config.data.buckets="], ["not a multiple of 16"]),
+        (["--config.mesh.data=3"], ["config.mesh"]),
+        (["--config.attention=splash"], ["config.attention"]),
+        (["--config.lora.init_from=/nowhere.safetensors"], ["/nowhere.safetensors"]),
+        (["stray"], ["stray"]),
+    ],
+)  # fmt: skip
+def test_bad_input_is_a_clear_line_each_and_no_traceback(tiny_run, tmp_path, arguments, messages):
+    workdir = tmp_path / "run"
+    for name in ("tiny_model", "tiny_data", "features"):
+        shutil.copytree(tiny_run / name, workdir / name)
+    result = run_program("train", *TINY_CONFIG, f"--workdir={workdir}", *arguments)
+    assert result.returncode == 2, result.stdout + result.stderr
+    assert "Traceback" not in result.stderr
+    lines = [line for line in result.stderr.splitlines() if line.startswith("error: ")]
+    for message in messages:
+        assert any(message in line for line in lines), (message, result.stderr)
+
+
+def test_an_unknown_configuration_argument_is_named(tmp_path):
+    result = run_program(
+        "train", f"--config={ROOT}/configs/zimage.py:small", f"--workdir={tmp_path}"
+    )
+    assert result.returncode == 2 and "Traceback" not in result.stderr
+    assert "'small' is not one of lora, tiny" in result.stderr
+    result = run_program("train", "--config=/no/such/config.py", f"--workdir={tmp_path}")
+    assert result.returncode == 2 and "Traceback" not in result.stderr
+    assert "/no/such/config.py" in result.stderr
+
+
+def test_check_reports_before_training(tiny_run, tmp_path):
+    workdir = tmp_path / "run"
+    for name in ("tiny_model", "tiny_data", "features"):
+        shutil.copytree(tiny_run / name, workdir / name)
+    result = run_program("check", *TINY_CONFIG, f"--workdir={workdir}")
+    assert result.returncode == 0, result.stderr
+    for words in (
+        "data: 8 rows", "bucket 96x96", "adapters: 49 layers, 67,984 parameters",
+        "memory", "TFLOP", "teacher: relative gap by step", "distance to the target",
+    ):  # fmt: skip
+        assert words in result.stdout, words
+    assert (workdir / "check.png").exists()
+    assert not (workdir / "metrics.jsonl").exists() and not (workdir / "config.json").exists()
+
+
+def test_every_configuration_has_exactly_the_known_fields():
+    get_config = runpy.run_path(str(ROOT / "configs/zimage.py"))["get_config"]
+    for arg in (None, "lora", "tiny"):
+        config = get_config(arg)
+        assert settings.flat(config).keys() == settings.FIELDS.keys()
+        config.data.path = config.data.path or "somewhere"
+        settings.check(config)
+
+
+def test_a_list_may_be_written_on_the_command_line():
+    assert settings.values("1, 0.9,0.5") == (1, 0.9, 0.5)
+    assert settings.values("(0, 2)") == (0, 2)
+    assert settings.values("attention.to_q,feed_forward.w1") == (
+        "attention.to_q",
+        "feed_forward.w1",
+    )
+    assert settings.values("nodes4") == "nodes4"
+    assert settings.values("random:1") == "random:1"
+    assert settings.values("3") == (3,)
+
+
+def test_checkpoints_keep_the_newest_and_survive_damage(tmp_path):
+    state = lambda n: {"a": jax.numpy.full((3,), float(n)), "n": jax.numpy.int32(n)}
+    checkpoints = Checkpoints(tmp_path, keep=2)
+    for step in (1, 2, 3):
+        checkpoints.save(step, state(step))
+    checkpoints.close()
+    checkpoints = Checkpoints(tmp_path, keep=2)
+    assert checkpoints.steps == [2, 3]
+    step, found = checkpoints.restore(state(0))
+    assert step == 3 and flatten(found)["n"] == 3
+    for path in (tmp_path / "3").rglob("*"):
+        if path.is_file() and path.stat().st_size:
+            path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+    said = []
+    checkpoints = Checkpoints(tmp_path, keep=2)
+    step, found = checkpoints.restore(state(0), said.append)
+    assert step == 2 and (found["a"] == 2).all()
+    assert len(said) == 1 and "3" in said[0]
+    with pytest.raises(UserError, match="none of the checkpoints"):
+        checkpoints.restore({"b": jax.numpy.zeros(2)}, said.append)
+    assert Checkpoints(tmp_path / "new", keep=1).restore(state(0)) is None
