@@ -52,7 +52,8 @@ def _parse(argv: list[str]) -> list[str]:
     logging.set_verbosity(logging.WARNING)
     try:
         rest = flags.FLAGS(argv)
-        flags.FLAGS.flag_values_dict()  # a configuration that was not loaded says so when read
+        for value in flags.FLAGS.flag_values_dict().values():
+            hasattr(value, "items")  # a configuration that was not loaded says so when touched
         if len(rest) > 1:
             raise UserError(f"{rest[1]}: not understood; options are written --name=value")
     except (
