@@ -7,7 +7,7 @@ from setuptools import find_packages, setup
 setup(
     name="dopsd_jax",
     version="0.1.0",
-    description="On-policy self-distillation (D-OPSD) for few-step image models, in JAX/Flax for TPU and GPU",
+    description="D-OPSD: tunes few-step image models without losing the few steps, in JAX/Flax",
     long_description=Path(__file__).with_name("README.md").read_text(encoding="utf-8"),
     long_description_content_type="text/markdown",
     license="Apache-2.0",

@@ -94,9 +94,7 @@ def open_data(config: ConfigDict, workdir: Path, step: int) -> Dataset:
     data = config.data
     path = write_folder(workdir / "tiny_data") if data.path == TINY else data.path
     buckets = settings.names(data.buckets)
-    buckets = (
-        parse_buckets(buckets, step) if buckets else make_buckets(data.resolution, step)
-    )
+    buckets = parse_buckets(buckets, step) if buckets else make_buckets(data.resolution, step)
     rows = load_rows(
         path,
         settings.names(data.prompt_keys) or None,

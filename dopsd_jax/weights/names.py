@@ -1,7 +1,8 @@
 """How a Flax parameter is made of PyTorch tensors, and back.
 
-Each network file has a function `names(config) -> list[Leaf]`: the whole correspondence, one entry for
-each Flax parameter (and layer of it). Both directions are pure rearrangements, so they are exact in any type.
+Each network file has a function `names(config) -> list[Leaf]`: the whole correspondence, one entry
+for each Flax parameter (and layer of it). Both directions are pure rearrangements, so they are exact
+in any type.
 """
 
 import dataclasses
@@ -28,7 +29,8 @@ class Leaf:
       index: position along the leading layer axis; None for a parameter that is not stacked.
       sources: joined along their output axis (the first one in PyTorch) in this order.
       kind: `linear` [out, in] -> [in, out]; `conv` [out, in, kh, kw] -> [kh, kw, in, out];
-        `patch` [out, c, ...] -> [c * ..., out], a convolution whose stride is its kernel; `same` as it is.
+        `patch` [out, c, ...] -> [c * ..., out], a convolution whose stride is its kernel;
+        `same` as it is.
     """
 
     path: str
