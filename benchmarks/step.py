@@ -23,7 +23,7 @@ from absl import flags
 from flax import nnx
 from ml_collections import config_flags
 
-from dopsd_jax import dopsd, errors, experiment, lora, settings, sharding, state
+from dopsd_jax import dopsd, errors, experiment, flops, lora, settings, sharding, state
 from dopsd_jax.errors import UserError, raise_if
 from dopsd_jax.families import zimage as family
 from dopsd_jax.models import attention, zimage
@@ -35,7 +35,9 @@ VAE_FACTOR = 8
 
 CONFIG = config_flags.DEFINE_config_file("config", help_string="configuration, file.py[:argument]")
 SIDES = [
-    flags.DEFINE_integer(side, None, f"{side} in pixels; by default config.data.resolution")
+    flags.DEFINE_integer(
+        side, None, f"{side} in pixels; else config.data.resolution", lower_bound=1
+    )
     for side in ("height", "width")
 ]
 STUDENT = flags.DEFINE_integer("student_tokens", 128, "caption length of the student")
@@ -61,12 +63,11 @@ def main() -> None:
     )
     grid = family.grid(settings.values(config.grid), SHIFT)
     device = jax.devices()[0]
-    captions = f"{STUDENT.value} (student), {TEACHER.value} (teacher)"
     facts = {
         "device": f"{mesh.size} x {device.device_kind} ({device.platform}), jax {jax.__version__}",
-        "image": f"{latent[1] * VAE_FACTOR} x {latent[2] * VAE_FACTOR}, batch {latent[0]}"
-        f" x {config.accumulate}",
-        "captions": captions,
+        "image": f"height {latent[1] * VAE_FACTOR}, width {latent[2] * VAE_FACTOR},"
+        f" batch {latent[0]} x {config.accumulate}",
+        "captions": f"{STUDENT.value} (student), {TEACHER.value} (teacher)",
         "step": f"K = {len(grid) - 1}, LoRA rank {config.lora.rank}, remat {config.remat},"
         f" attention {kernel}, weights {config.base_dtype}, activations {config.dtype}",
     }
@@ -76,6 +77,14 @@ def main() -> None:
         ours = time_jax(config, sizes, latent, grid, kernel, mesh)
     images = latent[0] * config.accumulate
     report("jax", ours, images)
+    work = image_work(config, sizes, latent, grid, kernel)
+    rate = work.model * images / statistics.median(ours)
+    peak = flops.peak_rate(device.device_kind)
+    share = f", {rate / mesh.size / peak:.1%} of the devices' bfloat16 peak" if peak else ""
+    print(
+        f"{'work':9} {work.model / 1e12:.4g} TFLOP an image ({work.executed / 1e12:.4g} executed),"
+        f" {rate / 1e12:.4g} TFLOP/s{share}"
+    )
     if theirs is not None:
         report("pytorch", theirs["seconds"], images, theirs["device"])
         ratio = statistics.median(theirs["seconds"]) / statistics.median(ours)
@@ -115,6 +124,26 @@ def latent_shape(config, sizes: zimage.ZImageConfig) -> tuple[int, int, int, int
         if not 1 <= flag.value <= sizes.max_caption
     )
     return config.batch_size, height // VAE_FACTOR, width // VAE_FACTOR, sizes.channels
+
+
+def image_work(config, sizes, latent, grid, kernel) -> flops.StepWork:
+    """FLOP of one image's share of a step."""
+    loss_steps = settings.values(config.loss_steps)
+    nodes = dopsd.taught_steps(loss_steps, len(grid) - 1, jax.random.key(0))
+    pad = lambda rows: -(-rows // zimage.PAD_MULTIPLE) * zimage.PAD_MULTIPLE
+    return flops.step_work(
+        sizes,
+        height=latent[1],
+        width=latent[2],
+        rows_student=pad(STUDENT.value),
+        rows_teacher=pad(TEACHER.value),
+        steps=len(grid) - 1,
+        chosen=experiment.adapters(config, sizes),
+        rank=config.lora.rank,
+        remat=config.remat,
+        flash=kernel != "xla",
+        taught=int(nodes.sum()),
+    )
 
 
 def time_jax(config, sizes, latent, grid, kernel, mesh) -> list[float]:
