@@ -8,6 +8,7 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
+from dopsd_jax.data.padding import pad_stack
 from dopsd_jax.dopsd import Denoiser
 from dopsd_jax.errors import UserError
 from dopsd_jax.flow import check_grid, shifted_grid
@@ -72,9 +73,5 @@ def denoiser(graphdef: nnx.GraphDef) -> Denoiser:
 
 def pad_features(features: Sequence[np.ndarray], rows: int | None = None) -> Context:
     """Caption features [n_i, c] of a batch as one context of `rows` rows, or as few as it needs."""
-    lengths = [len(f) for f in features]
-    rows = rows or -(-max(lengths) // PAD_MULTIPLE) * PAD_MULTIPLE
-    padded = np.zeros((len(features), rows, features[0].shape[1]), features[0].dtype)
-    for row, feature in zip(padded, features, strict=True):
-        row[: len(feature)] = feature
-    return Context(padded, np.asarray(lengths, np.int32))
+    rows = rows or -(-max(map(len, features)) // PAD_MULTIPLE) * PAD_MULTIPLE
+    return Context(*pad_stack(features, rows))

@@ -1,8 +1,7 @@
 """How a Flax parameter is made of PyTorch tensors, and back.
 
 Each network file has a function `names(config) -> list[Leaf]`: the whole correspondence, one entry
-for each Flax parameter (and layer of it). Both directions are pure rearrangements, so they are exact
-in any type.
+for each Flax parameter (and layer of it). Both directions only rearrange: exact in any type.
 """
 
 import dataclasses
