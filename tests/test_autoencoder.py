@@ -29,7 +29,6 @@ BASE = dict(
     mid_block_add_attention=True,
 )  # fmt: skip
 CONFIGS = {
-    "two levels": {},
     "four levels as published": dict(
         block_out_channels=(8, 16, 24, 24), layers_per_block=2, norm_num_groups=8,
         latent_channels=16,
@@ -39,7 +38,7 @@ CONFIGS = {
         shift_factor=None,
     ),
     "widths that fall, one group, other channels": dict(
-        block_out_channels=(12, 8, 12), norm_num_groups=1, layers_per_block=3, in_channels=1,
+        block_out_channels=(12, 8, 12), norm_num_groups=1, layers_per_block=2, in_channels=1,
         out_channels=2, latent_channels=3,
     ),
     "no attention, one quant conv": dict(
@@ -94,8 +93,6 @@ MODULES = {
     "down level": (lambda m: m.encoder.levels[0], lambda t: t.encoder.down_blocks[0], 8),
     "up level": (lambda m: m.decoder.levels[0], lambda t: t.decoder.up_blocks[0], 12),
     "group norm": (lambda m: m.encoder.norm_out, lambda t: t.encoder.conv_norm_out, 12),
-    "encoder": (lambda m: m.encoder, lambda t: t.encoder, 3),
-    "decoder": (lambda m: m.decoder, lambda t: t.decoder, 4),
 }  # fmt: skip
 
 
@@ -249,7 +246,8 @@ def test_tiles_of_any_image_are_cut_and_blended_as_in_diffusers(overlap):
     torch_model.decoder = Upscale()
 
     def upscale(x):
-        x = np.asarray(x) + np.mean(x, axis=(1, 2, 3), keepdims=True)
+        x = np.asarray(x)
+        x = x + x.mean((1, 2, 3), keepdims=True)
         return x.repeat(2, 1).repeat(2, 2)
 
     for h, w in ((32, 32), (28, 18), (6, 30), (26, 14), (9, 25), (13, 8), (14, 3)):
