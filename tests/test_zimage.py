@@ -15,7 +15,8 @@ from dopsd_jax.weights.fill import fill
 
 TINY = dict(
     all_patch_size=(2,), all_f_patch_size=(1,), in_channels=4, dim=48, n_layers=3,
-    n_refiner_layers=2, n_heads=3, n_kv_heads=3, norm_eps=1e-5, qk_norm=True, cap_feat_dim=20, rope_theta=256.0, t_scale=1000.0,
+    n_refiner_layers=2, n_heads=3, n_kv_heads=3, norm_eps=1e-5, qk_norm=True, cap_feat_dim=20,
+    rope_theta=256.0, t_scale=1000.0,
     axes_dims=[4, 6, 6], axes_lens=[200, 64, 64],
 )  # fmt: skip
 ODD = {

@@ -291,7 +291,7 @@ class ZImage(nnx.Module):
     def refine(
         self, features: Float[Array, "b l c"], lengths: Int[Array, " b"]
     ) -> Float[Array, "b l d"]:
-        """Embeds and refines captions; l is a multiple of 32, rows from `lengths` on are padding."""
+        """Embeds and refines captions. l is a multiple of 32; rows from `lengths` on are void."""
         l = features.shape[1]
         if l % PAD_MULTIPLE or l > self.cfg.max_caption:
             raise ValueError(
