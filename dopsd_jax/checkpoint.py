@@ -10,7 +10,8 @@ from orbax.checkpoint import v1 as ocp
 from dopsd_jax.errors import UserError
 
 Tree = Any
-_FULL = ("No space left", "RESOURCE_EXHAUSTED", "Disk quota")
+# How the storage library words a full disk, a quota and a limit on file sizes.
+_FULL = ("No space left", "RESOURCE_EXHAUSTED", "Disk quota", "File too large")
 
 
 class Checkpoints:

@@ -74,7 +74,7 @@ def main() -> None:
 
     def show(step: int) -> None:
         teacher = state.student if state.teacher is None else state.teacher
-        print(f"pictures: {previews.write(step, state.student, teacher)}", flush=True)
+        progress.note(f"pictures: {previews.write(step, state.student, teacher)}")
 
     # ---- Loop. Metrics are read one step late, so that the device never waits for the host.
     batches = Batches(
@@ -93,14 +93,14 @@ def main() -> None:
     def finish(step: int, metrics) -> None:
         metrics = jax.device_get(metrics)
         seconds = timer.tick()
+        speed = {"seconds": seconds, "images_per_second": effective_batch / seconds}
+        writer.write({"step": step, **metrics, **speed})
         if not np.isfinite(metrics["loss"]) or not np.isfinite(metrics["grad_norm"]):
             raise UserError(
                 f"step {step}: the loss is {metrics['loss']}, its gradient's norm "
                 f"{metrics['grad_norm']}; lower config.learning_rate and start from one of the "
                 f"saved steps {checkpoints.steps}"
             )
-        speed = {"seconds": seconds, "images_per_second": effective_batch / seconds}
-        writer.write({"step": step, **metrics, **speed})
         progress.update(step, metrics["loss"], metrics["gap"], effective_batch)
 
     try:

@@ -116,8 +116,9 @@ def test_equal_contexts_and_weights_give_no_loss_and_no_gradient():
     base, student, _, contexts, noise = world()
     same = dopsd.Contexts(contexts.student, contexts.student)
     losses, gradient = losses_and_gradient(student, student, base, same, noise, nodes())
-    assert losses.total == 0.0
-    assert all((leaf == 0).all() for leaf in jax.tree.leaves(gradient))
+    # Zero to rounding: the compiler may add up the two forward passes in different orders.
+    assert losses.total < 1e-12
+    assert all((abs(leaf) < 1e-6).all() for leaf in jax.tree.leaves(gradient))
 
 
 def test_the_students_states_are_those_of_sampling():

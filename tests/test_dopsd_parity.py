@@ -130,6 +130,10 @@ def test_three_optimizer_steps_equal_pytorch(name):
         assert relative_error(per_step[taught], expected[i].node_losses[taught]) < 1e-4
         assert relative_error(metrics["loss"], expected[i].loss) < 1e-4
         assert relative_error(metrics["grad_norm"], expected[i].grad_norm) < 1e-4
-    assert worst(arrays(ours.student, chosen), expected[-1].student) < 1e-4
+    trained = arrays(ours.student, chosen)
+    assert worst(trained, expected[-1].student) < 1e-4
+    # And what was added to the adapters, by itself: Adam's steps are as long for small gradients.
+    move = lambda new: {p: [x - y for x, y in zip(new[p], student[p], strict=True)] for p in new}
+    assert worst(move(trained), move(expected[-1].student)) < 5e-3
     if ours.teacher is not None:
         assert worst(arrays(ours.teacher, chosen), expected[-1].teacher) < 1e-4

@@ -2,6 +2,7 @@
 
 import json
 import re
+import resource
 import runpy
 import shutil
 import subprocess
@@ -221,3 +222,42 @@ def test_checkpoints_keep_the_newest_and_survive_damage(tmp_path):
     with pytest.raises(UserError, match="none of the checkpoints"):
         checkpoints.restore({"b": jax.numpy.zeros(2)}, said.append)
     assert Checkpoints(tmp_path / "new", keep=1).restore(state(0)) is None
+
+
+def test_a_caption_longer_than_the_model_takes_is_named_before_training(tiny_run, tmp_path):
+    workdir, photos = tmp_path / "run", tmp_path / "photos"
+    shutil.copytree(tiny_run / "tiny_model", workdir / "tiny_model")
+    shutil.copytree(tiny_run / "tiny_data", photos)
+    for name in ("001", "004"):
+        (photos / f"{name}.txt").write_text("word " * 700)
+    result = run_program(
+        "train", *TINY_CONFIG, f"--workdir={workdir}", f"--config.data.path={photos}"
+    )
+    assert result.returncode == 2 and "Traceback" not in result.stderr
+    for name in ("001", "004"):
+        assert re.search(rf"{name}\.\w+: the prompt 'word .* tokens .*512", result.stderr)
+    assert not (workdir / "metrics.jsonl").exists()
+
+
+def test_a_full_disk_while_saving_loses_nothing(tiny_run, tmp_path):
+    """Files cannot grow past what the first checkpoint took: the next, larger write fails."""
+    workdir = tmp_path / "run"
+    shutil.copytree(tiny_run, workdir)
+    shutil.rmtree(workdir / "checkpoints" / "4")
+    (workdir / "lora" / "step_4.safetensors").unlink()
+    before = (workdir / "lora" / "step_2.safetensors").read_bytes()
+    limit = 400_000  # bytes a file: enough for a LoRA file, too little for a checkpoint
+
+    result = subprocess.run(
+        [sys.executable, "-m", "dopsd_jax.train", *TINY_CONFIG, f"--workdir={workdir}"],
+        capture_output=True, text=True, timeout=600, cwd=ROOT,
+        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit)),
+    )  # fmt: skip
+    assert result.returncode == 2, result.stdout + result.stderr
+    errors = [line for line in result.stderr.splitlines() if line.startswith("error: ")]
+    assert len(errors) == 1 and "disk is full" in errors[0] and "Traceback" not in result.stderr
+    assert (workdir / "lora" / "step_2.safetensors").read_bytes() == before
+    assert Checkpoints(workdir / "checkpoints", keep=3).steps == [2]
+    again = run_program("train", *TINY_CONFIG, f"--workdir={workdir}")
+    assert again.returncode == 0 and "resuming at step 2" in again.stdout
+    same_numbers(records(workdir), records(tiny_run))
