@@ -24,7 +24,7 @@ from dopsd_jax.weights.digest import combined_digest, tensor_digest
 from dopsd_jax.weights.layouts import Found
 from dopsd_jax.weights.names import Leaf, Source, to_flax
 from dopsd_jax.weights.progress import SILENT, Progress
-from dopsd_jax.weights.tensors import CODES, DTYPES, Tensors, total_bytes
+from dopsd_jax.weights.tensors import CODES, DTYPES, Tensors, contiguous, total_bytes
 
 FORMAT = 1
 MANIFEST, JOURNAL, PARTS, CONFIG = "manifest.json", "incomplete.json", "parts", "config.json"
@@ -188,12 +188,13 @@ def _read_part(tensors: Tensors, part: Sequence[Leaf]):
                 "here; choose one type (--dtype)"
             )
         digests |= {s.name: tensor_digest(p) for s, p in zip(leaf.sources, pieces, strict=True)}
-        arrays[leaf.path] = np.ascontiguousarray(to_flax(leaf, pieces))
+        arrays[leaf.path] = contiguous(to_flax(leaf, pieces))
     return arrays, digests
 
 
 def _save_part(path: Path, arrays: dict[str, np.ndarray]) -> None:
-    shutil.rmtree(path, ignore_errors=True)  # not in the journal: may be half of it
+    for rest in (path, *path.parent.glob(f"{path.name}.orbax*")):  # not in the journal: half of it
+        shutil.rmtree(rest, ignore_errors=True)
     try:
         with storage_context():
             ocp.save(path.absolute(), arrays)

@@ -14,13 +14,13 @@ import numpy as np
 
 from dopsd_jax.weights.atomic import write_text
 from dopsd_jax.weights.safetensors_io import TensorFiles
-from dopsd_jax.weights.tensors import CODES, Tensors
+from dopsd_jax.weights.tensors import CODES, Tensors, contiguous
 
 
 def tensor_digest(array: np.ndarray) -> str:
     """sha256 of type, shape and bytes."""
     content = hashlib.sha256(f"{CODES[array.dtype]} {list(array.shape)} ".encode())
-    content.update(memoryview(np.ascontiguousarray(array).reshape(-1).view(np.uint8)))
+    content.update(memoryview(contiguous(array).reshape(-1).view(np.uint8)))
     return content.hexdigest()
 
 

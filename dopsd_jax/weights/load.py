@@ -14,6 +14,7 @@ from dopsd_jax.errors import UserError
 from dopsd_jax.weights.names import Leaf
 from dopsd_jax.weights.networks import Network
 from dopsd_jax.weights.stored import ConvertedTensors, Stored, host_leaf, open_stored
+from dopsd_jax.weights.tensors import contiguous
 
 ShardingFor = Callable[[str, tuple[int, ...]], jax.sharding.Sharding]
 TypeFor = Callable[[str], Any]
@@ -112,7 +113,7 @@ def _rows(stored: Stored, leaves: list[Leaf], shardings) -> Iterator[tuple[Leaf,
                 yield leaf, arrays.pop(leaf.path)
         return
     for leaf in leaves:
-        host = np.ascontiguousarray(host_leaf(leaf, stored.tensors))
+        host = contiguous(host_leaf(leaf, stored.tensors))
         if len({stored.tensors.infos[s.name].dtype for s in leaf.sources}) > 1:
             names = ", ".join(s.name for s in leaf.sources)
             raise UserError(

@@ -11,7 +11,7 @@ import numpy as np
 from dopsd_jax.errors import UserError
 from dopsd_jax.weights.atomic import atomic_file, need_space, write_text
 from dopsd_jax.weights.progress import SILENT, Progress
-from dopsd_jax.weights.tensors import CODES, TensorInfo, Tensors
+from dopsd_jax.weights.tensors import CODES, TensorInfo, Tensors, contiguous
 
 MAX_SHARD = 10_000_000_000  # diffusers' default, bytes
 HEADER_MULTIPLE = 8
@@ -47,7 +47,7 @@ def write_safetensors(
             array, info = produce(name), infos[name]
             if CODES.get(array.dtype) != info.dtype or array.shape != info.shape:
                 raise ValueError(f"{name}: produced {array.dtype} {array.shape}, announced {info}")
-            file.write(memoryview(np.ascontiguousarray(array).reshape(-1).view(np.uint8)))
+            file.write(memoryview(contiguous(array).reshape(-1).view(np.uint8)))
             progress.advance(name, info.nbytes)
 
 

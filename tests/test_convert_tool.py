@@ -1,0 +1,137 @@
+"""The converter as a user meets it: memory, progress, command line."""
+
+import json
+import math
+import runpy
+import shutil
+import sys
+
+import numpy as np
+import pytest
+from safetensors.numpy import save_file
+from weights_helpers import ROOT, SMALL, Interrupt, run_python, tensors_of
+
+from dopsd_jax.models.zimage import ZImageConfig, names
+from dopsd_jax.tiny import make_tiny
+from dopsd_jax.weights import converted, importing
+from dopsd_jax.weights.account import sources
+from dopsd_jax.weights.importing import import_model
+from dopsd_jax.weights.safetensors_io import TensorFiles
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory):
+    return make_tiny(tmp_path_factory.mktemp("tiny") / "model", size=SMALL)
+
+
+# Memory.
+
+MEMORY = """
+import json, resource, sys
+from pathlib import Path
+from dopsd_jax.weights.importing import import_model
+from dopsd_jax.weights.export import export_diffusers
+peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+warm, model, out, part = sys.argv[1:]
+run = lambda source, name: (
+    import_model(Path(source), Path(out) / name, part_bytes=int(part)),
+    export_diffusers(Path(out) / name, Path(out) / f"{name}-back"),
+)
+run(warm, "warm")  # loads the libraries' code and threads
+before = peak()
+run(model, "model")
+print(json.dumps(peak() - before))
+"""
+
+
+def test_memory_stays_in_proportion(tmp_path):
+    """4 GiB of 24.6 GB, in proportion: here 400 MB, whose largest layer has the true one's share.
+
+    The libraries' own fixed cost is not counted: a first small conversion pays it.
+    """
+    config = ZImageConfig(
+        dim=480,
+        layers=30,
+        heads=10,
+        caption_dim=320,
+        axes_dims=(16, 16, 16),
+        axes_lens=(64, 64, 64),
+    )
+    warm, model = (make_tiny(tmp_path / "in" / m, size=SMALL) for m in ("warm", "model"))
+    folder = model / "transformer"
+    shutil.rmtree(folder)
+    folder.mkdir()
+    (folder / "config.json").write_text(json.dumps(config.to_dict()))
+    shapes = sources(names(config))
+    save_file(
+        {n: np.zeros(s, np.float32) for n, s in shapes.items()},
+        folder / "diffusion_pytorch_model.safetensors",
+    )
+    size = 4 * sum(math.prod(s) for s in shapes.values())
+    assert size > 380e6
+    share = size / 24.62e9
+    growth = int(run_python("-c", MEMORY, warm, model, tmp_path, int(converted.PART_BYTES * share)))
+    assert growth < 4 * 2**30 * share
+
+
+def test_the_import_counts_every_byte(tiny, tmp_path):
+    progress = Interrupt(-1)
+    import_model(tiny, tmp_path / "out", progress=progress)
+    stored = importing.open_all(tiny, vlm=tiny / "vlm")
+    expected = sum(i.nbytes for _, _, s in stored.values() for i in s.tensors.infos.values())
+    assert progress.done == progress.total == expected
+
+
+# The command line.
+
+
+def _tool(monkeypatch, capsys, *args):
+    monkeypatch.setattr(sys, "argv", ["convert_weights.py", *map(str, args)])
+    with pytest.raises(SystemExit) as caught:
+        runpy.run_path(str(ROOT / "tools" / "convert_weights.py"), run_name="__main__")
+    out = capsys.readouterr()
+    return caught.value.code, out.out, out.err
+
+
+def test_the_tool_goes_all_the_way_round(tiny, tmp_path, monkeypatch, capsys):
+    tool = lambda *args: _tool(monkeypatch, capsys, *args)
+    count = len(TensorFiles.open(tiny / "transformer").infos)
+    assert tool("import", tiny, tmp_path / "c")[0] == 0
+    code, out, _ = tool("inspect", tmp_path / "c")
+    assert code == 0 and "converted model, family zimage" in out
+    assert f"transformer: {count} tensors" in out and "vlm:" in out
+    assert tool("export", tmp_path / "c", tmp_path / "x.safetensors", "--format", "comfyui")[0] == 0
+    code, out, _ = tool("inspect", tmp_path / "x.safetensors", "--model", tiny)
+    assert code == 0 and "transformer in comfyui names: complete" in out
+    args = ("import", tmp_path / "x.safetensors", tmp_path / "d", "--base", tiny)
+    assert tool(*args)[0] == 0
+    assert tool("export", tmp_path / "d", tmp_path / "e")[0] == 0
+    assert tensors_of(tmp_path / "e" / "transformer") == tensors_of(tiny / "transformer")
+    code, _, err = tool("inspect", tmp_path / "e")
+    assert code == 0 and not err
+
+
+@pytest.mark.parametrize(
+    "args, message",
+    [
+        (["import", "nowhere/at/all", "out"], "no such folder, and not a hub id"),
+        (["import", "{tiny}/model_index.json", "out"], "--base"),
+        (["import", "{tiny}", "out", "--base", "{tiny}"], "--base goes with a single file"),
+        (["export", "{tiny}/vae", "out"], "neither model_index.json nor dopsd_jax.json"),
+        (["export", "{tiny}", "out", "--lora", "no.safetensors"], "no such file"),
+        (["inspect", "nowhere"], "no such file"),
+    ],
+)
+def test_the_tools_errors_are_clear_lines(tiny, tmp_path, monkeypatch, capsys, args, message):
+    monkeypatch.chdir(tmp_path)
+    code, _, err = _tool(monkeypatch, capsys, *(a.format(tiny=tiny) for a in args))
+    assert code == 2
+    assert err.startswith("error: ") and message in err
+    assert "Traceback" not in err
+    assert not any(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("command", [[], ["import"], ["export"], ["merge"], ["lora"], ["inspect"]])
+def test_the_tool_explains_itself(monkeypatch, capsys, command):
+    code, out, _ = _tool(monkeypatch, capsys, *command, "--help")
+    assert code == 0 and "usage" in out
