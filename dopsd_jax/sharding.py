@@ -176,3 +176,12 @@ def constrain_batch(x: Array) -> Array:
         return x
     spec = PartitionSpec(axes_dividing(mesh, BATCH_AXES, x.shape[0]))
     return jax.lax.with_sharding_constraint(x, spec)
+
+
+def abstract(tree: Tree, shardings: Tree | None = None) -> Tree:
+    """Shapes, types and shardings of `tree`'s arrays; `shardings`: others than their own."""
+    if shardings is None:
+        shardings = jax.tree.map(lambda x: x.sharding, tree)
+    return jax.tree.map(
+        lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), tree, shardings
+    )

@@ -1,0 +1,278 @@
+"""The step compiles for devices that are not here, at its true size, and says what it needs."""
+
+import importlib.util
+import json
+import os
+import pathlib
+import subprocess
+import sys
+
+import jax
+import jax.numpy as jnp
+import pytest
+from flax import nnx
+
+from dopsd_jax import footprint, hlo
+from dopsd_jax.errors import UserError
+from dopsd_jax.models import attention, zimage
+
+ROOT = pathlib.Path(__file__).parents[1]
+TINY = zimage.ZImageConfig(
+    dim=32, layers=2, refiner_layers=1, heads=2, caption_dim=8, axes_dims=(4, 6, 6)
+)
+CASE = footprint.Case(height=32, width=48, rows_student=32, rows_teacher=64)
+GIB = 2**30
+
+needs_libtpu = pytest.mark.skipif(
+    importlib.util.find_spec("libtpu") is None, reason="the TPU compiler, libtpu, is not installed"
+)
+
+
+def load_config(name=None, **changes):
+    spec = importlib.util.spec_from_file_location("config", ROOT / "configs" / "zimage.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    config = module.get_config(name)
+    config.update_from_flattened_dict(changes)
+    return config
+
+
+def run(*arguments):
+    """The program, with few compiler passes: (exit status, stdout, stderr)."""
+    env = {**os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": "--xla_backend_optimization_level=0"}
+    command = [sys.executable, "-m", "dopsd_jax.aot", *arguments]
+    done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True)
+    return done.returncode, done.stdout, done.stderr
+
+
+@pytest.fixture(scope="module")
+def local_report():
+    config = load_config("tiny")
+    return config, footprint.compile_step(config, TINY, CASE, jax.devices()[:1])
+
+
+def test_a_report_counts_what_the_state_holds(local_report):
+    config, report = local_report
+    net = nnx.eval_shape(lambda: zimage.ZImage(TINY, rngs=nnx.Rngs(0)))
+    parameters = sum(x.size for x in jax.tree.leaves(nnx.state(net)))
+    scales = 7 * 4 * (TINY.layers + 2 * TINY.refiner_layers)  # float32, one a layer and part
+    assert report.live["base"] == 4 * parameters + scales
+    assert report.live["adapters"] == report.live["teacher"] > 0
+    assert report.live["optimizer"] == 2 * report.live["adapters"] + 2 * 4  # and two counters
+    rows = CASE.rows_student + CASE.rows_teacher
+    assert report.live["batch"] == 4 * config.batch_size * (rows * TINY.caption_dim + 2)
+    assert report.temporaries > 0
+    assert report.peak == sum(report.live.values()) + report.temporaries
+    assert report.fits and report.sent == hlo.Collectives({}, 0)
+
+
+def test_a_report_reads_well(local_report):
+    config, report = local_report
+    text = "\n".join(footprint.describe(report, config, CASE))
+    assert "1 x cpu: data 1, fsdp 1, context 1, tensor 1" in text
+    assert "2 images a step of 32 x 48, captions of 32 and 64 rows; attention xla" in text
+    assert text.endswith("compiles; the device's memory is unknown")
+
+
+def test_what_does_not_fit_is_explained(local_report, monkeypatch):
+    config = load_config("tiny", **{"batch_size": 3, "remat": "none"})
+    message = (
+        "RESOURCE_EXHAUSTED: XLA:TPU compile permanent error. Ran out of memory in memory "
+        "space hbm. Used 40.71G of 31.25G hbm. Exceeded hbm capacity by 9.46G.\n\nTotal: ..."
+    )
+    failing = lambda self: (_ for _ in ()).throw(jax.errors.JaxRuntimeError(message))
+    monkeypatch.setattr(jax.stages.Lowered, "compile", failing)
+    report = footprint.compile_step(config, TINY, CASE, jax.devices()[:1])
+    assert not report.fits and report.peak is None
+    lines = footprint.describe(report, config, CASE)
+    problem = next(line for line in lines if line.startswith("does not fit"))
+    assert "Used 40.71G of 31.25G hbm" in problem
+    advice = [line.strip() for line in lines if line.startswith("  try ")]
+    assert advice[0].startswith("try --config.batch_size=1")
+    assert any("--config.remat=full" in line for line in advice)
+
+
+def test_other_compiler_errors_are_not_swallowed(monkeypatch):
+    failing = lambda self: (_ for _ in ()).throw(jax.errors.JaxRuntimeError("INTERNAL: a bug"))
+    monkeypatch.setattr(jax.stages.Lowered, "compile", failing)
+    with pytest.raises(jax.errors.JaxRuntimeError, match="INTERNAL"):
+        footprint.compile_step(load_config("tiny"), TINY, CASE, jax.devices()[:1])
+
+
+@pytest.mark.parametrize(
+    ("case", "message"),
+    [
+        ({"height": 40}, "--height: 40 must be a multiple of 16, from 16 to 8192"),
+        ({"width": 8208}, "--width: 8208 must be a multiple of 16"),
+        ({"rows_student": 33}, "--student_rows: 33 must be a multiple of 32, from 32 to 1504"),
+        ({"rows_teacher": 1536}, "--teacher_rows: 1536 must be a multiple of 32"),
+    ],
+)
+def test_an_impossible_case_is_refused(case, message):
+    fields = {**vars(CASE), **case}
+    with pytest.raises(UserError, match=message):
+        footprint.compile_step(
+            load_config("tiny"), TINY, footprint.Case(**fields), jax.devices()[:1]
+        )
+
+
+def test_an_impossible_mesh_is_refused():
+    config = load_config("tiny", **{"mesh.data": 1, "mesh.fsdp": 3})
+    with pytest.raises(UserError, match=r"config\.mesh: data 1 x fsdp 3"):
+        footprint.compile_step(config, TINY, CASE, jax.devices()[:1])
+
+
+def test_sizes_come_from_the_folder_or_are_the_published_ones(tmp_path):
+    published = zimage.ZImageConfig()
+    assert footprint.network_size("Tongyi-MAI/Z-Image-Turbo", False)[0] == published
+    assert footprint.network_size(str(tmp_path), True)[0] == published
+    with pytest.raises(UserError, match="no such file"):
+        footprint.network_size(str(tmp_path), False)
+    (tmp_path / "transformer").mkdir()
+    (tmp_path / "transformer" / "config.json").write_text(json.dumps(TINY.to_dict()))
+    assert footprint.network_size(str(tmp_path), False)[0] == TINY
+    assert footprint.network_size("tiny", False)[0].dim < 512
+
+
+def test_without_the_tpu_compiler_one_line_says_so(monkeypatch):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(UserError, match="needs the TPU compiler, libtpu, which this Python does"):
+        footprint.topology_devices("v5p:2x2x1")
+
+
+@needs_libtpu
+@pytest.mark.tpu_aot
+def test_an_unknown_slice_is_refused():
+    with pytest.raises(
+        UserError, match=r"--topology: v99:2x2: .*give local or a slice such as v5p"
+    ):
+        footprint.topology_devices("v99:2x2")
+
+
+@pytest.mark.slow
+def test_the_program_runs():
+    code, out, err = run(
+        "--config=configs/zimage.py:tiny", "--student_rows=32", "--teacher_rows=32", "--height=32",
+        "--width=32",
+    )  # fmt: skip
+    assert code == 0, err
+    assert "network: the miniature" in out and "compiled in" in out
+    code, out, err = run("--config=configs/zimage.py:tiny", "--config.attention=splash")
+    assert code == 2 and out.count("\n") == 1
+    assert err.strip() == (
+        "error: config.attention: splash needs a TPU, and this is cpu; and a head size that 128 "
+        "divides, and the model's is 16; set config.attention to auto or xla"
+    )
+
+
+MODULE = """HloModule jit_step, entry_computation_layout={()->f32[]}
+
+%sum (a: f32[], b: f32[]) -> f32[] {
+  ROOT %add = f32[] add(%a, %b)
+}
+
+%inner_body (p: (s32[], bf16[4,8])) -> (s32[], bf16[4,8]) {
+  %gather = bf16[4,8]{1,0:T(8,128)} all-gather(%x), channel_id=1, dimensions={0}
+  ROOT %t = (s32[], /*index=1*/bf16[4,8]{1,0}) tuple(%i, %gather)
+}
+
+%inner_condition (p: (s32[], bf16[4,8])) -> pred[] {
+  %constant.3 = s32[]{:T(128)} constant(3), metadata={stack_frame_id=9}
+  ROOT %lt = pred[]{:T(512)} compare(%i, %constant.3), direction=LT
+}
+
+%outer_body (p: (s32[], f32[10])) -> (s32[], f32[10]) {
+  %w = (s32[], bf16[4,8]{1,0}) while(%init), condition=%inner_condition, body=%inner_body
+  %r = (f32[10]{0}, f32[2,5]{1,0}) all-reduce(%y, %z), channel_id=2, to_apply=%sum
+  ROOT %t2 = (s32[], f32[10]{0}) tuple(%i, %q)
+}
+
+%outer_condition (p: (s32[], f32[10])) -> pred[] {
+  ROOT %c = pred[] fusion(%i), kind=kLoop, calls=%compare
+}
+
+%compare (i: s32[]) -> pred[] {
+  ROOT %lt2 = pred[] compare(%i, %n), direction=LT
+}
+
+ENTRY %main (a: f32[10]) -> f32[] {
+  %w2 = (s32[], f32[10]{0}) while(%init2), condition=%outer_condition, body=%outer_body%KNOWN%
+  %s = (bf16[2,8]{1,0}, bf16[4,8]{1,0}) all-gather-start(%u), channel_id=3, dimensions={0}
+  %d = bf16[4,8]{1,0} all-gather-done(%s)
+  %m = (f32[6]{0}, f32[6]{0}, u32[]{:S(2)}, u32[]{:S(2)}) collective-permute-start(%v)
+  ROOT %out = f32[] constant(0)
+}
+"""
+
+
+def test_collectives_are_counted_as_often_as_they_run():
+    known = ', backend_config={"known_trip_count":{"n":"5"}}'
+    found = hlo.collectives(MODULE.replace("%KNOWN%", known))
+    assert found.unknown_loops == 0
+    assert found.traffic == {
+        "all-gather": hlo.Traffic(5 * 3 + 1, (5 * 3 + 1) * 64),
+        "all-reduce": hlo.Traffic(5, 5 * 80),
+        "collective-permute": hlo.Traffic(1, 24),
+    }
+
+
+def test_a_loop_of_unknown_length_is_told():
+    found = hlo.collectives(MODULE.replace("%KNOWN%", ""))
+    assert found.unknown_loops == 1
+    assert found.traffic["all-gather"].count == 3 + 1
+
+
+def test_the_text_of_no_program_is_refused():
+    with pytest.raises(ValueError, match="no entry"):
+        hlo.collectives("nothing")
+
+
+@pytest.fixture
+def v5p():
+    # The products of bfloat16 that splash is made of know no higher precision.
+    with jax.default_matmul_precision("default"):
+        yield footprint.topology_devices("v5p:2x2x1")
+
+
+@needs_libtpu
+@pytest.mark.tpu_aot
+@pytest.mark.parametrize("causal", [False, True])
+def test_splash_compiles_for_tpu(v5p, causal):
+    """The sizes of Z-Image and, causal and grouped, of its text encoder; odd lengths."""
+    n, heads, groups = (200, 8, 2) if causal else (4608 + 32, 30, 30)
+    place = jax.sharding.SingleDeviceSharding(v5p[0])
+    abstract = lambda h: jax.ShapeDtypeStruct((1, n, h, 128), jnp.bfloat16, sharding=place)
+    lengths = jax.ShapeDtypeStruct((1,), jnp.int32, sharding=place)
+
+    def loss(q, k, v, lengths):
+        y = attention.attention(q, k, v, lengths=lengths, causal=causal, implementation="splash")
+        return jnp.sum(y.astype(jnp.float32))
+
+    arrays = abstract(heads), abstract(groups), abstract(groups), lengths
+    lowered = jax.jit(jax.grad(loss, argnums=(0, 1, 2))).lower(*arrays)
+    text = lowered.as_text()
+    assert text.count("tpu_custom_call") >= 2, "forward and backward kernel"
+    compiled = lowered.compile()
+    # The probabilities alone would take 4 n^2 bytes a head.
+    assert causal or compiled.memory_analysis().temp_size_in_bytes < 4 * n**2 * heads / 4
+
+
+@needs_libtpu
+@pytest.mark.tpu_aot
+@pytest.mark.slow
+def test_the_full_size_step_fits_a_v5p(v5p):
+    """The published network, 1024 x 1024, K = 4, rank 64: about three minutes on two cores."""
+    config = load_config(**{"mesh.data": -1, "batch_size": 4})
+    assert (config.remat, config.base_dtype, config.lora.rank) == ("full", "bfloat16", 64)
+    case = footprint.Case(height=1024, width=1024, rows_student=512, rows_teacher=1024)
+    size, _ = footprint.network_size(config.model, full_size=True)
+    report = footprint.compile_step(config, size, case, v5p)
+    print("\n".join(footprint.describe(report, config, case)))
+    assert report.attention == "splash"
+    assert report.live["adapters"] == 4 * 158_760_960
+    assert report.live["base"] >= 2 * 6_154_908_736
+    assert report.fits
+    assert 15 * GIB < report.peak < 19 * GIB
+    # Only gradients of adapters cross the network, K times, in the type of activations.
+    assert set(report.sent.traffic) == {"all-reduce"}
+    assert report.sent.traffic["all-reduce"].bytes < 4 * 2 * 158_760_960 * 1.01
