@@ -48,8 +48,11 @@ def report(main: Callable[[], int | None]) -> int:
 
 
 def _parse(argv: list[str]) -> list[str]:
-    """Flags of the command line; libraries log warnings only, unless --verbosity says otherwise."""
-    logging.set_verbosity(logging.WARNING)
+    """Flags of the command line.
+
+    Libraries log nothing unless --verbosity is given: what goes wrong they also raise, and we say it.
+    """
+    logging.set_verbosity(logging.FATAL)
     try:
         rest = flags.FLAGS(argv)
         for value in flags.FLAGS.flag_values_dict().values():
