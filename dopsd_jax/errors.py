@@ -50,7 +50,7 @@ def report(main: Callable[[], int | None]) -> int:
 def _parse(argv: list[str]) -> list[str]:
     """Flags of the command line.
 
-    Libraries log nothing unless --verbosity is given: what goes wrong they also raise, and we say it.
+    Libraries log nothing unless --verbosity is given: what goes wrong they also raise.
     """
     logging.set_verbosity(logging.FATAL)
     try:
