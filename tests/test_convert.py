@@ -1,6 +1,7 @@
 """Weights from form to form: every round trip is exact."""
 
 import json
+import math
 import shutil
 from pathlib import Path
 
@@ -12,8 +13,9 @@ from flax import nnx
 from safetensors.numpy import load_file, save_file
 from weights_helpers import SMALL, TRANSFORMER, run_python, same_modules, tensors_of
 
-from dopsd_jax.models.zimage import ZImageConfig
+from dopsd_jax.models.zimage import ZImageConfig, names
 from dopsd_jax.tiny import make_tiny
+from dopsd_jax.weights.account import sources
 from dopsd_jax.weights.export import export_diffusers, export_single
 from dopsd_jax.weights.importing import import_model
 from dopsd_jax.weights.layouts import Found, in_layout
@@ -67,6 +69,10 @@ def test_the_single_file_layout_is_the_published_one():
     theirs = {n: [shape, names or [n]] for n, (shape, names) in published["tensors"].items()}
     assert len(ours) == 453
     assert ours == theirs
+    canonical = sources(names(ZImageConfig()))
+    assert canonical.keys() == {name for _, parts in theirs.values() for name in parts}
+    assert len(canonical) == 521
+    assert sum(math.prod(shape) for shape in canonical.values()) == 6_154_908_736
 
 
 def test_our_single_file_would_have_the_published_size():
