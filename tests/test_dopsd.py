@@ -184,7 +184,6 @@ def test_grids_have_the_known_nodes():
         (lambda: nodes("x0", "some"), "config.loss_steps"),
         (lambda: nodes("x0", (4,)), "config.loss_steps"),
         (lambda: nodes("x0", ()), "config.loss_steps"),
-        (lambda: state.check_teacher(state.Teacher("slow", 2.0)), "config.teacher"),
     ],
 )
 def test_wrong_settings_are_named(call, field):
@@ -226,8 +225,8 @@ def test_ema_has_its_closed_form_and_its_limits():
     )
     teacher = {"w": jnp.ones(())}
     for _ in range(2000):
-        teacher = state.ema(teacher, {"w": jnp.zeros(())}, 0.9999)
-    assert float(teacher["w"]) == pytest.approx(0.8187, abs=2e-4)
+        teacher = state.ema(teacher, {"w": jnp.zeros(())}, 1 - 0.9999)
+    assert float(teacher["w"]) == pytest.approx(0.8187, abs=1e-4)
 
 
 def test_ema_warms_up_with_its_own_decay():
