@@ -62,3 +62,11 @@ def run_program(name: str, *arguments: str, **environment: str) -> subprocess.Co
         [sys.executable, "-m", f"dopsd_jax.{name}", *map(str, arguments)],
         capture_output=True, text=True, timeout=600, cwd=ROOT, env=os.environ | environment,
     )  # fmt: skip
+
+
+def pytest_collection_modifyitems(items):
+    """Tests marked `gpu` run where there is one; JAX_PLATFORMS=cuda asks for it."""
+    if jax.default_backend() != "gpu":
+        for item in items:
+            if item.get_closest_marker("gpu"):
+                item.add_marker(pytest.mark.skip(reason="no GPU; run with JAX_PLATFORMS=cuda"))
