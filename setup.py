@@ -34,6 +34,7 @@ setup(
         # The libraries that the tests compare with; exact, because they are the reference.
         "test": [
             "pytest>=8",
+            "pytest-xdist",
             "torch==2.13.0",
             "diffusers==0.42.1",
             "transformers==5.23.0",
