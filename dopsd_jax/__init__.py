@@ -1,6 +1,10 @@
 """D-OPSD for few-step image models, in JAX: tune them without losing their few steps."""
 
+import os
 from typing import Any
+
+# transformers advises to install PyTorch; of it we use tokenizers and an image processor only.
+os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
 
 __version__ = "0.1.0"
 
