@@ -165,17 +165,20 @@ def put_batch(batch: Tree, mesh: Mesh) -> Tree:
     )
 
 
-def constrain_batch(x: Array) -> Array:
-    """States that x [samples, ...] is split by samples alone. Without a mesh it does nothing.
+def constrain_batch(x: Array, *, whole: bool = True) -> Array:
+    """States that x [samples, ...] is split by samples; `whole`: and along no other axis.
 
     The compiler propagates placements by itself; at the seams of a network it is told, lest it
-    gather activations where it could have gathered weights.
+    gather activations where it could have gathered weights. Without a mesh it does nothing.
     """
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty or mesh.size == 1 or mesh.manual_axes:
         return x
-    spec = PartitionSpec(axes_dividing(mesh, BATCH_AXES, x.shape[0]))
-    return jax.lax.with_sharding_constraint(x, spec)
+    samples = axes_dividing(mesh, BATCH_AXES, x.shape[0])
+    rest = None if whole else PartitionSpec.UNCONSTRAINED
+    if samples is None and not whole:
+        return x
+    return jax.lax.with_sharding_constraint(x, PartitionSpec(samples, *(rest,) * (x.ndim - 1)))
 
 
 def abstract(tree: Tree, shardings: Tree | None = None) -> Tree:

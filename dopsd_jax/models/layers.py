@@ -31,7 +31,7 @@ class Dense(nnx.Module):
         self.adapters = nnx.Dict()
 
     def __call__(self, x: Float[Array, "... din"]) -> Float[Array, "... dout"]:
-        y = x @ self.kernel[...].astype(x.dtype)
+        y = constrain_batch(x @ self.kernel[...].astype(x.dtype), whole=False)
         if self.bias is not None:
             y = y + self.bias[...].astype(x.dtype)
         if len(self.adapters):
