@@ -71,7 +71,7 @@ def worst(ours, theirs):
 
 @pytest.mark.parametrize("name", CASES)
 def test_three_optimizer_steps_equal_pytorch(name):
-    settings = reference.Settings(learning_rate=1e-3, **CASES[name])
+    settings = reference.Settings(**CASES[name])
     model, graphdef, base, chosen, (student, teacher), take, captions = world()
     count, nodes = settings.accumulate, len(GRID) - 1
     taught = list(settings.loss_steps or range(nodes))
@@ -130,10 +130,14 @@ def test_three_optimizer_steps_equal_pytorch(name):
         assert relative_error(per_step[taught], expected[i].node_losses[taught]) < 1e-4
         assert relative_error(metrics["loss"], expected[i].loss) < 1e-4
         assert relative_error(metrics["grad_norm"], expected[i].grad_norm) < 1e-4
-    trained = arrays(ours.student, chosen)
-    assert worst(trained, expected[-1].student) < 1e-4
-    # And what was added to the adapters, by itself: Adam's steps are as long for small gradients.
-    move = lambda new: {p: [x - y for x, y in zip(new[p], student[p], strict=True)] for p in new}
-    assert worst(move(trained), move(expected[-1].student)) < 5e-3
     if ours.teacher is not None:
         assert worst(arrays(ours.teacher, chosen), expected[-1].teacher) < 1e-4
+    trained = arrays(ours.student, chosen)
+    assert worst(trained, expected[-1].student) < 1e-4
+    # And what was added to the adapters, by itself. In the 2-norm: where a gradient is rounding
+    # only, Adam's step is as long as elsewhere, and its direction means nothing.
+    move = lambda new: np.concatenate(
+        [(x - y).ravel() for p in sorted(new) for x, y in zip(new[p], student[p], strict=True)]
+    )
+    ours, theirs = move(trained), move(expected[-1].student)
+    assert np.linalg.norm(ours - theirs) < 1e-4 * np.linalg.norm(theirs)
