@@ -111,6 +111,14 @@ def adapters(config: ConfigDict, model: zimage.ZImageConfig) -> dict[str, Slot]:
     return lora.select(lora.slots(zimage.names(model)), targets, family.LORA_PRESETS)
 
 
+def check_method(config: ConfigDict, pipe: Pipeline) -> None:
+    """Raises `UserError` for a grid, a loss or targets that do not fit the model: costs nothing."""
+    grid = family.grid(settings.values(config.grid), pipe.shift)
+    loss, loss_steps = settings.values(config.loss), settings.values(config.loss_steps)
+    dopsd.make_nodes(grid, loss, loss_steps, jax.random.key(0))
+    adapters(config, pipe.config)
+
+
 def make_plan(config: ConfigDict, pipe: Pipeline, mesh: Mesh) -> Plan:
     """Attaches adapters to the pipeline's transformer and makes the training step around it."""
     grid = family.grid(settings.values(config.grid), pipe.shift)
@@ -148,7 +156,6 @@ def make_step(
         settings.values(config.loss),
         settings.values(config.loss_steps),
     )
-    dopsd.make_nodes(grid, loss, loss_steps, jax.random.key(0))  # complains now, not in a trace
 
     def method(student, target, base, contexts, noise, key):
         nodes = dopsd.make_nodes(grid, loss, loss_steps, key)

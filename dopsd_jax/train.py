@@ -38,6 +38,7 @@ def main() -> None:
     pipe, origin = experiment.open_pipeline(config, workdir, mesh)
     size = pipe.config
     sharding.check(mesh, batch_size=config.batch_size, heads=size.heads, hidden=size.hidden_dim)
+    experiment.check_method(config, pipe)
     dataset = experiment.open_data(config, workdir, pipe.size_multiple)
     open_workdir(workdir, config, {"data": dataset.digest(), **origin})
     effective_batch = config.batch_size * config.accumulate

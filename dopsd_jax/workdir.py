@@ -39,7 +39,9 @@ def open_workdir(workdir: Path, config: Mapping[str, Any], facts: Mapping[str, A
     """
     path = workdir / CONFIG
     new = {"config": flat(config), "facts": dict(facts), "versions": versions()}
-    if path.exists():
+    # A run that has saved nothing yet may be corrected.
+    saved = any(p.name.isdigit() for p in (workdir / "checkpoints").glob("*"))
+    if path.exists() and saved:
         old, _ = read_json(path)
         if not isinstance(old, dict) or not {"config", "facts"} <= old.keys():
             raise UserError(f"{path}: is not a configuration of a run; use another --workdir")

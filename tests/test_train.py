@@ -21,6 +21,7 @@ from dopsd_jax.checkpoint import Checkpoints, flatten
 from dopsd_jax.errors import UserError
 from dopsd_jax.families.zimage_pipeline import start_noise
 from dopsd_jax.weights.safetensors_io import TensorFiles
+from dopsd_jax.workdir import open_workdir
 
 PROMPT = "a large green circle on the left"
 
@@ -262,3 +263,13 @@ def test_a_full_disk_while_saving_loses_nothing(tiny_run, tmp_path):
     again = run_program("train", *TINY_CONFIG, f"--workdir={workdir}")
     assert again.returncode == 0 and "resuming at step 2" in again.stdout
     same_numbers(records(workdir), records(tiny_run))
+
+
+def test_a_run_that_has_saved_nothing_may_be_corrected(tmp_path):
+    open_workdir(tmp_path, {"learning_rate": 1.0}, {"data": "a"})
+    open_workdir(tmp_path, {"learning_rate": 0.1}, {"data": "b"})
+    (tmp_path / "checkpoints" / "5").mkdir(parents=True)
+    open_workdir(tmp_path, {"learning_rate": 0.1}, {"data": "b"})
+    with pytest.raises(UserError) as error:
+        open_workdir(tmp_path, {"learning_rate": 0.2}, {"data": "c"})
+    assert len(error.value.problems) == 2
