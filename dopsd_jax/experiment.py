@@ -112,11 +112,13 @@ def adapters(config: ConfigDict, model: zimage.ZImageConfig) -> dict[str, Slot]:
 
 
 def check_method(config: ConfigDict, pipe: Pipeline) -> None:
-    """Raises `UserError` for a grid, a loss or targets that do not fit the model: costs nothing."""
+    """Raises `UserError` for a grid, a loss, targets or a LoRA file that do not fit the model."""
     grid = family.grid(settings.values(config.grid), pipe.shift)
     loss, loss_steps = settings.values(config.loss), settings.values(config.loss_steps)
     dopsd.make_nodes(grid, loss, loss_steps, jax.random.key(0))
     adapters(config, pipe.config)
+    if config.lora.init_from:
+        lora_files.read_lora(config.lora.init_from, lora_layers(pipe.config))
 
 
 def make_plan(config: ConfigDict, pipe: Pipeline, mesh: Mesh) -> Plan:
