@@ -1,8 +1,8 @@
 """The mesh, what lies where on it, and how a host's batch gets there.
 
 Mesh axes: `data` copies of everything, each with its own samples; `fsdp` splits samples and base
-weights; `context` splits tokens; `tensor` splits heads and hidden units. Adapters, teacher and
-optimizer are small and stand on every device.
+weights; `context` splits tokens; `tensor` splits heads and hidden units. Adapters, with teacher and
+moments, are small and stand on every device; in full fine-tuning these are split as weights are.
 """
 
 import math
@@ -23,9 +23,11 @@ Tree = Any
 AXES = ("data", "fsdp", "context", "tensor")
 BATCH_AXES = ("data", "fsdp")
 
-# Path of a base parameter -> how it is split; the first match counts. Kernels are [..., in, out].
+# Path of an array -> how it is split; the first match counts. Kernels are [..., in, out].
 # columns: out over tensor; rows: in over tensor; both: the larger free one of in and out over fsdp.
 RULES = (
+    # Adafactor's factored moments: a row and a column for each kernel, under the kernel's name.
+    (r"\.v_(row|col)\.", "replicate"),
     (r"\.attention\.qkv\.kernel$", "columns"),
     (r"\.feed_forward\.w13\.kernel$", "columns"),
     (r"\.attention\.out\.kernel$", "rows"),
@@ -115,9 +117,9 @@ def axes_dividing(mesh, axes: Sequence[str], size: int) -> tuple[str, ...] | Non
 
 
 def parameter_spec(path: str, shape: tuple[int, ...], mesh: Mesh) -> PartitionSpec:
-    """How the base parameter `path` (joined by dots) is split; see `RULES`."""
+    """How the array at `path` (joined by dots) is split; see `RULES`."""
     tactic = next(tactic for pattern, tactic in RULES if re.search(pattern, path))
-    if tactic == "replicate":
+    if tactic == "replicate" or len(shape) < 2:
         return PartitionSpec()
     spec: list[str | None] = [None] * len(shape)
     last = {len(shape) - 2, len(shape) - 1}
@@ -142,6 +144,20 @@ def base_shardings(base: nnx.State, mesh: Mesh) -> nnx.State:
             for path, leaf in nnx.to_flat_state(base)
         }
     )
+
+
+def state_shardings(state: Tree, mesh: Mesh) -> Tree:
+    """A sharding for every array of `state`, in its own structure, by `RULES`.
+
+    `state`: a `TrainState` or any tree of parameters, moments or shapes of these; an array is known
+    by the end of its path, so a moment is split as the parameter whose name it bears.
+    """
+
+    def place(path, leaf):
+        name = jax.tree_util.keystr(path, simple=True, separator=".").removesuffix(".value")
+        return NamedSharding(mesh, parameter_spec(name, leaf.shape, mesh))
+
+    return jax.tree_util.tree_map_with_path(place, state)
 
 
 def replicated(tree: Tree, mesh: Mesh) -> Tree:

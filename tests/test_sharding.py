@@ -8,13 +8,15 @@ import sys
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 from conftest import relative_error
 from flax import nnx
 from jax.sharding import AbstractMesh, PartitionSpec
 
-from dopsd_jax import sharding
+from dopsd_jax import lora, sharding, state
 from dopsd_jax.errors import UserError
+from dopsd_jax.families import zimage as family
 from dopsd_jax.models import zimage
 
 SCRIPT = pathlib.Path(__file__).with_name("mesh_step.py")
@@ -130,6 +132,46 @@ def test_the_layer_axis_is_never_split(full_base):
     assert spec("layers.attention_norm1.scale", 30, 3840) == PartitionSpec()
     for leaf in jax.tree.leaves(sharding.base_shardings(full_base, mesh)):
         assert not leaf.spec or len(leaf.spec) < 3 or leaf.spec[0] is None
+
+
+def by_path(tree):
+    flat = jax.tree_util.tree_flatten_with_path(tree)[0]
+    return {jax.tree_util.keystr(p, simple=True, separator="."): leaf for p, leaf in flat}
+
+
+@pytest.mark.parametrize("name", ["adamw", "adafactor"])
+def test_moments_and_teacher_are_split_as_their_parameter(full_base, name):
+    tx = optax.chain(optax.clip_by_global_norm(1.0), getattr(optax, name)(1e-4))
+    start = jax.eval_shape(lambda p: state.create(p, state.Teacher(), tx), full_base)
+    mesh = abstract_mesh(fsdp=4, tensor=2)
+    shardings, shapes = by_path(sharding.state_shardings(start, mesh)), by_path(start)
+    assert shardings.keys() == shapes.keys()
+    student = {p[8:]: s for p, s in shardings.items() if p.startswith("student.")}
+    matched = 0
+    for path, placed in shardings.items():
+        parameter = next((p for p in student if path.endswith(f".{p}")), None)
+        if parameter and shapes[path].shape == shapes[f"student.{parameter}"].shape:
+            assert placed == student[parameter], path
+            matched += 1
+        else:  # counts, and Adafactor's rows and columns: small
+            assert placed.is_fully_replicated, path
+    assert matched > (4 if name == "adamw" else 2) * len(student) - 1
+    assert local_share(start, sharding.state_shardings(start, mesh)) < 1 / 8 + 0.01
+
+
+def test_adapters_are_whole_everywhere():
+    cfg = zimage.ZImageConfig(layers=2, refiner_layers=1)
+    chosen = lora.select(lora.slots(zimage.names(cfg)), "blocks", family.LORA_PRESETS)
+
+    def build():
+        net = zimage.ZImage(cfg, rngs=nnx.Rngs(0))
+        lora.attach(net, chosen, 4, 4.0, jax.random.key(0))
+        return nnx.split(net, nnx.LoRAParam, ...)[1]
+
+    student = nnx.eval_shape(build)
+    start = jax.eval_shape(lambda p: state.create(p, state.Teacher(), optax.adamw(1e-4)), student)
+    placed = jax.tree.leaves(sharding.state_shardings(start, abstract_mesh(fsdp=2, tensor=2)))
+    assert placed and all(s.is_fully_replicated for s in placed)
 
 
 def test_what_does_not_divide_stays_whole():
