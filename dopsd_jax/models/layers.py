@@ -14,16 +14,24 @@ from dopsd_jax.sharding import constrain_batch
 class Dense(nnx.Module):
     """y = x W (+ b) (+ scale * x A B for every adapted part).
 
-    Projections of one input are fused: with `dout=(d0, d1, d2)` the kernel is [din, d0 + d1 + d2],
-    and part i is the i-th slice of the output. `lora.attach` fills `adapters`, keyed by the part's
-    number.
+    Projections of one input are fused: with `dout=(d0, d1, d2)` the kernel is [din, d0 + d1 + d2].
+    Every part is cut into `groups` blocks, and the kernel holds the first block of each part, then
+    the second of each, ...: so a device that has some of the columns has the same share of every
+    part, whole heads if `groups` divides these. `split` and `join` know the order.
+    `lora.attach` fills `adapters`, keyed by the part's number.
     The product runs in x's type, whatever the kernel is stored in.
     """
 
     def __init__(
-        self, din: int, dout: int | tuple[int, ...], *, bias: bool = False, rngs: nnx.Rngs
+        self,
+        din: int,
+        dout: int | tuple[int, ...],
+        *,
+        bias: bool = False,
+        groups: int = 1,
+        rngs: nnx.Rngs,
     ):
-        self.din = din
+        self.din, self.groups = din, groups
         self.douts = (dout,) if isinstance(dout, int) else tuple(dout)
         init = jax.nn.initializers.normal(1 / math.sqrt(din))
         self.kernel = nnx.Param(init(rngs.params(), (din, sum(self.douts))))
@@ -42,9 +50,15 @@ class Dense(nnx.Module):
         """Cuts an output into its parts."""
         bounds, total = [], 0
         for size in self.douts[:-1]:
-            total += size
+            total += size // self.groups
             bounds.append(total)
-        return jnp.split(y, bounds, axis=-1)
+        parts = jnp.split(y.reshape(*y.shape[:-1], self.groups, -1), bounds, axis=-1)
+        return [part.reshape(*y.shape[:-1], -1) for part in parts]
+
+    def join(self, parts: list[Float[Array, "... part"]]) -> Float[Array, "... dout"]:
+        """The output that has these parts: the inverse of `split`."""
+        blocks = [part.reshape(*part.shape[:-1], self.groups, -1) for part in parts]
+        return jnp.concatenate(blocks, axis=-1).reshape(*parts[0].shape[:-1], -1)
 
     def _adapter_update(self, x):
         parts = [self.adapters.get(str(i)) for i in range(len(self.douts))]
@@ -59,7 +73,7 @@ class Dense(nnx.Module):
             scaled = low[used] * part.scale[...].astype(x.dtype)
             updates.append(scaled @ part.b[...].astype(x.dtype))
             used += 1
-        return jnp.concatenate(updates, -1)
+        return self.join(updates)
 
 
 class RMSNorm(nnx.Module):

@@ -6,6 +6,7 @@ d width. Facts: the published checkpoint and diffusers 0.42.1.
 
 import dataclasses
 import functools
+import math
 from collections.abc import Mapping
 
 import jax
@@ -52,6 +53,11 @@ class ZImageConfig:
     @property
     def hidden_dim(self) -> int:
         return int(self.dim / 3 * 8)  # diffusers' own expression: float division, then truncation
+
+    @property
+    def groups(self) -> int:
+        """Most devices that heads and hidden units can both be spread over; see `layers.Dense`."""
+        return math.gcd(self.heads, self.hidden_dim)
 
     @property
     def modulation_dim(self) -> int:
@@ -150,12 +156,14 @@ def names(cfg: ZImageConfig) -> list[Leaf]:
     def block(where, i, modulated):
         torch, a, f = f"{where}.{i}", f"{where}.attention", f"{where}.feed_forward"
         ta, tf = f"{torch}.attention", f"{torch}.feed_forward"
-        yield linear(f"{a}.qkv.kernel", i, *((f"{ta}.to_{n}", d, d) for n in "qkv"))
+        qkv = ((f"{ta}.to_{n}", d, d) for n in "qkv")
+        yield linear(f"{a}.qkv.kernel", i, *qkv, groups=cfg.groups)
         yield linear(f"{a}.out.kernel", i, (f"{ta}.to_out.0", d, d))
         if cfg.qk_norm:
             yield vector(f"{a}.q_norm.scale", i, f"{ta}.norm_q.weight", cfg.head_dim)
             yield vector(f"{a}.k_norm.scale", i, f"{ta}.norm_k.weight", cfg.head_dim)
-        yield linear(f"{f}.w13.kernel", i, (f"{tf}.w1", hidden, d), (f"{tf}.w3", hidden, d))
+        w13 = ((f"{tf}.w{n}", hidden, d) for n in (1, 3))
+        yield linear(f"{f}.w13.kernel", i, *w13, groups=cfg.groups)
         yield linear(f"{f}.w2.kernel", i, (f"{tf}.w2", d, hidden))
         for norm in ("attention_norm1", "attention_norm2", "ffn_norm1", "ffn_norm2"):
             yield vector(f"{where}.{norm}.scale", i, f"{torch}.{norm}.weight", d)
@@ -191,7 +199,7 @@ class Attention(nnx.Module):
 
     def __init__(self, cfg: ZImageConfig, implementation: str, *, rngs: nnx.Rngs):
         self.heads, self.implementation = cfg.heads, implementation
-        self.qkv = Dense(cfg.dim, (cfg.dim,) * 3, rngs=rngs)
+        self.qkv = Dense(cfg.dim, (cfg.dim,) * 3, groups=cfg.groups, rngs=rngs)
         self.out = Dense(cfg.dim, cfg.dim, rngs=rngs)
         self.q_norm = RMSNorm(cfg.head_dim, QK_NORM_EPS) if cfg.qk_norm else None
         self.k_norm = RMSNorm(cfg.head_dim, QK_NORM_EPS) if cfg.qk_norm else None
@@ -211,7 +219,7 @@ class FeedForward(nnx.Module):
     """w2(silu(w1 x) * w3 x)."""
 
     def __init__(self, cfg: ZImageConfig, *, rngs: nnx.Rngs):
-        self.w13 = Dense(cfg.dim, (cfg.hidden_dim,) * 2, rngs=rngs)
+        self.w13 = Dense(cfg.dim, (cfg.hidden_dim,) * 2, groups=cfg.groups, rngs=rngs)
         self.w2 = Dense(cfg.hidden_dim, cfg.dim, rngs=rngs)
 
     def __call__(self, x: Float[Array, "b n d"]) -> Float[Array, "b n d"]:

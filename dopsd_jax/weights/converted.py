@@ -26,7 +26,7 @@ from dopsd_jax.weights.names import Leaf, Source, to_flax
 from dopsd_jax.weights.progress import SILENT, Progress
 from dopsd_jax.weights.tensors import CODES, DTYPES, Tensors, contiguous, total_bytes
 
-FORMAT = 1
+FORMAT = 2  # raise it when the same tensors are arranged otherwise
 MANIFEST, JOURNAL, PARTS, CONFIG = "manifest.json", "incomplete.json", "parts", "config.json"
 PART_BYTES = 256 << 20
 REST = "rest"

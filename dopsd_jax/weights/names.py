@@ -30,12 +30,15 @@ class Leaf:
       kind: `linear` [out, in] -> [in, out]; `conv` [out, in, kh, kw] -> [kh, kw, in, out];
         `patch` [out, c, ...] -> [c * ..., out], a convolution whose stride is its kernel;
         `same` as it is.
+      groups: the sources are cut into so many blocks of rows each, and block after block is taken
+        from every source in turn; see `layers.Dense`.
     """
 
     path: str
     index: int | None
     sources: tuple[Source, ...]
     kind: str
+    groups: int = 1
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -53,9 +56,10 @@ class Leaf:
         raise ValueError(f"{self.path}: unknown kind {self.kind!r}")
 
 
-def linear(path: str, index: int | None, *sources: tuple[str, int, int]) -> Leaf:
+def linear(path: str, index: int | None, *sources: tuple[str, int, int], groups: int = 1) -> Leaf:
     """Kernel of a (fused) linear layer; sources are (module name, out, in)."""
-    return Leaf(path, index, tuple(Source(f"{n}.weight", (o, i)) for n, o, i in sources), "linear")
+    tensors = tuple(Source(f"{n}.weight", (o, i)) for n, o, i in sources)
+    return Leaf(path, index, tensors, "linear", groups)
 
 
 def vector(path: str, index: int | None, name: str, *shape: int) -> Leaf:
@@ -65,7 +69,11 @@ def vector(path: str, index: int | None, name: str, *shape: int) -> Leaf:
 
 def to_flax(leaf: Leaf, tensors: Sequence[np.ndarray]) -> np.ndarray:
     """The Flax array [*leaf.shape] made of the PyTorch tensors, in their type."""
-    joined = tensors[0] if len(tensors) == 1 else np.concatenate(tensors, axis=0)
+    if len(tensors) == 1:
+        joined = tensors[0]
+    else:
+        blocks = [t.reshape(leaf.groups, -1, *t.shape[1:]) for t in tensors]
+        joined = np.concatenate(blocks, axis=1).reshape(-1, *tensors[0].shape[1:])
     if leaf.kind == "linear":
         return joined.T
     if leaf.kind == "conv":
@@ -83,6 +91,6 @@ def to_torch(leaf: Leaf, array: np.ndarray) -> list[np.ndarray]:
         joined = array.transpose(3, 2, 0, 1)
     else:
         joined = array
-    bounds = np.cumsum([s.shape[0] for s in leaf.sources])[:-1]
-    pieces = np.split(joined, bounds, axis=0)
+    bounds = np.cumsum([s.shape[0] // leaf.groups for s in leaf.sources])[:-1]
+    pieces = np.split(joined.reshape(leaf.groups, -1, *joined.shape[1:]), bounds, axis=1)
     return [p.reshape(s.shape) for p, s in zip(pieces, leaf.sources, strict=True)]
