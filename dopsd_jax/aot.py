@@ -9,13 +9,13 @@ import jax
 from absl import flags
 from ml_collections import config_flags
 
-from dopsd_jax import errors, experiment, flops, footprint, settings
+from dopsd_jax import errors, experiment, flops, footprint, settings, slices
 
 CONFIG = config_flags.DEFINE_config_file(
     "config", None, "configuration file, with :argument", lock_config=True
 )
 TOPOLOGY = flags.DEFINE_string(
-    "topology", footprint.LOCAL, "local, or a TPU slice such as v5p:2x2x1"
+    "topology", slices.LOCAL, "local, or a TPU slice such as v5p-8 or v5p:2x2x1"
 )
 FULL_SIZE = flags.DEFINE_bool("full_size", False, "the published network, not config.model's")
 HEIGHT = flags.DEFINE_integer("height", 0, "pixels; 0: config.data.resolution")
@@ -27,9 +27,9 @@ TEACHER_ROWS = flags.DEFINE_integer("teacher_rows", 1024, "caption tokens of the
 def main() -> int:
     config = CONFIG.value
     settings.check({**config.to_dict(), "data": {**config.data.to_dict(), "path": "not read"}})
-    if TOPOLOGY.value != footprint.LOCAL:
+    if TOPOLOGY.value != slices.LOCAL:
         jax.config.update("jax_platforms", "cpu")  # whatever else is here is left alone
-    devices = footprint.topology_devices(TOPOLOGY.value)
+    devices = slices.devices(TOPOLOGY.value)
     size, origin = footprint.network_size(config.model, FULL_SIZE.value)
     case = footprint.Case(
         height=HEIGHT.value or config.data.resolution,

@@ -32,30 +32,31 @@ DEVICES = (
 class Work:
     """FLOP of one forward pass, by how much a backward pass adds.
 
-    once: products on the way to nothing that is trained (embeddings of inputs and of the time).
-    linear: products with frozen weights: the backward pass needs the input's gradient only, 1x.
-    attention: 2x. adapter: the input's gradient and the adapter's own, 2x.
+    once: products on the way to nothing that is trained.
+    linear: products whose backward pass needs one gradient, 1x: with frozen weights the input's;
+      in full tuning, at the network's inputs, the weights'.
+    attention: 2x. trained: products with adapters or trained weights: both gradients, 2x.
     """
 
     once: float = 0.0
     linear: float = 0.0
     attention: float = 0.0
-    adapter: float = 0.0
+    trained: float = 0.0
 
     @property
     def forward(self) -> float:
-        return self.once + self.linear + self.attention + self.adapter
+        return self.once + self.linear + self.attention + self.trained
 
     @property
     def backward(self) -> float:
-        return self.linear + 2 * self.attention + 2 * self.adapter
+        return self.linear + 2 * self.attention + 2 * self.trained
 
     def again(self, remat: str, flash: bool) -> float:
         """What a backward pass computes a second time."""
         kept = {
             "none": 0.0,
             "dots": self.attention,
-            "full": self.linear + self.attention + self.adapter,
+            "full": self.linear + self.attention + self.trained,
         }
         # A flash kernel keeps no probabilities: one of the forward's two products is done again.
         return kept[remat] + (0.5 * self.attention if flash else 0.0)
@@ -89,27 +90,39 @@ def image_tokens(cfg: ZImageConfig, height: int, width: int) -> int:
     return -(-tokens // PAD_MULTIPLE) * PAD_MULTIPLE
 
 
-def caption_work(cfg: ZImageConfig, rows: int, chosen: Mapping[str, Slot], rank: int) -> Work:
+def caption_work(
+    cfg: ZImageConfig, rows: int, chosen: Mapping[str, Slot], rank: int, full: bool = False
+) -> Work:
     """`ZImage.refine` on `rows` caption rows: it depends on neither time nor state."""
+    embedding = 2 * rows * cfg.caption_dim * cfg.dim
     return add(
-        Work(once=2 * rows * cfg.caption_dim * cfg.dim),
-        Work(**_blocks(cfg, "context_refiner", cfg.refiner_layers, rows, chosen, rank)),
+        Work(trained=embedding) if full else Work(once=embedding),  # a trained norm is before it
+        _blocks(cfg, "context_refiner", cfg.refiner_layers, rows, chosen, rank, full),
     )
 
 
 def velocity_work(
-    cfg: ZImageConfig, height: int, width: int, rows: int, chosen: Mapping[str, Slot], rank: int
+    cfg: ZImageConfig,
+    height: int,
+    width: int,
+    rows: int,
+    chosen: Mapping[str, Slot],
+    rank: int,
+    full: bool = False,
 ) -> Work:
     """One `ZImage.__call__` on a latent [height, width], its caption of `rows` rows refined."""
     tokens, real = image_tokens(cfg, height, width), height * width // cfg.patch**2
     pixels, mod = cfg.patch**2 * cfg.channels, cfg.modulation_dim
-    time = zimage.TIME_FREQUENCIES * zimage.TIME_HIDDEN + zimage.TIME_HIDDEN * mod
     layers = cfg.refiner_layers + cfg.layers
-    once = Work(once=2 * (real * pixels * cfg.dim + time + mod * cfg.dim * (4 * layers + 1)))
-    refiner = Work(**_blocks(cfg, "noise_refiner", cfg.refiner_layers, tokens, chosen, rank))
-    main = Work(**_blocks(cfg, "layers", cfg.layers, tokens + rows, chosen, rank))
-    final = Work(linear=2 * real * cfg.dim * pixels)
-    return add(once, refiner, main, final)
+    inputs = 2 * (real * pixels * cfg.dim + zimage.TIME_FREQUENCIES * zimage.TIME_HIDDEN)
+    time = 2 * (zimage.TIME_HIDDEN * mod + mod * cfg.dim * (4 * layers + 1))
+    final = 2 * real * cfg.dim * pixels
+    ends = Work(linear=inputs, trained=time + final)
+    return add(
+        ends if full else Work(once=inputs + time, linear=final),
+        _blocks(cfg, "noise_refiner", cfg.refiner_layers, tokens, chosen, rank, full),
+        _blocks(cfg, "layers", cfg.layers, tokens + rows, chosen, rank, full),
+    )
 
 
 def step_work(
@@ -122,6 +135,7 @@ def step_work(
     steps: int,
     chosen: Mapping[str, Slot],
     rank: int,
+    full: bool = False,
     remat: str = "none",
     flash: bool = True,
     taught: int | None = None,
@@ -133,15 +147,17 @@ def step_work(
       height, width: of the latent.
       rows_student, rows_teacher: caption rows, padding included.
       steps: nodes of the rollout, K.
-      chosen, rank: the adapters; see `lora.select`.
+      chosen, rank: the adapters; see `lora.select`. full: everything is trained, without adapters.
       flash: attention by a kernel that keeps no probabilities (splash, cudnn).
       taught: at how many of the nodes the teacher is asked; None: at all.
       hoisted: captions are refined once a rollout, as `dopsd` does; False: at every node.
     """
     taught = steps if taught is None else taught
-    captions = [caption_work(cfg, rows, chosen, rank) for rows in (rows_student, rows_teacher)]
+    captions = [
+        caption_work(cfg, rows, chosen, rank, full) for rows in (rows_student, rows_teacher)
+    ]
     student, teacher = (
-        velocity_work(cfg, height, width, rows, chosen, rank)
+        velocity_work(cfg, height, width, rows, chosen, rank, full)
         for rows in (rows_student, rows_teacher)
     )
     forwards, pulls = (1, 1) if hoisted else (steps, taught)
@@ -202,16 +218,14 @@ def add(*works: Work) -> Work:
     return Work(*(sum(kinds) for kinds in zip(*map(dataclasses.astuple, works), strict=True)))
 
 
-def _blocks(cfg, where: str, layers: int, tokens: int, chosen, rank: int) -> dict[str, float]:
+def _blocks(cfg, where: str, layers: int, tokens: int, chosen, rank: int, full: bool) -> Work:
     weights = 4 * cfg.dim**2 + 3 * cfg.dim * cfg.hidden_dim
-    slots = [slot for slot in chosen.values() if slot.dense.startswith(f"{where}.")]
     linear, attention = 2 * tokens * layers * weights, 4 * tokens**2 * cfg.dim * layers
+    if full:
+        return Work(attention=attention, trained=linear)
+    slots = [slot for slot in chosen.values() if slot.dense.startswith(f"{where}.")]
     if not slots and where != "layers":
-        return {
-            "once": linear + attention
-        }  # a refiner that is not adapted stands before all others
-    return {
-        "linear": linear,
-        "attention": attention,
-        "adapter": 2 * tokens * adapter_parameters(slots, rank),
-    }
+        # A refiner that is not adapted stands before all others.
+        return Work(once=linear + attention)
+    adapters = 2 * tokens * adapter_parameters(slots, rank)
+    return Work(linear=linear, attention=attention, trained=adapters)

@@ -1,9 +1,7 @@
 """What a configuration's step needs, compiled for devices that need not be here."""
 
 import dataclasses
-import importlib.util
 import math
-import os
 import re
 import time
 from pathlib import Path
@@ -11,12 +9,11 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jax.experimental import topologies
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from dopsd_jax import dopsd, experiment, flops, lora, settings, sharding, state
-from dopsd_jax.errors import UserError, raise_if
+from dopsd_jax.errors import raise_if
 from dopsd_jax.families import zimage as family
 from dopsd_jax.hlo import Collectives, collectives
 from dopsd_jax.models import attention, zimage
@@ -24,7 +21,6 @@ from dopsd_jax.tiny import configs as tiny
 from dopsd_jax.weights import networks
 from dopsd_jax.weights.stored import read_config
 
-LOCAL = "local"
 SHIFT = 3.0  # of the published scheduler: a number in the program, it changes nothing else
 VAE_FACTOR = 8  # pixels of a latent's side
 
@@ -68,33 +64,6 @@ class Report:
     @property
     def fits(self) -> bool:
         return self.problem is None and not (self.capacity and self.peak > self.capacity)
-
-
-def topology_devices(name: str) -> list[jax.Device]:
-    """Devices to compile for: of this machine (`local`) or of a TPU slice such as `v5p:2x2x1`.
-
-    Raises `UserError` if the TPU compiler is not installed or does not know the slice.
-    """
-    if name == LOCAL:
-        return jax.devices()
-    if importlib.util.find_spec("libtpu") is None:
-        raise UserError(
-            f"--topology: {name} needs the TPU compiler, libtpu, which this Python does not have; "
-            "pip install 'jax[tpu]', or give --topology=local"
-        )
-    # Read when libtpu is loaded: it need not ask the cloud which machine this is, nor complain.
-    os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
-    os.environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")
-    os.environ.setdefault("TPU_ACCELERATOR_TYPE", "v5p-8")
-    # One process at a time may hold a TPU; any number may compile.
-    os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
-    try:
-        return list(topologies.get_topology_desc(platform="tpu", topology_name=name).devices)
-    except (jax.errors.JaxRuntimeError, ValueError) as error:
-        raise UserError(
-            f"--topology: {name}: {str(error).partition(chr(10))[0]}; give local or a slice such "
-            "as v5p:2x2x1, v5e:2x4, v6e:2x4 or tpu7x:2x2x1"
-        ) from None
 
 
 def network_size(model: str, full_size: bool) -> tuple[zimage.ZImageConfig, str]:

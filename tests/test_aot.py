@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import pytest
 from flax import nnx
 
-from dopsd_jax import footprint, hlo
+from dopsd_jax import footprint, hlo, slices
 from dopsd_jax.errors import UserError
 from dopsd_jax.models import attention, zimage
 
@@ -137,16 +137,48 @@ def test_sizes_come_from_the_folder_or_are_the_published_ones(tmp_path):
 def test_without_the_tpu_compiler_one_line_says_so(monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(UserError, match="needs the TPU compiler, libtpu, which this Python does"):
-        footprint.topology_devices("v5p:2x2x1")
+        slices.devices("v5p:2x2x1")
 
 
 @needs_libtpu
 @pytest.mark.tpu_aot
 def test_an_unknown_slice_is_refused():
     with pytest.raises(
-        UserError, match=r"--topology: v99:2x2: .*give local or a slice such as v5p"
+        UserError, match=r"--topology: v99:2x2: .*give local, a product such as v5p"
     ):
-        footprint.topology_devices("v99:2x2")
+        slices.devices("v99:2x2")
+
+
+@pytest.mark.parametrize(
+    ("name", "layout"),
+    [
+        ("v5litepod-1", "v5e:1x1"),
+        ("v5e-8", "v5e:2x4"),
+        ("v6e-256", "v6e:16x16"),
+        ("v5p-8", "v5p:2x2x1"),  # TensorCores: four chips
+        ("v5p-128", "v5p:4x4x4"),
+        ("v5p:2x2x1", "v5p:2x2x1"),
+    ],
+)
+def test_products_are_known_by_name(name, layout):
+    assert slices.chips(name) == layout
+
+
+def test_an_unknown_product_is_refused():
+    message = "no such slice; the number counts TensorCores, two a chip, and there are v5p-8, 16"
+    with pytest.raises(UserError, match=message):
+        slices.devices("v5p-4")
+    with pytest.raises(UserError, match="the number counts chips, and there are v6e-1, 4, 8"):
+        slices.devices("v6e-2")
+
+
+@needs_libtpu
+@pytest.mark.tpu_aot
+@pytest.mark.parametrize(
+    ("name", "chips"), [("v5e-1", 1), ("v5e-4", 4), ("v6e-1", 1), ("v5p-8", 4), ("v5p:4x4x4", 64)]
+)
+def test_a_slice_has_its_chips(name, chips):
+    assert len(slices.devices(name)) == chips
 
 
 @pytest.mark.slow
@@ -231,7 +263,7 @@ def test_the_text_of_no_program_is_refused():
 def v5p():
     # The products of bfloat16 that splash is made of know no higher precision.
     with jax.default_matmul_precision("default"):
-        yield footprint.topology_devices("v5p:2x2x1")
+        yield slices.devices("v5p:2x2x1")
 
 
 @needs_libtpu

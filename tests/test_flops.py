@@ -46,11 +46,16 @@ def product_flops(jaxpr) -> float:
     return total
 
 
-@pytest.mark.parametrize("targets", ["blocks", "attention", "main"])
+@pytest.mark.parametrize("targets", ["blocks", "attention", "main", "everything"])
 def test_a_traced_step_has_the_counted_products(targets):
     """The tiny step, exactly: one sample, odd sizes, padding tokens."""
     latent, rows, rank, grid = (6, 10), (32, 64), 4, (1.0, 0.8, 0.5, 0.0)
-    graphdef, adapter, base = adapted(TINY, targets, rank)
+    full = targets == "everything"
+    if full:
+        whole = nnx.eval_shape(lambda: zimage.ZImage(TINY, rngs=nnx.Rngs(0)))
+        graphdef, adapter, base = nnx.split(whole, nnx.Param, ...)
+    else:
+        graphdef, adapter, base = adapted(TINY, targets, rank)
     context = lambda n: family.Context(jnp.zeros((1, n, TINY.caption_dim)), jnp.array([n]))
     nodes = dopsd.make_nodes(grid, "x0", "all", jax.random.key(0))
 
@@ -67,8 +72,9 @@ def test_a_traced_step_has_the_counted_products(targets):
         rows_student=rows[0],
         rows_teacher=rows[1],
         steps=3,
-        chosen=chosen(TINY, targets),
+        chosen={} if full else chosen(TINY, targets),
         rank=rank,
+        full=full,
         flash=False,
     )
     assert counted.executed == counted.model == product_flops(traced.jaxpr)
