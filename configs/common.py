@@ -25,6 +25,7 @@ def defaults() -> ConfigDict:
     c.accumulate = 1  # micro-batches an optimizer step; all from one bucket
     c.checkpoint_every = 500  # steps; the LoRA file is written at the same time
     c.keep_checkpoints = 3  # newest ones kept; LoRA files are all kept
+    c.keep_every = 0  # steps; checkpoints at multiples of it are kept for ever; 0: none
     c.sample_every = 100  # steps between sample grids; 0: only at the start and the end
     c.sample_rows = 4  # rows of the data set shown in the grids
 

@@ -38,6 +38,7 @@ FIELDS = {
     "accumulate": _int(1),
     "checkpoint_every": _int(1),
     "keep_checkpoints": _int(1),
+    "keep_every": _int(0),
     "sample_every": _int(0),
     "sample_rows": _int(1),
     "model": Field("str"),

@@ -55,7 +55,7 @@ def main() -> None:
     print("\n".join(plan.describe()), flush=True)
 
     # ---- Restore.
-    checkpoints = Checkpoints(workdir / "checkpoints", config.keep_checkpoints)
+    checkpoints = Checkpoints(workdir / "checkpoints", config.keep_checkpoints, config.keep_every)
     restored = checkpoints.restore(state)
     first = 0  # optimizer steps done
     if restored is not None:

@@ -18,6 +18,7 @@ FREE = (
     "steps",
     "checkpoint_every",
     "keep_checkpoints",
+    "keep_every",
     "sample_every",
     "sample_rows",
     "attention",

@@ -4,15 +4,18 @@ import contextlib
 import errno
 import os
 import shutil
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
+
+from etils import epath
 
 from dopsd_jax.errors import UserError
 
 FULL = (errno.ENOSPC, errno.EDQUOT)
 
 
-def disk_error(error: OSError, path: Path) -> UserError:
+def disk_error(error: OSError, path: str | os.PathLike) -> UserError:
     """What to tell the user when writing `path` failed."""
     if error.errno in FULL:
         return UserError(
@@ -23,7 +26,15 @@ def disk_error(error: OSError, path: Path) -> UserError:
 
 @contextlib.contextmanager
 def atomic_file(path: str | os.PathLike) -> Iterator:
-    """A binary file that replaces `path` when the block ends well; otherwise the old one stays."""
+    """A binary file that replaces `path` when the block ends well; otherwise the old one stays.
+
+    In an object store (`gs://`) a file appears as it is closed, and there is no rename: there the
+    content waits in a local file until it is whole.
+    """
+    if is_remote(path):
+        with _stored_file(epath.Path(path)) as file:
+            yield file
+        return
     path = Path(path)
     partial = path.with_name(f".{path.name}.partial-{os.getpid()}")
     try:
@@ -37,6 +48,24 @@ def atomic_file(path: str | os.PathLike) -> Iterator:
         raise disk_error(error, path) from error
     finally:
         partial.unlink(missing_ok=True)
+
+
+def is_remote(path: str | os.PathLike) -> bool:
+    """Whether a path names an object in a store, such as gs://bucket/run, and not a file."""
+    return "://" in str(path)
+
+
+@contextlib.contextmanager
+def _stored_file(path: epath.Path) -> Iterator:
+    try:
+        with tempfile.TemporaryFile() as file:
+            yield file
+            file.seek(0)
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with path.open("wb") as target:
+                shutil.copyfileobj(file, target, 1 << 22)
+    except OSError as error:
+        raise disk_error(error, path) from error
 
 
 @contextlib.contextmanager

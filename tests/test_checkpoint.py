@@ -1,0 +1,131 @@
+"""Checkpoints: what is damaged is found, the newest good one is used, and none is lost."""
+
+import shutil
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from dopsd_jax.checkpoint import Checkpoints, flatten
+from dopsd_jax.errors import UserError
+
+
+def state(n):
+    weights = jax.random.normal(jax.random.key(n), (40, 30))
+    return {"student": {"a": weights, "b": -weights}, "step": jnp.int32(n)}
+
+
+def saved(folder, steps, **options):
+    checkpoints = Checkpoints(folder, **{"keep": 3} | options)
+    for step in steps:
+        checkpoints.save(step, state(step))
+    checkpoints.close()
+    return checkpoints
+
+
+def restored(folder):
+    """What a new run finds, and the lines it prints."""
+    said = []
+    found = Checkpoints(folder, keep=3).restore(state(0), said.append)
+    return found, said
+
+
+@pytest.fixture(scope="module")
+def pair(tmp_path_factory):
+    """A folder with steps 1 and 2; do not write into it."""
+    folder = tmp_path_factory.mktemp("checkpoints")
+    saved(folder, (1, 2))
+    return folder
+
+
+def files_of(folder):
+    return sorted(p for p in folder.rglob("*") if p.is_file() and p.stat().st_size)
+
+
+def flip_a_bit(path):
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+
+
+def cut_in_half(path):
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+
+
+@pytest.mark.parametrize("damage", [flip_a_bit, cut_in_half, lambda path: path.unlink()])
+def test_damage_to_any_file_is_found_and_the_one_before_used(pair, tmp_path, damage):
+    names = [p.relative_to(pair) for p in files_of(pair / "2")]
+    assert len(names) >= 4 and max((pair / n).stat().st_size for n in names) > 4000
+    for number, name in enumerate(names):
+        folder = tmp_path / str(number)
+        shutil.copytree(pair, folder)
+        damage(folder / name)
+        (step, found), said = restored(folder)
+        assert step == 1, name
+        np.testing.assert_array_equal(found["student"]["a"], state(1)["student"]["a"])
+        assert len(said) == 1 and f"{folder / '2'}: cannot be restored" in said[0], name
+
+
+def test_a_whole_checkpoint_comes_back_bit_for_bit(pair):
+    (step, found), said = restored(pair)
+    assert step == 2 and not said
+    for name, leaf in flatten(state(2)).items():
+        np.testing.assert_array_equal(flatten(found)[name], leaf)
+
+
+def test_the_newest_and_the_regular_ones_are_kept(tmp_path):
+    assert saved(tmp_path, range(1, 8), keep=2, every=3).steps == [3, 6, 7]
+
+
+def test_nothing_saved_is_nothing_restored(tmp_path):
+    assert restored(tmp_path / "new") == (None, [])
+
+
+def test_a_damaged_checkpoint_is_written_again_and_counts_for_nothing(pair, tmp_path):
+    folder = tmp_path / "run"
+    shutil.copytree(pair, folder)
+    flip_a_bit(max(files_of(folder / "2"), key=lambda p: p.stat().st_size))
+    checkpoints = Checkpoints(folder, keep=1)
+    assert checkpoints.restore(state(0), lambda line: None)[0] == 1
+    assert checkpoints.steps == [1, 2]  # nothing is removed before something better is there
+    checkpoints.save(2, state(2))
+    checkpoints.close()
+    assert checkpoints.steps == [2]
+    assert restored(folder)[0][0] == 2
+
+
+def test_a_later_damaged_checkpoint_does_not_push_out_a_good_one(pair, tmp_path):
+    folder = tmp_path / "run"
+    shutil.copytree(pair, folder)
+    shutil.copytree(folder / "2", folder / "9")
+    cut_in_half(max(files_of(folder / "9"), key=lambda p: p.stat().st_size))
+    checkpoints = Checkpoints(folder, keep=2)
+    assert checkpoints.restore(state(0), lambda line: None)[0] == 2
+    checkpoints.save(3, state(3))
+    checkpoints.close()
+    assert checkpoints.steps == [2, 3]
+
+
+def test_a_save_that_was_cut_off_does_not_count(pair, tmp_path):
+    folder = tmp_path / "run"
+    shutil.copytree(pair, folder)
+    (folder / "2" / "digests.0.json").unlink()  # stopped between orbax's commit and the digests
+    (folder / "3.orbax-checkpoint-tmp").mkdir()
+    (step, _), said = restored(folder)
+    assert step == 1 and len(said) == 1 and "cut off" in said[0]
+    assert not list(folder.glob("*tmp*"))
+
+
+def test_one_processs_digests_are_not_enough(pair, tmp_path):
+    folder = tmp_path / "run"
+    shutil.copytree(pair, folder)
+    path = folder / "2" / "digests.0.json"
+    path.write_text(path.read_text().replace('"processes": 1', '"processes": 2'))
+    assert restored(folder)[0][0] == 1
+
+
+def test_another_kind_of_state_is_refused_and_nothing_removed(pair):
+    with pytest.raises(UserError, match="none of the checkpoints"):
+        Checkpoints(pair, keep=1).restore({"other": jnp.zeros(2)}, lambda line: None)
+    assert Checkpoints(pair, keep=1).steps == [1, 2]
