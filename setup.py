@@ -1,4 +1,4 @@
-"""Installation: `pip install .`, with extras `test`, `gpu` (CUDA), `tpu`."""
+"""Installation: `pip install .`, with extras `test`, `quant`, `gpu` (CUDA), `tpu`."""
 
 from pathlib import Path
 
@@ -40,7 +40,9 @@ setup(
             "transformers==5.23.0",
             "peft==0.21.2",
             "accelerate",
+            "qwix>=0.1.8",
         ],
+        "quant": ["qwix>=0.1.8"],  # config.base_dtype int8, nf4, fp8
         "gpu": ["jax[cuda13]"],
         "tpu": ["jax[tpu]"],
     },

@@ -33,7 +33,7 @@ def defaults() -> ConfigDict:
     c.model = (
         ""  # folder in Hugging Face layout, converted checkpoint, hub id owner/name[@revision]
     )
-    c.base_dtype = "bfloat16"  # type of the frozen weights: bfloat16 or float32
+    c.base_dtype = "bfloat16"  # frozen weights: bfloat16, float32, or quantised: int8, nf4, fp8
     c.dtype = "bfloat16"  # type of activations; states, losses and adapters are float32 anyway
     c.attention = "auto"  # xla, cudnn, splash; auto: the best one for the platform
     c.remat = "full"  # none: fastest, dots, full: least memory

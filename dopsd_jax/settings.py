@@ -5,6 +5,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from dopsd_jax.errors import raise_if
+from dopsd_jax.models import quantised
 from dopsd_jax.models.attention import IMPLEMENTATIONS
 
 
@@ -27,7 +28,7 @@ def _name(*choices: str) -> Field:
     return Field("str", choices)
 
 
-_TYPES = _name("bfloat16", "float32")
+_TYPES = ("bfloat16", "float32")
 FIELDS = {
     "family": _name("zimage"),
     "method": _name("dopsd"),
@@ -42,8 +43,8 @@ FIELDS = {
     "sample_every": _int(0),
     "sample_rows": _int(1),
     "model": Field("str"),
-    "base_dtype": _TYPES,
-    "dtype": _TYPES,
+    "base_dtype": _name(*_TYPES, *quantised.SCHEMES),
+    "dtype": _name(*_TYPES),
     "attention": _name("auto", *IMPLEMENTATIONS),
     "remat": _name("none", "dots", "full"),
     "grid": Field("name or list"),
@@ -134,6 +135,13 @@ def check(config: Mapping[str, Any]) -> None:
             f"config.teacher.max_pixels: {given['teacher.max_pixels']} is below "
             f"config.teacher.min_pixels, {given['teacher.min_pixels']}"
         )
+    if given["base_dtype"] in quantised.SCHEMES:
+        faults += quantised.faults()
+        if given["train"] == "full":
+            faults.append(
+                f"config.base_dtype: {given['base_dtype']} is for a frozen base, and config.train "
+                f"full trains every weight; set it to {' or '.join(_TYPES)}, or train lora"
+            )
     if given["warmup_steps"] >= given["steps"]:
         faults.append(
             f"config.warmup_steps: {given['warmup_steps']} must be below config.steps, "

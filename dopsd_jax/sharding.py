@@ -28,10 +28,11 @@ BATCH_AXES = ("data", "fsdp")
 RULES = (
     # Adafactor's factored moments: a row and a column for each kernel, under the kernel's name.
     (r"\.v_(row|col)\.", "replicate"),
-    (r"\.attention\.qkv\.kernel$", "columns"),
-    (r"\.feed_forward\.w13\.kernel$", "columns"),
-    (r"\.attention\.out\.kernel$", "rows"),
-    (r"\.feed_forward\.w2\.kernel$", "rows"),
+    # A quantised kernel's codes are split as the kernel; its scales are few.
+    (r"\.attention\.qkv\.kernel(\.codes)?$", "columns"),
+    (r"\.feed_forward\.w13\.kernel(\.codes)?$", "columns"),
+    (r"\.attention\.out\.kernel(\.codes)?$", "rows"),
+    (r"\.feed_forward\.w2\.kernel(\.codes)?$", "rows"),
     (r"\.kernel$", "fsdp"),
     (r"", "replicate"),
 )
@@ -195,6 +196,18 @@ def constrain_batch(x: Array, *, whole: bool = True) -> Array:
     if samples is None and not whole:
         return x
     return jax.lax.with_sharding_constraint(x, PartitionSpec(samples, *(rest,) * (x.ndim - 1)))
+
+
+def gather_weights(x: Array) -> Array:
+    """States that a weight that fsdp splits is whole here, so that it is sent as it is stored.
+
+    Else the compiler may first make bfloat16 of 8-bit codes and then send these. Which part a
+    device needs under `tensor` is left to the compiler. Without a mesh it does nothing.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty or mesh.manual_axes or mesh.shape["fsdp"] == 1 or mesh.shape["tensor"] > 1:
+        return x
+    return jax.lax.with_sharding_constraint(x, PartitionSpec(*(None,) * x.ndim))
 
 
 def abstract(tree: Tree, shardings: Tree | None = None) -> Tree:

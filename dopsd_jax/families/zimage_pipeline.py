@@ -20,7 +20,7 @@ from dopsd_jax.data import vlm_images
 from dopsd_jax.errors import UserError, raise_if
 from dopsd_jax.families import zimage as family
 from dopsd_jax.flow import shifted_grid
-from dopsd_jax.models import qwen3, qwen3_vl, zimage
+from dopsd_jax.models import quantised, qwen3, qwen3_vl, zimage
 from dopsd_jax.models.autoencoder import Autoencoder, to_uint8
 from dopsd_jax.models.tiling import Tiling
 from dopsd_jax.weights import lora_files, networks
@@ -42,7 +42,8 @@ class Pipeline:
       folder: model in Hugging Face layout, or converted.
       vlm: folder of Qwen3-VL; None: `folder`/vlm.
       dtype: type of activations.
-      base_dtype: type of the transformer's weights; None: as stored.
+      base_dtype: type of the transformer's weights, or a scheme of `models.quantised`; None: as
+        stored.
       attention, remat: see `models.zimage.ZImage`.
       lora_file: adapters to attach to the transformer.
       sharding_for: path and shape of a transformer parameter -> its sharding.
@@ -162,7 +163,8 @@ class Pipeline:
         model = load_component(
             self.folder / "transformer",
             networks.ZIMAGE["transformer"],
-            dtype=self.base_dtype,
+            dtype=quantised.stored_type(self.base_dtype),
+            scheme=self.base_dtype if self.base_dtype in quantised.SCHEMES else None,
             sharding_for=self.sharding_for,
             build=lambda cfg, rngs: zimage.ZImage(
                 cfg, dtype=self.dtype, attention=self.attention, remat=self.remat, rngs=rngs

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
 
+from dopsd_jax.models.quantised import QuantisedKernel
 from dopsd_jax.sharding import constrain_batch
 
 
@@ -19,7 +20,8 @@ class Dense(nnx.Module):
     the second of each, ...: so a device that has some of the columns has the same share of every
     part, whole heads if `groups` divides these. `split` and `join` know the order.
     `lora.attach` fills `adapters`, keyed by the part's number.
-    The product runs in x's type, whatever the kernel is stored in.
+    The product runs in x's type, whatever the kernel is stored in; `quantised.quantised` may put a
+    `QuantisedKernel` in its place.
     """
 
     def __init__(
@@ -39,7 +41,11 @@ class Dense(nnx.Module):
         self.adapters = nnx.Dict()
 
     def __call__(self, x: Float[Array, "... din"]) -> Float[Array, "... dout"]:
-        y = constrain_batch(x @ self.kernel[...].astype(x.dtype), whole=False)
+        if isinstance(self.kernel, QuantisedKernel):
+            y = self.kernel.apply(x)
+        else:
+            y = x @ self.kernel[...].astype(x.dtype)
+        y = constrain_batch(y, whole=False)
         if self.bias is not None:
             y = y + self.bias[...].astype(x.dtype)
         if len(self.adapters):

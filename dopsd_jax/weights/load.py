@@ -11,6 +11,7 @@ import numpy as np
 from flax import nnx
 
 from dopsd_jax.errors import UserError
+from dopsd_jax.models import quantised
 from dopsd_jax.weights.names import Leaf
 from dopsd_jax.weights.networks import Network
 from dopsd_jax.weights.stored import ConvertedTensors, Stored, host_leaf, open_stored
@@ -25,6 +26,7 @@ def load_component(
     network: Network,
     *,
     dtype: Any | TypeFor = None,
+    scheme: str | None = None,
     sharding_for: ShardingFor | None = None,
     build: Callable[[Any, nnx.Rngs], nnx.Module] | None = None,
     room: str = "",
@@ -35,6 +37,8 @@ def load_component(
       folder: the component's folder.
       network: what is in it.
       dtype: type of the parameters, or a function of a parameter's path; None is the stored one.
+      scheme: quantise the large kernels while they are read (`quantised.SCHEMES`), from the stored
+        type; `dtype` is for the others. Neither host nor device holds more than one whole kernel.
       sharding_for: path and whole shape of a parameter -> its sharding; None: all on one device.
       build: makes the module from the network's config; None is `network.build`.
       room: load only the parameters below this attribute (`vision`); `build` makes what is there.
@@ -43,7 +47,12 @@ def load_component(
     """
     stored = open_stored(Path(folder), network)
     return load_stored(
-        stored, build or network.build, dtype=dtype, sharding_for=sharding_for, room=room
+        stored,
+        build or network.build,
+        dtype=dtype,
+        scheme=scheme,
+        sharding_for=sharding_for,
+        room=room,
     )
 
 
@@ -52,33 +61,48 @@ def load_stored(
     build: Callable[[Any, nnx.Rngs], nnx.Module],
     *,
     dtype: Any | TypeFor = None,
+    scheme: str | None = None,
     sharding_for: ShardingFor | None = None,
     room: str = "",
 ) -> nnx.Module:
     """`load_component` for weights that are open already."""
-    abstract = nnx.eval_shape(lambda: build(stored.config, nnx.Rngs(0)))
-    graphdef, state = nnx.split(abstract)
-    flat = nnx.to_flat_state(state)
+    make = lambda: build(stored.config, nnx.Rngs(0))
     prefix = f"{room}." if room else ""
-    slots = {prefix + ".".join(map(str, path)): var for path, var in flat}
     leaves = [leaf for leaf in stored.leaves if leaf.path.startswith(prefix)]
-    _check(slots, leaves, stored.tensors.where)
+    graphdef, state = nnx.split(nnx.eval_shape(make))
+    _check(_slots(state, prefix), leaves, stored.tensors.where)
+    if scheme is not None:
+        graphdef, state = nnx.split(nnx.eval_shape(lambda: quantised.quantised(make(), scheme)))
+    slots = _slots(state, prefix)
     type_for = dtype if callable(dtype) and not isinstance(dtype, type) else lambda path: dtype
     one_device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
     place = sharding_for or (lambda path, shape: one_device)
     shardings = {p: place(p.removeprefix(prefix), tuple(v.shape)) for p, v in slots.items()}
     arrays: dict[str, jax.Array] = {}
     for leaf, row in _rows(stored, leaves, shardings):
-        target = jnp.dtype(type_for(leaf.path.removeprefix(prefix)) or row.dtype)
-        if leaf.index is None:
-            arrays[leaf.path] = row.astype(target)
-            continue
-        if leaf.path not in arrays:
-            shape = tuple(slots[leaf.path].shape)
-            arrays[leaf.path] = _empty(shape, target, shardings[leaf.path])()
-        arrays[leaf.path] = _set_row(shardings[leaf.path])(arrays[leaf.path], row, leaf.index)
-    filled = {path: var.replace(arrays[prefix + ".".join(map(str, path))]) for path, var in flat}
+        if leaf.path in slots:
+            kind = type_for(leaf.path.removeprefix(prefix)) or row.dtype
+            pieces = {leaf.path: row.astype(jnp.dtype(kind))}
+        else:
+            pieces = _quantise(scheme)(row)
+            pieces = {f"{leaf.path}.{name}": piece for name, piece in pieces.items()}
+        for path, piece in pieces.items():
+            sharding, shape = shardings[path], tuple(slots[path].shape)
+            if leaf.index is None:
+                arrays[path] = jax.device_put(piece, sharding)
+                continue
+            if path not in arrays:
+                arrays[path] = _empty(shape, piece.dtype, sharding)()
+            arrays[path] = _set_row(sharding)(arrays[path], piece, leaf.index)
+    filled = {
+        path: var.replace(arrays[prefix + ".".join(map(str, path))])
+        for path, var in nnx.to_flat_state(state)
+    }
     return nnx.merge(graphdef, nnx.from_flat_state(filled))
+
+
+def _slots(state: nnx.State, prefix: str) -> dict[str, Any]:
+    return {prefix + ".".join(map(str, path)): var for path, var in nnx.to_flat_state(state)}
 
 
 def _check(slots: Mapping[str, Any], leaves: list[Leaf], where: str) -> None:
@@ -101,7 +125,8 @@ def _check(slots: Mapping[str, Any], leaves: list[Leaf], where: str) -> None:
 
 def _rows(stored: Stored, leaves: list[Leaf], shardings) -> Iterator[tuple[Leaf, jax.Array]]:
     """Every leaf on devices, in the stored type, with the sharding of one layer."""
-    rows = {leaf.path: _row_sharding(shardings[leaf.path], leaf) for leaf in leaves}
+    whole = lambda path: shardings[path if path in shardings else f"{path}.codes"]
+    rows = {leaf.path: _row_sharding(whole(leaf.path), leaf) for leaf in leaves}
     if isinstance(stored.tensors, ConvertedTensors):
         wanted: dict[str, list[Leaf]] = {}
         for leaf in leaves:
@@ -132,6 +157,11 @@ def _row_sharding(sharding: jax.sharding.Sharding, leaf: Leaf) -> jax.sharding.S
     if leaf.index is None or not isinstance(sharding, jax.NamedSharding):
         return sharding
     return jax.NamedSharding(sharding.mesh, jax.P(*sharding.spec[1:]))
+
+
+@functools.cache
+def _quantise(scheme: str):
+    return jax.jit(lambda kernel: quantised.quantise_kernel(kernel, scheme))
 
 
 @functools.cache

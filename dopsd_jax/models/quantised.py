@@ -1,0 +1,180 @@
+"""Frozen kernels stored in 8 or 4 bits, activations as they are (weight-only, quantised by qwix).
+
+A kernel is made whole where it is used, one layer at a time, and again for the backward pass: a
+network takes the memory of its codes and of one layer's weights. No gradient reaches the codes.
+"""
+
+import dataclasses
+import importlib.util
+import re
+from types import ModuleType
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jaxtyping import Array, Float
+
+from dopsd_jax.errors import UserError, raise_if
+from dopsd_jax.sharding import gather_weights
+
+REST = "bfloat16"  # type of what a quantised network keeps whole
+
+# What is quantised: the large kernels of every block, 98 % of Z-Image. Norms, modulations,
+# embedders and the final layer are small and every token feels their error: they stay.
+KERNELS = r"\.(attention\.(qkv|out)|feed_forward\.(w13|w2))\.kernel$"
+
+
+@dataclasses.dataclass(frozen=True)
+class Scheme:
+    """qtype: qwix's name. tile: inputs that share a scale, for each output; None: all of them."""
+
+    qtype: str
+    tile: int | None = None
+
+
+# Tiles: 64 is QLoRA's block (arXiv 2305.14314); what they bring is measured in docs/quantised.md.
+SCHEMES = {
+    "int8": Scheme("int8"),
+    "fp8": Scheme("float8_e4m3fn"),
+    "nf4": Scheme("nf4", tile=64),
+}
+
+
+class QuantisedWeight(nnx.Variable):
+    """Codes or scales of a quantised kernel. Never trained."""
+
+
+class QuantisedKernel(nnx.Module):
+    """A kernel [..., in, out] as codes of that shape and float32 scales [..., tiles, out]."""
+
+    def __init__(self, codes: Array, scales: Array, scheme: str):
+        self.scheme = scheme
+        self.codes = QuantisedWeight(codes)
+        self.scales = QuantisedWeight(scales)
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return tuple(self.codes.shape)
+
+    def apply(self, x: Float[Array, "... din"]) -> Float[Array, "... dout"]:
+        """x W, in x's type; its gradient for x is that of the dequantised kernel."""
+        return _product(self.scheme, x, self.codes[...], self.scales[...])
+
+
+def faults() -> list[str]:
+    """Why nothing can be quantised here, as lines for a `UserError`."""
+    if importlib.util.find_spec("qwix") is not None:
+        return []
+    return [
+        f"config.base_dtype: {', '.join(SCHEMES)} need the library qwix, which this Python does "
+        "not have; pip install 'dopsd_jax[quant]' (or qwix), or set it to bfloat16"
+    ]
+
+
+def stored_type(base_dtype: str | None) -> Any:
+    """Type of the parameters of a base that are not quantised; None: as they come."""
+    return REST if base_dtype in SCHEMES else base_dtype
+
+
+def is_quantised(path: str) -> bool:
+    """Whether a quantised network stores the parameter `path` (joined by dots) in few bits."""
+    return re.search(KERNELS, path) is not None
+
+
+def quantised(model: nnx.Module, base_dtype: str) -> nnx.Module:
+    """`model`, its kernels that `KERNELS` names quantised in place; all else stays.
+
+    Works under `nnx.eval_shape` too: that is how the abstract base is made. Raises `UserError`
+    without qwix.
+    """
+    for path, _ in nnx.to_flat_state(nnx.state(model, nnx.Param)):
+        if is_quantised(".".join(map(str, path))):
+            owner = model
+            for name in path[:-1]:
+                owner = getattr(owner, name)
+            parts = quantise_kernel(owner.kernel[...], base_dtype)
+            owner.kernel = QuantisedKernel(parts["codes"], parts["scales"], base_dtype)
+    return model
+
+
+def quantise_kernel(kernel: Float[Array, "*layers in out"], base_dtype: str) -> dict[str, Array]:
+    """Codes and float32 scales of a kernel, by their names in `QuantisedKernel`.
+
+    Rounded to nearest; the largest weight that shares a scale keeps its size. Layers do not touch
+    each other: a stack of kernels gives the stacked results.
+    """
+    scheme = SCHEMES[base_dtype]
+    inputs, every = kernel.ndim - 2, set(range(kernel.ndim))
+    tiled = {} if scheme.tile is None else {inputs: _tile(kernel.shape[inputs], scheme.tile)}
+    array = _qwix().quantize(
+        kernel.astype(jnp.float32),
+        scheme.qtype,
+        channelwise_axes=sorted(every - {inputs}),
+        tiled_axes=tiled,
+    )
+    return {"codes": array.qvalue, "scales": array.scale}
+
+
+def dequantise(
+    codes: Array, scales: Float[Array, "*layers tiles out"], base_dtype: str
+) -> Float[Array, "*layers in out"]:
+    """The kernel in float32, as `qwix.dequantize` gives it."""
+    qwix, qtype = _qwix(), SCHEMES[base_dtype].qtype
+    if qtype == "nf4":  # qwix looks every weight up in a table, which a TPU does one by one
+        codes, qtype = _decode_nf4(codes), jnp.float32
+        tile = codes.shape[-2] // scales.shape[-2]
+        return (
+            codes.reshape(*scales.shape[:-1], tile, scales.shape[-1]) * scales[..., None, :]
+        ).reshape(codes.shape)
+    return qwix.dequantize(qwix.QArray(codes, scales, qtype=qtype))
+
+
+def _product(scheme: str, x, codes, scales):
+    @jax.custom_vjp
+    def product(x, codes, scales):
+        return x @ whole(codes, scales, x.dtype)
+
+    def whole(codes, scales, dtype):
+        return dequantise(gather_weights(codes), scales, scheme).astype(dtype)
+
+    # Only the codes wait for the backward pass, never the weights made of them.
+    def forward(x, codes, scales):
+        return product(x, codes, scales), (codes, scales)
+
+    def backward(kept, gradient):
+        return gradient @ whole(*kept, gradient.dtype).T, None, None
+
+    product.defvjp(forward, backward)
+    return product(x, codes, scales)
+
+
+def _decode_nf4(codes: Array) -> Float[Array, "..."]:
+    """Values of 4-bit NormalFloat codes: a tree of selections by their bits."""
+    bits = codes.astype(jnp.int32)
+    values: list[Any] = [np.float32(v) for v in _nf4_values()]
+    for bit in range(4):
+        low = (bits >> bit) & 1 == 0
+        values = [jnp.where(low, a, b) for a, b in zip(values[::2], values[1::2], strict=True)]
+    return values[0]
+
+
+def _nf4_values() -> np.ndarray:
+    """qwix's table, by its public face."""
+    qwix = _qwix()
+    with jax.ensure_compile_time_eval():
+        codes = jnp.arange(16, dtype=jnp.uint4)
+        return np.asarray(qwix.dequantize(qwix.QArray(codes, jnp.ones(1), qtype="nf4")))
+
+
+def _tile(inputs: int, most: int) -> int:
+    """The largest tile of at most `most` inputs that divides them."""
+    return next(size for size in range(min(most, inputs), 0, -1) if inputs % size == 0)
+
+
+def _qwix() -> ModuleType:
+    raise_if(faults())
+    import qwix  # optional, and slow to import
+
+    return qwix
