@@ -10,12 +10,18 @@ __version__ = "0.1.0"
 
 
 def load_pipeline(
-    path: str, dtype: str = "float32", lora: str | None = None, vlm: str | None = None
+    path: str,
+    dtype: str = "float32",
+    lora: str | None = None,
+    vlm: str | None = None,
+    base_dtype: str | None = None,
 ) -> Any:
     """The model at `path`: a Hugging Face-layout folder, a converted checkpoint or a hub id.
 
     dtype: type of activations. lora: a LoRA file to apply. vlm: folder or hub id of the
     vision-language model that the teacher's context needs; None: the folder `vlm` of the model.
+    base_dtype: what the transformer's weights are stored in: bfloat16, float32, or quantised: int8,
+    nf4, fp8 (extra `quant`); None: as in the folder.
     Returns a `families.zimage_pipeline.Pipeline`. Raises `errors.UserError`.
     """
     from dopsd_jax.families.zimage_pipeline import Pipeline  # jax is imported on use
@@ -25,4 +31,4 @@ def load_pipeline(
     folder = hub.resolve(path).path
     family_of(folder)
     vlm_folder = hub.resolve(vlm, patterns=hub.ROOT).path if vlm else None
-    return Pipeline(folder, vlm=vlm_folder, dtype=dtype, lora_file=lora)
+    return Pipeline(folder, vlm=vlm_folder, dtype=dtype, base_dtype=base_dtype, lora_file=lora)

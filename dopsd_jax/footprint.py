@@ -16,7 +16,7 @@ from dopsd_jax import dopsd, experiment, flops, lora, settings, sharding, state
 from dopsd_jax.errors import raise_if
 from dopsd_jax.families import zimage as family
 from dopsd_jax.hlo import Collectives, collectives
-from dopsd_jax.models import attention, zimage
+from dopsd_jax.models import attention, quantised, zimage
 from dopsd_jax.tiny import configs as tiny
 from dopsd_jax.weights import networks
 from dopsd_jax.weights.stored import read_config
@@ -229,11 +229,13 @@ def _network(config, size, chosen, kernel):
             remat=config.remat,
             rngs=nnx.Rngs(0),
         )
+        if config.base_dtype in quantised.SCHEMES:
+            quantised.quantised(net, config.base_dtype)
         lora.attach(net, chosen, config.lora.rank, config.lora.alpha, jax.random.key(0))
         return net
 
     graphdef, adapter, base = nnx.split(nnx.eval_shape(build), nnx.LoRAParam, ...)
-    stored = jnp.dtype(config.base_dtype)
+    stored = jnp.dtype(quantised.stored_type(config.base_dtype))
     cast = lambda leaf: leaf.replace(jax.ShapeDtypeStruct(leaf.shape, stored))
     flat = [(p, cast(v) if type(v) is nnx.Param else v) for p, v in nnx.to_flat_state(base)]
     return graphdef, adapter, nnx.from_flat_state(flat)
@@ -282,7 +284,8 @@ def _taught(config: ConfigDict, steps: int) -> int:
 
 def _local_bytes(tree) -> int:
     return sum(
-        math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in jax.tree.leaves(tree)
+        math.prod(x.sharding.shard_shape(x.shape)) * jax.dtypes.itemsize_bits(x.dtype) // 8
+        for x in jax.tree.leaves(tree)
     )
 
 

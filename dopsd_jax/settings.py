@@ -28,7 +28,6 @@ def _name(*choices: str) -> Field:
     return Field("str", choices)
 
 
-_TYPES = ("bfloat16", "float32")
 FIELDS = {
     "family": _name("zimage"),
     "method": _name("dopsd"),
@@ -43,8 +42,8 @@ FIELDS = {
     "sample_every": _int(0),
     "sample_rows": _int(1),
     "model": Field("str"),
-    "base_dtype": _name(*_TYPES, *quantised.SCHEMES),
-    "dtype": _name(*_TYPES),
+    "base_dtype": _name(*quantised.BASE_DTYPES),
+    "dtype": _name(*quantised.WHOLE),
     "attention": _name("auto", *IMPLEMENTATIONS),
     "remat": _name("none", "dots", "full"),
     "grid": Field("name or list"),
@@ -140,7 +139,7 @@ def check(config: Mapping[str, Any]) -> None:
         if given["train"] == "full":
             faults.append(
                 f"config.base_dtype: {given['base_dtype']} is for a frozen base, and config.train "
-                f"full trains every weight; set it to {' or '.join(_TYPES)}, or train lora"
+                f"full trains every weight; set it to {' or '.join(quantised.WHOLE)}, or train lora"
             )
     if given["warmup_steps"] >= given["steps"]:
         faults.append(

@@ -42,6 +42,18 @@ SCHEMES = {
 }
 
 
+WHOLE = ("bfloat16", "float32")
+BASE_DTYPES = (*WHOLE, *SCHEMES)  # what config.base_dtype may be
+
+# Values of the sixteen codes, as in qwix: arXiv 2305.14314, appendix E.
+NF4 = (
+    -1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453,
+    -0.28444138169288635, -0.18477343022823334, -0.09105003625154495, 0.0,
+    0.07958029955625534, 0.16093020141124725, 0.24611230194568634, 0.33791524171829224,
+    0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0,
+)  # fmt: skip
+
+
 class QuantisedWeight(nnx.Variable):
     """Codes or scales of a quantised kernel. Never trained."""
 
@@ -73,8 +85,13 @@ def faults() -> list[str]:
     ]
 
 
-def stored_type(base_dtype: str | None) -> Any:
-    """Type of the parameters of a base that are not quantised; None: as they come."""
+def stored_type(base_dtype: str | None) -> str | None:
+    """Type of the parameters of a base that are not quantised; None: as they come.
+
+    Raises `UserError` for a type that a base cannot have.
+    """
+    if base_dtype is not None and base_dtype not in BASE_DTYPES:
+        raise UserError(f"base_dtype: {base_dtype!r} is not one of {', '.join(BASE_DTYPES)}")
     return REST if base_dtype in SCHEMES else base_dtype
 
 
@@ -153,19 +170,11 @@ def _product(scheme: str, x, codes, scales):
 def _decode_nf4(codes: Array) -> Float[Array, "..."]:
     """Values of 4-bit NormalFloat codes: a tree of selections by their bits."""
     bits = codes.astype(jnp.int32)
-    values: list[Any] = [np.float32(v) for v in _nf4_values()]
+    values: list[Any] = [np.float32(value) for value in NF4]
     for bit in range(4):
         low = (bits >> bit) & 1 == 0
         values = [jnp.where(low, a, b) for a, b in zip(values[::2], values[1::2], strict=True)]
     return values[0]
-
-
-def _nf4_values() -> np.ndarray:
-    """qwix's table, by its public face."""
-    qwix = _qwix()
-    with jax.ensure_compile_time_eval():
-        codes = jnp.arange(16, dtype=jnp.uint4)
-        return np.asarray(qwix.dequantize(qwix.QArray(codes, jnp.ones(1), qtype="nf4")))
 
 
 def _tile(inputs: int, most: int) -> int:
