@@ -75,9 +75,10 @@ def budget(config, pipe, plan, features) -> list[str]:
         pipe.config,
         plan.chosen,
         config.lora.rank,
-        base_bytes=jnp.dtype(config.base_dtype).itemsize,
+        base_bytes=1,
         teacher_copy=plan.start.teacher is not None,
     )
+    memory = memory._replace(base=sharding.whole_bytes(pipe.split[2]))  # of mixed types
     work = flops.step_work(
         pipe.config,
         height=h,

@@ -210,6 +210,11 @@ def gather_weights(x: Array) -> Array:
     return jax.lax.with_sharding_constraint(x, PartitionSpec(*(None,) * x.ndim))
 
 
+def whole_bytes(tree: Tree) -> int:
+    """Bytes of `tree`'s arrays, unsplit; arrays of 4 bits take half a byte."""
+    return sum(x.size * jax.dtypes.itemsize_bits(x.dtype) // 8 for x in jax.tree.leaves(tree))
+
+
 def abstract(tree: Tree, shardings: Tree | None = None) -> Tree:
     """Shapes, types and shardings of `tree`'s arrays; `shardings`: others than their own."""
     if shardings is None:
