@@ -64,6 +64,7 @@ class Pipeline:
         self.folder = Path(folder)
         self.vlm_folder = Path(vlm) if vlm else self.folder / "vlm"
         self.dtype, self.base_dtype = jnp.dtype(dtype), base_dtype
+        self.rest_dtype = quantised.stored_type(base_dtype)
         self.attention, self.remat = attention, remat
         self.lora_file, self.sharding_for = lora_file, sharding_for
 
@@ -163,7 +164,7 @@ class Pipeline:
         model = load_component(
             self.folder / "transformer",
             networks.ZIMAGE["transformer"],
-            dtype=quantised.stored_type(self.base_dtype),
+            dtype=self.rest_dtype,
             scheme=self.base_dtype if self.base_dtype in quantised.SCHEMES else None,
             sharding_for=self.sharding_for,
             build=lambda cfg, rngs: zimage.ZImage(
