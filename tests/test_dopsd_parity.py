@@ -71,7 +71,9 @@ def worst(ours, theirs):
 
 @pytest.mark.parametrize("name", CASES)
 def test_three_optimizer_steps_equal_pytorch(name):
-    settings = reference.Settings(**CASES[name])
+    # A large eps: else Adam's step is full where a gradient is rounding only. A large rate: else
+    # float32 holds too few digits of what is added to a weight.
+    settings = reference.Settings(adam_eps=1e-4, learning_rate=1e-3, **CASES[name])
     model, graphdef, base, chosen, (student, teacher), take, captions = world()
     count, nodes = settings.accumulate, len(GRID) - 1
     taught = list(settings.loss_steps or range(nodes))
@@ -90,7 +92,7 @@ def test_three_optimizer_steps_equal_pytorch(name):
 
     config = dict(
         learning_rate=settings.learning_rate, warmup_steps=0, steps=3, lr_schedule="constant",
-        adam_b1=0.9, adam_b2=0.999, adam_eps=1e-8, weight_decay=settings.weight_decay,
+        adam_b1=0.9, adam_b2=0.999, adam_eps=settings.adam_eps, weight_decay=settings.weight_decay,
         grad_clip=settings.clip_norm,
     )  # fmt: skip
     role = state.Teacher(settings.teacher, settings.decay)
@@ -134,8 +136,7 @@ def test_three_optimizer_steps_equal_pytorch(name):
         assert worst(arrays(ours.teacher, chosen), expected[-1].teacher) < 1e-4
     trained = arrays(ours.student, chosen)
     assert worst(trained, expected[-1].student) < 1e-4
-    # And what was added to the adapters, by itself. In the 2-norm: where a gradient is rounding
-    # only, Adam's step is as long as elsewhere, and its direction means nothing.
+    # And what was added to the adapters, by itself.
     move = lambda new: np.concatenate(
         [(x - y).ravel() for p in sorted(new) for x, y in zip(new[p], student[p], strict=True)]
     )

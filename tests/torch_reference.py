@@ -69,6 +69,7 @@ class Settings:
     teacher: str = "ema"
     decay: float = 0.9999
     learning_rate: float = 1e-4
+    adam_eps: float = 1e-8
     weight_decay: float = 0.0
     clip_norm: float = 1.0
     accumulate: int = 1
@@ -195,7 +196,7 @@ def make_optimizer(model: ZImageTransformer2DModel, s: Settings) -> torch.optim.
         adapter_parameters(model, "student"),
         lr=s.learning_rate,
         betas=(0.9, 0.999),
-        eps=1e-8,
+        eps=s.adam_eps,
         weight_decay=s.weight_decay,
     )
 
