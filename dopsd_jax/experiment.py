@@ -11,10 +11,14 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from dopsd_jax import dopsd, lora, settings, sharding, state
-from dopsd_jax.data.buckets import make_buckets, parse_buckets
+from dopsd_jax.data.buckets import Bucket, make_buckets, parse_buckets
+from dopsd_jax.data.cache import FeatureCache
 from dopsd_jax.data.dataset import Dataset, measure
 from dopsd_jax.data.images import ImageLimits
-from dopsd_jax.data.rows import load_rows
+from dopsd_jax.data.picture_index import PictureIndex
+from dopsd_jax.data.prepared import Prepared
+from dopsd_jax.data.prepared_parts import is_prepared
+from dopsd_jax.data.rows import Rows, load_rows
 from dopsd_jax.data.synthetic import write_folder
 from dopsd_jax.errors import UserError
 from dopsd_jax.families import zimage as family
@@ -24,6 +28,7 @@ from dopsd_jax.models import attention, zimage
 from dopsd_jax.tiny import make_tiny
 from dopsd_jax.weights import hub, lora_files
 
+BUCKETS = "buckets (config.data.resolution, config.data.buckets)"
 TINY = "tiny"  # config.model, config.data.path: made in the work directory
 
 
@@ -60,9 +65,12 @@ def open_pipeline(
     else:
         model = hub.resolve(config.model)
         vlm = hub.Resolved(model.path / "vlm", model.revision)
-        if config.teacher.vlm:
+        # With prepared data nothing is encoded: the model of a hub id is not downloaded for it.
+        prepared = is_prepared(config.data.path)
+        here = Path(config.teacher.vlm).expanduser().is_dir()
+        if config.teacher.vlm and (here or not prepared):
             vlm = hub.resolve(config.teacher.vlm, patterns=hub.ROOT)
-        elif not vlm.path.is_dir():
+        elif not prepared and not vlm.path.is_dir():
             raise UserError(
                 f"config.teacher.vlm: is empty and {vlm.path} does not exist; name the folder or "
                 "hub id of Qwen3-VL-4B-Instruct"
@@ -87,22 +95,66 @@ def open_pipeline(
 
 
 def open_data(config: ConfigDict, workdir: Path, step: int) -> Dataset:
-    """The data set of config.data: every row checked, every picture opened once.
+    """The data set of config.data: every row checked, every new picture opened once.
 
     `step`: what sides of images must be a multiple of.
     """
+    buckets = data_buckets(config, step)
+    if is_prepared(config.data.path):
+        prepared = Prepared(config.data.path, settings.names(config.data.prompt_keys) or None)
+        prepared.check({"buckets": [list(b) for b in buckets]}, {"buckets": BUCKETS})
+        notes = (f"{config.data.path}: prepared; no picture and no encoder is read",)
+        return Dataset(
+            prepared.rows,
+            prepared.infos,
+            tuple(prepared.buckets),
+            prepared.prompt_keys,
+            notes,
+            prepared,
+        )
+    rows = open_rows(config, workdir)
+    return measure(rows, buckets, limits(config), index=picture_index(config, workdir))
+
+
+def data_buckets(config: ConfigDict, step: int) -> tuple[Bucket, ...]:
+    """The sizes that pictures are cut to."""
+    sizes = settings.names(config.data.buckets)
+    return parse_buckets(sizes, step) if sizes else make_buckets(config.data.resolution, step)
+
+
+def open_rows(config: ConfigDict, workdir: Path) -> Rows:
+    """The rows of config.data; their pictures are not opened."""
     data = config.data
-    path = write_folder(workdir / "tiny_data") if data.path == TINY else data.path
-    buckets = settings.names(data.buckets)
-    buckets = parse_buckets(buckets, step) if buckets else make_buckets(data.resolution, step)
-    rows = load_rows(
-        path,
+    return load_rows(
+        data_path(config, workdir),
         settings.names(data.prompt_keys) or None,
         caption_extension=data.caption_extension,
         caption_lines=data.caption_lines,
         data_root=data.root or None,
+        cache=FeatureCache(cache_folder(config, workdir)),
     )
-    return measure(rows, buckets, ImageLimits(max_pixels=data.max_pixels))
+
+
+def data_path(config: ConfigDict, workdir: Path) -> str | Path:
+    """Where the data set is; the drawn one is made."""
+    made = config.data.path == TINY
+    return write_folder(workdir / "tiny_data") if made else config.data.path
+
+
+def limits(config: ConfigDict) -> ImageLimits:
+    """What pictures must keep to."""
+    return ImageLimits(max_pixels=config.data.max_pixels)
+
+
+def cache_folder(config: ConfigDict, workdir: Path) -> Path:
+    """Where features and indices are kept."""
+    return Path(config.data.cache or workdir / "features").expanduser()
+
+
+def picture_index(config: ConfigDict, workdir: Path, name: str = "") -> PictureIndex:
+    """What earlier starts found out about the pictures."""
+    where = Path(config.data.path).expanduser().absolute()
+    return PictureIndex(FeatureCache(cache_folder(config, workdir)), f"{where} {name}")
 
 
 def adapters(config: ConfigDict, model: zimage.ZImageConfig) -> dict[str, Slot]:

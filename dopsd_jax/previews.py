@@ -9,8 +9,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from dopsd_jax import pictures
-from dopsd_jax.data.dataset import Dataset
+from dopsd_jax.data.dataset import Dataset, spread
 from dopsd_jax.dopsd import Contexts
+from dopsd_jax.errors import UserError
 from dopsd_jax.families import zimage as family
 from dopsd_jax.families.zimage_pipeline import Pipeline, start_noise
 from dopsd_jax.features import Features
@@ -31,8 +32,15 @@ class Sample(NamedTuple):
 
 def rows_of(dataset: Dataset, count: int) -> list[int]:
     """Rows to look at: spread over the data set, the same ones in every program."""
-    rows = np.linspace(0, len(dataset.rows), count, endpoint=False).astype(int)
-    return sorted(set(rows.tolist()))
+    if dataset.features is None:
+        return spread(len(dataset.rows), count)
+    shown = dataset.features.shown
+    if len(shown) < min(count, len(dataset.rows)):
+        raise UserError(
+            f"config.sample_rows: {count}, but {dataset.features.folder} kept the pictures of "
+            f"{len(shown)} rows; lower it"
+        )
+    return [shown[i] for i in spread(len(shown), count)]
 
 
 class Previews:

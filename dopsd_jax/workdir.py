@@ -24,6 +24,7 @@ FREE = (
     "attention",
     "remat",
     "data.cache",
+    "data.path",  # the digest of the data decides: a prepared copy is the same data
     "mesh.data",
     "mesh.fsdp",
     "mesh.context",

@@ -327,7 +327,7 @@ def test_a_path_that_is_no_data_set(tmp_path):
     }
     for path, problem in cases.items():
         assert problem in problems_of(load_rows, tmp_path / path)[0]
-    assert "only local folders" in problems_of(load_rows, "gs://bucket/set")[0]
+    assert "from local folders only" in problems_of(load_rows, "gs://bucket/set")[0]
 
 
 def test_wrong_options_are_refused(tmp_path):

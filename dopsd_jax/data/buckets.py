@@ -101,7 +101,15 @@ def _near(side: object, step: int) -> str:
 
 def nearest(width: int, height: int, buckets: Sequence[Bucket]) -> Bucket:
     """The bucket with the least |ln(width / height) - ln(its aspect)|; the first of equals."""
-    return min(buckets, key=lambda bucket: _aspect_distance(width, height, *bucket))
+    best, (up, down) = buckets[0], (0, 0)
+    for bucket in buckets:
+        first, second = width * bucket.height, bucket.width * height
+        if first < second:
+            first, second = second, first
+        # e to the distance is first / second; as fractions, so that equals are equal
+        if not down or first * down < up * second:
+            best, up, down = bucket, first, second
+    return best
 
 
 def _aspect_distance(width: int, height: int, to_width: int, to_height: int) -> Fraction:

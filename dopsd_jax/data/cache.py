@@ -24,6 +24,8 @@ _DTYPES = {
     "BF16": np.dtype(ml_dtypes.bfloat16),
     "F32": np.dtype(np.float32),
     "I32": np.dtype(np.int32),
+    "I64": np.dtype(np.int64),
+    "U8": np.dtype(np.uint8),
 }
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
@@ -66,7 +68,7 @@ class FeatureCache:
         return self.directory / key[:2] / f"{key}.safetensors"
 
     def put(self, key: str, arrays: Mapping[str, np.ndarray]) -> None:
-        """Stores an entry: arrays of float32, bfloat16 or int32, none of them empty."""
+        """Stores an entry: arrays of the types above, none of them empty."""
         arrays = {name: np.asarray(array, order="C") for name, array in arrays.items()}
         for name, array in arrays.items():
             if array.dtype not in _DTYPES.values() or array.size == 0:

@@ -1,42 +1,59 @@
 """The data set as a whole: every row checked, measured and put into a bucket."""
 
+import functools
 import hashlib
-import itertools
 import json
-import statistics
-from collections import Counter
-from collections.abc import Iterable, Sequence
+import time
+from array import array
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 import numpy as np
 
 from dopsd_jax.data.buckets import Bucket, nearest
-from dopsd_jax.data.images import ImageInfo, ImageLimits, enlargement, inspect_image
-from dopsd_jax.data.records import listing
+from dopsd_jax.data.images import ImageInfo, ImageLimits, enlargement
+from dopsd_jax.data.picture_index import Infos, PictureIndex
+from dopsd_jax.data.prepared import Caption, Prepared
+from dopsd_jax.data.records import Examples
 from dopsd_jax.data.rows import MAX_PROBLEMS, Row, Rows
 from dopsd_jax.errors import UserError, raise_if
+
+REPORT_SECONDS = 5.0
+_AT_ONCE = 1024  # pictures given to the threads at a time
 
 
 @dataclass(frozen=True)
 class Dataset:
-    """Rows with the measured facts of their pictures; `buckets[i]` is the bucket of `rows[i]`."""
+    """Rows with the measured facts of their pictures; `buckets[i]` is the bucket of `rows[i]`.
 
-    rows: tuple[Row, ...]
-    infos: tuple[ImageInfo, ...]
+    `features`: what the encoders made of it, where `dopsd_jax.prepare` has done so.
+    """
+
+    rows: Sequence[Row]
+    infos: Sequence[ImageInfo]
     buckets: tuple[Bucket, ...]
     prompt_keys: tuple[str, ...]
     notes: tuple[str, ...]
+    features: Prepared | None = None
 
     def rows_by_bucket(self) -> dict[Bucket, np.ndarray]:
         """Row numbers of each bucket that has any."""
-        found: dict[Bucket, list[int]] = {}
+        found: dict[Bucket, array] = {}
         for row, bucket in enumerate(self.buckets):
-            found.setdefault(bucket, []).append(row)
+            found.setdefault(bucket, array("q")).append(row)
         return {bucket: np.array(found[bucket], np.int64) for bucket in sorted(found)}
+
+    def captions(self) -> list[Caption]:
+        """Every caption, in order."""
+        return [(row, i) for row, own in enumerate(self.rows) for i in range(len(own.captions))]
 
     def digest(self) -> str:
         """sha256 over what training sees: picture contents, buckets and captions, in order."""
+        return self._digest
+
+    @functools.cached_property
+    def _digest(self) -> str:
         total = hashlib.sha256()
         for row, info, bucket in zip(self.rows, self.infos, self.buckets, strict=True):
             total.update(json.dumps([info.digest, bucket, row.captions]).encode())
@@ -50,64 +67,83 @@ def measure(
     *,
     verify: bool = True,
     workers: int = 4,
+    index: PictureIndex | None = None,
+    report: Callable[[str], None] = print,
 ) -> Dataset:
     """Opens every picture once and chooses its bucket; raises the faults of all rows together.
 
-    With `verify` every picture is decoded, so that nothing fails hours later.
+    With `verify` every picture is decoded, so that nothing fails hours later. Pictures that `index`
+    knows and that have not changed are not opened; it is brought up to date, whatever happens.
     """
     limits = limits or ImageLimits()
+    index = index or PictureIndex(None)
+    infos, problems, hidden = Infos(), [], 0
+    begin = shown = time.monotonic()
 
     def look(row: Row) -> ImageInfo | UserError:
         try:
-            return inspect_image(row.image, limits, verify=verify)
+            return index.look(row.image, limits, verify)
         except UserError as error:
             return error
 
-    with ThreadPoolExecutor(workers) as pool:
-        infos = list(pool.map(look, rows.rows))
-    problems = [
-        problem if row.where == str(row.image) else f"{row.where}: {problem}"
-        for row, info in zip(rows.rows, infos, strict=True)
-        if isinstance(info, UserError)
-        for problem in info.problems
-    ]
-    raise_if(problems, MAX_PROBLEMS)
-    chosen = tuple(nearest(info.width, info.height, buckets) for info in infos)
+    # The pool takes all it is given at once, so it is given a little at a time.
+    with ThreadPoolExecutor(workers) as pool, index:
+        for first in range(0, len(rows.rows), _AT_ONCE):
+            some = [rows.rows[i] for i in range(first, min(first + _AT_ONCE, len(rows.rows)))]
+            for row, info in zip(some, pool.map(look, some), strict=True):
+                if not isinstance(info, UserError):
+                    infos.append(info)
+                    continue
+                for problem in info.problems:
+                    hidden += len(problems) >= MAX_PROBLEMS
+                    if len(problems) < MAX_PROBLEMS:
+                        own = row.where == str(row.image)
+                        problems.append(problem if own else f"{row.where}: {problem}")
+            done, now = first + len(some), time.monotonic()
+            if now - shown > REPORT_SECONDS:
+                left = (now - begin) / done * (len(rows.rows) - done)
+                report(f"looking at pictures: {done}/{len(rows.rows)}, {left:.0f} s left")
+                shown = now
+                index.save_sometimes()
+    if hidden:
+        problems.append(f"... and {hidden} more")
+    raise_if(problems)
+    chosen = tuple(nearest(width, height, buckets) for width, height in infos.sizes())
     notes = (*rows.notes, *_notes(rows.rows, infos, chosen))
-    return Dataset(rows.rows, tuple(infos), chosen, rows.prompt_keys, notes)
+    return Dataset(rows.rows, infos, chosen, rows.prompt_keys, notes)
 
 
-def _notes(
-    rows: Sequence[Row], infos: Sequence[ImageInfo], buckets: Sequence[Bucket]
-) -> Iterable[str]:
+def _notes(rows: Sequence[Row], infos: Infos, buckets: Sequence[Bucket]) -> Iterable[str]:
     """One line for each kind of remark, with the rows it concerns."""
-    by_remark: dict[str, list[str]] = {}
-    enlarged, wrong_size = [], []
-    for row, info, bucket in zip(rows, infos, buckets, strict=True):
+    by_remark: dict[str, Examples] = {}
+    enlarged, wrong_size, repeated, most = Examples(), Examples(), Examples(), 0.0
+    same = infos.repeated()
+    for i, (row, info, bucket) in enumerate(zip(rows, infos, buckets, strict=True)):
         for remark in info.notes:
-            by_remark.setdefault(remark, []).append(row.where)
+            by_remark.setdefault(remark, Examples()).add(row.where)
         times = enlargement(info.width, info.height, *bucket)
         if times > 1:
-            enlarged.append((times, row.where))
+            enlarged.add(row.where)
+            most = max(most, times)
         if row.declared_size not in (None, (info.width, info.height)):
             declared = "x".join(map(str, row.declared_size))
-            wrong_size.append(f"{row.where} ({declared}, is {info.width}x{info.height})")
+            wrong_size.add(f"{row.where} ({declared}, is {info.width}x{info.height})")
+        if same[i]:
+            repeated.add(row.where)
     for remark, where in by_remark.items():
-        yield f"{len(where)} of {len(rows)} pictures: {remark}: {listing(where)}"
+        yield f"{where.count} of {len(rows)} pictures: {remark}: {where}"
     if enlarged:
         yield (
-            f"{len(enlarged)} of {len(rows)} pictures are smaller than their bucket and are "
-            f"enlarged, up to {max(enlarged)[0]:.2f} times: {listing(w for _, w in enlarged)}"
+            f"{enlarged.count} of {len(rows)} pictures are smaller than their bucket and are "
+            f"enlarged, up to {most:.2f} times: {enlarged}"
         )
     if wrong_size:
         yield (
-            f"'h*w' or 'w*h' (not used) disagrees with the file in {len(wrong_size)} of "
-            f"{len(rows)} rows: {listing(wrong_size)}"
+            f"'h*w' or 'w*h' (not used) disagrees with the file in {wrong_size.count} of "
+            f"{len(rows)} rows: {wrong_size}"
         )
-    same = Counter(info.digest for info in infos)
-    repeated = [row.where for row, info in zip(rows, infos, strict=True) if same[info.digest] > 1]
     if repeated:
-        yield f"{len(repeated)} rows share a picture with another row: {listing(repeated)}"
+        yield f"{repeated.count} rows share a picture with another row: {repeated}"
 
 
 def describe(dataset: Dataset, batch_size: int) -> list[str]:
@@ -115,23 +151,29 @@ def describe(dataset: Dataset, batch_size: int) -> list[str]:
     by_bucket = dataset.rows_by_bucket()
     batches = sum(-(-len(rows) // batch_size) for rows in by_bucket.values())
     repeated = batches * batch_size - len(dataset.rows)
-    pictures = len({info.digest for info in dataset.infos})
+    pictures = dataset.infos.distinct()
     lines = [f"data: {len(dataset.rows)} rows, {pictures} pictures, {dataset.digest()[:12]}"]
     for bucket, rows in by_bucket.items():
-        sizes = ((dataset.infos[row].width, dataset.infos[row].height) for row in rows)
-        enlarged = sum(enlargement(*size, *bucket) > 1 for size in sizes)
+        sizes = dataset.infos.sizes()[rows]
+        enlarged = int(np.sum((sizes < np.array(bucket)).any(axis=1)))
         lines.append(f"bucket {bucket}: {len(rows)} rows, {enlarged} enlarged")
-    captions = itertools.chain.from_iterable(row.captions for row in dataset.rows)
-    lengths: dict[str, list[int]] = {key: [] for key in dataset.prompt_keys}
-    for key, text in captions:
-        lengths[key].append(len(text))
+    lengths = {key: array("i") for key in dataset.prompt_keys}
+    for row in dataset.rows:
+        for key, text in row.captions:
+            lengths[key].append(len(text))
     for key, found in lengths.items():
         lines.append(
             f"captions {key}: {len(found)}, {min(found)} to {max(found)} characters, "
-            f"median {statistics.median(found):g}"
+            f"median {np.median(found):g}"
         )
     lines.append(
         f"batches of {batch_size}: {batches} an epoch"
         + (f", {repeated} places filled by repeating rows" if repeated else "")
     )
     return lines + [f"note: {note}" for note in dataset.notes]
+
+
+def spread(rows: int, count: int) -> list[int]:
+    """At most `count` row numbers, evenly over all of them."""
+    numbers = np.linspace(0, rows, count, endpoint=False).astype(int)
+    return sorted(set(numbers.tolist()))

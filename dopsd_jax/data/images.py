@@ -13,6 +13,7 @@ import numpy as np
 from jaxtyping import UInt8
 from PIL import ExifTags, Image, ImageOps
 
+from dopsd_jax.data.blobs import Blob
 from dopsd_jax.data.rgb import UnsupportedModeError, mark_sixteen_bits, to_srgb
 from dopsd_jax.errors import UserError
 
@@ -54,22 +55,24 @@ class ImageInfo:
     notes: tuple[str, ...]
 
 
-def open_image(path: str | Path, limits: ImageLimits | None = None) -> UInt8[np.ndarray, "H W 3"]:
+def open_image(
+    path: str | Path | Blob, limits: ImageLimits | None = None
+) -> UInt8[np.ndarray, "H W 3"]:
     """Decodes a picture: upright, flattened on white, 8-bit sRGB. Raises `UserError`."""
-    path = Path(path)
+    path = Path(path) if isinstance(path, str) else path
     with _reading(path) as file:
         image, _ = _decode(path, file, _header(path, file, limits or ImageLimits()))
         return np.asarray(image)
 
 
 def inspect_image(
-    path: str | Path, limits: ImageLimits | None = None, *, verify: bool = True
+    path: str | Path | Blob, limits: ImageLimits | None = None, *, verify: bool = True
 ) -> ImageInfo:
     """Checks a picture and tells its size and digest. Raises `UserError`.
 
     With `verify` the pixels are decoded too; without it damage behind the header is not found.
     """
-    path = Path(path)
+    path = Path(path) if isinstance(path, str) else path
     with _reading(path) as file:
         image = _header(path, file, limits or ImageLimits())
         notes: tuple[str, ...] = ()
@@ -84,12 +87,13 @@ def inspect_image(
 
 
 @contextlib.contextmanager
-def _reading(path: Path) -> Iterator[BinaryIO]:
+def _reading(path: Path | Blob) -> Iterator[BinaryIO]:
     """Opens a file for reading; a fault of the file system is a `UserError`."""
     try:
-        if path.stat().st_size == 0:
+        size = path.size if isinstance(path, Blob) else path.stat().st_size
+        if size == 0:
             raise UserError(f"{path}: is empty (zero bytes); replace or remove it")
-        with path.open("rb") as file:
+        with path.open() if isinstance(path, Blob) else path.open("rb") as file:
             yield file
     except FileNotFoundError:
         raise UserError(f"{path}: no such picture; mend the path") from None
@@ -97,7 +101,7 @@ def _reading(path: Path) -> Iterator[BinaryIO]:
         raise UserError(f"{path}: cannot be read ({error.strerror}); check the file") from error
 
 
-def _header(path: Path, file: BinaryIO, limits: ImageLimits) -> Image.Image:
+def _header(path: Path | Blob, file: BinaryIO, limits: ImageLimits) -> Image.Image:
     """The picture with only its header read, after all checks that need no pixels.
 
     Pillow's readers are called one by one and not through `Image.open`, whose limit on the size is
@@ -146,7 +150,9 @@ def _header(path: Path, file: BinaryIO, limits: ImageLimits) -> Image.Image:
     return image
 
 
-def _decode(path: Path, file: BinaryIO, image: Image.Image) -> tuple[Image.Image, tuple[str, ...]]:
+def _decode(
+    path: Path | Blob, file: BinaryIO, image: Image.Image
+) -> tuple[Image.Image, tuple[str, ...]]:
     """The pixels as upright sRGB, and what the user should know."""
     try:
         if image.format == "PNG":  # Pillow's decoder ignores the checksums of the pixels
@@ -165,7 +171,7 @@ def _decode(path: Path, file: BinaryIO, image: Image.Image) -> tuple[Image.Image
         raise _damaged(path, error) from error
 
 
-def _upright_size(path: Path, image: Image.Image) -> tuple[int, int]:
+def _upright_size(path: Path | Blob, image: Image.Image) -> tuple[int, int]:
     """(width, height) after the EXIF orientation; a TIFF's size has it already."""
     width, height = image.size
     try:
@@ -177,7 +183,7 @@ def _upright_size(path: Path, image: Image.Image) -> tuple[int, int]:
     return width, height
 
 
-def _damaged(path: Path, error: BaseException) -> UserError:
+def _damaged(path: Path | Blob, error: BaseException) -> UserError:
     reason = str(error) or type(error).__name__
     if isinstance(error, Image.DecompressionBombError):  # some readers have Pillow's own limit
         return UserError(f"{path}: too large for Pillow ({reason}); shrink it")

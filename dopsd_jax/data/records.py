@@ -4,10 +4,11 @@ import csv
 import json
 import os
 import re
-from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 
+from dopsd_jax.data.blobs import Blob
+from dopsd_jax.data.table import Table
 from dopsd_jax.errors import UserError
 
 UPSTREAM_KEYS = tuple(
@@ -28,61 +29,142 @@ SIZE_KEYS = ("h*w", "w*h")
 _BOM = b"\xef\xbb\xbf"
 
 
-@dataclass(frozen=True, slots=True)
-class Record:
-    """One record with its picture found on disk.
+class Examples:
+    """How many there are of something, and the first few of them."""
 
-    `texts` holds the captions that the record has, empty ones included. `declared_size` is
-    (width, height) as the record claims; nothing is computed from it.
+    def __init__(self, kept: int = 10):
+        self.count, self.first, self._kept = 0, [], kept
+
+    def add(self, item: object) -> None:
+        self.count += 1
+        if len(self.first) < self._kept:
+            self.first.append(str(item))
+
+    def __bool__(self) -> bool:
+        return self.count > 0
+
+    def __str__(self) -> str:
+        more = self.count - len(self.first)
+        return ", ".join(self.first) + (f" and {more} more" if more else "")
+
+
+class Collector:
+    """Gathers rows into a `Table` and watches which caption keys they have.
+
+    `where`: the source, for messages; `unit`: what its rows are counted in there.
     """
 
-    line: int
-    image: Path
-    texts: tuple[tuple[str, str], ...]
-    declared_size: tuple[int, int] | None
+    def __init__(self, where: str, prompt_keys: Sequence[str] | None, unit: str):
+        self.where, self.unit = where, unit
+        self.chosen = prompt_keys is not None
+        self.keys = tuple(dict.fromkeys(prompt_keys)) if self.chosen else KNOWN_KEYS
+        self.table = Table(self.keys, where)
+        self.counts = dict.fromkeys(self.keys, 0)
+        self.missing = {key: Examples() for key in self.keys} if self.chosen else {}
+        self.empty = {key: Examples() for key in self.keys}
+        self.problems: list[str] = []
+        self.notes: list[str] = []
+        self.hidden = 0  # faults that are only counted: a list of millions helps nobody
+
+    def problem(self, problem: str) -> None:
+        if len(self.problems) < 1000:
+            self.problems.append(problem)
+        else:
+            self.hidden += 1
+
+    def add(
+        self,
+        image: str | Blob,
+        captions: Sequence[tuple[str, str]],
+        name: object,
+        **facts: object,
+    ) -> None:
+        """Adds a row whose captions are sound; `name` tells it from others in a list of faults."""
+        texts = dict(captions)
+        for key in self.keys:
+            if key in texts:
+                self.counts[key] += 1
+                if not texts[key].strip():
+                    self.empty[key].add(name)
+            elif self.chosen:
+                self.missing[key].add(name)
+        self.table.append(image, captions, **facts)
+
+    def finish(self) -> tuple[Table, list[str], list[str]]:
+        """The rows with the captions that all have, or that were asked for; faults; notes."""
+        keys, rows = self.keys, len(self.table)
+        if not self.chosen and rows:
+            counts = {key: count for key, count in self.counts.items() if count}
+            keys = tuple(key for key, count in counts.items() if count == rows)
+            partial = [f"{k} ({n} of {rows} rows)" for k, n in counts.items() if n < rows]
+            left = f"; left out, because not in every row: {listing(partial)}" if partial else ""
+            if keys:
+                self.notes.append(f"{self.where}: prompt keys {listing(keys)}{left}")
+            else:
+                self.problem(self._no_common_key(counts))
+        for what, by_key in (("missing", self.missing), ("empty", self.empty)):
+            for key, rows_of in by_key.items():
+                if key in keys and rows_of:
+                    self.problem(
+                        f"{self.where}: caption {key!r} is {what} in {self.unit} {rows_of} "
+                        f"({rows_of.count} of {rows} rows); write it, or leave the key out of "
+                        "data.prompt_keys"
+                    )
+        if self.hidden:
+            self.problems.append(f"... and {self.hidden} more")
+        return self.table if self.problems else self.table.only(keys), self.problems, self.notes
+
+    def _no_common_key(self, counts: Mapping[str, int]) -> str:
+        have = [f"{key} in {n}" for key, n in counts.items()]
+        have = f"of {len(self.table)} rows, {listing(have)}" if have else "none is there"
+        return (
+            f"{self.where}: no caption key is in every row ({have}); write the missing captions "
+            f"under one of {listing(KNOWN_KEYS, 11)}, or set data.prompt_keys"
+        )
 
 
-def read_records(
-    path: Path, keys: Iterable[str], data_root: Path | None
-) -> tuple[list[Record], list[str], list[str]]:
-    """Reads a `.jsonl` or `.csv` file: its good records, its faults, its notes (each one line).
+def read_records(path: Path, into: Collector, data_root: Path | None) -> None:
+    """Reads a `.jsonl` or `.csv` file: its good records, its faults, its notes.
 
-    Only captions under `keys` are kept. Relative pictures are looked for in the folder of the file,
-    then in `data_root`.
+    Relative pictures are looked for in the folder of the file, then in `data_root`.
     """
     lines = _csv_objects(path) if path.suffix.lower() == ".csv" else _json_objects(path)
     roots = [path.parent, *([data_root] if data_root else [])]
-    keys = tuple(keys)
-    records, problems, bad_sizes = [], [], []
+    bad_sizes = Examples()
     for number, found in lines:
         where = f"{path}:{number}"
         if isinstance(found, str):
-            problems.append(f"{where}: {found}")
+            into.problem(f"{where}: {found}")
             continue
         image, fault = _image(found, roots)
         faults = [fault] if fault else []
-        texts = []
-        for key in keys:
-            text = found.get(key)
-            if isinstance(text, str):
-                texts.append((key, text))
-                if any("\ud800" <= letter <= "\udfff" for letter in text):
-                    faults.append(f"{key!r} holds half of a surrogate pair; mend the text")
-            elif text is not None:
-                faults.append(f"{key!r} is {_kind(text)}; a caption must be a string")
-        problems += [f"{where}: {fault}" for fault in faults]
+        texts, text_faults = captions_of(found, into.keys)
+        for fault in (*faults, *text_faults):
+            into.problem(f"{where}: {fault}")
         size, sound = _declared_size(found)
         if not sound:
-            bad_sizes.append(number)
-        if not faults:
-            records.append(Record(number, image, tuple(texts), size))
-    notes = []
+            bad_sizes.add(number)
+        if not faults and not text_faults:
+            into.add(image, tuple(texts.items()), number, line=number, size=size)
     if bad_sizes:
-        notes.append(
+        into.notes.append(
             f"{path}: 'h*w' or 'w*h' is not a size such as \"832*1264\" in lines "
-            f"{listing(bad_sizes)}; it is not used"
+            f"{bad_sizes}; it is not used"
         )
-    return records, problems, notes
+
+
+def captions_of(record: Mapping, keys: Iterable[str]) -> tuple[dict[str, str], list[str]]:
+    """The captions of a record under `keys`, empty ones included, and what is wrong with them."""
+    texts, faults = {}, []
+    for key in keys:
+        text = record.get(key)
+        if isinstance(text, str):
+            texts[key] = text
+            if any("\ud800" <= letter <= "\udfff" for letter in text):
+                faults.append(f"{key!r} holds half of a surrogate pair; mend the text")
+        elif text is not None:
+            faults.append(f"{key!r} is {kind_of(text)}; a caption must be a string")
+    return texts, faults
 
 
 def listing(items: Iterable[object], limit: int = 10) -> str:
@@ -113,7 +195,7 @@ def _json_objects(path: Path) -> Iterator[tuple[int, dict | str]]:
                 if isinstance(found, dict):
                     yield number, found
                 else:
-                    yield number, f"is {_kind(found)}; a row must be one JSON object"
+                    yield number, f"is {kind_of(found)}; a row must be one JSON object"
 
 
 def _csv_objects(path: Path) -> Iterator[tuple[int, dict | str]]:
@@ -151,7 +233,7 @@ def not_utf8(error: UnicodeDecodeError) -> str:
     return f"not UTF-8 text ({what}); save it as UTF-8"
 
 
-def _image(record: Mapping, roots: list[Path]) -> tuple[Path | None, str | None]:
+def _image(record: Mapping, roots: list[Path]) -> tuple[str | None, str | None]:
     """The picture of a record on disk, or what is wrong."""
     for key in PATH_KEYS:
         value = record.get(key)
@@ -159,7 +241,7 @@ def _image(record: Mapping, roots: list[Path]) -> tuple[Path | None, str | None]
             continue
         if key in PATH_STRINGS:
             if not isinstance(value, str):
-                return None, f"{key!r} is {_kind(value)}; it must be the path of a picture"
+                return None, f"{key!r} is {kind_of(value)}; it must be the path of a picture"
             return _find(value, roots)
         if not isinstance(value, list) or not all(isinstance(v, str) and v for v in value):
             return None, f"{key!r} must be a list of paths"
@@ -167,10 +249,10 @@ def _image(record: Mapping, roots: list[Path]) -> tuple[Path | None, str | None]
     return None, f"names no picture; give its path under one of {listing(PATH_KEYS)}"
 
 
-def _find(name: str, roots: list[Path]) -> tuple[Path | None, str | None]:
+def _find(name: str, roots: list[Path]) -> tuple[str | None, str | None]:
     if "://" in name:
         return None, f"{name} is remote; download the pictures first"
-    candidates = [root / name for root in roots]  # an absolute name replaces the root
+    candidates = [os.path.join(root, name) for root in roots]  # an absolute name replaces it
     for candidate in candidates:
         if os.path.isfile(candidate):  # unlike Path.is_file never raises, whatever the name
             return candidate, None
@@ -200,7 +282,7 @@ def _declared_size(record: Mapping) -> tuple[tuple[int, int] | None, bool]:
     return None, True
 
 
-def _kind(value: object) -> str:
+def kind_of(value: object) -> str:
     if value is None:
         return "null"
     names = {bool: "true or false", int: "a number", float: "a number", str: "a string"}

@@ -188,14 +188,27 @@ class Pipeline:
     def encoder_digest(self, memo: Path) -> str:
         """What the contexts depend on: weights and settings of text encoder and vision tower."""
         parts = []
-        for folder, network in (
-            (self.folder / "text_encoder", networks.ZIMAGE["text_encoder"]),
-            (self.vlm_folder, networks.VLM),
-        ):
+        for folder, network in self._encoders().values():
             stored = open_stored(folder, network)
             parts += [source_digest(stored, folder, memo), stored.config_text]
         parts.append(str(self.dtype))
         return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
+
+    def encoder_digests(self, memo: Path) -> dict[str, str]:
+        """The same for each encoder alone, of those whose folders are there."""
+        found = {}
+        for name, (folder, network) in self._encoders().items():
+            if folder.is_dir():
+                stored = open_stored(folder, network)
+                parts = [source_digest(stored, folder, memo), stored.config_text]
+                found[name] = hashlib.sha256(json.dumps(parts).encode()).hexdigest()
+        return found
+
+    def _encoders(self) -> dict[str, tuple[Path, networks.Network]]:
+        return {
+            "text_encoder": (self.folder / "text_encoder", networks.ZIMAGE["text_encoder"]),
+            "vlm": (self.vlm_folder, networks.VLM),
+        }
 
     # Contexts.
 
@@ -224,10 +237,33 @@ class Pipeline:
 
     def student_features(self, prompt: str) -> Float[np.ndarray, "n c"]:
         """Hidden state -2 at the prompt's own tokens. Raises `UserError` if there are too many."""
-        ids = self.student_tokens(prompt)
+        return self.encode_texts([self.student_tokens(prompt)])[0]
+
+    def encode_texts(self, ids: Sequence[Sequence[int]]) -> list[Float[np.ndarray, "n c"]]:
+        """Hidden state -2 of texts whose `padded_tokens` are the same."""
         padded, lengths = _pad_ids(ids)
         features = _encode_text(self.text_encoder, padded, lengths, self.dtype)
-        return np.asarray(features[0, : len(ids)])
+        return _unpad(features, ids)
+
+    def encode_image_texts(
+        self,
+        ids: Sequence[Sequence[int]],
+        patches: Sequence[Float[np.ndarray, "p c"]],
+        grid: tuple[int, int],
+    ) -> list[Float[np.ndarray, "n c"]]:
+        """The same for texts with an image each; all images have the same `grid`."""
+        padded, lengths = _pad_ids(ids)
+        features = _encode_image_text(
+            self.vision,
+            self.text_encoder,
+            self.vlm_config,
+            padded,
+            lengths,
+            np.stack(patches),
+            grid,
+            self.dtype,
+        )
+        return _unpad(features, ids)
 
     def teacher_features(
         self,
@@ -242,18 +278,7 @@ class Pipeline:
         settings = self.image_settings(min_pixels, max_pixels)
         patches, grid = vlm_images.preprocess(np.asarray(image), settings)
         ids = self.teacher_tokens(prompt, grid, doubled)
-        padded, lengths = _pad_ids(ids)
-        features = _encode_image_text(
-            self.vision,
-            self.text_encoder,
-            self.vlm_config,
-            padded,
-            lengths,
-            patches[None],
-            grid,
-            self.dtype,
-        )
-        return np.asarray(features[0, : len(ids)])
+        return self.encode_image_texts([ids], [patches], grid)[0]
 
     def student_tokens(self, prompt: str) -> list[int]:
         """Token ids of the student's text. Raises `UserError` if they are too many."""
@@ -374,9 +399,20 @@ def _positive(value: Any) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool) and value > 0
 
 
-def _pad_ids(ids: Sequence[int]) -> tuple[np.ndarray, np.ndarray]:
-    rows = -(-len(ids) // TOKEN_MULTIPLE) * TOKEN_MULTIPLE
-    return np.pad(np.asarray(ids, np.int32), (0, rows - len(ids)))[None], np.array([len(ids)])
+def padded_tokens(count: int) -> int:
+    """What a text of `count` tokens is padded to."""
+    return -(-count // TOKEN_MULTIPLE) * TOKEN_MULTIPLE
+
+
+def _pad_ids(ids: Sequence[Sequence[int]]) -> tuple[np.ndarray, np.ndarray]:
+    rows = padded_tokens(len(ids[0]))
+    padded = [np.pad(np.asarray(own, np.int32), (0, rows - len(own))) for own in ids]
+    return np.stack(padded), np.array([len(own) for own in ids])
+
+
+def _unpad(features, ids: Sequence[Sequence[int]]) -> list[np.ndarray]:
+    found = np.asarray(features)
+    return [own[: len(tokens)] for own, tokens in zip(found, ids, strict=True)]
 
 
 @functools.partial(jax.jit, static_argnames="dtype")

@@ -45,7 +45,7 @@ def read_header(path: str | os.PathLike) -> Header:
     try:
         with open(path, "rb") as file:
             size = os.fstat(file.fileno()).st_size
-            return _parse_header(path, size, file)
+            return parse_header(path, size, file)
     except IsADirectoryError:
         raise UserError(f"{path}: is a folder, not a safetensors file; name the file") from None
     except FileNotFoundError:
@@ -54,7 +54,8 @@ def read_header(path: str | os.PathLike) -> Header:
         raise UserError(f"{path}: cannot be read ({error.strerror}); check its rights") from None
 
 
-def _parse_header(path: Path, size: int, file) -> Header:
+def parse_header(path: Path, size: int, file) -> Header:
+    """`read_header` of a binary file of `size` bytes, wherever it is; `path` is its name."""
     if size == 0:
         raise UserError(f"{path}: the file is empty (0 bytes); {AGAIN}")
     if size < 8:

@@ -42,7 +42,7 @@ def write_safetensors(
     need_space(path.parent, sum(info.nbytes for info in infos.values()))
     names = file_order(infos)
     with atomic_file(path) as file:
-        file.write(_header(names, infos, metadata))
+        file.write(header_bytes(names, infos, metadata))
         for name in names:
             array, info = produce(name), infos[name]
             if CODES.get(array.dtype) != info.dtype or array.shape != info.shape:
@@ -51,7 +51,8 @@ def write_safetensors(
             progress.advance(name, info.nbytes)
 
 
-def _header(names: list[str], infos: Mapping[str, TensorInfo], metadata) -> bytes:
+def header_bytes(names: list[str], infos: Mapping[str, TensorInfo], metadata) -> bytes:
+    """What stands before the data: tensors in the order of `names`."""
     entries, offset = {}, 0
     if metadata:
         entries["__metadata__"] = dict(metadata)

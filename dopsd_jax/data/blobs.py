@@ -1,0 +1,104 @@
+"""Pictures inside archives: where their bytes are, and how to read them."""
+
+import functools
+import io
+import json
+import threading
+from dataclasses import dataclass
+from pathlib import Path
+from typing import BinaryIO
+
+from dopsd_jax.errors import UserError
+
+TAR, RECORDS = ".tar", ".array_record"
+# Readers kept open; each thread has its own, since reading moves a position.
+_OPEN = threading.local()
+_KEPT = 16
+
+
+@dataclass(frozen=True, slots=True)
+class Blob:
+    """A picture inside an archive: what it is called, and its bytes' place and number."""
+
+    archive: Path
+    name: str
+    place: int
+    size: int
+
+    def __str__(self) -> str:
+        return f"{self.archive}:{self.name}"
+
+    def open(self) -> BinaryIO:
+        """Its bytes as a file. Raises `OSError`, or `UserError` where the archive has changed."""
+        content = self.read()
+        if len(content) != self.size:
+            raise UserError(f"{self}: the archive has changed or is truncated; start again")
+        return io.BytesIO(content)
+
+    def read(self) -> bytes:
+        raise NotImplementedError
+
+
+class TarMember(Blob):
+    """`place` is the offset of the first byte."""
+
+    __slots__ = ()
+
+    def read(self) -> bytes:
+        with open(self.archive, "rb", buffering=0) as file:
+            file.seek(self.place)
+            return file.read(self.size)
+
+
+class ArrayRecordEntry(Blob):
+    """`place` is the number of the record: a line of JSON, then `size` bytes of picture."""
+
+    __slots__ = ()
+
+    def read(self) -> bytes:
+        status = self.archive.stat()
+        reader = _reader(str(self.archive), status.st_size, status.st_mtime_ns)
+        try:
+            (record,) = reader.read([self.place])
+        except (ValueError, IndexError, RuntimeError) as error:
+            raise UserError(f"{self}: the record cannot be read ({error}); make it again") from None
+        return split_record(record)[1]
+
+
+ARCHIVES = {TAR: TarMember, RECORDS: ArrayRecordEntry}
+
+
+def split_record(record: bytes) -> tuple[bytes, bytes]:
+    """The line of JSON and the picture of an ArrayRecord record."""
+    header, _, picture = record.partition(b"\n")
+    return header, picture
+
+
+def join_record(captions: dict, picture: bytes) -> bytes:
+    """The inverse of `split_record`."""
+    return json.dumps(captions, ensure_ascii=False).encode() + b"\n" + picture
+
+
+def array_record_module():
+    """The library, which comes with grain everywhere but on Windows."""
+    try:
+        from array_record.python import array_record_module
+    except ImportError:
+        raise UserError(
+            "array_record is not installed, so .array_record files cannot be read; pip install "
+            "array_record, or use .tar files"
+        ) from None
+    return array_record_module
+
+
+def _reader(path: str, size: int, mtime_ns: int):
+    """A reader of the file in its present state."""
+    if not hasattr(_OPEN, "readers"):
+        _OPEN.readers = functools.lru_cache(_KEPT)(open_records)
+    return _OPEN.readers(path, size, mtime_ns)
+
+
+def open_records(path: str, size: int = 0, mtime_ns: int = 0):
+    """Opens an ArrayRecord file for random access; `size` and `mtime_ns` only tell states apart."""
+    options = "readahead_buffer_size:0,max_parallelism:0"
+    return array_record_module().ArrayRecordReader(path, options)

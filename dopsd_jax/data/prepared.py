@@ -1,0 +1,172 @@
+"""A prepared data set: read by random access, without pictures and without encoders."""
+
+import io
+import zlib
+from array import array
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import numpy as np
+from etils import epath
+from jaxtyping import Float, UInt8
+from PIL import Image
+
+from dopsd_jax.data import prepared_parts as parts
+from dopsd_jax.data.buckets import Bucket
+from dopsd_jax.data.images import ImageInfo
+from dopsd_jax.data.picture_index import Infos
+from dopsd_jax.data.records import listing
+from dopsd_jax.data.table import Table
+from dopsd_jax.errors import UserError, raise_if
+
+THREADS = 16  # parts are opened at once, for storage that is far away
+AT_ONCE = 64  # parts
+Caption = tuple[int, int]  # row of the data set, caption of the row
+
+
+class Prepared:
+    """The features of a prepared data set.
+
+    Attributes:
+      manifest: what it was made from, and how.
+      rows, infos, buckets: what a `Dataset` holds, for the prompt keys that were asked for.
+      shown: the rows whose pictures were kept.
+    """
+
+    def __init__(
+        self,
+        folder: str,
+        prompt_keys: Sequence[str] | None = None,
+        report: Callable[[str], None] = print,
+    ):
+        self.folder = epath.Path(folder)
+        self.manifest = parts.read_manifest(self.folder)
+        self.prompt_keys = tuple(dict.fromkeys(prompt_keys or self.manifest.prompt_keys))
+        unknown = [key for key in self.prompt_keys if key not in self.manifest.prompt_keys]
+        if unknown:
+            raise UserError(
+                f"data.prompt_keys {listing(unknown)}: {folder} was prepared with "
+                f"{listing(self.manifest.prompt_keys)} only; choose among them, or prepare it again"
+            )
+        self._paths = [self.folder / parts.part_name(n) for n in range(self.manifest.parts)]
+        self._check_all_there()
+        self.rows, self.infos = Table(self.prompt_keys, str(folder)), Infos()
+        self.buckets: list[Bucket] = []
+        self._starts = np.zeros(self.manifest.parts, np.int64)
+        self._numbers = array("i")  # of each caption that is used, within its part
+        self._index: list[np.ndarray] = []
+        self._crcs: list[np.ndarray] = []
+        self._pictures: dict[int, list[int]] = {}
+        known: dict[Bucket, Bucket] = {}
+        with ThreadPoolExecutor(THREADS) as pool:
+            read = lambda path: parts.read_part(path, self.manifest.identity)
+            for first in range(0, len(self._paths), AT_ONCE):
+                opened = pool.map(read, self._paths[first : first + AT_ONCE])
+                for number, part in enumerate(opened, first):
+                    self._add(number, part, known)
+                if first and first % 1024 == 0:
+                    report(f"prepared data: {first}/{self.manifest.parts} parts opened")
+        self.shown = sorted(self._pictures)
+
+    def _check_all_there(self) -> None:
+        with parts.reading(self.folder):
+            there = {path.name for path in self.folder.iterdir()}
+        lacking = [n for n, path in enumerate(self._paths) if path.name not in there]
+        if lacking:
+            raise UserError(
+                f"{self.folder}: {len(lacking)} of {self.manifest.parts} parts are missing "
+                f"({listing(lacking)}); run dopsd_jax.prepare until all shards are done"
+            )
+
+    def _add(self, number: int, part: parts.Part, known: dict[Bucket, Bucket]) -> None:
+        path, own = self._paths[number], self.manifest.rows_of(number)
+        if number == 0:
+            self.channels, self.dtype = part.channels, part.dtype
+        if (part.channels, part.dtype) != (self.channels, self.dtype):
+            raise UserError(f"{path}: its features are of another kind; {parts.AGAIN}")
+        if len(part.rows) != len(own) or len(part.index) != sum(
+            len(row["captions"]) for row in part.rows
+        ):
+            raise UserError(f"{path}: holds other rows than it should; {parts.AGAIN}")
+        self._starts[number] = part.start
+        self._index.append(part.index.astype(np.int32))
+        self._crcs.append(part.crc32.astype(np.uint32))
+        caption = 0
+        for row_number, row in zip(own, part.rows, strict=True):
+            chosen = []
+            for key, text in row["captions"]:
+                if key in self.prompt_keys:
+                    chosen.append((key, text))
+                    self._numbers.append(caption)
+                caption += 1
+            self.rows.append(row["picture"], chosen, line=row_number)
+            info = ImageInfo(*row["size"], row["digest"], tuple(row["notes"]))
+            self.infos.append(info)
+            bucket = Bucket(*row["bucket"])
+            self.buckets.append(known.setdefault(bucket, bucket))
+            if row["shown"] is not None:
+                first, size, crc = row["shown"]
+                self._pictures[row_number] = [part.pictures + first, size, crc]
+
+    def check(self, settings: Mapping[str, Any], what: Mapping[str, str]) -> None:
+        """Raises `UserError` for every one of `settings` under which it was not made.
+
+        `what`: for each setting the name that a message gives it.
+        """
+        have = self.manifest.settings
+        raise_if(
+            f"{self.folder}: was prepared with {what[name]} {_short(have.get(name))}, now it is "
+            f"{_short(value)}; set it back, or prepare the data set again"
+            for name, value in settings.items()
+            if have.get(name) != value
+        )
+
+    def longest(self, role: int) -> int:
+        """Positions of the longest feature of the student (0) or the teacher (1)."""
+        chosen = np.array(self._numbers, np.int64)
+        ends = np.array(self.rows.caption_ends(), np.int64)
+        longest, size = 0, self.manifest.rows_per_part
+        for number, index in enumerate(self._index):
+            rows = self.manifest.rows_of(number)
+            own = chosen[ends[number * size] : ends[rows.stop]]
+            longest = max(longest, int(index[own, role, 1].max(initial=0)))
+        return longest
+
+    def load(self, caption: Caption) -> tuple[Float[np.ndarray, "n c"], Float[np.ndarray, "m c"]]:
+        """The features of a caption for the student and for the teacher, from storage."""
+        row, i = caption
+        part = row // self.manifest.rows_per_part
+        number = self._numbers[self.rows.caption_ends()[row] + i]
+        width = self.channels * self.dtype.itemsize
+        found = []
+        with parts.reading(self._paths[part]), self._paths[part].open("rb") as file:
+            for role in range(parts.ROLES):
+                first, count = self._index[part][number, role].tolist()
+                file.seek(int(self._starts[part]) + first * width)
+                content = file.read(count * width)
+                whole = len(content) == count * width
+                if not whole or zlib.crc32(content) != self._crcs[part][number, role]:
+                    raise UserError(
+                        f"{self._paths[part]}: a feature of row {row} is damaged; {parts.AGAIN}"
+                    )
+                found.append(np.frombuffer(content, self.dtype).reshape(count, self.channels))
+        return tuple(found)
+
+    def picture(self, row: int) -> UInt8[np.ndarray, "h w 3"]:
+        """The picture of one of the rows `shown`, as training saw it."""
+        place, size, crc = self._pictures[row]
+        path = self._paths[row // self.manifest.rows_per_part]
+        with parts.reading(path), path.open("rb") as file:
+            file.seek(place)
+            content = file.read(size)
+        if zlib.crc32(content) == crc:
+            with Image.open(io.BytesIO(content), formats=["PNG"]) as picture:
+                if picture.size == self.buckets[row] and picture.mode == "RGB":
+                    return np.asarray(picture)
+        raise UserError(f"{path}: the picture of row {row} is damaged; {parts.AGAIN}")
+
+
+def _short(value: object) -> str:
+    text = str(value)
+    return text if len(text) <= 80 else f"{text[:12]}..."

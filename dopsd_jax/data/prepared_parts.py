@@ -1,0 +1,304 @@
+"""The files of a prepared data set: rows with the features that the encoders made of them.
+
+    prepared.json              how many rows, how many a part, from which rows and encoders
+    part-000000.safetensors    rows 0..R-1: their features, captions, sizes; part-000001: R..2R-1
+
+A part is one safetensors file with few tensors, so that any number of rows costs one small header:
+
+    features  [n, c]           all features of the part one behind the other
+    index     int32 [k, 2, 2]  for each caption its (first row, rows) for student and for teacher
+    crc32     int64 [k, 2]     of each feature's bytes
+    rows      uint8            a line of JSON for each row
+    pictures  uint8            PNG files of the few rows that previews show
+    whole     int64 [1]        crc32 of index, crc32 and rows
+
+Parts are independent of each other: any process may write any of them, and one that is there is
+whole, because it gets its name last.
+"""
+
+import contextlib
+import hashlib
+import json
+import os
+import re
+import secrets
+import zlib
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from etils import epath
+from jaxtyping import Int
+
+from dopsd_jax.errors import UserError, raise_if
+from dopsd_jax.weights.atomic import disk_error
+from dopsd_jax.weights.safetensors_io import FileInfo, parse_header
+from dopsd_jax.weights.safetensors_write import header_bytes
+from dopsd_jax.weights.tensors import CODES, DTYPES, TensorInfo
+
+MANIFEST = "prepared.json"
+FORMAT = 1
+TYPES = ("BF16", "F32")
+AGAIN = "remove it and run dopsd_jax.prepare again"
+ROLES = 2  # student, teacher
+REMOTE = "://"
+ROW_FIELDS = {"captions", "picture", "digest", "notes", "size", "bucket", "shown"}
+_SMALL = ("index", "crc32", "rows")
+
+
+class Manifest(NamedTuple):
+    """What all parts have in common.
+
+    `source` is the digest of the rows (pictures' names and captions), `settings` what the features
+    depend on besides: encoders, crops, sizes.
+    """
+
+    rows: int
+    rows_per_part: int
+    prompt_keys: tuple[str, ...]
+    source: str
+    settings: dict[str, Any]
+
+    @property
+    def parts(self) -> int:
+        return -(-self.rows // self.rows_per_part)
+
+    def rows_of(self, part: int) -> range:
+        """The rows of a part."""
+        first = part * self.rows_per_part
+        return range(first, min(first + self.rows_per_part, self.rows))
+
+    def text(self) -> str:
+        return json.dumps({"format": FORMAT, **self._asdict()}, indent=1, sort_keys=True) + "\n"
+
+    @property
+    def identity(self) -> str:
+        """Stands in every part, so that no part of another preparation is taken for one's own."""
+        return hashlib.sha256(self.text().encode()).hexdigest()
+
+
+def is_prepared(path: str | os.PathLike) -> bool:
+    """Whether `path` is a folder made by `dopsd_jax.prepare`."""
+    with reading(path):
+        return (epath.Path(path) / MANIFEST).exists()
+
+
+def read_manifest(folder: epath.Path) -> Manifest:
+    """The checked manifest of a prepared data set."""
+    path = folder / MANIFEST
+    with reading(path):
+        text = path.read_text()
+    try:
+        found = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{path}: is not JSON ({error}); prepare the data set again") from None
+    if isinstance(found, dict) and found.pop("format", None) != FORMAT:
+        raise UserError(f"{path}: is of another version; prepare the data set again")
+    wanted = {"rows": int, "rows_per_part": int, "prompt_keys": list, "source": str}
+    wanted |= {"settings": dict}
+    if (
+        not isinstance(found, dict)
+        or found.keys() != wanted.keys()
+        or any(type(found[name]) is not kind for name, kind in wanted.items())
+        or found["rows"] < 1
+        or found["rows_per_part"] < 1
+        or not found["prompt_keys"]
+        or not all(isinstance(key, str) for key in found["prompt_keys"])
+    ):
+        raise UserError(f"{path}: is damaged; prepare the data set again")
+    return Manifest(**found | {"prompt_keys": tuple(found["prompt_keys"])})
+
+
+def part_name(number: int) -> str:
+    return f"part-{number:06d}.safetensors"
+
+
+def write_part(
+    path: epath.Path,
+    identity: str,
+    lengths: Int[np.ndarray, "k 2"],
+    features: Iterable[tuple[int, int, np.ndarray]],
+    rows: Sequence[Mapping[str, Any]],
+    pictures: bytes,
+    channels: int,
+    dtype: np.dtype,
+) -> None:
+    """Writes a part as its features come: (caption, role, [length, c]), in any order, each once.
+
+    Only one feature is in memory. Raises `UserError` when it cannot be written.
+    """
+    lines = "\n".join(json.dumps(row, ensure_ascii=False) for row in rows).encode()
+    small = {
+        "index": np.zeros((len(lengths), ROLES, 2), np.int32),
+        "crc32": np.zeros((len(lengths), ROLES), np.int64),
+        "rows": np.frombuffer(lines, np.uint8),
+    }
+    infos = {"features": TensorInfo(CODES[dtype], (int(lengths.sum()), channels))}
+    infos |= {name: TensorInfo(CODES[a.dtype], a.shape) for name, a in small.items()}
+    infos |= {"whole": TensorInfo("I64", (1,)), "pictures": TensorInfo("U8", (len(pictures),))}
+    done = 0
+    with _appearing(path) as file:
+        file.write(header_bytes(list(infos), infos, {"prepared": identity}))
+        for caption, role, feature in features:
+            if feature.shape != (lengths[caption, role], channels) or feature.dtype != dtype:
+                raise ValueError(f"{feature.dtype}{feature.shape}, not {lengths[caption, role]}")
+            content = memoryview(np.ascontiguousarray(feature).reshape(-1).view(np.uint8))
+            small["index"][caption, role] = done, len(feature)
+            small["crc32"][caption, role] = zlib.crc32(content)
+            file.write(content)
+            done += len(feature)
+        if done != lengths.sum() or (small["index"][..., 1] != lengths).any():
+            raise ValueError(f"{done} rows of features, announced {lengths.sum()}")
+        for name in _SMALL:
+            file.write(small[name].tobytes())
+        file.write(np.array([_whole(small)], np.int64).tobytes())
+        file.write(pictures)
+
+
+def _whole(small: Mapping[str, np.ndarray]) -> int:
+    total = 0
+    for name in _SMALL:
+        total = zlib.crc32(small[name].tobytes(), total)
+    return total
+
+
+class Part(NamedTuple):
+    """A part as it is found: where features and pictures begin, and what is said about them."""
+
+    start: int
+    pictures: int
+    channels: int
+    dtype: np.dtype
+    index: np.ndarray
+    crc32: np.ndarray
+    rows: list[dict[str, Any]]
+
+
+def read_part(path: epath.Path, identity: str) -> Part:
+    """What a part says of its features and pictures. Raises `UserError` where it is not whole."""
+    with reading(path), path.open("rb") as file:
+        header = parse_header(Path(path.name), path.stat().length, file)
+        infos = header.tensors
+        if header.metadata.get("prepared") != identity:
+            raise UserError(f"{path}: belongs to another preparation; {AGAIN}")
+        _check_shapes(path, infos)
+        small = {}
+        for name in (*_SMALL, "whole"):
+            file.seek(infos[name].start)
+            content = file.read(infos[name].nbytes)
+            small[name] = np.frombuffer(content, infos[name].numpy).reshape(infos[name].shape)
+    whole = int(small.pop("whole")[0])
+    if _whole(small) != whole:
+        raise UserError(f"{path}: is damaged (its checksum is wrong); {AGAIN}")
+    start, (count, channels) = infos["features"].start, infos["features"].shape
+    index = small["index"].astype(np.int64)
+    if (index < 0).any() or (index.sum(axis=2) > count).any():
+        raise UserError(f"{path}: is damaged (its index points outside); {AGAIN}")
+    rows = [json.loads(line) for line in small["rows"].tobytes().split(b"\n")]
+    if not all(_is_row(row, infos["pictures"].nbytes) for row in rows):
+        raise UserError(f"{path}: is damaged (a row is no row); {AGAIN}")
+    dtype = infos["features"].numpy
+    return Part(start, infos["pictures"].start, channels, dtype, index, small["crc32"], rows)
+
+
+def _check_shapes(path: epath.Path, infos: Mapping[str, FileInfo]) -> None:
+    wanted = {"features": (TYPES, 2), "index": (("I32",), 3), "crc32": (("I64",), 2)}
+    wanted |= {"rows": (("U8",), 1), "pictures": (("U8",), 1), "whole": (("I64",), 1)}
+    if infos.keys() != wanted.keys():
+        raise UserError(f"{path}: holds {', '.join(sorted(infos))}, which is no part; {AGAIN}")
+    raise_if(
+        f"{path}: {name} is {infos[name].dtype} {list(infos[name].shape)}; {AGAIN}"
+        for name, (types, dims) in wanted.items()
+        if infos[name].dtype not in types or len(infos[name].shape) != dims
+    )
+    captions = infos["index"].shape[0]
+    if infos["index"].shape[1:] != (ROLES, 2) or infos["crc32"].shape != (captions, ROLES):
+        raise UserError(f"{path}: its index has a wrong shape; {AGAIN}")
+    if infos["whole"].shape != (1,) or infos["features"].dtype not in DTYPES:
+        raise UserError(f"{path}: has a wrong shape; {AGAIN}")
+
+
+def _is_row(row: object, picture_bytes: int) -> bool:
+    """Whether a line of a part holds what `prepare` writes."""
+    if not isinstance(row, dict) or row.keys() != ROW_FIELDS:
+        return False
+    counts = lambda value, number: (
+        isinstance(value, list)
+        and len(value) == number
+        and all(type(n) is int and 0 <= n < 2**32 for n in value)
+    )
+    texts = lambda value: isinstance(value, list) and all(isinstance(text, str) for text in value)
+    shown = row["shown"]
+    return (
+        isinstance(row["captions"], list)
+        and all(texts(caption) and len(caption) == 2 for caption in row["captions"])
+        and isinstance(row["picture"], str)
+        and isinstance(row["digest"], str)
+        and re.fullmatch("[0-9a-f]{64}", row["digest"]) is not None
+        and texts(row["notes"])
+        and counts(row["size"], 2)
+        and counts(row["bucket"], 2)
+        and min(*row["size"], *row["bucket"]) > 0
+        and max(*row["size"], *row["bucket"]) < 2**31
+        and (shown is None or (counts(shown, 3) and sum(shown[:2]) <= picture_bytes))
+    )
+
+
+@contextlib.contextmanager
+def reading(path: str | os.PathLike) -> Iterator[None]:
+    """Makes faults of the file system, here or remote, a `UserError`."""
+    try:
+        yield
+    except ImportError as error:
+        raise UserError(
+            f"{path}: reading it needs another package ({error}); for gs:// pip install gcsfs"
+        ) from None
+    except FileNotFoundError:
+        raise UserError(f"{path}: is not there; check the path") from None
+    except OSError as error:
+        raise UserError(
+            f"{path}: cannot be read ({error.strerror or error}); check it and its permissions"
+        ) from error
+
+
+def make_folder(folder: epath.Path) -> None:
+    """Makes the folder of a preparation, where that means anything."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except ImportError as error:
+        raise UserError(
+            f"{folder}: writing it needs another package ({error}); for gs:// pip install gcsfs"
+        ) from None
+    except OSError as error:
+        raise UserError(
+            f"{folder}: cannot be made ({error.strerror or error}); choose another --out"
+        ) from error
+
+
+@contextlib.contextmanager
+def _appearing(path: epath.Path) -> Iterator:
+    """A file that gets its name when the block ends well; leftovers of the name are removed."""
+    partial = path.parent / f".{path.name}.{secrets.token_hex(4)}.partial"
+    try:
+        for old in path.parent.glob(f".{path.name}.*.partial"):
+            old.unlink(missing_ok=True)
+        try:
+            with partial.open("wb") as file:
+                yield file
+                file.flush()
+                if REMOTE not in str(path):
+                    os.fsync(file.fileno())
+            partial.replace(path)
+        except BaseException:
+            with contextlib.suppress(OSError):
+                partial.unlink(missing_ok=True)
+            raise
+    except OSError as error:
+        raise disk_error(error, path) from error
+
+
+def write_manifest(folder: epath.Path, manifest: Manifest) -> None:
+    """Writes the manifest; several processes may do so at once, all write the same."""
+    with _appearing(folder / MANIFEST) as file:
+        file.write(manifest.text().encode())

@@ -1,0 +1,221 @@
+"""Encodes a data set: python -m dopsd_jax.prepare --config FILE[:ARG] --out DIR
+
+What it writes is a data set itself: `train --config.data.path=DIR` then needs neither pictures nor
+encoders. Run `--shard=i --shards=n` for each i on as many machines as there are; they need not
+know of each other. The same command again goes on where it was stopped. See docs/data.md.
+"""
+
+import hashlib
+import io
+import json
+import os
+import time
+import zlib
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, TypeVar
+
+import numpy as np
+from absl import flags
+from etils import epath
+from ml_collections import config_flags
+from PIL import Image
+
+from dopsd_jax import errors, experiment, settings
+from dopsd_jax.data import prepared_parts as parts
+from dopsd_jax.data.dataset import Dataset, describe, measure, spread
+from dopsd_jax.data.rows import Rows
+from dopsd_jax.data.table import Chosen, Row
+from dopsd_jax.encoding import STUDENT, TEACHER, Encoder
+from dopsd_jax.errors import UserError
+from dopsd_jax.features import DIGESTS, teacher_settings
+from dopsd_jax.metrics import duration
+
+CONFIG = config_flags.DEFINE_config_file("config", None, "configuration file", lock_config=True)
+WORKDIR = flags.DEFINE_string("workdir", "runs/zimage", "where the caches go")
+OUT = flags.DEFINE_string("out", None, "folder of the prepared data set; may be gs://")
+SHARD = flags.DEFINE_integer("shard", 0, "which share of the parts is this process's", 0)
+SHARDS = flags.DEFINE_integer("shards", 1, "in how many shares the parts are divided", 1)
+BATCH = flags.DEFINE_integer("batch", 8, "captions that go through an encoder together", 1)
+ROWS = flags.DEFINE_integer("rows_per_part", 256, "rows a file; the same for all shards", 1)
+T = TypeVar("T")
+SHOWN = 64  # rows whose pictures are kept, for previews
+REPORT_SECONDS = 5.0
+
+
+def main() -> None:
+    config, workdir = CONFIG.value, Path(WORKDIR.value).expanduser()
+    settings.check(config)
+    if SHARD.value >= SHARDS.value:
+        raise UserError(f"--shard={SHARD.value}: must be below --shards={SHARDS.value}")
+    if parts.is_prepared(config.data.path):
+        raise UserError(f"config.data.path {config.data.path}: is a prepared data set already")
+
+    # ---- What is to be made; an earlier preparation must be of the same.
+    pipe, _ = experiment.open_pipeline(config, workdir)
+    buckets = experiment.data_buckets(config, pipe.size_multiple)
+    rows = experiment.open_rows(config, workdir)
+    root = Path(experiment.data_path(config, workdir)).expanduser()
+    root = root if root.is_dir() else root.parent
+    digests = pipe.encoder_digests(experiment.cache_folder(config, workdir) / DIGESTS)
+    made_from = {"buckets": [list(b) for b in buckets]} | digests | teacher_settings(config)
+    manifest = parts.Manifest(
+        len(rows.rows), ROWS.value, rows.prompt_keys, source_digest(rows.rows, root), made_from
+    )
+    out = OUT.value if parts.REMOTE in OUT.value else os.path.expanduser(OUT.value)
+    folder = open_folder(epath.Path(out), manifest)
+
+    # ---- This shard's share of it, without what is done.
+    own = range(SHARD.value, manifest.parts, SHARDS.value)
+    todo = [part for part in own if not is_done(folder, part, manifest)]
+    print(
+        f"shard {SHARD.value} of {SHARDS.value}: {len(own)} of {manifest.parts} parts, "
+        f"{len(own) - len(todo)} done",
+        flush=True,
+    )
+    if not todo:
+        return
+
+    # ---- Everything that can be wrong with its rows is found before anything is encoded.
+    numbers = [row for part in todo for row in manifest.rows_of(part)]
+    index = experiment.picture_index(config, workdir, f"{SHARD.value} of {SHARDS.value}")
+    share = Rows(Chosen(rows.rows, numbers), rows.prompt_keys, rows.notes)
+    dataset = measure(share, buckets, experiment.limits(config), index=index)
+    print("\n".join(describe(dataset, config.batch_size * config.accumulate)), flush=True)
+    encoder = Encoder(pipe, dataset, config.teacher)
+    captions = dataset.captions()
+    lengths = encoder.lengths(captions)
+
+    # ---- Part by part.
+    shown, progress = set(spread(manifest.rows, SHOWN)), Progress(2 * len(captions))
+    row = caption = 0  # the first ones of the part, among this shard's
+    for part in todo:
+        pictures, records = io.BytesIO(), []
+        for number in manifest.rows_of(part):
+            kept = keep_picture(encoder.image(row), pictures) if number in shown else None
+            records.append(record(dataset, row, root, kept))
+            row += 1
+        own = captions[caption : caption + sum(len(r["captions"]) for r in records)]
+        made = encoder.encode(dict.fromkeys(own, (STUDENT, TEACHER)), BATCH.value)
+        place = {name: i for i, name in enumerate(own)}
+        parts.write_part(
+            folder / parts.part_name(part),
+            manifest.identity,
+            lengths[caption : caption + len(own)],
+            ((place[name], role, features) for name, role, features in progress.over(made)),
+            records,
+            pictures.getvalue(),
+            pipe.config.caption_dim,
+            np.dtype(pipe.dtype),
+        )
+        caption += len(own)
+    print(f"prepared: {folder}, shard {SHARD.value} of {SHARDS.value}", flush=True)
+
+
+def open_folder(folder: epath.Path, manifest: parts.Manifest) -> epath.Path:
+    """Makes the folder, or checks that what it holds was made from the same."""
+    if not parts.is_prepared(folder):
+        parts.make_folder(folder)
+        parts.write_manifest(folder, manifest)
+        return folder
+    old = parts.read_manifest(folder)
+    faults = [
+        f"{folder}: was begun with {what} {was}, now {now}; give another --out, or set it back"
+        for what, was, now in (
+            ("--rows_per_part", old.rows_per_part, manifest.rows_per_part),
+            ("prompt keys", old.prompt_keys, manifest.prompt_keys),
+            ("rows", old.rows, manifest.rows),
+        )
+        if was != now
+    ]
+    if not faults and old.source != manifest.source:
+        faults.append(
+            f"{folder}: was begun with other captions or names of pictures; give another --out"
+        )
+    faults += [
+        f"{folder}: was begun with {name} {str(old.settings.get(name))[:60]}, now "
+        f"{str(value)[:60]}; give another --out, or set it back"
+        for name, value in manifest.settings.items()
+        if old.settings.get(name) != value
+    ]
+    errors.raise_if(faults)
+    return folder
+
+
+def is_done(folder: epath.Path, part: int, manifest: parts.Manifest) -> bool:
+    """Whether a part is there and whole; one that is not is made again."""
+    path = folder / parts.part_name(part)
+    with parts.reading(path):
+        if not path.exists():
+            return False
+    try:
+        parts.read_part(path, manifest.identity)
+    except UserError as error:
+        print(f"{error.problems[0]} (it is made again now)", flush=True)
+        return False
+    return True
+
+
+def source_digest(rows: Sequence[Row], root: Path) -> str:
+    """sha256 over the rows as they are named and captioned, wherever the folder lies."""
+    total = hashlib.sha256()
+    for row in rows:
+        total.update(json.dumps([picture_name(row, root), row.captions]).encode())
+    return total.hexdigest()
+
+
+def picture_name(row: Row, root: Path) -> str:
+    """The picture's name below the data set's folder."""
+    name = str(row.image)
+    return name.removeprefix(f"{root}{os.sep}")
+
+
+def keep_picture(image: np.ndarray, pictures: io.BytesIO) -> list[int]:
+    """Appends a picture as PNG; its place, size and checksum."""
+    png = io.BytesIO()
+    Image.fromarray(image).save(png, "PNG")
+    place = pictures.tell()
+    pictures.write(png.getvalue())
+    return [place, len(png.getvalue()), zlib.crc32(png.getvalue())]
+
+
+def record(dataset: Dataset, row: int, root: Path, shown: list[int] | None) -> Mapping[str, Any]:
+    """What a part says of a row."""
+    info = dataset.infos[row]
+    return {
+        "captions": [list(caption) for caption in dataset.rows[row].captions],
+        "picture": picture_name(dataset.rows[row], root),
+        "digest": info.digest,
+        "notes": list(info.notes),
+        "size": [info.width, info.height],
+        "bucket": list(dataset.buckets[row]),
+        "shown": shown,
+    }
+
+
+class Progress:
+    """Says from time to time how far the encoding is."""
+
+    def __init__(self, total: int):
+        self.total, self.done = total, 0
+        self.begin = self.said = time.monotonic()
+
+    def over(self, items: Iterable[T]) -> Iterator[T]:
+        """The same items, counted as they pass."""
+        for item in items:
+            yield item
+            self.done += 1
+            now = time.monotonic()
+            if now - self.said > REPORT_SECONDS or self.done == self.total:
+                left = (now - self.begin) / self.done * (self.total - self.done)
+                print(
+                    f"encoding: {self.done}/{self.total} ({self.done / self.total:.1%}), "
+                    f"{duration(left)} left",
+                    flush=True,
+                )
+                self.said = now
+
+
+if __name__ == "__main__":
+    flags.mark_flags_as_required(["config", "out"])
+    errors.run(main)

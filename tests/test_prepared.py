@@ -1,0 +1,248 @@
+"""A prepared data set trains as the data it was made from, and nothing damaged is read."""
+
+import json
+import shutil
+
+import jax
+import numpy as np
+import pytest
+from conftest import TINY_CONFIG, run_program
+from etils import epath
+from ml_collections import ConfigDict
+from PIL import Image
+
+from dopsd_jax.data import prepared_parts as parts
+from dopsd_jax.data.buckets import make_buckets
+from dopsd_jax.data.dataset import measure
+from dopsd_jax.data.prepared import Prepared
+from dopsd_jax.data.rows import load_rows
+from dopsd_jax.data.synthetic import write_folder
+from dopsd_jax.encoding import STUDENT, TEACHER, Encoder
+from dopsd_jax.errors import UserError
+from dopsd_jax.families.zimage_pipeline import Pipeline
+
+SETTINGS = {"buckets": [[64, 64]], "dtype": "float32"}
+CHANNELS = 6
+
+
+def feature(row, caption, role):
+    length = 3 + row + 2 * caption + 7 * role
+    return np.random.default_rng([row, caption, role]).normal(size=(length, CHANNELS))
+
+
+def write(folder, rows=5, rows_per_part=2, dtype=np.float32, keys=("short_en", "detailed_en")):
+    """A small prepared data set; its pictures are those of rows 0 and 3."""
+    folder = epath.Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    manifest = parts.Manifest(rows, rows_per_part, keys, "f" * 64, SETTINGS)
+    parts.write_manifest(folder, manifest)
+    for number in range(manifest.parts):
+        records, made, pictures = [], [], b""
+        for row in manifest.rows_of(number):
+            shown = None
+            if row in (0, 3):
+                png = (folder.parent / "x.png").as_posix()
+                Image.new("RGB", (64, 64), (row, 0, 0)).save(png)
+                content = epath.Path(png).read_bytes()
+                shown, pictures = [len(pictures), len(content), _crc(content)], pictures + content
+            records.append({
+                "captions": [[key, f"{key} {row}"] for key in keys], "picture": f"{row}.png",
+                "digest": f"{row:064x}", "notes": [], "size": [64 + row, 64], "bucket": [64, 64],
+                "shown": shown,
+            })  # fmt: skip
+            made += [[feature(row, i, role).astype(dtype) for role in (0, 1)] for i in (0, 1)]
+        lengths = np.array([[len(f) for f in pair] for pair in made])
+        order = [(i, role, made[i][role]) for role in (1, 0) for i in range(len(made))]
+        path = folder / parts.part_name(number)
+        parts.write_part(
+            path, manifest.identity, lengths, order, records, pictures, CHANNELS, np.dtype(dtype)
+        )
+    return folder
+
+
+def _crc(content):
+    return parts.zlib.crc32(content)
+
+
+def problems_of(call, *args, **kwargs):
+    with pytest.raises(UserError) as caught:
+        call(*args, **kwargs)
+    return caught.value.problems
+
+
+@pytest.mark.parametrize("dtype", [np.float32, jax.numpy.bfloat16])
+def test_every_feature_comes_back(tmp_path, dtype):
+    prepared = Prepared(write(tmp_path / "set", dtype=dtype))
+    for row in range(5):
+        for caption in range(2):
+            for role, found in enumerate(prepared.load((row, caption))):
+                np.testing.assert_array_equal(found, feature(row, caption, role).astype(dtype))
+    assert (prepared.longest(STUDENT), prepared.longest(TEACHER)) == (9, 16)
+    assert [row.captions[1][1] for row in prepared.rows] == [f"detailed_en {i}" for i in range(5)]
+    assert prepared.rows[4].where.endswith("set:4")
+    assert [info.width for info in prepared.infos] == [64, 65, 66, 67, 68]
+    assert prepared.shown == [0, 3] and prepared.picture(3)[5, 5].tolist() == [3, 0, 0]
+
+
+def test_some_of_the_prompt_keys(tmp_path):
+    folder = write(tmp_path / "set")
+    prepared = Prepared(folder, ["detailed_en"])
+    assert prepared.rows[2].captions == (("detailed_en", "detailed_en 2"),)
+    np.testing.assert_array_equal(
+        prepared.load((2, 0))[1], feature(2, 1, TEACHER).astype(np.float32)
+    )
+    assert prepared.longest(STUDENT) == 9 and Prepared(folder, ["short_en"]).longest(0) == 7
+    assert "was prepared with short_en, detailed_en only" in problems_of(Prepared, folder, ["x"])[0]
+
+
+def test_missing_and_foreign_parts_are_told(tmp_path):
+    folder = write(tmp_path / "set")
+    (folder / parts.part_name(1)).unlink()
+    assert "1 of 3 parts are missing (1)" in problems_of(Prepared, folder)[0]
+    other = write(tmp_path / "other", keys=("short_en", "medium_en"))
+    shutil.copy(other / parts.part_name(1), folder)
+    assert "belongs to another preparation" in problems_of(Prepared, folder)[0]
+    folder = write(tmp_path / "set")
+    shutil.copy(folder / parts.part_name(2), folder / parts.part_name(0))
+    assert "holds other rows" in problems_of(Prepared, folder)[0]
+    prepared = Prepared(write(tmp_path / "set"))
+    prepared.check(SETTINGS, {})
+    problems = problems_of(
+        prepared.check, {"buckets": [], "dtype": "bfloat16"}, {"buckets": "B", "dtype": "D"}
+    )
+    assert len(problems) == 2 and "with D float32, now it is bfloat16" in problems[1]
+
+
+def test_no_damage_passes(tmp_path):
+    """Every byte of a part is covered: by its header's checks, or by a checksum."""
+    folder = write(tmp_path / "set", rows=1)
+    path = folder / parts.part_name(0)
+    whole = path.read_bytes()
+    everything = lambda p: [p.load((0, 0)), p.load((0, 1)), p.picture(0)]
+    expected = everything(Prepared(folder))
+    rng = np.random.default_rng(0)
+    for place in rng.choice(len(whole), 150, replace=False):
+        path.write_bytes(whole[:place] + bytes([whole[place] ^ 4]) + whole[place + 1 :])
+        try:
+            found = everything(Prepared(folder))
+        except UserError:
+            continue
+        jax.tree.map(np.testing.assert_array_equal, found, expected)  # padding of the header
+    for cut in (0, 5, 100, len(whole) // 2, len(whole) - 1):
+        path.write_bytes(whole[:cut])
+        assert problems_of(lambda: everything(Prepared(folder))), cut
+
+
+@pytest.mark.parametrize(
+    "text", ["", "[]", "{}", '{"format": 2}', '{"format": 1, "rows": -1}', "{" * 9]
+)
+def test_a_damaged_manifest_is_told(tmp_path, text):
+    folder = write(tmp_path / "set")
+    (folder / parts.MANIFEST).write_text(text)
+    assert "prepared.json: is " in problems_of(Prepared, folder)[0]
+
+
+def test_a_write_that_is_stopped_leaves_no_part(tmp_path):
+    folder = write(tmp_path / "set", rows=2)
+    path = folder / parts.part_name(0)
+    old = path.read_bytes()
+
+    def stopped():
+        yield 0, 0, np.zeros((3, CHANNELS), np.float32)
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        parts.write_part(
+            path, "i", np.array([[3, 3]]), stopped(), [], b"", CHANNELS, np.dtype(np.float32)
+        )
+    assert path.read_bytes() == old
+    assert sorted(p.name for p in folder.iterdir()) == [path.name, parts.MANIFEST]
+
+
+def test_prepared_data_on_remote_storage(tmp_path, monkeypatch):
+    """gs:// goes through fsspec; here its memory stands in for the bucket."""
+    fsspec = pytest.importorskip("fsspec")
+    from fsspec.implementations.memory import MemoryFileSystem
+
+    class Bucket(MemoryFileSystem):
+        protocol = ("gs", "gcs")
+        store, pseudo_dirs = {}, [""]
+
+        def __init__(self, *args, finalize_on_close=None, **kwargs):
+            super().__init__(*args, **kwargs)
+
+    for name in Bucket.protocol:
+        fsspec.register_implementation(name, Bucket, clobber=True)
+    local = write(tmp_path / "set")
+    remote = epath.Path("gs://bucket/set")
+    for path in local.iterdir():
+        with remote.joinpath(path.name).open("wb") as file:
+            file.write(path.read_bytes())
+    prepared = Prepared("gs://bucket/set")
+    np.testing.assert_array_equal(prepared.load((4, 1)), Prepared(local).load((4, 1)))
+
+
+# --- with the encoders
+
+
+def test_batches_give_what_single_captions_give(tiny_model, tmp_path):
+    dataset = measure(load_rows(write_folder(tmp_path / "set", count=5)), make_buckets(128)[:2])
+    pipe = Pipeline(tiny_model)
+    teacher = ConfigDict(
+        {"doubled_template": False, "min_pixels": 64 * 64, "max_pixels": 128 * 128}
+    )
+    encoder = Encoder(pipe, dataset, teacher)
+    wanted = dict.fromkeys(dataset.captions(), (STUDENT, TEACHER))
+    encode = lambda batch: {(c, role): f for c, role, f in encoder.encode(wanted, batch)}
+    one, some = encode(1), encode(3)
+    assert one.keys() == some.keys() and len(one) == 10
+    lengths = encoder.lengths(list(wanted))
+    for (caption, role), found in some.items():
+        assert len(found) == lengths[dataset.captions().index(caption), role]
+        np.testing.assert_allclose(found, one[caption, role], rtol=1e-5, atol=1e-5)
+    for (row, _), role in one:
+        if role == STUDENT:
+            text = dataset.rows[row].captions[0][1]
+            np.testing.assert_array_equal(one[(row, 0), role], pipe.student_features(text))
+
+
+def test_prepared_in_shards_then_trained_without_pictures_and_encoders(tiny_run, tmp_path):
+    """One at a time, so that the features are bit for bit those of the run that encoded itself."""
+    out, work = tmp_path / "set", tmp_path / "work"
+    work.mkdir()
+    for name in ("tiny_model", "tiny_data"):
+        shutil.copytree(tiny_run / name, work / name)
+    common = (*TINY_CONFIG, f"--workdir={work}", f"--out={out}", "--batch=1", "--rows_per_part=5")
+    first = run_program("prepare", *common, "--shard=1", "--shards=2")
+    assert first.returncode == 0, first.stderr
+    assert sorted(p.name for p in out.iterdir()) == [parts.part_name(1), parts.MANIFEST]
+    early = run_program("train", *TINY_CONFIG, f"--config.data.path={out}", f"--workdir={work}")
+    assert early.returncode == 2 and "1 of 2 parts are missing (0)" in early.stderr
+    rest = run_program("prepare", *common)
+    assert rest.returncode == 0, rest.stderr
+    assert "2 of 2 parts, 1 done" in rest.stdout and "encoding: 10/10 (100.0%)" in rest.stdout
+
+    shutil.rmtree(work / "tiny_data")
+    shutil.rmtree(work / "features")
+    for encoder in ("vlm", "text_encoder"):
+        for weights in (work / "tiny_model" / encoder).glob("*.safetensors"):
+            weights.unlink()
+        shutil.rmtree(work / "tiny_model" / encoder)
+    run = run_program(
+        "train", *TINY_CONFIG, f"--config.model={work}/tiny_model", f"--config.data.path={out}",
+        f"--workdir={tmp_path}/run", "--config.steps=2",
+    )  # fmt: skip
+    assert run.returncode == 0, run.stderr
+    read = lambda folder: [
+        json.loads(x) for x in (folder / "metrics.jsonl").read_text().splitlines()
+    ]
+    for ours, theirs in zip(read(tmp_path / "run"), read(tiny_run), strict=False):
+        assert {k: ours[k] for k in ("loss", "gap", "grad_norm")} == {
+            k: theirs[k] for k in ("loss", "gap", "grad_norm")
+        }
+    facts = [
+        json.loads((d / "config.json").read_text())["facts"] for d in (tmp_path / "run", tiny_run)
+    ]
+    assert facts[0]["data"] == facts[1]["data"]
+    picture = "samples/step_000002.png"
+    assert (tmp_path / "run" / picture).exists()
