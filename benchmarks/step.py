@@ -23,11 +23,22 @@ from absl import flags
 from flax import nnx
 from ml_collections import config_flags
 
-from dopsd_jax import dopsd, errors, experiment, flops, lora, settings, sharding, state
+from dopsd_jax import (
+    dopsd,
+    errors,
+    experiment,
+    flops,
+    lora,
+    optimizers,
+    settings,
+    sharding,
+    state,
+)
 from dopsd_jax.errors import UserError, raise_if
 from dopsd_jax.families import zimage as family
 from dopsd_jax.models import attention, zimage
 from dopsd_jax.tiny import Size, configs
+from dopsd_jax.trained import trained
 
 PUBLISHED = "Tongyi-MAI/Z-Image-Turbo"
 SHIFT = 3.0  # only names a grid here: its values do not change the time
@@ -138,7 +149,7 @@ def image_work(config, sizes, latent, grid, kernel) -> flops.StepWork:
         rows_student=pad(STUDENT.value),
         rows_teacher=pad(TEACHER.value),
         steps=len(grid) - 1,
-        chosen=experiment.adapters(config, sizes),
+        chosen=trained(config, sizes).chosen,
         rank=config.lora.rank,
         remat=config.remat,
         flash=kernel != "xla",
@@ -156,11 +167,11 @@ def time_jax(config, sizes, latent, grid, kernel, mesh) -> list[float]:
     graphdef, base = nnx.split(model)
     base = random_weights(base, jnp.dtype(config.base_dtype), mesh)
     model = nnx.merge(graphdef, base)
-    chosen = experiment.adapters(config, sizes)
+    chosen = trained(config, sizes).chosen
     lora.attach(model, chosen, config.lora.rank, config.lora.alpha, jax.random.key(0))
     graphdef, student, base = nnx.split(model, nnx.LoRAParam, ...)
     teacher = state.Teacher(**{f: config.teacher[f] for f in state.Teacher._fields})
-    tx = state.optimizer(config)
+    tx = optimizers.optimizer(config)
     start = state.create(student, teacher, tx)
     start = jax.device_put(start, sharding.replicated(start, mesh))
     step = experiment.make_step(config, graphdef, grid, teacher, tx)

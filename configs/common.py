@@ -18,7 +18,7 @@ def defaults() -> ConfigDict:
     # The run.
     c.family = "zimage"
     c.method = "dopsd"
-    c.train = "lora"
+    c.train = "lora"  # lora: adapters beside the frozen network; full: every parameter of it
     c.seed = 30
     c.steps = 2000  # optimizer steps
     c.batch_size = 4  # images a micro-batch, over all devices
@@ -26,6 +26,11 @@ def defaults() -> ConfigDict:
     c.checkpoint_every = 500  # steps; the LoRA file is written at the same time
     c.keep_checkpoints = 3  # newest ones kept; LoRA files are all kept
     c.keep_every = 0  # steps; checkpoints at multiples of it are kept for ever; 0: none
+    # What a full run delivers; adapters are always written for diffusers and ComfyUI at once.
+    c.export = "diffusers"  # a whole model folder; comfyui: the transformer in one file; or both
+    c.export_dtype = "bfloat16"  # of the transformer in it: bfloat16, float16, float32
+    c.export_weights = "student"  # or teacher: its weights instead, also for adapters
+    c.export_every = 0  # steps; only the newest is kept. 0: only at the end
     c.sample_every = 100  # steps between sample grids; 0: only at the start and the end
     c.sample_rows = 4  # rows of the data set shown in the grids
 
@@ -60,7 +65,10 @@ def defaults() -> ConfigDict:
     c.lora.targets = "blocks"  # a preset of the family, or a list of patterns
     c.lora.init_from = ""  # a LoRA file to start from
 
-    # The optimizer.
+    # The optimizer. Weight decay spares norms, biases and learned tokens.
+    c.optimizer = "adamw"  # adafactor: no first moment, the second by rows and columns
+    c.moments_dtype = "float32"  # of adamw; bfloat16: half the memory, rounded at random
+    c.offload = ""  # kept in host memory between uses: teacher, optimizer, or both
     c.learning_rate = 1e-4
     c.lr_schedule = "constant"  # constant, linear, cosine
     c.warmup_steps = 0

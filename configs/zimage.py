@@ -1,8 +1,9 @@
 """Z-Image-Turbo.
 
 `configs/zimage.py` or `:lora`: the released LoRA recipe; set config.data.path, and config.model
-and config.teacher.vlm to folders if you have them. `:tiny`: the same program on a miniature and
-pictures made on the spot, on a laptop.
+and config.teacher.vlm to folders if you have them. `:full`: every parameter of the transformer, for
+several large devices. `:tiny`, `:tiny_full`: the same programs on a miniature and pictures made on
+the spot, on a laptop.
 """
 
 import importlib.util
@@ -22,11 +23,31 @@ def _common():
 
 def get_config(arg: str | None = None) -> ConfigDict:
     common = _common()
-    name = common.parse_arg(arg, ("lora", "tiny"))
+    name = common.parse_arg(arg, ("lora", "full", "tiny", "tiny_full"))
     c = common.defaults()
     c.model = "Tongyi-MAI/Z-Image-Turbo"
     c.teacher.vlm = "Qwen/Qwen3-VL-4B-Instruct"
-    return tiny(c) if name == "tiny" else c
+    if name.endswith("full"):
+        full(c)
+    if name.startswith("tiny"):
+        tiny(c)
+    if name == "tiny_full":
+        c.learning_rate = 1e-4
+    return c
+
+
+def full(c: ConfigDict) -> ConfigDict:
+    """No settings are published for it (d-opsd.md 7); these are the usual ones for its size."""
+    c.train = "full"
+    c.base_dtype = "float32"  # what is trained is kept in float32
+    c.learning_rate = 1e-5  # a tenth of the adapters': every weight moves
+    c.warmup_steps = 100
+    c.batch_size = 8
+    c.mesh.data = 1
+    c.mesh.fsdp = -1  # student, teacher, moments and gradient: 24.6 GB each, split over all devices
+    c.keep_checkpoints = 2  # of 98 GB each
+    c.sample_every = 250
+    return c
 
 
 def tiny(c: ConfigDict) -> ConfigDict:
@@ -39,6 +60,7 @@ def tiny(c: ConfigDict) -> ConfigDict:
     c.data.resolution = 128
     c.data.buckets = "128x128,144x112"  # few shapes: each is compiled once
     c.steps = 30
+    c.warmup_steps = 0
     c.batch_size = 2
     c.checkpoint_every = 15
     c.sample_every = 15

@@ -9,7 +9,8 @@ import jax
 from absl import flags
 from ml_collections import config_flags
 
-from dopsd_jax import errors, experiment, flops, footprint, settings, slices
+from dopsd_jax import errors, flops, footprint, settings, slices
+from dopsd_jax.trained import trained
 
 CONFIG = config_flags.DEFINE_config_file(
     "config", None, "configuration file, with :argument", lock_config=True
@@ -37,7 +38,7 @@ def main() -> int:
         rows_student=STUDENT_ROWS.value,
         rows_teacher=TEACHER_ROWS.value,
     )
-    memory = flops.memory(size, experiment.adapters(config, size), config.lora.rank, base_bytes=1)
+    memory = flops.memory(size, trained(config, size).chosen, config.lora.rank, base_bytes=1)
     print(
         f"network: {origin}, {memory.base_parameters:,} parameters, adapters "
         f"{memory.adapter_parameters:,}",

@@ -28,7 +28,7 @@ NOTHING = 1e-3  # relative gap below which the context changes nothing
 
 def main() -> None:
     config, workdir = CONFIG.value, Path(WORKDIR.value).expanduser()
-    settings.check(config)
+    settings.check(config, config_flags.get_override_values(flags.FLAGS["config"]))
     mesh = sharding.make_mesh(config.mesh)
     pipe, _ = experiment.open_pipeline(config, workdir, mesh)
     size = pipe.config
@@ -45,13 +45,14 @@ def main() -> None:
     print("\n".join(budget(config, pipe, plan, features)), flush=True)
 
     previews = Previews(pipe, features, rows_of(dataset, config.sample_rows), workdir)
-    teacher = plan.start.student if plan.start.teacher is None else plan.start.teacher
+    start = plan.begin(pipe.hand_over())
+    teacher = start.student if start.teacher is None else start.teacher
     gaps = [
-        gap(pipe.split, plan.start.student, teacher, s.contexts, s.noise, plan.grid)
+        gap(pipe.split, start.student, teacher, s.contexts, s.noise, plan.grid)
         for s in previews.samples
     ]
     print("teacher: relative gap by step, " + ", ".join(f"{g:.3f}" for g in np.mean(gaps, axis=0)))
-    grid = previews.rows(plan.start.student, teacher)
+    grid = previews.rows(start.student, teacher)
     path = workdir / "check.png"
     pictures.save_grid(path, COLUMNS, grid, title="before step 1")
     distance = lambda column: float(np.mean([_rms(r.images[column], r.images[3]) for r in grid]))
@@ -71,14 +72,16 @@ def budget(config, pipe, plan, features) -> list[str]:
     """Parameters, memory that lives as long as the run, and the work of a step."""
     width, height = max(features.dataset.buckets, key=lambda b: b.width * b.height)
     h, w, _ = pipe.latent_shape(height, width)
-    memory = flops.memory(
-        pipe.config,
-        plan.chosen,
-        config.lora.rank,
-        base_bytes=1,
-        teacher_copy=plan.start.teacher is not None,
-    )
-    memory = memory._replace(base=sharding.whole_bytes(pipe.split[2]))  # of mixed types
+    size = sharding.whole_bytes
+    count = lambda tree: sum(x.size for x in jax.tree.leaves(tree))
+    like = plan.like
+    memory = {
+        "base": size(pipe.split[2]),
+        "student": size(like.student),
+        "gradient": size(like.student),
+        "teacher": size(like.teacher),
+        "optimizer": size(like.opt_state),
+    }
     work = flops.step_work(
         pipe.config,
         height=h,
@@ -86,18 +89,19 @@ def budget(config, pipe, plan, features) -> list[str]:
         rows_student=features.student_rows,
         rows_teacher=features.teacher_rows,
         steps=len(plan.grid) - 1,
-        chosen=plan.chosen,
+        chosen=plan.trained.chosen,
         rank=config.lora.rank,
+        full=config.train == "full",
         remat=config.remat,
         flash=pipe.attention != "xla",
     )
     images = config.batch_size * config.accumulate
     gib = lambda n: f"{n / 2**30:.3g} GiB"
     return [
-        f"parameters: base {memory.base_parameters:,}, adapters {memory.adapter_parameters:,}",
-        f"memory (unsplit, without activations): base {gib(memory.base)}, adapters "
-        f"{gib(memory.adapters)}, teacher {gib(memory.teacher)}, optimizer "
-        f"{gib(memory.optimizer)}; in all {gib(memory.total)}",
+        f"parameters: {count(pipe.split[2]):,} of the base, {count(like.student):,} trained",
+        "memory (unsplit, without activations): "
+        + ", ".join(f"{name} {gib(bytes)}" for name, bytes in memory.items() if bytes)
+        + f"; in all {gib(sum(memory.values()))}",
         f"work a step of {images} images at {width}x{height}: {work.model * images / 1e12:.4g} "
         f"TFLOP, executed {work.executed * images / 1e12:.4g}; attention {pipe.attention}, remat "
         f"{config.remat}",

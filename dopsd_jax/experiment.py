@@ -10,7 +10,7 @@ from flax import nnx
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from dopsd_jax import dopsd, lora, settings, sharding, state
+from dopsd_jax import dopsd, optimizers, settings, sharding, state
 from dopsd_jax.data.buckets import Bucket, make_buckets, parse_buckets
 from dopsd_jax.data.cache import FeatureCache
 from dopsd_jax.data.dataset import Dataset, measure
@@ -22,34 +22,33 @@ from dopsd_jax.data.rows import Rows, load_rows
 from dopsd_jax.data.synthetic import write_folder
 from dopsd_jax.errors import UserError
 from dopsd_jax.families import zimage as family
-from dopsd_jax.families.zimage_pipeline import Pipeline, lora_layers
-from dopsd_jax.lora import Slot
-from dopsd_jax.models import attention, zimage
+from dopsd_jax.families.zimage_pipeline import Pipeline
+from dopsd_jax.models import attention, quantised, zimage
 from dopsd_jax.tiny import make_tiny
-from dopsd_jax.weights import hub, lora_files
+from dopsd_jax.trained import VARIABLES, Trained, trained
+from dopsd_jax.weights import hub
 
 BUCKETS = "buckets (config.data.resolution, config.data.buckets)"
 TINY = "tiny"  # config.model, config.data.path: made in the work directory
 
 
 class Plan(NamedTuple):
-    """The step of a configuration: grid, adapted layers, and the compiled function."""
+    """The step of a configuration.
+
+    like: shapes, types and placement of the training state; nothing is allocated for it.
+    begin: the state before step 1, from the trained part of the network, which it takes over.
+    step: the compiled optimizer step; see `state.make_step`.
+    """
 
     grid: tuple[float, ...]
-    chosen: dict[str, Slot]
-    scale: float
-    start: state.TrainState
+    trained: Trained
+    like: state.TrainState
+    begin: Callable[[nnx.State], state.TrainState]
     step: Callable
 
     def describe(self) -> list[str]:
         """What is trained, in a few lines."""
-        kinds: dict[str, int] = {}
-        for path in self.chosen:
-            kind = ".".join(part for part in path.split(".") if not part.isdigit())
-            kinds[kind] = kinds.get(kind, 0) + 1
-        count = sum(x.size for x in jax.tree.leaves(self.start.student))
-        lines = [f"adapters: {len(self.chosen)} layers, {count:,} parameters"]
-        lines += [f"  {number:4d} {kind}" for kind, number in sorted(kinds.items())]
+        lines = self.trained.describe(self.like.student)
         return [*lines, "grid: " + ", ".join(f"{sigma:.4f}" for sigma in self.grid)]
 
 
@@ -88,6 +87,7 @@ def open_pipeline(
         attention="xla",
         remat=config.remat,
         sharding_for=place,
+        trained=VARIABLES[config.train],
     )
     dtype, size = jnp.dtype(config.dtype), pipe.config.head_dim
     pipe.attention = attention.resolve(config.attention, jax.default_backend(), dtype, size)
@@ -157,43 +157,65 @@ def picture_index(config: ConfigDict, workdir: Path, name: str = "") -> PictureI
     return PictureIndex(FeatureCache(cache_folder(config, workdir)), f"{where} {name}")
 
 
-def adapters(config: ConfigDict, model: zimage.ZImageConfig) -> dict[str, Slot]:
-    """The layers that config.lora.targets names."""
-    targets = settings.values(config.lora.targets)
-    return lora.select(lora.slots(zimage.names(model)), targets, family.LORA_PRESETS)
-
-
 def check_method(config: ConfigDict, pipe: Pipeline) -> None:
     """Raises `UserError` for a grid, a loss, targets or a LoRA file that do not fit the model."""
     grid = family.grid(settings.values(config.grid), pipe.shift)
     loss, loss_steps = settings.values(config.loss), settings.values(config.loss_steps)
     dopsd.make_nodes(grid, loss, loss_steps, jax.random.key(0))
-    adapters(config, pipe.config)
-    if config.lora.init_from:
-        lora_files.read_lora(config.lora.init_from, lora_layers(pipe.config))
+    trained(config, pipe.config).check()
 
 
 def make_plan(config: ConfigDict, pipe: Pipeline, mesh: Mesh) -> Plan:
-    """Attaches adapters to the pipeline's transformer and makes the training step around it."""
-    grid = family.grid(settings.values(config.grid), pipe.shift)
-    chosen = adapters(config, pipe.config)
-    scale = config.lora.alpha / config.lora.rank
-    lora.attach(
-        pipe.transformer, chosen, config.lora.rank, config.lora.alpha, jax.random.key(config.seed)
+    """The training step around the pipeline's transformer, which is loaded."""
+    what = trained(config, pipe.config)
+    what.attach(pipe.transformer)
+    graphdef, student, _ = pipe.split
+    return _plan(config, what, graphdef, student, pipe.shift, mesh)
+
+
+def abstract_plan(
+    config: ConfigDict, size: zimage.ZImageConfig, attention: str, shift: float, mesh: Mesh
+) -> tuple[Plan, nnx.State]:
+    """`make_plan` for a network that is not loaded, with its base: shapes and placements only.
+
+    `attention`: a resolved name of `attention.IMPLEMENTATIONS`; `shift`: the scheduler's.
+    """
+    what = trained(config, size)
+
+    def build():
+        network = zimage.ZImage(
+            size, dtype=config.dtype, attention=attention, remat=config.remat, rngs=nnx.Rngs(0)
+        )
+        if config.base_dtype in quantised.SCHEMES:
+            quantised.quantised(network, config.base_dtype)
+        what.attach(network)
+        return network
+
+    graphdef, student, base = nnx.split(nnx.eval_shape(build), what.variables, ...)
+    stored = jnp.dtype(quantised.stored_type(config.base_dtype))
+    cast = lambda leaf: leaf.replace(jax.ShapeDtypeStruct(leaf.shape, stored))
+    flat = [(p, cast(v) if type(v) is nnx.Param else v) for p, v in nnx.to_flat_state(base)]
+    base = nnx.from_flat_state(flat)
+    plan = _plan(config, what, graphdef, student, shift, mesh)
+    return plan, sharding.abstract(base, sharding.state_shardings(base, mesh))
+
+
+def _plan(config, what: Trained, graphdef, student, shift: float, mesh: Mesh) -> Plan:
+    grid = family.grid(settings.values(config.grid), shift)
+    teacher = state.Teacher(**{f: config.teacher[f] for f in state.Teacher._fields})
+    tx = optimizers.optimizer(config)
+    create = lambda student: state.create(student, teacher, tx)
+    like = jax.eval_shape(create, student)
+    placement = state.offload(
+        sharding.state_shardings(like, mesh), like, settings.names(config.offload)
     )
-    student = pipe.split[1]
-    if config.lora.init_from:
-        file = lora_files.read_lora(config.lora.init_from, lora_layers(pipe.config))
-        student = lora.load(student, chosen, file.modules, scale, config.lora.init_from)
-    teacher, tx = (
-        state.Teacher(**{f: config.teacher[f] for f in state.Teacher._fields}),
-        state.optimizer(config),
-    )
-    start = state.create(student, teacher, tx)
-    placement = sharding.replicated(start, mesh)
-    start = jax.device_put(start, placement)
-    step = make_step(config, pipe.split[0], grid, teacher, tx, placement)
-    return Plan(grid, chosen, scale, start, step)
+    jitted = jax.jit(create, out_shardings=placement, donate_argnums=0)
+    step = make_step(config, graphdef, grid, teacher, tx, placement)
+
+    def begin(student: nnx.State) -> state.TrainState:
+        return jitted(jax.device_put(what.start(student), placement.student))
+
+    return Plan(grid, what, sharding.abstract(like, placement), begin, step)
 
 
 def make_step(
@@ -217,4 +239,4 @@ def make_step(
             net, student, target, base, contexts, noise, nodes, every_step=loss_steps == "all"
         )
 
-    return state.make_step(method, tx, teacher, state.schedule(config), config.seed, placement)
+    return state.make_step(method, tx, teacher, optimizers.schedule(config), config.seed, placement)

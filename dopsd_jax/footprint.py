@@ -8,15 +8,14 @@ from pathlib import Path
 
 import jax
 import jax.numpy as jnp
-from flax import nnx
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from dopsd_jax import dopsd, experiment, flops, lora, settings, sharding, state
+from dopsd_jax import dopsd, experiment, flops, settings, sharding
 from dopsd_jax.errors import raise_if
 from dopsd_jax.families import zimage as family
 from dopsd_jax.hlo import Collectives, collectives
-from dopsd_jax.models import attention, quantised, zimage
+from dopsd_jax.models import attention, zimage
 from dopsd_jax.tiny import configs as tiny
 from dopsd_jax.weights import networks
 from dopsd_jax.weights.stored import read_config
@@ -90,20 +89,9 @@ def compile_step(
     mesh = sharding.make_mesh(config.mesh, devices)
     sharding.check(mesh, batch_size=config.batch_size, heads=size.heads, hidden=size.hidden_dim)
     _check(size, case)
-    chosen = experiment.adapters(config, size)
     kernel = attention.resolve(config.attention, devices[0].platform, config.dtype, size.head_dim)
-    graphdef, adapter, base = _network(config, size, chosen, kernel)
-    teacher, tx = (
-        state.Teacher(**{f: config.teacher[f] for f in state.Teacher._fields}),
-        state.optimizer(config),
-    )
-    start = jax.eval_shape(lambda student: state.create(student, teacher, tx), adapter)
-    placement = sharding.replicated(start, mesh)
-    grid = family.grid(settings.values(config.grid), SHIFT)
-    step = experiment.make_step(config, graphdef, grid, teacher, tx, placement)
-
-    start = sharding.abstract(start, placement)
-    base = sharding.abstract(base, sharding.base_shardings(base, mesh))
+    plan, base = experiment.abstract_plan(config, size, kernel, SHIFT, mesh)
+    start, grid, step = plan.like, plan.grid, plan.step
     batch = _batch(config, size, case, mesh)
     height, width = case.height // VAE_FACTOR, case.width // VAE_FACTOR
     capacity = flops.device_memory(devices[0].device_kind)
@@ -126,8 +114,9 @@ def compile_step(
             rows_student=case.rows_student,
             rows_teacher=case.rows_teacher,
             steps=len(grid) - 1,
-            chosen=chosen,
+            chosen=plan.trained.chosen,
             rank=config.lora.rank,
+            full=config.train == "full",
             remat=config.remat,
             flash=kernel != "xla",
             taught=_taught(config, len(grid) - 1),
@@ -216,29 +205,6 @@ def _advice(report: Report, config: ConfigDict) -> list[str]:
         advice.append("--config.mesh.data=1 --config.mesh.fsdp=-1: the base split over the devices")
     advice.append("--config.data.resolution or --config.lora.rank smaller, or a larger slice")
     return advice
-
-
-def _network(config, size, chosen, kernel):
-    """(graph, adapters, base) of the network, abstract."""
-
-    def build():
-        net = zimage.ZImage(
-            size,
-            dtype=config.dtype,
-            attention=kernel,
-            remat=config.remat,
-            rngs=nnx.Rngs(0),
-        )
-        if config.base_dtype in quantised.SCHEMES:
-            quantised.quantised(net, config.base_dtype)
-        lora.attach(net, chosen, config.lora.rank, config.lora.alpha, jax.random.key(0))
-        return net
-
-    graphdef, adapter, base = nnx.split(nnx.eval_shape(build), nnx.LoRAParam, ...)
-    stored = jnp.dtype(quantised.stored_type(config.base_dtype))
-    cast = lambda leaf: leaf.replace(jax.ShapeDtypeStruct(leaf.shape, stored))
-    flat = [(p, cast(v) if type(v) is nnx.Param else v) for p, v in nnx.to_flat_state(base)]
-    return graphdef, adapter, nnx.from_flat_state(flat)
 
 
 def _batch(config, size, case: Case, mesh: Mesh) -> dopsd.Contexts:

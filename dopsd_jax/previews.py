@@ -5,7 +5,6 @@ from pathlib import Path
 from typing import NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from dopsd_jax import pictures
@@ -44,7 +43,11 @@ def rows_of(dataset: Dataset, count: int) -> list[int]:
 
 
 class Previews:
-    """Grids of a few rows of the data set, with the deployed sampler; the same noise every time."""
+    """Grids of a few rows of the data set, with the deployed sampler; the same noise every time.
+
+    The base model's pictures are drawn here and kept: make it before the pipeline hands its weights
+    over to training.
+    """
 
     def __init__(self, pipe: Pipeline, features: Features, rows: Sequence[int], workdir: Path):
         self.pipe, self.workdir = pipe, workdir
@@ -57,11 +60,12 @@ class Previews:
             caption = features.dataset.rows[row].captions[0][1]
             contexts = features.contexts([(row, 0)])
             self.samples.append(Sample(caption, contexts, noise, features.image(row)))
-        nothing = jax.tree.map(jnp.zeros_like, pipe.split[1])
-        self.base = [self._picture(nothing, s.contexts.student, s.noise) for s in self.samples]
+        # Before training the trained part is the base model's: adapters add nothing yet.
+        base = pipe.split[1]
+        self.base = [self._picture(base, s.contexts.student, s.noise) for s in self.samples]
 
-    def _picture(self, adapter, context, noise) -> np.ndarray:
-        return self.pipe.decode(self.pipe.sample(adapter, noise, context, self.grid))[0]
+    def _picture(self, trained, context, noise) -> np.ndarray:
+        return self.pipe.decode(self.pipe.sample(trained, noise, context, self.grid))[0]
 
     def rows(self, student, teacher) -> list[pictures.Row]:
         """The pictures of every sample, in the order of `COLUMNS`."""

@@ -1,7 +1,7 @@
 """The fields a configuration has, and what each may hold."""
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 from dopsd_jax.errors import raise_if
@@ -28,10 +28,12 @@ def _name(*choices: str) -> Field:
     return Field("str", choices)
 
 
+EXPORTS = ("diffusers", "comfyui")
+OFFLOADED = ("teacher", "optimizer")
 FIELDS = {
     "family": _name("zimage"),
     "method": _name("dopsd"),
-    "train": _name("lora"),
+    "train": _name("lora", "full"),
     "seed": _int(0),
     "steps": _int(1),
     "batch_size": _int(1),
@@ -39,6 +41,10 @@ FIELDS = {
     "checkpoint_every": _int(1),
     "keep_checkpoints": _int(1),
     "keep_every": _int(0),
+    "export": Field("list"),
+    "export_weights": _name("student", "teacher"),
+    "export_dtype": _name("bfloat16", "float32", "float16"),
+    "export_every": _int(0),
     "sample_every": _int(0),
     "sample_rows": _int(1),
     "model": Field("str"),
@@ -62,6 +68,9 @@ FIELDS = {
     "lora.alpha": Field("float", above=0),
     "lora.targets": Field("name or list"),
     "lora.init_from": Field("str"),
+    "optimizer": _name("adamw", "adafactor"),
+    "moments_dtype": _name(*quantised.WHOLE),
+    "offload": Field("list"),
     "learning_rate": Field("float", above=0),
     "lr_schedule": _name("constant", "linear", "cosine"),
     "warmup_steps": _int(0),
@@ -85,6 +94,14 @@ FIELDS = {
     "mesh.context": Field("int"),
     "mesh.tensor": Field("int"),
 }
+
+
+# A field's value, and the fields that mean nothing with it.
+UNUSED = (
+    ("train", "full", ("lora.rank", "lora.alpha", "lora.targets")),
+    ("train", "lora", ("export", "export_dtype", "export_every")),
+    ("optimizer", "adafactor", ("adam_b1", "adam_b2", "adam_eps")),
+)
 
 
 def flat(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -116,8 +133,11 @@ def names(value: str | list | tuple) -> tuple:
     return tuple(item.strip() for item in value.strip("()[] ").split(",") if item.strip())
 
 
-def check(config: Mapping[str, Any]) -> None:
-    """Raises `UserError` with every field that is missing, unknown or off by itself."""
+def check(config: Mapping[str, Any], asked: Collection[str] = ()) -> None:
+    """Raises `UserError` with every field that is missing, unknown or off.
+
+    `asked`: fields that were set on the command line; there, one that means nothing is a fault.
+    """
     given = flat(config)
     faults = [f"config.{name}: is missing" for name in FIELDS if name not in given]
     faults += [f"config.{name}: there is no such field" for name in given if name not in FIELDS]
@@ -136,17 +156,56 @@ def check(config: Mapping[str, Any]) -> None:
         )
     if given["base_dtype"] in quantised.SCHEMES:
         faults += quantised.faults()
-        if given["train"] == "full":
+    if given["train"] == "full":
+        if given["base_dtype"] != "float32":
             faults.append(
-                f"config.base_dtype: {given['base_dtype']} is for a frozen base, and config.train "
-                f"full trains every weight; set it to {' or '.join(quantised.WHOLE)}, or train lora"
+                f"config.base_dtype: {given['base_dtype']} with config.train = full, which trains "
+                "every parameter in float32; set it to float32, or use configs/zimage.py:full"
             )
+        if given["lora.init_from"]:
+            faults.append(
+                "config.lora.init_from: config.train is full, there are no adapters; merge the "
+                "file into the model with tools/convert_weights.py merge and name that model"
+            )
+    faults += [
+        f"config.{name}: has no effect with config.{field} = {value}; leave it out"
+        for field, value, idle in UNUSED
+        for name in idle
+        if given[field] == value and name in asked
+    ]
+    faults += _listed("export", given["export"], EXPORTS)
+    faults += _listed("offload", given["offload"], OFFLOADED)
+    if given["train"] == "full" and not names(given["export"]):
+        faults.append(f"config.export: is empty; name {' or '.join(EXPORTS)}, or both")
+    if given["optimizer"] == "adafactor" and given["moments_dtype"] != "float32":
+        faults.append(
+            f"config.moments_dtype: {given['moments_dtype']} with config.optimizer = adafactor, "
+            "which keeps rows and columns only; set it to float32"
+        )
+    if given["teacher.weights"] == "live":
+        faults += [
+            f"config.{name}: names the teacher, which has no weights of its own with "
+            "config.teacher.weights = live"
+            for name, value in (
+                ("offload", names(given["offload"])),
+                ("export_weights", (given["export_weights"],)),
+            )
+            if "teacher" in value
+        ]
     if given["warmup_steps"] >= given["steps"]:
         faults.append(
             f"config.warmup_steps: {given['warmup_steps']} must be below config.steps, "
             f"{given['steps']}"
         )
     raise_if(faults)
+
+
+def _listed(name: str, value: Any, known: tuple[str, ...]) -> list[str]:
+    return [
+        f"config.{name}: {item!r} is not one of {', '.join(known)}"
+        for item in names(value)
+        if item not in known
+    ]
 
 
 def _fault(field: Field, value: Any) -> str | None:

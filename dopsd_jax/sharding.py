@@ -166,6 +166,16 @@ def replicated(tree: Tree, mesh: Mesh) -> Tree:
     return jax.tree.map(lambda _: NamedSharding(mesh, PartitionSpec()), tree)
 
 
+def to_device(tree: Tree) -> Tree:
+    """Inside a compiled function: arrays that lie in the host's memory brought to the device's."""
+
+    def fetch(x):
+        away = jax.typeof(x).memory_space == jax.memory.Space.Host
+        return jax.device_put(x, jax.memory.Space.Device) if away else x
+
+    return jax.tree.map(fetch, tree)
+
+
 def batch_sharding(mesh: Mesh) -> NamedSharding:
     """Of arrays [micro-batches, samples, ...]: samples over the axes data and fsdp."""
     return NamedSharding(mesh, PartitionSpec(None, BATCH_AXES))

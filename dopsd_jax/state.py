@@ -1,7 +1,7 @@
 """What training changes: student, teacher, optimizer; and one optimizer step around a method."""
 
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -9,8 +9,7 @@ import jax.numpy as jnp
 import optax
 
 from dopsd_jax.dopsd import Losses
-from dopsd_jax.errors import UserError
-from dopsd_jax.sharding import constrain_batch
+from dopsd_jax.sharding import constrain_batch, to_device
 
 Tree = Any
 
@@ -36,40 +35,6 @@ class Teacher(NamedTuple):
     warmup_decay: float = 0.999
 
 
-def schedule(config: Mapping) -> optax.Schedule:
-    """Learning rate by step: `constant`, `linear` or `cosine` (down to 0), after a warm-up."""
-    peak, warmup, steps = config["learning_rate"], config["warmup_steps"], config["steps"]
-    decays = {
-        "constant": lambda rest: optax.constant_schedule(peak),
-        "linear": lambda rest: optax.linear_schedule(peak, 0.0, rest),
-        "cosine": lambda rest: optax.cosine_decay_schedule(peak, rest),
-    }
-    if config["lr_schedule"] not in decays:
-        raise UserError(
-            f"config.lr_schedule: {config['lr_schedule']!r} is not one of {', '.join(decays)}"
-        )
-    decay = decays[config["lr_schedule"]](max(steps - warmup, 1))
-    if not warmup:
-        return decay
-    # The first step already moves: from peak / warmup, not from 0.
-    ramp = optax.linear_schedule(peak / warmup, peak, warmup - 1) if warmup > 1 else decay
-    return optax.join_schedules([ramp, decay], [warmup])
-
-
-def optimizer(config: Mapping) -> optax.GradientTransformation:
-    """AdamW after clipping by the global norm (d-opsd.md 7); `grad_clip` 0 turns clipping off."""
-    adamw = optax.adamw(
-        schedule(config),
-        b1=config["adam_b1"],
-        b2=config["adam_b2"],
-        eps=config["adam_eps"],
-        weight_decay=config["weight_decay"],
-    )
-    if not config["grad_clip"]:
-        return adamw
-    return optax.chain(optax.clip_by_global_norm(config["grad_clip"]), adamw)
-
-
 def create(student: Tree, teacher: Teacher, tx: optax.GradientTransformation) -> TrainState:
     """The state before step 1: the teacher is a copy of the student.
 
@@ -78,6 +43,21 @@ def create(student: Tree, teacher: Teacher, tx: optax.GradientTransformation) ->
     student = jax.tree.map(jnp.copy, student)
     copy = None if teacher.weights == "live" else jax.tree.map(jnp.copy, student)
     return TrainState(jnp.zeros((), jnp.int32), student, copy, tx.init(student))
+
+
+def offload(placement: TrainState, like: TrainState, names: Sequence[str]) -> TrainState:
+    """`placement` with the arrays of the named parts (teacher, optimizer) in the host's memory."""
+
+    def move(part: str, tree: Tree, shapes: Tree) -> Tree:
+        if part not in names:
+            return tree
+        place = lambda s, x: s.with_memory_kind("pinned_host") if x.ndim else s
+        return jax.tree.map(place, tree, shapes)
+
+    return placement._replace(
+        teacher=move("teacher", placement.teacher, like.teacher),
+        opt_state=move("optimizer", placement.opt_state, like.opt_state),
+    )
 
 
 def ema(teacher: Tree, student: Tree, rate) -> Tree:
@@ -133,13 +113,13 @@ def make_step(
         body = lambda carry, item: micro(state, base, carry, (item, latent))
         (gradient, _), losses = jax.lax.scan(body, (zeros, 0), batch)
         gradient = jax.tree.map(lambda g: g / count, gradient)
-        updates, opt_state = tx.update(gradient, state.opt_state, state.student)
+        updates, opt_state = tx.update(gradient, to_device(state.opt_state), state.student)
         student = optax.apply_updates(state.student, updates)
         shadow = state.teacher
         if teacher.weights == "ema":
             warm = state.step < teacher.warmup_steps
             rate = jnp.where(warm, 1 - teacher.warmup_decay, 1 - teacher.decay)
-            shadow = ema(shadow, student, rate.astype(jnp.float32))
+            shadow = ema(to_device(shadow), student, rate.astype(jnp.float32))
         metrics = {
             "loss": jnp.mean(losses.total),
             "loss_per_step": jnp.nanmean(losses.per_step, axis=0),

@@ -10,17 +10,15 @@ import numpy as np
 from absl import flags
 from ml_collections import config_flags
 
-from dopsd_jax import errors, experiment, lora, settings, sharding
+from dopsd_jax import errors, experiment, settings, sharding
 from dopsd_jax.checkpoint import Checkpoints
 from dopsd_jax.data.dataset import describe
 from dopsd_jax.data.loader import Batches, prefetch
 from dopsd_jax.errors import UserError
-from dopsd_jax.families.zimage_pipeline import lora_layers
 from dopsd_jax.features import Features
 from dopsd_jax.metrics import MetricsWriter, Progress, StepTimer
 from dopsd_jax.previews import Previews, rows_of
 from dopsd_jax.report import write_report
-from dopsd_jax.weights.lora_write import write_lora
 from dopsd_jax.workdir import open_workdir
 
 CONFIG = config_flags.DEFINE_config_file(
@@ -31,7 +29,7 @@ WORKDIR = flags.DEFINE_string("workdir", "runs/zimage", "folder of the run; an o
 
 def main() -> None:
     config, workdir = CONFIG.value, Path(WORKDIR.value).expanduser()
-    settings.check(config)
+    settings.check(config, config_flags.get_override_values(flags.FLAGS["config"]))
 
     # ---- Devices, model, data: everything that can be wrong is found here.
     mesh = sharding.make_mesh(config.mesh)
@@ -51,26 +49,25 @@ def main() -> None:
     # ---- State and step.
     with jax.set_mesh(mesh):
         plan = experiment.make_plan(config, pipe, mesh)
-    state = plan.start
     print("\n".join(plan.describe()), flush=True)
+    previews = Previews(pipe, features, rows_of(dataset, config.sample_rows), workdir)
+    begun = pipe.hand_over()
 
     # ---- Restore.
     checkpoints = Checkpoints(workdir / "checkpoints", config.keep_checkpoints, config.keep_every)
-    restored = checkpoints.restore(state)
-    first = 0  # optimizer steps done
-    if restored is not None:
+    restored = checkpoints.restore(plan.like)
+    if restored is None:
+        first, state = 0, plan.begin(begun)
+    else:
         first, state = restored
         print(f"resuming at step {first}", flush=True)
+    del begun
     writer = MetricsWriter(workdir, first)
-    (workdir / "lora").mkdir(exist_ok=True)
-    previews = Previews(pipe, features, rows_of(dataset, config.sample_rows), workdir)
-
-    lora_path = lambda step: workdir / "lora" / f"step_{step}.safetensors"
 
     def save(step: int) -> None:
-        # The file first: who resumes at a checkpoint finds its LoRA file there.
-        modules = lora.export(state.student, plan.chosen, plan.scale)
-        write_lora(lora_path(step), modules, lora_layers(pipe.config))
+        # The deliverable first: who resumes at a checkpoint finds it there.
+        if plan.trained.due(step):
+            plan.trained.deliver(pipe.folder, workdir, step, getattr(state, config.export_weights))
         checkpoints.save(step, state)
 
     def show(step: int) -> None:
@@ -132,7 +129,9 @@ def main() -> None:
     finally:  # a save under way is finished, whatever happened
         checkpoints.close()
         writer.close()
-    print(f"LoRA: {lora_path(config.steps)}\nreport: {write_report(workdir)}", flush=True)
+    for path in plan.trained.paths(workdir, config.steps):
+        print(f"result: {path}")
+    print(f"report: {write_report(workdir)}", flush=True)
 
 
 if __name__ == "__main__":

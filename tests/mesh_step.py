@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from dopsd_jax import dopsd, lora, sharding, state
+from dopsd_jax import dopsd, lora, optimizers, sharding, state
 from dopsd_jax.families import zimage as family
 from dopsd_jax.models import zimage
 from dopsd_jax.models.attention import attention, per_device, splash_attention
@@ -58,8 +58,9 @@ def run(name, graphdef, adapter, base):
         "learning_rate": 1e-2, "warmup_steps": 0, "steps": 9, "lr_schedule": "constant",
         # Adam divides by the gradient's size: a small eps would make steps out of rounding errors.
         "adam_b1": 0.9, "adam_b2": 0.999, "adam_eps": 1e-3, "weight_decay": 0.0, "grad_clip": 1.0,
+        "optimizer": "adamw", "moments_dtype": "float32",
     }  # fmt: skip
-    tx, teacher = state.optimizer(config), state.Teacher(decay=0.9)
+    tx, teacher = optimizers.optimizer(config), state.Teacher(decay=0.9)
     net = family.denoiser(graphdef)
 
     def method(student, teacher, base, contexts, noise, key):
@@ -71,7 +72,7 @@ def run(name, graphdef, adapter, base):
         placement = sharding.replicated(train, mesh)
         train = jax.device_put(train, placement)
         base = jax.device_put(base, sharding.base_shardings(base, mesh))
-        step = state.make_step(method, tx, teacher, state.schedule(config), 0, placement)
+        step = state.make_step(method, tx, teacher, optimizers.schedule(config), 0, placement)
         for _ in range(STEPS):
             placed = sharding.put_batch(batch(), mesh)
             train, metrics = step(train, base, placed, latent=LATENT)

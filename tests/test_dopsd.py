@@ -9,14 +9,15 @@ import numpy as np
 import pytest
 from conftest import relative_error
 
-from dopsd_jax import dopsd, flow, state
+from dopsd_jax import dopsd, flow, optimizers, state
 from dopsd_jax.errors import UserError
 from dopsd_jax.families import zimage as family
 
 GRID = family.grid("nodes4", 3.0)
 SHAPE = (3, 4, 5, 2)
 CONFIG = dict(
-    learning_rate=0.1, warmup_steps=0, steps=10, lr_schedule="constant", adam_b1=0.9,
+    learning_rate=0.1, warmup_steps=0, steps=10, lr_schedule="constant",
+    optimizer="adamw", moments_dtype="float32", adam_b1=0.9,
     adam_b2=0.999, adam_eps=1e-8, weight_decay=0.0, grad_clip=1.0,
 )  # fmt: skip
 
@@ -193,13 +194,13 @@ def test_wrong_settings_are_named(call, field):
 
 def run_steps(teacher, count=5, config=CONFIG, micro=1, loss_steps="all"):
     base, student, _, contexts, _ = world()
-    tx, net = state.optimizer(config), toy_denoiser()
+    tx, net = optimizers.optimizer(config), toy_denoiser()
 
     def method(student, target, base, contexts, noise, key):
         the_nodes = dopsd.make_nodes(GRID, "x0", loss_steps, key)
         return dopsd.loss_and_gradient(net, student, target, base, contexts, noise, the_nodes)
 
-    step = state.make_step(method, tx, teacher, state.schedule(config), seed=3)
+    step = state.make_step(method, tx, teacher, optimizers.schedule(config), seed=3)
     batch = jax.tree.map(lambda x: jnp.stack([x] * micro), contexts)
     now, history = state.create(student, teacher, tx), []
     for _ in range(count):
@@ -260,7 +261,7 @@ def test_noise_of_a_step_depends_on_seed_and_step_only():
 
 
 def test_learning_rate_schedules():
-    at = lambda step, **kw: float(state.schedule(CONFIG | kw)(step))
+    at = lambda step, **kw: float(optimizers.schedule(CONFIG | kw)(step))
     assert at(7) == pytest.approx(0.1)
     assert [at(s, warmup_steps=4) for s in range(5)] == pytest.approx(
         [0.025, 0.05, 0.075, 0.1, 0.1]

@@ -10,7 +10,7 @@ import torch_reference as reference
 from conftest import relative_error
 from flax import nnx
 
-from dopsd_jax import dopsd, lora, state
+from dopsd_jax import dopsd, lora, optimizers, state
 from dopsd_jax.families import zimage as family
 from dopsd_jax.models import zimage
 from dopsd_jax.weights.fill import fill
@@ -93,10 +93,10 @@ def test_three_optimizer_steps_equal_pytorch(name):
     config = dict(
         learning_rate=settings.learning_rate, warmup_steps=0, steps=3, lr_schedule="constant",
         adam_b1=0.9, adam_b2=0.999, adam_eps=settings.adam_eps, weight_decay=settings.weight_decay,
-        grad_clip=settings.clip_norm,
+        grad_clip=settings.clip_norm, optimizer="adamw", moments_dtype="float32",
     )  # fmt: skip
     role = state.Teacher(settings.teacher, settings.decay)
-    tx = state.optimizer(config)
+    tx = optimizers.optimizer(config)
     net = family.denoiser(graphdef)
     loss_steps = settings.loss_steps or "all"
 
@@ -105,7 +105,7 @@ def test_three_optimizer_steps_equal_pytorch(name):
         every = loss_steps == "all"
         return dopsd.loss_and_gradient(net, student, teacher, base, contexts, noise, nodes, every)
 
-    step = state.make_step(method, tx, role, state.schedule(config), SEED)
+    step = state.make_step(method, tx, role, optimizers.schedule(config), SEED)
     ours = state.create(take(student), role, tx)
     if settings.teacher != "live":
         ours = ours._replace(teacher=take(teacher))

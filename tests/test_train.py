@@ -139,6 +139,7 @@ def test_another_configuration_does_not_touch_the_run(tiny_run):
         (["--config.mesh.data=3"], ["config.mesh"]),
         (["--config.attention=splash"], ["config.attention"]),
         (["--config.lora.init_from=/nowhere.safetensors"], ["/nowhere.safetensors"]),
+        (["--config.train=full", "--config.lora.rank=2"], ["config.lora.rank: has no effect"]),
         (["stray"], ["stray"]),
     ],
 )  # fmt: skip
@@ -159,7 +160,7 @@ def test_an_unknown_configuration_argument_is_named(tmp_path):
         "train", f"--config={ROOT}/configs/zimage.py:small", f"--workdir={tmp_path}"
     )
     assert result.returncode == 2 and "Traceback" not in result.stderr
-    assert "'small' is not one of lora, tiny" in result.stderr
+    assert "'small' is not one of lora, full, tiny, tiny_full" in result.stderr
     result = run_program("train", "--config=/no/such/config.py", f"--workdir={tmp_path}")
     assert result.returncode == 2 and "Traceback" not in result.stderr
     assert "/no/such/config.py" in result.stderr
@@ -182,7 +183,7 @@ def test_check_reports_before_training(tiny_run, tmp_path):
 
 def test_every_configuration_has_exactly_the_known_fields():
     get_config = runpy.run_path(str(ROOT / "configs/zimage.py"))["get_config"]
-    for arg in (None, "lora", "tiny"):
+    for arg in (None, "lora", "full", "tiny", "tiny_full"):
         config = get_config(arg)
         assert settings.flat(config).keys() == settings.FIELDS.keys()
         config.data.path = config.data.path or "somewhere"

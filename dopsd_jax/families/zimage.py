@@ -12,7 +12,8 @@ from dopsd_jax.data.padding import pad_stack
 from dopsd_jax.dopsd import Denoiser
 from dopsd_jax.errors import UserError
 from dopsd_jax.flow import check_grid, shifted_grid
-from dopsd_jax.models.zimage import PAD_MULTIPLE
+from dopsd_jax.models.zimage import PAD_MULTIPLE, STACKS
+from dopsd_jax.sharding import to_device
 
 NAME = "zimage"
 DEPLOYED_STEPS = 8  # forwards of the released few-step sampler (models.md 2.8)
@@ -61,12 +62,20 @@ def grid(name: str | Sequence[float], shift: float) -> tuple[float, ...]:
 def denoiser(graphdef: nnx.GraphDef) -> Denoiser:
     """The transformer in the project's convention: it is told 1 - sigma and answers x0 - noise."""
 
+    def network(trainable, base):
+        # What lies in the host's memory: stacks are left to the scan over their layers.
+        flat = [
+            (path, leaf if path[0] in STACKS else to_device(leaf))
+            for path, leaf in nnx.to_flat_state(trainable)
+        ]
+        return nnx.merge(graphdef, nnx.from_flat_state(flat), base)
+
     def hoist(trainable, base, context: Context):
-        return nnx.merge(graphdef, trainable, base).refine(*context)
+        return network(trainable, base).refine(*context)
 
     def velocity(trainable, base, x, sigma, context: Context, refined):
         t = jnp.broadcast_to(1.0 - sigma, (len(x),))
-        return -nnx.merge(graphdef, trainable, base)(x, t, refined, context.lengths)
+        return -network(trainable, base)(x, t, refined, context.lengths)
 
     return Denoiser(hoist, velocity)
 

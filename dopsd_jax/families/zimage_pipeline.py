@@ -47,6 +47,7 @@ class Pipeline:
       attention, remat: see `models.zimage.ZImage`.
       lora_file: adapters to attach to the transformer.
       sharding_for: path and shape of a transformer parameter -> its sharding.
+      trained: type of the transformer's variables that are kept apart from the rest; see `split`.
     """
 
     def __init__(
@@ -60,13 +61,14 @@ class Pipeline:
         remat: str = "none",
         lora_file: str | Path | None = None,
         sharding_for=None,
+        trained: type[nnx.Variable] = nnx.LoRAParam,
     ):
         self.folder = Path(folder)
         self.vlm_folder = Path(vlm) if vlm else self.folder / "vlm"
         self.dtype, self.base_dtype = jnp.dtype(dtype), base_dtype
         self.rest_dtype = quantised.stored_type(base_dtype)
         self.attention, self.remat = attention, remat
-        self.lora_file, self.sharding_for = lora_file, sharding_for
+        self.lora_file, self.sharding_for, self.trained = lora_file, sharding_for, trained
 
     # Parts.
 
@@ -177,8 +179,15 @@ class Pipeline:
 
     @functools.cached_property
     def split(self) -> tuple[nnx.GraphDef, nnx.State, nnx.State]:
-        """The transformer as (graphdef, adapters, base)."""
-        return nnx.split(self.transformer, nnx.LoRAParam, ...)
+        """The transformer as (graphdef, trained, base): all adapters, by default, and the rest."""
+        return nnx.split(self.transformer, self.trained, ...)
+
+    def hand_over(self) -> nnx.State:
+        """The trained part of the transformer, which the pipeline then has no longer."""
+        graphdef, trained, base = self.split
+        self.__dict__.pop("transformer", None)
+        self.__dict__["split"] = graphdef, None, base
+        return trained
 
     def release_encoders(self) -> None:
         """Frees the text encoder and the vision tower."""
@@ -366,10 +375,10 @@ class Pipeline:
         context = self.encode_prompt(prompts)
         return self.decode(self.sample(self.split[1], latents, context, grid))
 
-    def sample(self, adapter: nnx.State, noise, context: family.Context, grid: tuple[float, ...]):
-        """Clean latents: a rollout with the given adapters."""
+    def sample(self, trained: nnx.State, noise, context: family.Context, grid: tuple[float, ...]):
+        """Clean latents: a rollout with the given trained part of the transformer."""
         graphdef, _, base = self.split
-        return _sample(graphdef, adapter, base, jnp.asarray(noise, jnp.float32), context, grid)
+        return _sample(graphdef, trained, base, jnp.asarray(noise, jnp.float32), context, grid)
 
 
 def start_noise(seed: int, count: int, shape: tuple[int, ...]) -> Float[Array, "b h w c"]:

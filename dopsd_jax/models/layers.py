@@ -9,7 +9,7 @@ from flax import nnx
 from jaxtyping import Array, Float
 
 from dopsd_jax.models.quantised import QuantisedKernel
-from dopsd_jax.sharding import constrain_batch
+from dopsd_jax.sharding import constrain_batch, to_device
 
 
 class Dense(nnx.Module):
@@ -138,7 +138,11 @@ def scan_blocks(apply: Callable, blocks: nnx.Module, x, remat: str = "none"):
     `remat`: `none` keeps every activation for the backward pass, `dots` keeps the results of matrix
     products with weights, `full` keeps one activation a layer and computes the rest again.
     """
-    body = _rematerialized(lambda x, block: (_split_by_sample(apply(block, x)), None), remat)
+
+    def body(x, block):  # a stack in the host's memory comes over layer by layer
+        return _split_by_sample(apply(to_device(block), x)), None
+
+    body = _rematerialized(body, remat)
     return jax.lax.scan(body, _split_by_sample(x), blocks)[0]
 
 

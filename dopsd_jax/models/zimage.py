@@ -26,6 +26,7 @@ TIME_FREQUENCIES = 256
 PAD_MULTIPLE = 32  # SEQ_MULTI_OF: image and caption are each padded to it, with learned tokens
 QK_NORM_EPS = 1e-5  # fixed in the block, whatever `norm_eps` says
 FINAL_NORM_EPS = 1e-6
+STACKS = ("noise_refiner", "context_refiner", "layers")  # parameters with a leading layer axis
 
 
 @dataclasses.dataclass(frozen=True)

@@ -69,17 +69,20 @@ def _stored_file(path: epath.Path) -> Iterator:
 
 
 @contextlib.contextmanager
-def atomic_folder(path: str | os.PathLike) -> Iterator[Path]:
-    """A folder that gets its name when the block ends well. Raises `UserError` if that is taken."""
+def atomic_folder(path: str | os.PathLike, *, replace: bool = False) -> Iterator[Path]:
+    """A folder that gets its name when the block ends well.
+
+    Raises `UserError` if that is taken, unless `replace`.
+    """
     path = Path(path)
-    if path.exists() and (not path.is_dir() or any(path.iterdir())):
+    if not replace and path.exists() and (not path.is_dir() or any(path.iterdir())):
         raise UserError(f"{path}: already there; give another name, or remove it")
     partial = path.with_name(f"{path.name}.partial-{os.getpid()}")
     try:
         partial.mkdir(parents=True)
         yield partial
         if path.exists():
-            path.rmdir()
+            shutil.rmtree(path) if replace else path.rmdir()
         os.replace(partial, path)
         _sync_folder(path.parent)
     except OSError as error:

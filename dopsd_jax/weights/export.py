@@ -15,6 +15,8 @@ from dopsd_jax.weights.networks import VLM, Network
 from dopsd_jax.weights.progress import SILENT, Progress
 from dopsd_jax.weights.safetensors_write import (
     MAX_SHARD,
+    file_order,
+    shards,
     write_safetensors,
     write_sharded,
 )
@@ -30,14 +32,21 @@ def export_diffusers(
     out: Path,
     *,
     lora: Mapping[str, LoraModule] | None = None,
+    transformer: Tensors | None = None,
     dtype: str | None = None,
     max_shard: int = MAX_SHARD,
     progress: Progress = SILENT,
+    write: bool = True,
+    replace: bool = False,
 ) -> None:
     """Writes a model (converted or not) as the new Hugging Face-layout folder `out`.
 
     Names and types are those of the source, unless `dtype` (a code of `tensors.FLOATS`) is given;
-    `lora` is merged into the transformer. The folder appears when it is whole. Raises `UserError`.
+    `lora` is merged into the transformer; `transformer` stands in for the source's own tensors, in
+    its own type. The folder appears when it is whole. Raises `UserError`.
+
+    `write` False only reads `transformer`, in the same order: for the processes that help to gather
+    it. `replace`: an `out` that is there already is replaced.
     """
     opened, faults = {}, []
     networks = dict(networks_of(model))
@@ -52,11 +61,16 @@ def export_diffusers(
     views = {}
     for name, (network, stored) in opened.items():
         changed = _changed(stored, lora if name == "transformer" else None, dtype)
+        if name == "transformer" and transformer is not None:
+            changed = transformer
         views[name] = in_layout(changed, _hugging_face(network, stored))
+    if not write:
+        _read(views["transformer"], max_shard)
+        return
     size = sum(total_bytes(view) for view in views.values())
     progress.start(size)
     need_space(out.parent, size)
-    with atomic_folder(out) as partial:
+    with atomic_folder(out, replace=replace) as partial:
         copy_shared_assets(model, partial)
         for name, (network, stored) in opened.items():
             copy_assets(model / name, partial / name)
@@ -69,18 +83,25 @@ def export_single(
     out: Path,
     *,
     lora: Mapping[str, LoraModule] | None = None,
+    transformer: Tensors | None = None,
     dtype: str | None = None,
     progress: Progress = SILENT,
+    write: bool = True,
 ) -> None:
     """Writes the transformer of a model as one file with the authors' names, for ComfyUI.
 
-    The names carry a prefix if the file that the model was imported from did. Raises `UserError`.
+    The names carry a prefix if the file that the model was imported from did. `transformer` and
+    `write` are those of `export_diffusers`. Raises `UserError`.
     """
     network = networks_of(model)["transformer"]
     stored = open_stored(model / network.component, network)
     layout = next(x for x in network.layouts(stored.config) if x.name == network.single)
     prefix = stored.found.prefix if stored.found.layout.name == network.single else ""
-    view = in_layout(_changed(stored, lora, dtype), Found(layout, prefix))
+    tensors = _changed(stored, lora, dtype) if transformer is None else transformer
+    view = in_layout(tensors, Found(layout, prefix))
+    if not write:
+        _read(view)
+        return
     progress.start(total_bytes(view))
     write_safetensors(out, view.infos, view.read, progress=progress)
 
@@ -91,6 +112,12 @@ def _changed(stored: Stored, lora: Mapping[str, LoraModule] | None, dtype: str |
     if dtype is not None and lora is None:
         return Cast(tensors, dtype)
     return tensors if lora is None else Merged(tensors, lora, dtype)
+
+
+def _read(tensors: Tensors, max_shard: int | None = None) -> None:
+    for names in shards(tensors.infos, max_shard):
+        for name in file_order({n: tensors.infos[n] for n in names}):
+            tensors.read(name)
 
 
 def _hugging_face(network: Network, stored: Stored) -> Found:

@@ -3,7 +3,7 @@
 import json
 import os
 import struct
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import numpy as np
@@ -79,29 +79,29 @@ def write_sharded(
     `base` is `diffusion_pytorch_model` for diffusers' components, `model` for transformers'.
     """
     folder, infos = Path(folder), tensors.infos
-    shards = _shards(sorted(infos), infos, max_shard)
+    parts = shards(infos, max_shard)
     weight_map = {}
-    for number, names in enumerate(shards, 1):
-        part = f"-{number:05d}-of-{len(shards):05d}" if len(shards) > 1 else ""
+    for number, names in enumerate(parts, 1):
+        part = f"-{number:05d}-of-{len(parts):05d}" if len(parts) > 1 else ""
         file = f"{base}{part}.safetensors"
         write_safetensors(
             folder / file, {n: infos[n] for n in names}, tensors.read, metadata, progress
         )
         weight_map |= {n: file for n in names}
-    if len(shards) > 1:
+    if len(parts) > 1:
         size = sum(info.nbytes for info in infos.values())
         index = {"metadata": {"total_size": size}, "weight_map": dict(sorted(weight_map.items()))}
         text = json.dumps(index, indent=2, sort_keys=True) + "\n"
         write_text(folder / f"{base}.safetensors.index.json", text)
 
 
-def _shards(names: Iterable[str], infos: Mapping[str, TensorInfo], limit: int) -> list[list[str]]:
-    """Fills shards in order; a tensor larger than the limit stands alone."""
-    shards, size = [[]], 0
-    for name in names:
-        if shards[-1] and size + infos[name].nbytes > limit:
-            shards.append([])
+def shards(infos: Mapping[str, TensorInfo], limit: int | None) -> list[list[str]]:
+    """Names file by file, alphabetically; a tensor larger than `limit` bytes stands alone."""
+    files, size = [[]], 0
+    for name in sorted(infos):
+        if limit is not None and files[-1] and size + infos[name].nbytes > limit:
+            files.append([])
             size = 0
-        shards[-1].append(name)
+        files[-1].append(name)
         size += infos[name].nbytes
-    return shards
+    return files
