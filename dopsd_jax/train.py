@@ -63,11 +63,14 @@ def main() -> None:
         print(f"resuming at step {first}", flush=True)
     del begun
     writer = MetricsWriter(workdir, first)
+    results = plan.trained.paths(workdir, config.steps)
+
+    def deliver(step: int) -> None:
+        plan.trained.deliver(pipe.folder, workdir, step, getattr(state, config.export_weights))
 
     def save(step: int) -> None:
-        # The deliverable first: who resumes at a checkpoint finds it there.
-        if plan.trained.due(step):
-            plan.trained.deliver(pipe.folder, workdir, step, getattr(state, config.export_weights))
+        if plan.trained.due(step):  # first: who resumes at a checkpoint finds it there
+            deliver(step)
         checkpoints.save(step, state)
 
     def show(step: int) -> None:
@@ -104,6 +107,8 @@ def main() -> None:
     try:
         if first == 0:
             show(0)
+        if first == config.steps and not all(p.exists() for p in results):
+            deliver(first)  # asked for after the run was done
         timer.skip()
         for n, (bucket, contexts) in prefetch(batches, load, first, config.steps):
             latent = (config.batch_size, *pipe.latent_shape(bucket.height, bucket.width))
@@ -129,8 +134,7 @@ def main() -> None:
     finally:  # a save under way is finished, whatever happened
         checkpoints.close()
         writer.close()
-    for path in plan.trained.paths(workdir, config.steps):
-        print(f"result: {path}")
+    print("".join(f"result: {path}\n" for path in results), end="")
     print(f"report: {write_report(workdir)}", flush=True)
 
 
