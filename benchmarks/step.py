@@ -28,11 +28,8 @@ from dopsd_jax import (
     errors,
     experiment,
     flops,
-    lora,
-    optimizers,
     settings,
     sharding,
-    state,
 )
 from dopsd_jax.errors import UserError, raise_if
 from dopsd_jax.families import zimage as family
@@ -74,12 +71,13 @@ def main() -> None:
     )
     grid = family.grid(settings.values(config.grid), SHIFT)
     device = jax.devices()[0]
+    trains = "full" if config.train == "full" else f"LoRA rank {config.lora.rank}"
     facts = {
         "device": f"{mesh.size} x {device.device_kind} ({device.platform}), jax {jax.__version__}",
         "image": f"height {latent[1] * VAE_FACTOR}, width {latent[2] * VAE_FACTOR},"
         f" batch {latent[0]} x {config.accumulate}",
         "captions": f"{STUDENT.value} (student), {TEACHER.value} (teacher)",
-        "step": f"K = {len(grid) - 1}, LoRA rank {config.lora.rank}, remat {config.remat},"
+        "step": f"K = {len(grid) - 1}, {trains}, remat {config.remat},"
         f" attention {kernel}, weights {config.base_dtype}, activations {config.dtype}",
     }
     for name, value in facts.items():
@@ -151,6 +149,7 @@ def image_work(config, sizes, latent, grid, kernel) -> flops.StepWork:
         steps=len(grid) - 1,
         chosen=trained(config, sizes).chosen,
         rank=config.lora.rank,
+        full=config.train == "full",
         remat=config.remat,
         flash=kernel != "xla",
         taught=int(nodes.sum()),
@@ -159,22 +158,9 @@ def image_work(config, sizes, latent, grid, kernel) -> flops.StepWork:
 
 def time_jax(config, sizes, latent, grid, kernel, mesh) -> list[float]:
     """Seconds of each timed step."""
-    model = nnx.eval_shape(
-        lambda: zimage.ZImage(
-            sizes, dtype=config.dtype, attention=kernel, remat=config.remat, rngs=nnx.Rngs(0)
-        )
-    )
-    graphdef, base = nnx.split(model)
-    base = random_weights(base, jnp.dtype(config.base_dtype), mesh)
-    model = nnx.merge(graphdef, base)
-    chosen = trained(config, sizes).chosen
-    lora.attach(model, chosen, config.lora.rank, config.lora.alpha, jax.random.key(0))
-    graphdef, student, base = nnx.split(model, nnx.LoRAParam, ...)
-    teacher = state.Teacher(**{f: config.teacher[f] for f in state.Teacher._fields})
-    tx = optimizers.optimizer(config)
-    start = state.create(student, teacher, tx)
-    start = jax.device_put(start, sharding.replicated(start, mesh))
-    step = experiment.make_step(config, graphdef, grid, teacher, tx)
+    plan, base = experiment.abstract_plan(config, sizes, kernel, SHIFT, mesh)
+    base, student = random_weights(base), random_weights(plan.like.student)
+    start, step = plan.begin(student), plan.step
     batch = sharding.put_batch(contexts(config, sizes), mesh)
 
     begin = time.perf_counter()
@@ -190,20 +176,19 @@ def time_jax(config, sizes, latent, grid, kernel, mesh) -> list[float]:
     return seconds[WARMUP.value :]
 
 
-def random_weights(base: nnx.State, dtype, mesh) -> nnx.State:
-    """Weights of unit gain for an abstract state, made where they will lie, in `dtype`."""
+def random_weights(like: nnx.State) -> nnx.State:
+    """Weights of unit gain for an abstract state, made where they will lie."""
     flat = {}
-    for number, (path, leaf) in enumerate(nnx.to_flat_state(base)):
-        name = ".".join(map(str, path))
+    for number, (path, leaf) in enumerate(nnx.to_flat_state(like)):
+        shape, dtype = leaf.shape, leaf.dtype
 
-        def draw(kind=path[-1], shape=leaf.shape, number=number):
+        def draw(kind=path[-1], shape=shape, dtype=dtype, number=number):
             if kind == "scale":
                 return jnp.ones(shape, dtype)
             gain = 0.5 if kind == "bias" else shape[-2] ** -0.5
             return gain * jax.random.normal(jax.random.key(number), shape, dtype)
 
-        place = jax.NamedSharding(mesh, sharding.parameter_spec(name, leaf.shape, mesh))
-        flat[path] = leaf.replace(jax.jit(draw, out_shardings=place)())
+        flat[path] = leaf.replace(jax.jit(draw, out_shardings=leaf.sharding)())
     return nnx.from_flat_state(flat)
 
 
@@ -227,6 +212,7 @@ def time_torch(config, sizes: zimage.ZImageConfig, latent) -> dict:
     """What `torch_step.py` measures, in a process of its own: it has all of the device's memory."""
     loss, loss_steps = settings.values(config.loss), settings.values(config.loss_steps)
     others = {
+        "train": "lora" if config.train == "full" else "",
         "lora.targets": "" if config.lora.targets == "blocks" else "blocks",
         "loss": "x0, velocity or a list" if loss == "step" else "",
         "loss_steps": "all or a list"
