@@ -25,6 +25,7 @@ def defaults() -> ConfigDict:
     c.accumulate = 1  # micro-batches an optimizer step; all from one bucket
     c.checkpoint_every = 500  # steps; the LoRA file is written at the same time
     c.keep_checkpoints = 3  # newest ones kept; LoRA files are all kept
+    c.nonfinite = "stop"  # a loss or gradient that is not finite: stop, or skip the step
     c.keep_every = 0  # steps; checkpoints at multiples of it are kept for ever; 0: none
     # What a full run delivers; adapters are always written for diffusers and ComfyUI at once.
     c.export = "diffusers"  # a whole model folder; comfyui: the transformer in one file; or both

@@ -97,6 +97,15 @@ class Checkpoints:
         self.wait()
         self._threads.shutdown()
 
+    def __enter__(self) -> "Checkpoints":
+        return self
+
+    def __exit__(self, kind, error, traceback) -> None:
+        # A save under way is finished, whatever happened; but not by waiting for processes that
+        # know of no error, and wait elsewhere.
+        if error is None or jax.process_count() == 1 or isinstance(error, processes.SharedError):
+            self.close()
+
     def restore(self, like: Tree, report: Callable = processes.say) -> tuple[int, Tree] | None:
         """The newest state that is whole, with its step; None if nothing was saved yet.
 

@@ -239,4 +239,5 @@ def make_step(
             net, student, target, base, contexts, noise, nodes, every_step=loss_steps == "all"
         )
 
-    return state.make_step(method, tx, teacher, optimizers.schedule(config), config.seed, placement)
+    lr, skip = optimizers.schedule(config), config.nonfinite == "skip"
+    return state.make_step(method, tx, teacher, lr, config.seed, placement, skip)

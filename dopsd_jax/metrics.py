@@ -8,16 +8,17 @@ import sys
 import time
 from collections import deque
 from collections.abc import Callable, Mapping
-from pathlib import Path
 from typing import Any, TextIO
 
 import jax
 import numpy as np
+from etils import epath
 
 from dopsd_jax.errors import UserError, raise_if
-from dopsd_jax.weights.atomic import atomic_file, disk_error
+from dopsd_jax.weights.atomic import atomic_file, disk_error, is_remote
 
 FILE = "metrics.jsonl"
+STORE_SECONDS = 60.0  # between two versions of the file in an object store
 
 
 def plain(value: Any) -> Any:
@@ -49,7 +50,7 @@ def read_metrics(path: str | os.PathLike) -> list[dict[str, Any]]:
     A last line that was cut off (by a crash, a full disk) is left out. Raises `UserError` with
     every other line that is not a record.
     """
-    path = Path(path)
+    path = epath.Path(path)
     try:
         lines = path.read_bytes().split(b"\n")
     except FileNotFoundError:
@@ -75,15 +76,26 @@ class MetricsWriter:
     """Appends to `workdir`/metrics.jsonl, one line a step, on disk as soon as it is written.
 
     `step`: the step the run goes on from. Later lines, written before the run was cut off, are
-    dropped, so that the file becomes what an uninterrupted run would have written.
+    dropped, so that the file becomes what an uninterrupted run would have written. `kept`: the
+    records before. `write`: False for a process that leaves writing to another.
+
+    An object store (`gs://`) cannot append: there the file is written anew, at most every
+    `STORE_SECONDS`, and by `flush`, which belongs before a checkpoint: what a crash then loses is
+    what the resumed run measures again.
     """
 
-    def __init__(self, workdir: str | os.PathLike, step: int = 0):
-        self.path = Path(workdir) / FILE
-        kept = [record for record in read_metrics(self.path) if record["step"] <= step]
+    def __init__(self, workdir: str | os.PathLike, step: int = 0, *, write: bool = True):
+        self.path = epath.Path(workdir) / FILE
+        self.kept = [record for record in read_metrics(self.path) if record["step"] <= step]
+        self._lines = self._file = None
+        if not write:
+            return
         with atomic_file(self.path) as file:
-            file.writelines(map(_line, kept))
-        self._last = kept[-1]["step"] if kept else 0
+            file.writelines(map(_line, self.kept))
+        self._last = self.kept[-1]["step"] if self.kept else 0
+        if is_remote(self.path):
+            self._lines, self._stored = list(map(_line, self.kept)), time.monotonic()
+            return
         try:
             self._file = open(self.path, "r+b", buffering=0)  # noqa: SIM115
         except OSError as error:
@@ -92,9 +104,17 @@ class MetricsWriter:
 
     def write(self, record: Mapping[str, Any]) -> None:
         """Adds a record; `record["step"]` must be above the last one's."""
+        if self._file is None and self._lines is None:
+            return
         if record["step"] <= self._last:
             raise ValueError(f"metrics of step {record['step']} after those of {self._last}")
         line = _line(record)
+        if self._lines is not None:
+            self._lines.append(line)
+            self._last = record["step"]
+            if time.monotonic() - self._stored > STORE_SECONDS:
+                self.flush()
+            return
         try:
             done = 0
             while done < len(line):
@@ -107,8 +127,17 @@ class MetricsWriter:
         self._end += len(line)
         self._last = record["step"]
 
+    def flush(self) -> None:
+        """Returns when every record is stored."""
+        if self._lines is not None:
+            with atomic_file(self.path) as file:
+                file.writelines(self._lines)
+            self._stored = time.monotonic()
+
     def close(self) -> None:
-        self._file.close()
+        self.flush()
+        if self._file is not None:
+            self._file.close()
 
     def __enter__(self) -> "MetricsWriter":
         return self
@@ -151,7 +180,10 @@ class StepTimer:
 
 
 class Progress:
-    """One line about the run: in place on a terminal, else a new line every `every` seconds."""
+    """One line about the run: in place on a terminal, else a new line every `every` seconds.
+
+    `quiet`: nothing at all, in a process that leaves printing to another.
+    """
 
     def __init__(
         self,
@@ -161,7 +193,9 @@ class Progress:
         stream: TextIO | None = None,
         every: float | None = None,
         clock: Callable[[], float] = time.monotonic,
+        quiet: bool = False,
     ):
+        self.quiet = quiet
         self.total = total
         self._timer = timer
         self._stream = sys.stdout if stream is None else stream
@@ -173,6 +207,8 @@ class Progress:
 
     def update(self, step: int, loss: float, gap: float, images: int) -> None:
         """Tells that `step` of `total` has ended, with the images in it."""
+        if self.quiet:
+            return
         now = self._clock()
         due = self._printed is None or now - self._printed >= self._every
         if not due and step < self.total:
@@ -190,6 +226,8 @@ class Progress:
 
     def note(self, text: str) -> None:
         """Prints a line of its own."""
+        if self.quiet:
+            return
         self._end_line()
         self._stream.write(text + "\n")
         self._stream.flush()

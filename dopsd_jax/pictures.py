@@ -9,9 +9,9 @@ import os
 import re
 import unicodedata
 from collections.abc import Sequence
-from pathlib import Path
 
 import numpy as np
+from etils import epath
 from jaxtyping import UInt8
 from PIL import Image, ImageDraw, ImageFont, PngImagePlugin
 
@@ -110,7 +110,7 @@ def save_grid(
     cell=320,
 ) -> None:
     """Writes a grid as a PNG file, whole or not at all; its labels can be had by `read_labels`."""
-    path = Path(path)
+    path = epath.Path(path)
     labels = {"title": title, "columns": list(columns), "captions": [row.caption for row in rows]}
     info = PngImagePlugin.PngInfo()
     info.add_itxt(LABELS, json.dumps(labels))
@@ -132,15 +132,15 @@ def read_labels(image: Image.Image) -> Labels | None:
     return Labels(labels["title"], tuple(labels["columns"]), tuple(labels["captions"]))
 
 
-def sample_path(workdir: str | os.PathLike, step: int) -> Path:
+def sample_path(workdir: str | os.PathLike, step: int) -> epath.Path:
     """Where the grid of a step stands."""
-    return Path(workdir) / FOLDER / f"step_{step:06d}.png"
+    return epath.Path(workdir) / FOLDER / f"step_{step:06d}.png"
 
 
-def sample_files(workdir: str | os.PathLike) -> list[tuple[int, Path]]:
+def sample_files(workdir: str | os.PathLike) -> list[tuple[int, epath.Path]]:
     """(step, file) of every grid of a run, by step."""
     found = []
-    for path in (Path(workdir) / FOLDER).glob("step_*.png"):
+    for path in (epath.Path(workdir) / FOLDER).glob("step_*.png"):
         match = re.fullmatch(r"step_(\d+)\.png", path.name)
         if match:
             found.append((int(match[1]), path))

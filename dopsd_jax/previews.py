@@ -7,7 +7,7 @@ from typing import NamedTuple
 import jax
 import numpy as np
 
-from dopsd_jax import pictures
+from dopsd_jax import pictures, processes
 from dopsd_jax.data.dataset import Dataset, spread
 from dopsd_jax.dopsd import Contexts
 from dopsd_jax.errors import UserError
@@ -65,7 +65,8 @@ class Previews:
         self.base = [self._picture(base, s.contexts.student, s.noise) for s in self.samples]
 
     def _picture(self, trained, context, noise) -> np.ndarray:
-        return self.pipe.decode(self.pipe.sample(trained, noise, context, self.grid))[0]
+        latents = self.pipe.sample(trained, noise, context, self.grid)
+        return self.pipe.decode(processes.to_host(latents))[0]
 
     def rows(self, student, teacher) -> list[pictures.Row]:
         """The pictures of every sample, in the order of `COLUMNS`."""
@@ -83,8 +84,10 @@ class Previews:
         ]
 
     def write(self, step: int, student, teacher) -> Path:
-        """Writes the grid of a step; returns its path."""
+        """Writes the grid of a step; returns its path. Every process calls it, the first writes."""
         path = pictures.sample_path(self.workdir, step)
         title = f"step {step}, {len(self.grid) - 1} forwards"
-        pictures.save_grid(path, COLUMNS, self.rows(student, teacher), title=title)
+        rows = self.rows(student, teacher)
+        if processes.is_first():
+            pictures.save_grid(path, COLUMNS, rows, title=title)
         return path

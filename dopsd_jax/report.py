@@ -6,9 +6,9 @@ import io
 import json
 import os
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
+from etils import epath
 from PIL import Image
 
 from dopsd_jax.charts import Series, chart, number
@@ -32,17 +32,17 @@ CURVES = (
 )
 
 
-def write_report(workdir: str | os.PathLike) -> Path:
+def write_report(workdir: str | os.PathLike) -> epath.Path:
     """Writes `workdir`/report.html from metrics.jsonl, samples/ and config.json; returns its path.
 
     What is not there yet is said to be missing. Raises `UserError` for broken files.
     """
-    workdir = Path(workdir)
+    workdir = epath.Path(workdir)
     if not workdir.is_dir():
         raise UserError(f"{workdir}: is not a folder; give the --workdir of a run")
     records = read_metrics(workdir / FILE)
     config = _read_config(workdir / CONFIG)
-    name = html.escape(workdir.resolve().name)
+    name = html.escape(workdir.name or workdir.resolve().name)
     page = PAGE.format(
         title=name,
         style=STYLE,
@@ -58,7 +58,7 @@ def write_report(workdir: str | os.PathLike) -> Path:
     return path
 
 
-def _read_config(path: Path) -> Mapping[str, Any]:
+def _read_config(path: epath.Path) -> Mapping[str, Any]:
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
@@ -114,7 +114,7 @@ def _is_number(value: Any) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool)
 
 
-def _samples(files: Sequence[tuple[int, Path]]) -> str:
+def _samples(files: Sequence[tuple[int, epath.Path]]) -> str:
     if not files:
         return "<p>No samples have been drawn yet.</p>"
     shown = files
@@ -131,9 +131,9 @@ def _samples(files: Sequence[tuple[int, Path]]) -> str:
     return f'{slider if len(shown) > 1 else ""}<div id="rounds">{rounds}</div>{remark}'
 
 
-def _round(step: int, path: Path) -> str:
+def _round(step: int, path: epath.Path) -> str:
     try:
-        with Image.open(path) as image:
+        with path.open("rb") as file, Image.open(file) as image:
             labels = read_labels(image)
             picture = image.convert("RGB")
     except (OSError, Image.DecompressionBombError) as error:

@@ -41,6 +41,7 @@ FIELDS = {
     "checkpoint_every": _int(1),
     "keep_checkpoints": _int(1),
     "keep_every": _int(0),
+    "nonfinite": _name("stop", "skip"),
     "export": Field("list"),
     "export_weights": _name("student", "teacher"),
     "export_dtype": _name("bfloat16", "float32", "float16"),

@@ -181,15 +181,36 @@ def batch_sharding(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec(None, BATCH_AXES))
 
 
-def put_batch(batch: Tree, mesh: Mesh) -> Tree:
+def own_samples(mesh: Mesh, batch_size: int) -> np.ndarray:
+    """Which samples of a micro-batch lie on this process's devices; sorted.
+
+    Not every process has its own: those that split the same samples by tensors have them all.
+    """
+    indices = batch_sharding(mesh).addressable_devices_indices_map((1, batch_size)).values()
+    return np.unique(np.concatenate([np.arange(batch_size)[index[1]] for index in indices]))
+
+
+def put_batch(batch: Tree, mesh: Mesh, batch_size: int | None = None) -> Tree:
     """A batch of host arrays on the mesh.
 
-    `batch`: arrays [micro-batches, samples of this process, ...]. Every process calls it.
+    `batch`: arrays [micro-batches, samples of this process, ...], those of `own_samples`.
+    `batch_size`: samples of a micro-batch over all processes; by default this one has all. Every
+    process calls it.
     """
     sharding = batch_sharding(mesh)
-    return jax.tree.map(
-        lambda x: jax.make_array_from_process_local_data(sharding, np.asarray(x)), batch
-    )
+
+    def put(x):
+        x = np.asarray(x)
+        size = x.shape[1] if batch_size is None else batch_size
+        places = own_samples(mesh, size)
+
+        def piece(index):
+            wanted = np.arange(size)[index[1]]
+            return x[(index[0], np.searchsorted(places, wanted), *index[2:])]
+
+        return jax.make_array_from_callback((x.shape[0], size, *x.shape[2:]), sharding, piece)
+
+    return jax.tree.map(put, batch)
 
 
 def constrain_batch(x: Array, *, whole: bool = True) -> Array:

@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import optax
+from jax.sharding import NamedSharding, PartitionSpec
 
 from dopsd_jax.dopsd import Losses
 from dopsd_jax.sharding import constrain_batch, to_device
@@ -81,13 +82,18 @@ def make_step(
     lr: optax.Schedule,
     seed: int,
     placement: TrainState | None = None,
+    skip: bool = False,
 ) -> Callable:
-    """The compiled optimizer step: (state, base, batch, latent) -> (state, metrics).
+    """The compiled optimizer step: (state, base, batch, number, latent) -> (state, metrics).
 
     `method(student, teacher, base, batch, noise, key)` gives the losses and the gradient of one
     micro-batch. `batch`: a tree whose leaves have a leading axis of micro-batches; their gradients
     are averaged. `latent`: static shape [b, h, w, c] of a micro-batch's noise. The state is
     donated; `placement`, a sharding for each of its parts, is where the new one lies too.
+
+    A step whose loss or gradient is not finite changes nothing but, with `skip`, the count of
+    steps. Without `skip` the count stays too, so that the steps that were started before the host
+    knew, whose `number` (steps before this one) is then too high, change nothing either.
     """
 
     def micro(state, base, carry, item):
@@ -100,14 +106,25 @@ def make_step(
         losses, gradient = method(state.student, target, base, batch, noise, method_key)
         return (jax.tree.map(jnp.add, total, gradient), number + 1), losses
 
+    everywhere = None  # every process reads the metrics
+    if placement is not None:
+        everywhere = NamedSharding(jax.tree.leaves(placement)[0].mesh, PartitionSpec())
+
     @functools.partial(
         jax.jit,
         donate_argnums=0,
         static_argnames="latent",
         # Else the compiler may place it elsewhere, and the next step is compiled anew.
-        out_shardings=None if placement is None else (placement, None),
+        out_shardings=None if placement is None else (placement, everywhere),
     )
-    def step(state: TrainState, base: Tree, batch: Tree, *, latent: tuple[int, ...]):
+    def step(
+        state: TrainState,
+        base: Tree,
+        batch: Tree,
+        number: jax.Array | int | None = None,
+        *,
+        latent: tuple[int, ...],
+    ):
         count = len(jax.tree.leaves(batch)[0])
         zeros = jax.tree.map(jnp.zeros_like, state.student)
         body = lambda carry, item: micro(state, base, carry, (item, latent))
@@ -127,6 +144,11 @@ def make_step(
             "grad_norm": optax.tree.norm(gradient),
             "lr": jnp.asarray(lr(state.step), jnp.float32),
         }
-        return TrainState(state.step + 1, student, shadow, opt_state), metrics
+        good = jnp.isfinite(metrics["loss"]) & jnp.isfinite(metrics["grad_norm"])
+        if number is not None:
+            good &= state.step == number
+        new = TrainState(state.step + 1, student, shadow, opt_state)
+        state = jax.tree.map(lambda new, old: jnp.where(good, new, to_device(old)), new, state)
+        return state._replace(step=new.step) if skip else state, metrics
 
     return step

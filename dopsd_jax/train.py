@@ -6,20 +6,20 @@ Run the same command again to resume. What it writes is described in README.md.
 from pathlib import Path
 
 import jax
-import numpy as np
 from absl import flags
 from ml_collections import config_flags
 
-from dopsd_jax import errors, experiment, settings, sharding
+from dopsd_jax import distributed, experiment, processes, settings, sharding
 from dopsd_jax.checkpoint import Checkpoints
 from dopsd_jax.data.dataset import describe
 from dopsd_jax.data.loader import Batches, prefetch
-from dopsd_jax.errors import UserError
 from dopsd_jax.features import Features
+from dopsd_jax.guards import Guard, write_incident
 from dopsd_jax.metrics import MetricsWriter, Progress, StepTimer
+from dopsd_jax.preemption import STOPPED_EXIT, StopRequest
 from dopsd_jax.previews import Previews, rows_of
 from dopsd_jax.report import write_report
-from dopsd_jax.workdir import open_workdir
+from dopsd_jax.workdir import find_workdir, open_workdir
 
 CONFIG = config_flags.DEFINE_config_file(
     "config", None, "configuration file, with :argument", lock_config=True
@@ -27,29 +27,38 @@ CONFIG = config_flags.DEFINE_config_file(
 WORKDIR = flags.DEFINE_string("workdir", "runs/zimage", "folder of the run; an old one is resumed")
 
 
-def main() -> None:
-    config, workdir = CONFIG.value, Path(WORKDIR.value).expanduser()
-    settings.check(config, config_flags.get_override_values(flags.FLAGS["config"]))
+def main() -> int | None:
+    config = CONFIG.value
 
-    # ---- Devices, model, data: everything that can be wrong is found here.
-    mesh = sharding.make_mesh(config.mesh)
-    pipe, origin = experiment.open_pipeline(config, workdir, mesh)
-    size = pipe.config
-    sharding.check(mesh, batch_size=config.batch_size, heads=size.heads, hidden=size.hidden_dim)
-    experiment.check_method(config, pipe)
-    dataset = experiment.open_data(config, workdir, pipe.size_multiple)
-    open_workdir(workdir, config, {"data": dataset.digest(), **origin})
+    # ---- Devices, model, data: everything that can be wrong is found here, by all processes.
+    with processes.together():
+        settings.check(config, config_flags.get_override_values(flags.FLAGS["config"]))
+        workdir = find_workdir(WORKDIR.value, config)
+        mesh = sharding.make_mesh(config.mesh)
+
+    def open_run():
+        pipe, origin = experiment.open_pipeline(config, workdir, mesh)
+        size = pipe.config
+        sharding.check(mesh, batch_size=config.batch_size, heads=size.heads, hidden=size.hidden_dim)
+        experiment.check_method(config, pipe)
+        dataset = experiment.open_data(config, workdir, pipe.size_multiple)
+        facts = {"data": dataset.digest(), **origin}
+        open_workdir(workdir, config, facts, write=processes.is_first())
+        return pipe, dataset
+
+    pipe, dataset = processes.first_alone(open_run)
     effective_batch = config.batch_size * config.accumulate
-    print("\n".join(describe(dataset, effective_batch)), flush=True)
+    processes.say("\n".join(describe(dataset, effective_batch)))
 
     # ---- Contexts of student and teacher: computed once, then the encoders leave.
-    features = Features(pipe, dataset, config, Path(config.data.cache or workdir / "features"))
-    features.prepare()
+    with processes.together():
+        features = Features(pipe, dataset, config, Path(config.data.cache or workdir / "features"))
+    processes.first_alone(lambda: features.prepare(processes.say))
 
     # ---- State and step.
     with jax.set_mesh(mesh):
         plan = experiment.make_plan(config, pipe, mesh)
-    print("\n".join(plan.describe()), flush=True)
+    processes.say("\n".join(plan.describe()))
     previews = Previews(pipe, features, rows_of(dataset, config.sample_rows), workdir)
     begun = pipe.hand_over()
 
@@ -60,9 +69,11 @@ def main() -> None:
         first, state = 0, plan.begin(begun)
     else:
         first, state = restored
-        print(f"resuming at step {first}", flush=True)
+        processes.say(f"resuming at step {first}")
     del begun
-    writer = MetricsWriter(workdir, first)
+    with processes.together():
+        writer = MetricsWriter(workdir, first, write=processes.is_first())
+    guard = Guard(writer.kept)
     results = plan.trained.paths(workdir, config.steps)
 
     def deliver(step: int) -> None:
@@ -71,6 +82,7 @@ def main() -> None:
     def save(step: int) -> None:
         if plan.trained.due(step):  # first: who resumes at a checkpoint finds it there
             deliver(step)
+        writer.flush()
         checkpoints.save(step, state)
 
     def show(step: int) -> None:
@@ -86,25 +98,34 @@ def main() -> None:
         seed=config.seed,
         draw=config.data.prompt_draw,
     )
-    load = lambda index: (index.bucket, features.batch(index, config.accumulate))
+    places = sharding.own_samples(mesh, config.batch_size)
+    own = lambda index: index.part(places, config.accumulate)
+    load = lambda index: (index.bucket, features.batch(own(index), config.accumulate))
     timer = StepTimer()
-    progress = Progress(config.steps, timer)
+    progress = Progress(config.steps, timer, quiet=not processes.is_first())
     pending = None
 
     def finish(step: int, metrics) -> None:
         metrics = jax.device_get(metrics)
         seconds = timer.tick()
         speed = {"seconds": seconds, "images_per_second": effective_batch / seconds}
-        writer.write({"step": step, **metrics, **speed})
-        if not np.isfinite(metrics["loss"]) or not np.isfinite(metrics["grad_norm"]):
-            raise UserError(
-                f"step {step}: the loss is {metrics['loss']}, its gradient's norm "
-                f"{metrics['grad_norm']}; lower config.learning_rate and start from one of the "
-                f"saved steps {checkpoints.steps}"
-            )
+        record = {"step": step, **metrics, **guard.look(metrics), **speed}
+        writer.write(record)
         progress.update(step, metrics["loss"], metrics["gap"], effective_batch)
+        fault = guard.fault(record)
+        if fault is None:
+            return
+        if processes.is_first():
+            path = write_incident(workdir, fault, record, batches.batch(step - 1), dataset)
+            progress.note(f"step {step}: {fault}; its batch: {path}")
+        if guard.must_stop(config.nonfinite):
+            kept = int(state.step)  # what is not finite never enters the state
+            if kept > 0:
+                save(kept)
+            raise processes.SharedError(guard.advice(step, config.nonfinite, kept))
 
-    try:
+    step = first
+    with writer, checkpoints, StopRequest() as stop:
         if first == 0:
             show(0)
         if first == config.steps and not all(p.exists() for p in results):
@@ -113,31 +134,36 @@ def main() -> None:
         for n, (bucket, contexts) in prefetch(batches, load, first, config.steps):
             latent = (config.batch_size, *pipe.latent_shape(bucket.height, bucket.width))
             with jax.set_mesh(mesh):
-                contexts = sharding.put_batch(contexts, mesh)
-                state, metrics = plan.step(state, pipe.split[2], contexts, latent=latent)
+                contexts = sharding.put_batch(contexts, mesh, config.batch_size)
+                state, metrics = plan.step(state, pipe.split[2], contexts, n, latent=latent)
             if pending:
                 finish(*pending)
             pending = step, _ = n + 1, metrics
-            last = step == config.steps
+            stopped, last = stop.reached(step), step == config.steps
             due = [
                 every and step % every == 0
                 for every in (config.checkpoint_every, config.sample_every)
             ]
-            if last or any(due):
+            if last or stopped or any(due):
                 finish(*pending)
                 pending = None
-                if last or due[0]:
+                if last or stopped or due[0]:
                     save(step)
-                if last or due[1]:
+                if last or (due[1] and not stopped):
                     show(step)
                 timer.skip()
-    finally:  # a save under way is finished, whatever happened
-        checkpoints.close()
-        writer.close()
-    print("".join(f"result: {path}\n" for path in results), end="")
-    print(f"report: {write_report(workdir)}", flush=True)
+            if stopped and not last:
+                break
+    if step < config.steps:
+        progress.note(f"stopped after step {step}, which is saved; the same command goes on")
+        return STOPPED_EXIT
+    for path in results:
+        processes.say(f"result: {path}")
+    if processes.is_first():
+        print(f"report: {write_report(workdir)}", flush=True)
+    return None
 
 
 if __name__ == "__main__":
     flags.mark_flag_as_required("config")
-    errors.run(main)
+    distributed.run(main)

@@ -100,7 +100,7 @@ class Adapters:
     def deliver(self, model: Path, workdir: Path, step: int, student: nnx.State) -> None:
         if jax.process_index() == 0:
             (path,) = self.paths(workdir, step)
-            path.parent.mkdir(exist_ok=True)
+            path.parent.mkdir(parents=True, exist_ok=True)
             modules = lora.export(student, self.chosen, self.scale)
             write_lora(path, modules, lora_layers(self.network))
 

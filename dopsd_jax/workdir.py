@@ -4,12 +4,13 @@ import importlib.metadata
 import json
 import platform
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
-from dopsd_jax.errors import UserError
+from etils import epath
+
+from dopsd_jax.errors import UserError, raise_if
 from dopsd_jax.settings import flat
-from dopsd_jax.weights.atomic import write_text
+from dopsd_jax.weights.atomic import is_remote, write_text
 from dopsd_jax.weights.stored import read_json
 
 CONFIG = "config.json"
@@ -18,12 +19,13 @@ FREE = (
     "steps",
     "checkpoint_every",
     "keep_checkpoints",
-    "keep_every",
     "export",
     "export_weights",
     "export_dtype",
     "offload",
     "export_every",
+    "keep_every",
+    "nonfinite",
     "sample_every",
     "sample_rows",
     "attention",
@@ -38,8 +40,41 @@ FREE = (
 _PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "transformers", "numpy")
 
 
-def open_workdir(workdir: Path, config: Mapping[str, Any], facts: Mapping[str, Any]) -> None:
+def find_workdir(name: str, config: Mapping[str, Any]) -> epath.Path:
+    """The work directory that --workdir names, which may be `gs://`.
+
+    Raises `UserError` for what a run would keep there that needs a file system.
+    """
+    workdir = epath.Path(name)
+    if not is_remote(name):
+        return workdir.expanduser()
+    faults = [
+        f"{field}: 'tiny' is made in the work directory, which cannot be {name}; use a folder"
+        for field, value in (
+            ("config.model", config["model"]),
+            ("config.data.path", config["data"]["path"]),
+        )
+        if value == "tiny"
+    ]
+    if not config["data"]["cache"]:
+        faults.append(
+            f"config.data.cache: is empty, and features cannot be cached in {name}; name a folder"
+        )
+    if config["train"] == "full":
+        faults.append(
+            f"--workdir {name}: the model of a full run is written to a folder only; give one that "
+            "is mounted"
+        )
+    raise_if(faults)
+    return workdir
+
+
+def open_workdir(
+    workdir: epath.Path, config: Mapping[str, Any], facts: Mapping[str, Any], write: bool = True
+) -> None:
     """Makes the folder, or checks that it belongs to this configuration; writes config.json.
+
+    `write`: False for a process that leaves writing to another.
 
     `facts`: what else decides what is trained (digest of the data, revision of the model). Raises
     `UserError` naming every field that differs.
@@ -47,7 +82,8 @@ def open_workdir(workdir: Path, config: Mapping[str, Any], facts: Mapping[str, A
     path = workdir / CONFIG
     new = {"config": flat(config), "facts": dict(facts), "versions": versions()}
     # A run that has saved nothing yet may be corrected.
-    saved = any(p.name.isdigit() for p in (workdir / "checkpoints").glob("*"))
+    folder = workdir / "checkpoints"
+    saved = folder.exists() and any(p.name.isdigit() for p in folder.iterdir())
     if path.exists() and saved:
         old, _ = read_json(path)
         if not isinstance(old, dict) or not {"config", "facts"} <= old.keys():
@@ -71,7 +107,8 @@ def open_workdir(workdir: Path, config: Mapping[str, Any], facts: Mapping[str, A
         workdir.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(f"{workdir}: cannot be made ({error.strerror}); choose another") from None
-    write_text(path, json.dumps(new, indent=1) + "\n")
+    if write:
+        write_text(path, json.dumps(new, indent=1) + "\n")
 
 
 def versions() -> dict[str, str]:

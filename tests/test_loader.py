@@ -137,23 +137,30 @@ def test_captions_belong_to_the_key_and_alternatives_are_all_drawn():
     assert min(drawn[0, i] for i in (0, 2, 3)) > 40
 
 
-@pytest.mark.parametrize("count", [1, 2, 4])
-def test_parts_make_up_the_batch(count):
-    batches = make(9, 3, batch_size=4, draw="row")
+@pytest.mark.parametrize("accumulate", [1, 2])
+@pytest.mark.parametrize("shares", [[[0, 1, 2, 3]], [[0, 1], [2, 3]], [[0, 3], [1, 2]]])
+def test_parts_make_up_every_micro_batch(shares, accumulate):
+    batches = make(9, 3, batch_size=4 * accumulate, draw="row")
     for n in range(10):
         whole = batches.batch(n)
-        parts = [whole.part(i, count) for i in range(count)]
-        np.testing.assert_array_equal(np.concatenate([p.rows for p in parts]), whole.rows)
-        np.testing.assert_array_equal(np.concatenate([p.captions for p in parts]), whole.captions)
-        assert sum((p.prompt_keys for p in parts), ()) == whole.prompt_keys
-        assert {p.bucket for p in parts} == {whole.bucket}
+        rows = np.full((accumulate, 4), -1)
+        captions, keys = rows.copy(), np.full((accumulate, 4), "", object)
+        for places in shares:
+            part = whole.part(np.array(places), accumulate)
+            assert part.bucket == whole.bucket and part.n == n
+            rows[:, places] = part.rows.reshape(accumulate, -1)
+            captions[:, places] = part.captions.reshape(accumulate, -1)
+            keys[:, places] = np.reshape(part.prompt_keys, (accumulate, -1))
+        np.testing.assert_array_equal(rows.ravel(), whole.rows)
+        np.testing.assert_array_equal(captions.ravel(), whole.captions)
+        assert tuple(keys.ravel()) == whole.prompt_keys
 
 
-def test_a_batch_that_does_not_divide_is_refused():
-    with pytest.raises(ValueError):
-        make(4, batch_size=4).batch(0).part(0, 3)
-    with pytest.raises(ValueError):
-        make(4, batch_size=4).batch(0).part(2, 2)
+def test_a_part_that_is_not_there_is_refused():
+    whole = make(4, batch_size=4).batch(0)
+    for places, accumulate in (([0], 3), ([4], 1), ([2], 2), ([-1], 1), ([], 1)):
+        with pytest.raises(ValueError):
+            whole.part(np.array(places), accumulate)
     for wrong in ({"batch_size": 0}, {"seed": -1}, {"draw": "none"}):
         with pytest.raises(ValueError):
             make(4, **wrong)
@@ -170,17 +177,6 @@ def test_prefetch_gives_batches_in_order_from_any_start():
     assert [n for n, _ in got] == list(range(5, 17))
     for n, batch in got:
         same(batch, batches.batch(n))
-
-
-def test_prefetch_gives_each_process_its_part():
-    batches = make(9, 3)
-    parts = [
-        [b.rows for _, b in prefetch(batches, lambda b: b, 0, 6, process_index=i, process_count=2)]
-        for i in range(2)
-    ]
-    for n in range(6):
-        joined = np.concatenate([parts[0][n], parts[1][n]])
-        np.testing.assert_array_equal(joined, batches.batch(n).rows)
 
 
 def test_prefetch_loads_ahead_and_in_threads():

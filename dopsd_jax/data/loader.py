@@ -35,16 +35,16 @@ class BatchIndex:
     prompt_keys: tuple[str, ...]
     captions: Int64[np.ndarray, " b"]
 
-    def part(self, index: int, count: int) -> "BatchIndex":
-        """The share of process `index` of `count`; the parts in order make up the whole."""
-        size, rest = divmod(len(self.rows), count)
-        if rest or not 0 <= index < count:
-            raise ValueError(f"part {index} of {count} of a batch of {len(self.rows)}")
-        own = slice(index * size, (index + 1) * size)
+    def part(self, places: Int64[np.ndarray, " p"], accumulate: int) -> "BatchIndex":
+        """What one process loads: `places` of each of the batch's `accumulate` micro-batches."""
+        size, rest = divmod(len(self.rows), accumulate)
+        if rest or len(places) == 0 or min(places) < 0 or max(places) >= size:
+            raise ValueError(f"{places=} of {accumulate} parts of a batch of {len(self.rows)}")
+        own = (np.arange(accumulate)[:, None] * size + places).ravel()
         return replace(
             self,
             rows=self.rows[own],
-            prompt_keys=self.prompt_keys[own],
+            prompt_keys=tuple(self.prompt_keys[i] for i in own),
             captions=self.captions[own],
         )
 
@@ -122,18 +122,16 @@ def prefetch(
     start: int,
     stop: int,
     *,
-    process_index: int = 0,
-    process_count: int = 1,
     threads: int = 2,
     ahead: int = 2,
 ) -> Iterator[tuple[int, T]]:
     """Yields (n, load(batch n)) for start <= n < stop, loaded by threads a few batches ahead.
 
-    `load` receives this process's part of the batch. What it raises is raised here.
+    What `load` raises is raised here.
     """
 
     def fetch(n: int) -> tuple[int, T]:
-        return n, load(batches.batch(n).part(process_index, process_count))
+        return n, load(batches.batch(n))
 
     options = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=ahead)
     yield from grain.MapDataset.source(range(start, stop)).map(fetch).to_iter_dataset(options)

@@ -5,6 +5,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
+from etils import epath
 
 from dopsd_jax.errors import UserError, raise_if
 from dopsd_jax.weights.atomic import disk_error, write_text
@@ -37,7 +38,7 @@ def write_lora(
     alpha tensors. `Q`: a folder as PEFT saves it. `dtype` is a code of `tensors.FLOATS`; `metadata`
     adds header strings, e.g. `modelspec.title`.
     """
-    path = Path(path)
+    path = epath.Path(path)
     if dialect not in WRITTEN:
         raise UserError(f"{path}: dialect {dialect!r} cannot be written; {', '.join(WRITTEN)} can")
     if not modules:

@@ -7,9 +7,10 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import numpy as np
+from etils import epath
 
 from dopsd_jax.errors import UserError
-from dopsd_jax.weights.atomic import atomic_file, need_space, write_text
+from dopsd_jax.weights.atomic import atomic_file, is_remote, need_space, write_text
 from dopsd_jax.weights.progress import SILENT, Progress
 from dopsd_jax.weights.tensors import CODES, TensorInfo, Tensors, contiguous
 
@@ -34,12 +35,13 @@ def write_safetensors(
     The file appears under its name when it is whole. Raises `UserError` when it cannot be written;
     an older file of the name is then untouched.
     """
-    path = Path(path)
-    if not path.parent.is_dir():
-        raise UserError(f"{path.parent}: no such folder; create it first")
-    if path.is_dir():
-        raise UserError(f"{path}: is a folder; give the name of a file")
-    need_space(path.parent, sum(info.nbytes for info in infos.values()))
+    path = epath.Path(path)
+    if not is_remote(path):
+        if not path.parent.is_dir():
+            raise UserError(f"{path.parent}: no such folder; create it first")
+        if path.is_dir():
+            raise UserError(f"{path}: is a folder; give the name of a file")
+        need_space(path.parent, sum(info.nbytes for info in infos.values()))
     names = file_order(infos)
     with atomic_file(path) as file:
         file.write(header_bytes(names, infos, metadata))

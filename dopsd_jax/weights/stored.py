@@ -54,7 +54,7 @@ def read_config(path: Path, network: Network) -> tuple[Any, str]:
 def read_json(path: Path) -> tuple[Any, str]:
     """Content and text of a JSON file. Raises `UserError`."""
     try:
-        text = path.read_text(encoding="utf-8")
+        text = path.read_bytes().decode("utf-8")
         return json.loads(text), text
     except FileNotFoundError:
         raise UserError(f"{path}: no such file; download the whole model folder") from None

@@ -1,0 +1,66 @@
+"""A small program that runs as one of several processes; run by test_processes.py.
+
+python process_group.py SCENARIO --coordinator=... --num_processes=2 --process_id=I
+"""
+
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import NamedSharding, PartitionSpec
+
+from dopsd_jax import distributed, processes, sharding
+from dopsd_jax.errors import UserError
+
+SCENARIO = sys.argv.pop(1)
+
+
+def agree():
+    """What the processes say to each other, and what lies on their devices."""
+    index = jax.process_index()
+    assert processes.gather({"i": index, "é": "x" * index}) == [
+        {"i": i, "é": "x" * i} for i in range(jax.process_count())
+    ]
+    order = []
+    processes.first_alone(lambda: order.append(index))
+    assert order == [index]
+    for sizes in ({"data": 4, "fsdp": 2}, {"data": 2, "tensor": 4}, {"tensor": 8}):
+        mesh = sharding.make_mesh(sizes)
+        whole = {"a": np.arange(2 * 8 * 3.0).reshape(2, 8, 3), "n": np.arange(16).reshape(2, 8)}
+        own = sharding.own_samples(mesh, 8)
+        placed = sharding.put_batch({k: v[:, own] for k, v in whole.items()}, mesh, 8)
+        for name, array in whole.items():
+            assert placed[name].shape == array.shape
+            np.testing.assert_array_equal(processes.to_host(placed[name]), array)
+        assert len(own) == 8 if "data" not in sizes else 4
+    # Random numbers do not depend on how they are placed.
+    mesh = sharding.make_mesh({"data": -1})
+    where = NamedSharding(mesh, PartitionSpec("data"))
+    draw = jax.jit(lambda: jax.random.normal(jax.random.key(3), (8, 5)), out_shardings=where)
+    np.testing.assert_array_equal(
+        processes.to_host(draw()), np.asarray(jax.random.normal(jax.random.key(3), (8, 5)))
+    )
+    print("agreed", flush=True)
+
+
+def refuse():
+    with processes.together():
+        if jax.process_index() == 1:
+            raise UserError("config.model: is not on this machine; copy it")
+    raise AssertionError("not reached")
+
+
+def fail():
+    """An error that only process 0 knows of, while the other computes with it."""
+    if jax.process_index() == 0:
+        raise UserError("metrics.jsonl: the disk is full; free some space")
+    mesh = sharding.make_mesh({"data": -1})
+    everywhere = NamedSharding(mesh, PartitionSpec())
+    x = jax.device_put(jnp.ones(8), NamedSharding(mesh, PartitionSpec("data")))
+    print(jax.jit(jnp.sum, out_shardings=everywhere)(x))
+
+
+if __name__ == "__main__":
+    jax.config.update("jax_num_cpu_devices", 4)
+    distributed.run({"agree": agree, "refuse": refuse, "fail": fail}[SCENARIO])

@@ -1,0 +1,166 @@
+"""Many processes: real ones, two with four devices each, and what a run on them leaves behind."""
+
+import json
+import os
+import pathlib
+import re
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+from conftest import ROOT, TINY_CONFIG, run_program
+
+from dopsd_jax.metrics import read_metrics
+
+SCRIPT = pathlib.Path(__file__).with_name("process_group.py")
+pytestmark = [pytest.mark.slow, pytest.mark.multiprocess]
+
+
+OTHER = ("--num_processes=2", "--process_id=1")
+
+
+def free_port():
+    with socket.socket() as one:
+        one.bind(("127.0.0.1", 0))
+        return one.getsockname()[1]
+
+
+def start(command, index, port, **environment):
+    own = {
+        "JAX_COORDINATOR_ADDRESS": f"127.0.0.1:{port}",
+        "JAX_NUM_PROCESSES": "2",
+        "JAX_PROCESS_ID": str(index),
+    }
+    return subprocess.Popen(
+        [sys.executable, *map(str, command)], env=os.environ | own | environment, cwd=ROOT,
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
+
+
+def group(scenario):
+    """(status, stdout, stderr) of both processes."""
+    port = free_port()
+    both = [start([SCRIPT, scenario], i, port) for i in range(2)]
+    outputs = [p.communicate(timeout=300) for p in both]
+    return [(p.returncode, *output) for p, output in zip(both, outputs, strict=True)]
+
+
+def errors_of(stderr):
+    return [line for line in stderr.splitlines() if line.startswith("error: ")]
+
+
+def test_processes_agree_and_hold_their_own_samples():
+    for i, (status, stdout, stderr) in enumerate(group("agree")):
+        assert status == 0 and "agreed" in stdout, stderr
+        assert f"processes: this is {i} of 2, 4 of 8 devices" in stdout
+
+
+def test_a_fault_of_one_process_ends_all_with_its_line():
+    for status, _, stderr in group("refuse"):
+        assert status == 2
+        assert errors_of(stderr) == ["error: config.model: is not on this machine; copy it"]
+
+
+def test_a_process_that_fails_alone_does_not_leave_the_other_waiting():
+    first, second = group("fail")
+    assert first[0] == 2 and errors_of(first[2]) and "Traceback" not in first[2]
+    assert second[0] != 0
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--distributed=on"], "--distributed=on: .* give --coordinator, --num_processes"),
+        (["--num_processes=2"], "give --coordinator, --process_id"),
+        (["--coordinator=here", "--num_processes=2", "--process_id=0"], "'here' is not host:port"),
+        (["--coordinator=a:1", "--num_processes=2", "--process_id=2"], "--process_id: 2 is not"),
+        (
+            ["--coordinator=127.0.0.1:9", *OTHER, "--connect_timeout=2"],
+            r"the other processes did not meet at 127.0.0.1:9 within 2 s",
+        ),
+    ],
+)  # fmt: skip
+def test_processes_that_cannot_meet_say_so(options, message):
+    result = subprocess.run(
+        [sys.executable, SCRIPT, "agree", *options],
+        capture_output=True, text=True, timeout=120, cwd=ROOT,
+    )  # fmt: skip
+    assert result.returncode == 2, result.stderr
+    (line,) = errors_of(result.stderr)
+    assert re.search(message, line), line
+
+
+# A large eps: else Adam turns rounding into steps of its own.
+BATCH = (
+    "--config.batch_size=8",
+    "--config.data.buckets=96x96",
+    "--config.accumulate=2",
+    "--config.adam_eps=1e-3",
+)
+
+
+@pytest.fixture(scope="module")
+def preempted(tiny_run, tmp_path_factory):
+    """A run on two processes that SIGTERM to one of them stopped; and their outputs."""
+    workdir = tmp_path_factory.mktemp("two") / "run"
+    for name in ("tiny_model", "tiny_data"):
+        shutil.copytree(tiny_run / name, workdir / name)
+    command = [
+        "-m", "dopsd_jax.train", *TINY_CONFIG, *BATCH, "--config.steps=500",
+        "--config.mesh.fsdp=2", f"--workdir={workdir}",
+    ]  # fmt: skip
+    port = free_port()
+    both = [start(command, i, port, JAX_NUM_CPU_DEVICES="4") for i in range(2)]
+    log = workdir / "metrics.jsonl"
+    patience = time.monotonic() + 500
+    while not (log.exists() and log.read_text().count("\n") >= 3):
+        assert time.monotonic() < patience and all(p.poll() is None for p in both), [
+            p.communicate() for p in both if p.poll() is not None
+        ]
+        time.sleep(0.1)
+    both[1].send_signal(signal.SIGTERM)
+    outputs = [p.communicate(timeout=300) for p in both]
+    return workdir, [(p.returncode, *output) for p, output in zip(both, outputs, strict=True)]
+
+
+def test_sigterm_to_one_process_stops_all_after_one_step(preempted):
+    workdir, outcomes = preempted
+    assert [status for status, _, _ in outcomes] == [75, 75], outcomes
+    stopped = read_metrics(workdir / "metrics.jsonl")[-1]["step"]
+    assert 3 <= stopped < 500
+    assert f"stopped after step {stopped}, which is saved" in outcomes[0][1]
+    digests = sorted(p.name for p in (workdir / f"checkpoints/{stopped}").glob("digests.*"))
+    assert digests == ["digests.0.json", "digests.1.json"]
+    assert (workdir / "lora" / f"step_{stopped}.safetensors").exists()
+    # Process 0 speaks for all.
+    assert "step" in outcomes[0][1] and "pictures" not in outcomes[1][1]
+
+
+def test_other_processes_and_meshes_give_the_same_losses(preempted, tmp_path):
+    """One process with eight devices from the start; one with two goes on where two stopped."""
+    workdir, _ = preempted
+    two = read_metrics(workdir / "metrics.jsonl")
+    steps = two[-1]["step"] + 2
+    results = {}
+    for name, devices, fsdp in (("whole", 8, 1), ("resumed", 2, 2)):
+        folder = tmp_path / name
+        shutil.copytree(workdir, folder)
+        if name == "whole":
+            shutil.rmtree(folder / "checkpoints")
+        result = run_program(
+            "train", *TINY_CONFIG, *BATCH, f"--config.steps={steps}", f"--config.mesh.fsdp={fsdp}",
+            f"--workdir={folder}", JAX_NUM_CPU_DEVICES=str(devices),
+        )  # fmt: skip
+        assert result.returncode == 0, result.stderr
+        resumed = f"resuming at step {steps - 2}" in result.stdout
+        assert resumed == (name == "resumed")
+        results[name] = read_metrics(folder / "metrics.jsonl")
+    assert [json.dumps(r) for r in results["resumed"][:-2]] == [json.dumps(r) for r in two]
+    for ours, whole in zip(results["resumed"], results["whole"], strict=True):
+        for field in ("loss", "loss_per_step", "gap", "grad_norm"):
+            np.testing.assert_allclose(ours[field], whole[field], rtol=1e-5, err_msg=field)

@@ -1,0 +1,111 @@
+"""A run that is stopped and killed on its way equals one that was left alone, bit for bit."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+from conftest import ROOT, TINY_CONFIG
+from orbax.checkpoint import v1 as ocp
+
+from dopsd_jax.checkpoint import Checkpoints
+from dopsd_jax.metrics import read_metrics
+from dopsd_jax.weights.safetensors_io import TensorFiles
+
+pytestmark = [pytest.mark.slow, pytest.mark.multiprocess]
+CLOCK = ("seconds", "images_per_second")
+
+
+def launch(workdir, *options):
+    command = [sys.executable, "-m", "dopsd_jax.train", *TINY_CONFIG, f"--workdir={workdir}"]
+    return subprocess.Popen(
+        [*map(str, command), *options], cwd=ROOT, text=True, env=os.environ,
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+    )  # fmt: skip
+
+
+def wait_for(process, happened, patience=400):
+    begin = time.monotonic()
+    while not happened():
+        assert process.poll() is None, process.communicate()
+        assert time.monotonic() - begin < patience
+        time.sleep(0.002)
+
+
+def bits(workdir, step=4):
+    files = TensorFiles.open(workdir / "lora" / f"step_{step}.safetensors")
+    return {name: files.read(name) for name in files.infos}
+
+
+def numbers(workdir):
+    return [
+        {k: v for k, v in record.items() if k not in CLOCK}
+        for record in read_metrics(workdir / "metrics.jsonl")
+    ]
+
+
+def test_a_run_stopped_by_a_signal_and_killed_while_saving_is_the_same_run(tiny_run, tmp_path):
+    """Other checkpoints and previews on its way than the one that was left alone."""
+    workdir = tmp_path / "run"
+    for name in ("tiny_model", "tiny_data"):
+        shutil.copytree(tiny_run / name, workdir / name)
+    options = "--config.checkpoint_every=1", "--config.sample_every=3"
+
+    # Asked to stop while the first step is compiled.
+    process = launch(workdir, *options)
+    wait_for(process, (workdir / "samples" / "step_000000.png").exists)
+    process.send_signal(signal.SIGTERM)
+    stdout, stderr = process.communicate(timeout=400)
+    assert process.returncode == 75, stderr
+    stopped = Checkpoints(workdir / "checkpoints", 1).steps[-1]
+    assert stopped < 4 and f"stopped after step {stopped}, which is saved" in stdout
+
+    # Killed while it saves the next step: orbax has begun, the digests are not there.
+    process = launch(workdir, *options)
+    folder = workdir / "checkpoints"
+    begun = lambda: [p for p in folder.iterdir() if p.name.startswith(str(stopped + 1))]
+    wait_for(process, begun)
+    process.kill()
+    stdout, stderr = process.communicate(timeout=60)
+    assert process.returncode == -signal.SIGKILL and f"resuming at step {stopped}" in stdout
+    assert stopped in Checkpoints(folder, 1).steps
+
+    process = launch(workdir, *options)
+    stdout, stderr = process.communicate(timeout=400)
+    assert process.returncode == 0, stderr
+    assert numbers(workdir) == numbers(tiny_run)
+    assert [r["step"] for r in read_metrics(workdir / "metrics.jsonl")] == [1, 2, 3, 4]
+    whole = bits(tiny_run)
+    for name, array in bits(workdir).items():
+        np.testing.assert_array_equal(array, whole[name], err_msg=name)
+    # Student, teacher, optimizer and step.
+    ours, whole = (ocp.load(w / "checkpoints" / "4") for w in (workdir, tiny_run))
+    assert {name.partition(".")[0] for name in whole} == {
+        "step", "student", "teacher", "opt_state"
+    }  # fmt: skip
+    for name, array in whole.items():
+        np.testing.assert_array_equal(ours[name], array, err_msg=name)
+
+
+def test_a_gradient_that_is_not_finite_stops_the_run_and_keeps_the_last_good_state(
+    tiny_run, tmp_path
+):
+    workdir = tmp_path / "run"
+    for name in ("tiny_model", "tiny_data", "features"):
+        shutil.copytree(tiny_run / name, workdir / name)
+    # A learning rate that float32 adapters survive one step of, and no more.
+    process = launch(workdir, "--config.learning_rate=1e30", "--config.checkpoint_every=9")
+    stdout, stderr = process.communicate(timeout=400)
+    assert process.returncode == 2, stdout + stderr
+    (line,) = [x for x in stderr.splitlines() if x.startswith("error: ")]
+    assert "step 2: its loss or gradient is not finite" in line and "after step 1 is saved" in line
+    incident = json.loads((workdir / "incidents" / "step_2.json").read_text())
+    assert len(incident["samples"]) == 2 and incident["metrics"]["step"] == 2
+    assert all((workdir / s["image"]).exists() for s in incident["samples"])
+    assert Checkpoints(workdir / "checkpoints", 3).steps == [1]
+    assert all(np.isfinite(array).all() for array in bits(workdir, 1).values())
