@@ -211,9 +211,10 @@ def _digest_files(folder: epath.Path) -> list[epath.Path]:
 
 def _files(folder: epath.Path) -> list[str]:
     """Names of a checkpoint's files, below its folder, in order."""
-    names = []
+    names, root = [], None
     for top, _, files in folder.walk():
-        names += [(top / name).relative_to(folder).as_posix() for name in files]
+        root = root or top  # of a store, `walk` gives paths without gs://
+        names += [(top / name).relative_to(root).as_posix() for name in files]
     return sorted(name for name in names if not name.startswith(f"{_DIGESTS}."))
 
 

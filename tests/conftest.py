@@ -43,6 +43,32 @@ def tiny_run(tmp_path_factory):
     return workdir
 
 
+@pytest.fixture
+def bucket():
+    """The address of an empty object store: gs:// goes through fsspec, here to its memory."""
+    fsspec = pytest.importorskip("fsspec")
+    from fsspec.implementations.memory import MemoryFileSystem
+
+    class Bucket(MemoryFileSystem):
+        protocol = ("gs", "gcs")
+        store, pseudo_dirs = {}, [""]
+
+        def __init__(self, *args, finalize_on_close=None, **kwargs):
+            super().__init__(*args, **kwargs)
+
+        @classmethod
+        def _strip_protocol(cls, path):
+            return super()._strip_protocol(str(path).removeprefix("gs://"))
+
+    old = dict(fsspec.registry)
+    for name in Bucket.protocol:
+        fsspec.register_implementation(name, Bucket, clobber=True)
+    yield "gs://bucket"
+    for name in Bucket.protocol:
+        if name in old:
+            fsspec.register_implementation(name, old[name], clobber=True)
+
+
 ROOT = Path(__file__).parents[1]
 # Four steps, saved at 2 and 4, with dense optimizer settings: enough to see everything happen.
 TINY_CONFIG = (

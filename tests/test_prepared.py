@@ -160,25 +160,12 @@ def test_a_write_that_is_stopped_leaves_no_part(tmp_path):
     assert sorted(p.name for p in folder.iterdir()) == [path.name, parts.MANIFEST]
 
 
-def test_prepared_data_on_remote_storage(tmp_path):
-    """gs:// goes through fsspec; here its memory stands in for the bucket."""
-    fsspec = pytest.importorskip("fsspec")
-    from fsspec.implementations.memory import MemoryFileSystem
-
-    class Bucket(MemoryFileSystem):
-        protocol = ("gs", "gcs")
-        store, pseudo_dirs = {}, [""]
-
-        def __init__(self, *args, finalize_on_close=None, **kwargs):
-            super().__init__(*args, **kwargs)
-
-    for name in Bucket.protocol:
-        fsspec.register_implementation(name, Bucket, clobber=True)
-    remote, local = Prepared(write("gs://bucket/set")), Prepared(write(tmp_path / "set"))
+def test_prepared_data_in_a_store(bucket, tmp_path):
+    remote, local = Prepared(write(f"{bucket}/set")), Prepared(write(tmp_path / "set"))
     for ours, theirs in zip(remote.load((4, 1)), local.load((4, 1)), strict=True):
         np.testing.assert_array_equal(ours, theirs)
     np.testing.assert_array_equal(remote.picture(3), local.picture(3))
-    assert len(list(epath.Path("gs://bucket/set").iterdir())) == 4  # nothing half-written
+    assert len(list(epath.Path(f"{bucket}/set").iterdir())) == 4  # nothing half-written
 
 
 # --- with the encoders

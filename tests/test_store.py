@@ -1,0 +1,75 @@
+"""What a run writes into an object store (gs://) is what it writes into a folder."""
+
+import json
+
+import numpy as np
+import pytest
+from etils import epath
+
+from dopsd_jax import checkpoint, experiment, pictures
+from dopsd_jax.errors import UserError
+from dopsd_jax.metrics import MetricsWriter, read_metrics
+from dopsd_jax.report import write_report
+from dopsd_jax.weights.atomic import atomic_file, write_text
+from dopsd_jax.workdir import find_workdir
+
+CONFIG = {"train": "lora", "model": "folder", "data": {"path": "photos", "cache": ""}}
+
+
+def write_run(workdir):
+    """What stands in a work directory besides checkpoints."""
+    for first, last in ((0, 5), (3, 8)):  # cut off behind step 5, gone on with from 3
+        with MetricsWriter(workdir, first) as writer:
+            for step in range(first + 1, last + 1):
+                writer.write({"step": step, "loss": 1 / step, "gap": 0.5})
+    rows = [pictures.Row("a cat", (np.full((32, 32, 3), 90, np.uint8),))]
+    pictures.save_grid(pictures.sample_path(workdir, 4), ("tuned",), rows)
+    write_report(workdir)
+
+
+def test_metrics_pictures_and_report(bucket, tmp_path):
+    remote, local = epath.Path(f"{bucket}/runs/dog"), epath.Path(tmp_path / "dog")
+    local.mkdir()
+    write_text(remote / "config.json", json.dumps({"config": {"steps": 8}}))
+    write_text(local / "config.json", json.dumps({"config": {"steps": 8}}))
+    write_run(remote), write_run(local)
+    assert [record["step"] for record in read_metrics(remote / "metrics.jsonl")] == [*range(1, 9)]
+    for name in ("metrics.jsonl", "samples/step_000004.png", "report.html"):
+        assert (remote / name).read_bytes() == (local / name).read_bytes(), name
+    assert sorted(path.name for path in remote.iterdir()) == sorted(p.name for p in local.iterdir())
+
+
+def test_a_file_that_is_not_finished_does_not_appear(bucket):
+    path = epath.Path(f"{bucket}/a")
+    write_text(path, "old")
+    with pytest.raises(KeyboardInterrupt), atomic_file(path) as file:
+        file.write(b"half of")
+        raise KeyboardInterrupt
+    assert path.read_text() == "old"
+
+
+def test_the_files_of_a_checkpoint_are_found_and_hashed(bucket, tmp_path):
+    names = ["_METADATA", "state/d/abc", "state/manifest"]
+    digests = []
+    for folder in (epath.Path(f"{bucket}/checkpoints/2"), epath.Path(tmp_path)):
+        for name in (*names, "digests.0.json"):
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
+            (folder / name).write_text(f"content of {name}")
+        assert checkpoint._files(folder) == names
+        digests.append(checkpoint._digests(folder, names))
+    assert digests[0] == digests[1] and len(set(digests[0].values())) == 3
+
+
+def test_what_needs_a_folder_is_said_at_once(bucket):
+    with pytest.raises(UserError, match="features cannot be cached in gs://"):
+        find_workdir(f"{bucket}/run", CONFIG)
+    with pytest.raises(UserError) as caught:
+        find_workdir(f"{bucket}/run", CONFIG | {"model": "tiny", "train": "full"})
+    assert len(caught.value.problems) == 3
+
+
+def test_prepared_data_need_no_folder(bucket):
+    write_text(epath.Path(f"{bucket}/set/prepared.json"), "{}")
+    config = experiment.ConfigDict(CONFIG | {"data": {"path": f"{bucket}/set", "cache": ""}})
+    workdir = find_workdir(f"{bucket}/run", config)
+    assert "://" not in str(experiment.cache_folder(config, workdir))
