@@ -5,6 +5,8 @@ then asks the teacher: whether its context changes the prediction, and what it d
 teacher's picture is no nearer to the target than the student's, there is nothing to learn.
 """
 
+from pathlib import Path
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -18,7 +20,6 @@ from dopsd_jax.families import zimage as family
 from dopsd_jax.features import Features
 from dopsd_jax.flow import euler
 from dopsd_jax.previews import COLUMNS, Previews, rows_of
-from dopsd_jax.workdir import find_workdir
 
 CONFIG = config_flags.DEFINE_config_file("config", None, "configuration file", lock_config=True)
 WORKDIR = flags.DEFINE_string("workdir", "runs/zimage", "where caches and the picture go")
@@ -26,9 +27,8 @@ NOTHING = 1e-3  # relative gap below which the context changes nothing
 
 
 def main() -> None:
-    config = CONFIG.value
+    config, workdir = CONFIG.value, Path(WORKDIR.value).expanduser()
     settings.check(config, config_flags.get_override_values(flags.FLAGS["config"]))
-    workdir = find_workdir(WORKDIR.value, config)
     mesh = sharding.make_mesh(config.mesh)
     pipe, _ = experiment.open_pipeline(config, workdir, mesh)
     size = pipe.config
@@ -37,7 +37,7 @@ def main() -> None:
     dataset = experiment.open_data(config, workdir, pipe.size_multiple)
     print("\n".join(describe(dataset, config.batch_size * config.accumulate)), flush=True)
 
-    features = Features(pipe, dataset, config, experiment.cache_folder(config, workdir))
+    features = Features(pipe, dataset, config, Path(config.data.cache or workdir / "features"))
     features.prepare()
     print(f"features: student {features.student_rows} rows, teacher {features.teacher_rows} rows")
     plan = experiment.make_plan(config, pipe, mesh)
@@ -75,6 +75,8 @@ def budget(config, pipe, plan, features) -> list[str]:
     size = sharding.whole_bytes
     count = lambda tree: sum(x.size for x in jax.tree.leaves(tree))
     like = plan.like
+    # Not counted from the base: one that is quantised has scales too.
+    frozen = 0 if config.train == "full" else flops.parameters(pipe.config)
     memory = {
         "base": size(pipe.split[2]),
         "student": size(like.student),
@@ -98,7 +100,7 @@ def budget(config, pipe, plan, features) -> list[str]:
     images = config.batch_size * config.accumulate
     gib = lambda n: f"{n / 2**30:.3g} GiB"
     return [
-        f"parameters: {count(pipe.split[2]):,} of the base, {count(like.student):,} trained",
+        f"parameters: {frozen:,} of the base, {count(like.student):,} trained",
         "memory (unsplit, without activations): "
         + ", ".join(f"{name} {gib(bytes)}" for name, bytes in memory.items() if bytes)
         + f"; in all {gib(sum(memory.values()))}",

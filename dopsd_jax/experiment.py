@@ -27,7 +27,6 @@ from dopsd_jax.models import attention, quantised, zimage
 from dopsd_jax.tiny import make_tiny
 from dopsd_jax.trained import VARIABLES, Trained, trained
 from dopsd_jax.weights import hub
-from dopsd_jax.weights.atomic import is_remote
 
 BUCKETS = "buckets (config.data.resolution, config.data.buckets)"
 TINY = "tiny"  # config.model, config.data.path: made in the work directory
@@ -149,9 +148,6 @@ def limits(config: ConfigDict) -> ImageLimits:
 
 def cache_folder(config: ConfigDict, workdir: Path) -> Path:
     """Where features and indices are kept."""
-    if not config.data.cache and is_remote(workdir):
-        # Prepared data: what is left to keep is little and soon made anew.
-        return Path("~/.cache/dopsd_jax").expanduser()
     return Path(config.data.cache or workdir / "features").expanduser()
 
 
@@ -179,8 +175,8 @@ def make_plan(config: ConfigDict, pipe: Pipeline, mesh: Mesh) -> Plan:
 
 def abstract_plan(
     config: ConfigDict, size: zimage.ZImageConfig, attention: str, shift: float, mesh: Mesh
-) -> tuple[Plan, nnx.State]:
-    """`make_plan` for a network that is not loaded, with its base: shapes and placements only.
+) -> tuple[Plan, nnx.GraphDef, nnx.State]:
+    """`make_plan` for a network that is not loaded, with its graph and base: shapes, placements.
 
     `attention`: a resolved name of `attention.IMPLEMENTATIONS`; `shift`: the scheduler's.
     """
@@ -201,7 +197,7 @@ def abstract_plan(
     flat = [(p, cast(v) if type(v) is nnx.Param else v) for p, v in nnx.to_flat_state(base)]
     base = nnx.from_flat_state(flat)
     plan = _plan(config, what, graphdef, student, shift, mesh)
-    return plan, sharding.abstract(base, sharding.state_shardings(base, mesh))
+    return plan, graphdef, sharding.abstract(base, sharding.state_shardings(base, mesh))
 
 
 def _plan(config, what: Trained, graphdef, student, shift: float, mesh: Mesh) -> Plan:

@@ -1,4 +1,4 @@
-"""Work and memory of a D-OPSD step, counted from the architecture.
+"""Work of a D-OPSD step, counted from the architecture.
 
 XLA's own count takes the body of a scan once, so it says nothing about a program of scans. One
 multiply and add are two FLOP; only matrix products count. Everything is per image.
@@ -67,21 +67,6 @@ class StepWork(NamedTuple):
 
     model: float
     executed: float
-
-
-class Memory(NamedTuple):
-    """Parameters, and bytes of what lives as long as the run."""
-
-    base_parameters: int
-    adapter_parameters: int
-    base: int
-    adapters: int
-    teacher: int
-    optimizer: int
-
-    @property
-    def total(self) -> int:
-        return self.base + self.adapters + self.teacher + self.optimizer
 
 
 def image_tokens(cfg: ZImageConfig, height: int, width: int) -> int:
@@ -172,22 +157,9 @@ def step_work(
     return StepWork(model, model + again)
 
 
-def memory(
-    cfg: ZImageConfig,
-    chosen: Mapping[str, Slot],
-    rank: int,
-    *,
-    base_bytes: int,
-    teacher_copy: bool = True,
-) -> Memory:
-    """Parameters and their bytes, unsplit.
-
-    `base_bytes`: of one base weight. Adapters, teacher and Adam's two moments are float32.
-    """
-    base = sum(math.prod(leaf.shape) for leaf in zimage.names(cfg))
-    adapters = adapter_parameters(chosen.values(), rank)
-    copy = 4 * adapters if teacher_copy else 0
-    return Memory(base, adapters, base_bytes * base, 4 * adapters, copy, 8 * adapters)
+def parameters(cfg: ZImageConfig) -> int:
+    """Numbers in the network, without adapters."""
+    return sum(math.prod(leaf.shape) for leaf in zimage.names(cfg))
 
 
 def adapter_parameters(chosen: Iterable[Slot], rank: int) -> int:

@@ -2,6 +2,7 @@
 
 import math
 import re
+from collections.abc import Collection
 from typing import NamedTuple
 
 KINDS = (
@@ -18,6 +19,8 @@ _OPERATION = re.compile(r"^\s+(?:ROOT )?%?[\w.-]+ = (.*?) ([a-z][\w-]*)\((.*)$")
 _ARRAY = re.compile(r"([a-z]+\d*(?:e\d+m\d+\w*)?)\[([\d,]*)\]")
 _CALLED = re.compile(r"(?:calls|to_apply|true_computation|false_computation)=%?([\w.-]+)")
 _BRANCHES = re.compile(r"branch_computations=\{([^}]*)\}")
+# A TPU's reduce-scatter: a fusion of an all-reduce, which is never done whole, and a slice of it.
+_SCATTER = re.compile(r"calls=%?all-reduce-scatter")
 _LOOP = re.compile(r"condition=%?([\w.-]+), body=%?([\w.-]+)")
 _TRIPS = re.compile(r'known_trip_count"?\W+n"?\W+(\d+)')
 
@@ -29,30 +32,46 @@ class Traffic(NamedTuple):
     bytes: int
 
 
+class Carried(NamedTuple):
+    """An array that a kind of collective results in."""
+
+    kind: str
+    dtype: str
+    shape: tuple[int, ...]
+
+
 class Collectives(NamedTuple):
     """By kind, with a loop's body counted as often as it runs.
 
     unknown_loops: loops around collectives whose length the text does not tell, counted once.
+    arrays: the same traffic by what it consists of; a collective of two arrays counts for each.
     """
 
     traffic: dict[str, Traffic]
     unknown_loops: int
+    arrays: dict[Carried, Traffic]
 
 
 def collectives(text: str) -> Collectives:
     """The collectives of one device, from `compiled.as_text()`."""
     entry, bodies = _computations(text)
-    totals: dict[str, tuple[dict[str, Traffic], int]] = {}
+    totals: dict[str, tuple[dict, int]] = {}
 
-    def total(name: str) -> tuple[dict[str, Traffic], int]:
+    def total(name: str) -> tuple[dict, int]:
         if name in totals:
             return totals[name]
-        found: dict[str, Traffic] = {}
+        found: dict[str | Carried, Traffic] = {}
         unknown = 0
         for result, operation, rest in bodies[name]:
             kind = operation.removesuffix("-start")
+            if operation == "fusion" and _SCATTER.search(rest):
+                kind = "reduce-scatter"
             if kind in KINDS:
-                _count(found, {kind: Traffic(1, _bytes(result, operation))}, 1)
+                arrays = _arrays(result, operation)
+                _count(found, {kind: Traffic(1, sum(map(_bytes, arrays)))}, 1)
+                for array in arrays:
+                    _count(found, {Carried(kind, *array): Traffic(1, _bytes(array))}, 1)
+                continue
             for callee, trips in _callees(operation, rest, bodies):
                 inner, inner_unknown = total(callee)
                 unknown += inner_unknown + (trips is None and bool(inner))
@@ -60,7 +79,25 @@ def collectives(text: str) -> Collectives:
         totals[name] = found, unknown
         return totals[name]
 
-    return Collectives(*total(entry))
+    found, unknown = total(entry)
+    traffic = {key: value for key, value in found.items() if isinstance(key, str)}
+    arrays = {key: value for key, value in found.items() if isinstance(key, Carried)}
+    return Collectives(traffic, unknown, arrays)
+
+
+def activations(
+    sent: Collectives, tokens: Collection[int], parameters: Collection[int]
+) -> dict[str, Traffic]:
+    """The traffic, by kind, of arrays with an axis of tokens.
+
+    `tokens`: lengths of rows of tokens, whole or as they are split. `parameters`: sizes of
+    parameters, which are no activations even if such an axis is a width too.
+    """
+    found: dict[str, Traffic] = {}
+    for array, traffic in sent.arrays.items():
+        if set(tokens) & set(array.shape) and math.prod(array.shape) not in parameters:
+            _count(found, {array.kind: traffic}, 1)
+    return found
 
 
 def _computations(text: str) -> tuple[str, dict[str, list[tuple[str, str, str]]]]:
@@ -101,19 +138,21 @@ def _limit(condition: str, bodies) -> int | None:
     return limits[0] if less and len(limits) == 1 else None
 
 
-def _bytes(result: str, operation: str) -> int:
-    arrays = [a for a in _ARRAY.findall(result) if a not in (("u32", ""), ("s32", ""))]
+def _arrays(result: str, operation: str) -> list[tuple[str, tuple[int, ...]]]:
+    """Types and shapes of what an operation results in, without its counters."""
+    found = [a for a in _ARRAY.findall(result) if a not in (("u32", ""), ("s32", ""))]
     if operation.endswith("-start") and not operation.startswith("all-reduce"):
-        arrays = arrays[len(arrays) // 2 :]  # operands stand before results
-    return sum(_size(kind) * math.prod(map(int, filter(None, d.split(",")))) for kind, d in arrays)
+        found = found[len(found) // 2 :]  # operands stand before results
+    return [(kind, tuple(map(int, filter(None, dims.split(","))))) for kind, dims in found]
 
 
-def _size(kind: str) -> int:
+def _bytes(array: tuple[str, tuple[int, ...]]) -> int:
+    kind, shape = array
     width = _BITS.get(kind) or int(re.search(r"\d+", kind)[0])
-    return max(width // 8, 1)
+    return max(width // 8, 1) * math.prod(shape)
 
 
-def _count(total: dict[str, Traffic], more: dict[str, Traffic], times: int) -> None:
-    for kind, traffic in more.items():
-        old = total.get(kind, Traffic(0, 0))
-        total[kind] = Traffic(old.count + times * traffic.count, old.bytes + times * traffic.bytes)
+def _count(total: dict, more: dict, times: int) -> None:
+    for key, traffic in more.items():
+        old = total.get(key, Traffic(0, 0))
+        total[key] = Traffic(old.count + times * traffic.count, old.bytes + times * traffic.bytes)

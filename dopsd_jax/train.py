@@ -3,6 +3,8 @@
 Run the same command again to resume. What it writes is described in README.md.
 """
 
+from pathlib import Path
+
 import jax
 from absl import flags
 from ml_collections import config_flags
@@ -50,7 +52,7 @@ def main() -> int | None:
 
     # ---- Contexts of student and teacher: computed once, then the encoders leave.
     with processes.together():
-        features = Features(pipe, dataset, config, experiment.cache_folder(config, workdir))
+        features = Features(pipe, dataset, config, Path(config.data.cache or workdir / "features"))
     processes.first_alone(lambda: features.prepare(processes.say))
 
     # ---- State and step.

@@ -153,25 +153,17 @@ def test_options_change_the_count_as_they_should():
 
 
 def test_the_published_network_has_its_published_size():
-    memory = flops.memory(FULL, chosen(FULL), 64, base_bytes=2)
-    assert memory.base_parameters == 6_154_908_736
-    assert memory.adapter_parameters == 158_760_960
-    assert memory.base == 12_309_817_472
-    assert memory.adapters == memory.teacher == 635_043_840
-    assert memory.optimizer == 2 * memory.adapters
-    assert memory.total == memory.base + 4 * memory.adapters
-    live = flops.memory(FULL, chosen(FULL), 64, base_bytes=2, teacher_copy=False)
-    assert live.total == memory.total - memory.teacher
+    assert flops.parameters(FULL) == 6_154_908_736
+    assert flops.adapter_parameters(chosen(FULL).values(), 64) == 158_760_960
 
 
 def test_the_counted_parameters_are_those_of_the_module():
     _, adapter, base = adapted(TINY, "blocks", 4)
-    memory = flops.memory(TINY, chosen(TINY), 4, base_bytes=4)
     size = lambda tree, kind: sum(
         leaf.size for _, leaf in nnx.to_flat_state(tree) if type(leaf) is kind
     )
-    assert size(base, nnx.Param) == memory.base_parameters
-    assert size(adapter, nnx.LoRAParam) == memory.adapter_parameters
+    assert size(base, nnx.Param) == flops.parameters(TINY)
+    assert size(adapter, nnx.LoRAParam) == flops.adapter_parameters(chosen(TINY).values(), 4)
 
 
 def test_rates_of_devices():

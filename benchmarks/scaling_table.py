@@ -1,0 +1,183 @@
+"""The page docs/scaling.md from the records of scaling.py: nothing in it is not in a record."""
+
+import math
+
+HEAD = """# What a step takes on TPU slices
+
+Made by `python benchmarks/scaling.py` from `docs/scaling.jsonl`; do not edit. The numbers are those
+of the TPU compiler (libtpu), which compiled the step for each slice; **no step has been run on a
+TPU**. Z-Image-Turbo, 6.15 billion parameters, at 1024 x 1024, captions of 512 and 1024 tokens, four
+rollout steps, one image a chip, full rematerialisation; LoRA of rank 64, or full fine-tuning with a
+float32 master, an EMA teacher and, unless the name says otherwise, AdamW. One micro-batch a step.
+
+Names count **chips**. Google's own names do too for v5e and v6e; for v5p they count TensorCores,
+two a chip: v5p-4 here is its v5p-8, and v5p-64 here its v5p-128.
+`python -m dopsd_jax.aot --topology` takes Google's names, and chips as in `v5p:2x2x1`.
+
+*does not fit* without a peak: what lives through the run is alone more than the chip has, which
+takes no compiler to see. *not compiled*: nobody has, and nothing is guessed.
+"""
+KINDS = ("all-gather", "reduce-scatter", "all-reduce", "all-to-all", "collective-permute")
+
+
+def page(rows: list[tuple[str, dict | None]]) -> str:
+    """The Markdown page. `rows`: names of cases and their records, None if there is none."""
+    records = dict(rows)
+    parts = [
+        HEAD,
+        "## Goals\n\n" + "\n".join(_goals(records)) + "\n",
+        "## Memory and work of one chip\n\n" + "\n".join(_memory(rows)) + "\n",
+        "## What collectives give one chip in a step\n\n" + "\n".join(_traffic(rows)) + "\n",
+        "## From 8 to 256 chips\n\n" + "\n".join(_growth(records)) + "\n",
+        "## Versions\n\n" + "\n".join(_versions(rows)) + "\n",
+    ]
+    return "\n".join(parts)
+
+
+def _goals(records) -> list[str]:
+    goals = (
+        ("LoRA on one v6e chip, base in bfloat16", "lora v6e-1"),
+        ("LoRA on one 16 GB v5e chip, base in int8", "lora v5e-1 int8"),
+        ("full fine-tuning on four v5p chips (Google's v5p-8)", "full v5p-4"),
+    )
+    return [f"* {text}: {_verdict(records.get(name))}" for text, name in goals]
+
+
+def _verdict(record: dict | None) -> str:
+    if record is None:
+        return "not compiled"
+    report = record["report"]
+    if report["needed"] is None:
+        return f"**does not fit**: {report['problem']}, a chip has {_gib(report['capacity'])}"
+    verdict = "fits" if record["fits"] else "**does not fit**"
+    return f"{verdict}, {_gib(report['needed'])} of {_gib(report['capacity'])} GiB"
+
+
+def _memory(rows) -> list[str]:
+    lines = [
+        "GiB, and TFLOP of one step. Weights: base and adapters, or the master.",
+        "",
+        "| case | mesh | weights | teacher | optimizer | temporaries | peak | chip | | model |"
+        " executed |",
+        "|---|---|--:|--:|--:|--:|--:|--:|---|--:|--:|",
+    ]
+    for name, record in rows:
+        if record is None:
+            lines.append(f"| {name} | | | | | | | | not compiled | | |")
+            continue
+        report, needed = record["report"], record["report"]["needed"]
+        live = report["account"]["live"]
+        weights = sum(live.get(kind, 0) for kind in ("base", "adapters", "master"))
+        rest = "" if needed is None else _gib(needed - sum(live.values()))
+        chips = math.prod(report["mesh"].values())
+        work = [f * report["images"] / chips / 1e12 for f in report["work"].values()]
+        cells = [
+            name,
+            ", ".join(f"{a} {n}" for a, n in report["mesh"].items() if n > 1) or "one chip",
+            *(_gib(n) for n in (weights, live["teacher"], live["optimizer"])),
+            rest,
+            "" if needed is None else _gib(needed),
+            _gib(report["capacity"]),
+            "fits" if record["fits"] else "**does not fit**",
+            *(f"{w:.0f}" for w in work),
+        ]
+        lines.append(f"| {' | '.join(cells)} |")
+    return lines
+
+
+def _traffic(rows) -> list[str]:
+    lines = [
+        "GiB in results of collectives, and how often each runs; a loop's body counts as often as",
+        "it runs. A reduce-scatter results in a chip's share of a gradient. *of activations*: what",
+        "of these has an axis of tokens; the others are weights, gradients and numbers.",
+        "",
+        f"| case | {' | '.join(KINDS)} | of activations |",
+        f"|---|{'--:|' * (len(KINDS) + 1)}",
+    ]
+    for name, record in rows:
+        if record is None or "unknown_loops" not in record["report"]:
+            continue
+        report = record["report"]
+        cells = []
+        for kind in KINDS:
+            sent = report["sent"].get(kind)
+            cells.append(f"{_gib(sent['bytes'])} ({sent['count']})" if sent else "0")
+        found = report["activations"].values()
+        total, count = (sum(f[key] for f in found) for key in ("bytes", "count"))
+        cells.append(f"{total / 2**20:.1f} MiB ({count})" if found else "0")
+        note = f" (at least: {report['unknown_loops']} loops)" if report["unknown_loops"] else ""
+        lines.append(f"| {name}{note} | {' | '.join(cells)} |")
+    return [*lines, *_shares(rows)]
+
+
+def _shares(rows) -> list[str]:
+    """How much of all results are activations, and how much of a full run's is summed whole."""
+    total = lambda found: sum(traffic["bytes"] for traffic in found.values())
+    reports = [
+        (name, record["report"])
+        for name, record in rows
+        if record is not None and record["report"]["sent"]
+    ]
+    lines = []
+    if reports:
+        share, name = max((total(r["activations"]) / total(r["sent"]), n) for n, r in reports)
+        lines += ["", f"Activations are at most {share:.3%} of the results, in {name}."]
+    summed = [
+        (r["sent"].get("all-reduce", {"bytes": 0})["bytes"], n)
+        for n, r in reports
+        if n.startswith("full") and r["mesh"]["data"] == 1
+    ]
+    if summed:
+        most, name = max(summed)
+        lines += [
+            "",
+            f"Full fine-tuning with all weights split sums at most {most / 2**20:.0f} MiB whole on",
+            f"every chip ({name}); its gradients are reduce-scattered.",
+        ]
+    return lines
+
+
+def _growth(records) -> list[str]:
+    lines = ["| | | 8 chips | 256 chips | ratio |", "|---|---|--:|--:|--:|"]
+    for train in ("lora", "full"):
+        few, many = (records.get(f"{train} v6e-{n}") for n in (8, 256))
+        if few is None or many is None or None in (few["report"]["sent"], many["report"]["sent"]):
+            lines.append(f"| {train} v6e | | not compiled | | |")
+            continue
+        values = [
+            [
+                f["report"]["work"]["executed"] * f["report"]["images"]
+                / math.prod(f["report"]["mesh"].values()) / 1e12,
+                f["report"]["needed"] / 2**30,
+                sum(t["bytes"] for t in f["report"]["sent"].values()) / 2**30,
+                sum(t["count"] for t in f["report"]["sent"].values()),
+            ]
+            for f in (few, many)
+        ]  # fmt: skip
+        names = ("TFLOP executed", "GiB at the peak", "GiB received", "collectives")
+        for name, a, b in zip(names, *values, strict=True):
+            ratio = f"{b / a:.4f}" if a else "1"
+            lines.append(f"| {train} v6e | {name} | {a:.2f} | {b:.2f} | {ratio} |")
+    return lines
+
+
+def _versions(rows) -> list[str]:
+    lines = [
+        "Commit: where a case was compiled; checked: the last at which the compiler would be given",
+        "the same program.",
+        "",
+        "| case | commit | checked | jax | libtpu | seconds |",
+        "|---|---|---|---|---|--:|",
+    ]
+    for name, record in rows:
+        if record is not None:
+            versions = record["versions"]
+            lines.append(
+                f"| {name} | {record['commit']} | {record['checked']} | {versions['jax']} |"
+                f" {versions['libtpu']} | {record['report']['seconds']:.0f} |"
+            )
+    return lines
+
+
+def _gib(count: float) -> str:
+    return f"{count / 2**30:.2f}"
