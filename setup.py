@@ -1,4 +1,4 @@
-"""Installation: `pip install .`, with extras `test`, `quant`, `gpu` (CUDA), `tpu`."""
+"""Installation: `pip install .`, with extras `test`, `quant`, `gcs`, `gpu` (CUDA), `tpu`."""
 
 from pathlib import Path
 
@@ -43,6 +43,7 @@ setup(
             "qwix>=0.1.8",
         ],
         "quant": ["qwix>=0.1.8"],  # config.base_dtype int8, nf4, fp8
+        "gcs": ["gcsfs"],  # gs:// paths
         "gpu": ["jax[cuda13]"],
         "tpu": ["jax[tpu]"],
     },

@@ -5,8 +5,6 @@ then asks the teacher: whether its context changes the prediction, and what it d
 teacher's picture is no nearer to the target than the student's, there is nothing to learn.
 """
 
-from pathlib import Path
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -20,6 +18,7 @@ from dopsd_jax.families import zimage as family
 from dopsd_jax.features import Features
 from dopsd_jax.flow import euler
 from dopsd_jax.previews import COLUMNS, Previews, rows_of
+from dopsd_jax.workdir import find_workdir
 
 CONFIG = config_flags.DEFINE_config_file("config", None, "configuration file", lock_config=True)
 WORKDIR = flags.DEFINE_string("workdir", "runs/zimage", "where caches and the picture go")
@@ -27,8 +26,9 @@ NOTHING = 1e-3  # relative gap below which the context changes nothing
 
 
 def main() -> None:
-    config, workdir = CONFIG.value, Path(WORKDIR.value).expanduser()
+    config = CONFIG.value
     settings.check(config, config_flags.get_override_values(flags.FLAGS["config"]))
+    workdir = find_workdir(WORKDIR.value, config)
     mesh = sharding.make_mesh(config.mesh)
     pipe, _ = experiment.open_pipeline(config, workdir, mesh)
     size = pipe.config
@@ -37,7 +37,7 @@ def main() -> None:
     dataset = experiment.open_data(config, workdir, pipe.size_multiple)
     print("\n".join(describe(dataset, config.batch_size * config.accumulate)), flush=True)
 
-    features = Features(pipe, dataset, config, Path(config.data.cache or workdir / "features"))
+    features = Features(pipe, dataset, config, experiment.cache_folder(config, workdir))
     features.prepare()
     print(f"features: student {features.student_rows} rows, teacher {features.teacher_rows} rows")
     plan = experiment.make_plan(config, pipe, mesh)

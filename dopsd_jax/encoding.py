@@ -12,7 +12,8 @@ from dopsd_jax.data.dataset import Dataset
 from dopsd_jax.data.images import fit, open_image
 from dopsd_jax.data.prepared import Caption
 from dopsd_jax.errors import UserError, raise_if
-from dopsd_jax.families.zimage_pipeline import Pipeline, padded_tokens
+from dopsd_jax.families.zimage_encoders import padded_tokens
+from dopsd_jax.families.zimage_pipeline import Pipeline
 
 MAX_FAULTS = 20
 STUDENT, TEACHER = 0, 1

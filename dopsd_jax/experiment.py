@@ -27,6 +27,7 @@ from dopsd_jax.models import attention, quantised, zimage
 from dopsd_jax.tiny import make_tiny
 from dopsd_jax.trained import VARIABLES, Trained, trained
 from dopsd_jax.weights import hub
+from dopsd_jax.weights.atomic import is_remote
 
 BUCKETS = "buckets (config.data.resolution, config.data.buckets)"
 TINY = "tiny"  # config.model, config.data.path: made in the work directory
@@ -148,6 +149,9 @@ def limits(config: ConfigDict) -> ImageLimits:
 
 def cache_folder(config: ConfigDict, workdir: Path) -> Path:
     """Where features and indices are kept."""
+    if not config.data.cache and is_remote(workdir):
+        # Prepared data: what is left to keep is little and soon made anew.
+        return Path("~/.cache/dopsd_jax").expanduser()
     return Path(config.data.cache or workdir / "features").expanduser()
 
 

@@ -1,8 +1,9 @@
 """Encodes a data set: python -m dopsd_jax.prepare --config FILE[:ARG] --out DIR
 
 What it writes is a data set itself: `train --config.data.path=DIR` then needs neither pictures nor
-encoders. Run `--shard=i --shards=n` for each i on as many machines as there are; they need not
-know of each other. The same command again goes on where it was stopped. See docs/data.md.
+encoders. Many processes (`--distributed`, as in training) divide it among themselves; so do single
+ones with `--shard=i --shards=n`, which need not know of each other. The same command again goes on
+where it was stopped. See docs/data.md.
 """
 
 import hashlib
@@ -12,83 +13,147 @@ import os
 import time
 import zlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, TypeVar
 
+import jax
 import numpy as np
 from absl import flags
 from etils import epath
-from ml_collections import config_flags
+from jaxtyping import Int
+from ml_collections import ConfigDict, config_flags
 from PIL import Image
 
-from dopsd_jax import errors, experiment, settings
+from dopsd_jax import distributed, errors, experiment, processes, settings
 from dopsd_jax.data import prepared_parts as parts
 from dopsd_jax.data.dataset import Dataset, describe, measure, spread
 from dopsd_jax.data.rows import Rows
 from dopsd_jax.data.table import Chosen, Row
 from dopsd_jax.encoding import STUDENT, TEACHER, Encoder
 from dopsd_jax.errors import UserError
+from dopsd_jax.families.zimage_pipeline import Pipeline
 from dopsd_jax.features import DIGESTS, teacher_settings
 from dopsd_jax.metrics import duration
+from dopsd_jax.weights.atomic import is_remote
+from dopsd_jax.workdir import find_workdir
 
 CONFIG = config_flags.DEFINE_config_file("config", None, "configuration file", lock_config=True)
 WORKDIR = flags.DEFINE_string("workdir", "runs/zimage", "where the caches go")
 OUT = flags.DEFINE_string("out", None, "folder of the prepared data set; may be gs://")
-SHARD = flags.DEFINE_integer("shard", 0, "which share of the parts is this process's", 0)
-SHARDS = flags.DEFINE_integer("shards", 1, "in how many shares the parts are divided", 1)
-BATCH = flags.DEFINE_integer("batch", 8, "captions that go through an encoder together", 1)
+SHARD = flags.DEFINE_integer("shard", None, "which share of the parts, from 0, to make here", 0)
+SHARDS = flags.DEFINE_integer("shards", None, "in how many shares the parts are divided", 1)
+BATCH = flags.DEFINE_integer("batch", 8, "captions that a device encodes together", 1)
 ROWS = flags.DEFINE_integer("rows_per_part", 256, "rows a file; the same for all shards", 1)
 T = TypeVar("T")
 SHOWN = 64  # rows whose pictures are kept, for previews
+THREADS = 16  # parts that are looked at together
 REPORT_SECONDS = 5.0
 
 
 def main() -> None:
-    config, workdir = CONFIG.value, Path(WORKDIR.value).expanduser()
-    settings.check(config)
-    if SHARD.value >= SHARDS.value:
-        raise UserError(f"--shard={SHARD.value}: must be below --shards={SHARDS.value}")
-    if parts.is_prepared(config.data.path):
-        raise UserError(f"config.data.path {config.data.path}: is a prepared data set already")
+    config = CONFIG.value
 
     # ---- What is to be made; an earlier preparation must be of the same.
-    pipe, _ = experiment.open_pipeline(config, workdir)
+    with processes.together():
+        settings.check(config)
+        workdir = find_workdir(WORKDIR.value, config)
+        shard, shards = own_share()
+        if parts.is_prepared(config.data.path):
+            raise UserError(f"config.data.path {config.data.path}: is a prepared data set already")
+
+    def open_source():
+        pipe, _ = experiment.open_pipeline(config, workdir)
+        rows = experiment.open_rows(config, workdir)
+        root = Path(experiment.data_path(config, workdir)).expanduser()
+        root = root if root.is_dir() else root.parent
+        manifest = describe_source(config, workdir, pipe, rows, root)
+        out = OUT.value if is_remote(OUT.value) else os.path.expanduser(OUT.value)
+        return pipe, rows, root, manifest, open_folder(epath.Path(out), manifest)
+
+    pipe, rows, root, manifest, folder = processes.first_alone(open_source)
+
+    # ---- This shard's share of it, without what is done. Everything that can be wrong with its
+    # rows is found before anything is encoded.
+    own = range(shard, manifest.parts, shards)
+    with processes.together():
+        with ThreadPoolExecutor(THREADS) as pool:
+            done = pool.map(lambda part: is_done(folder, part, manifest), own)
+            todo = [part for part, whole in zip(own, done, strict=True) if not whole]
+        name = f"shard {shard} of {shards}"
+        count = f"{len(own)} of {manifest.parts} parts, {len(own) - len(todo)} done"
+        print(f"{name}: {count}", flush=True)
+        if todo:
+            numbers = [row for part in todo for row in manifest.rows_of(part)]
+            share = Rows(Chosen(rows.rows, numbers), rows.prompt_keys, rows.notes)
+            index = experiment.picture_index(config, workdir, name)
+            dataset = measure(
+                share,
+                experiment.data_buckets(config, pipe.size_multiple),
+                experiment.limits(config),
+                index=index,
+            )
+            print("\n".join(describe(dataset, config.batch_size * config.accumulate)), flush=True)
+            encoder = Encoder(pipe, dataset, config.teacher)
+            lengths = encoder.lengths(dataset.captions())
+
+    # ---- Part by part. Whoever is ready waits for the others.
+    with processes.together():
+        if todo:
+            devices = jax.local_devices()
+            print(f"{name}: encoding on {len(devices)} devices", flush=True)
+            if len(devices) > 1:
+                pipe.spread_encoders(devices)
+            batch = BATCH.value * len(devices)
+            write_parts(folder, manifest, todo, encoder, lengths, root, batch)
+    print(f"prepared: {folder}, {name}", flush=True)
+
+
+def own_share() -> tuple[int, int]:
+    """Which share of the parts is made here, and of how many."""
+    shard, shards, count = SHARD.value, SHARDS.value, jax.process_count()
+    if shard is None and shards is None:
+        return jax.process_index(), count
+    if count > 1:
+        raise UserError(
+            f"--shard, --shards: the {count} processes divide the parts themselves; leave them "
+            "out, or give --distributed=off"
+        )
+    if shard is None or shards is None:
+        raise UserError("--shard, --shards: belong together; give both, such as 0 and 4")
+    if shard >= shards:
+        raise UserError(f"--shard={shard}: must be below --shards={shards}")
+    return shard, shards
+
+
+def describe_source(
+    config: ConfigDict, workdir: epath.Path, pipe: Pipeline, rows: Rows, root: Path
+) -> parts.Manifest:
+    """What all parts have in common."""
     buckets = experiment.data_buckets(config, pipe.size_multiple)
-    rows = experiment.open_rows(config, workdir)
-    root = Path(experiment.data_path(config, workdir)).expanduser()
-    root = root if root.is_dir() else root.parent
     digests = pipe.encoder_digests(experiment.cache_folder(config, workdir) / DIGESTS)
     made_from = {"buckets": [list(b) for b in buckets]} | digests | teacher_settings(config)
-    manifest = parts.Manifest(
-        len(rows.rows), ROWS.value, rows.prompt_keys, source_digest(rows.rows, root), made_from
-    )
-    out = OUT.value if parts.REMOTE in OUT.value else os.path.expanduser(OUT.value)
-    folder = open_folder(epath.Path(out), manifest)
+    source = source_digest(rows.rows, root)
+    return parts.Manifest(len(rows.rows), ROWS.value, rows.prompt_keys, source, made_from)
 
-    # ---- This shard's share of it, without what is done.
-    own = range(SHARD.value, manifest.parts, SHARDS.value)
-    todo = [part for part in own if not is_done(folder, part, manifest)]
-    print(
-        f"shard {SHARD.value} of {SHARDS.value}: {len(own)} of {manifest.parts} parts, "
-        f"{len(own) - len(todo)} done",
-        flush=True,
-    )
-    if not todo:
-        return
 
-    # ---- Everything that can be wrong with its rows is found before anything is encoded.
-    numbers = [row for part in todo for row in manifest.rows_of(part)]
-    index = experiment.picture_index(config, workdir, f"{SHARD.value} of {SHARDS.value}")
-    share = Rows(Chosen(rows.rows, numbers), rows.prompt_keys, rows.notes)
-    dataset = measure(share, buckets, experiment.limits(config), index=index)
-    print("\n".join(describe(dataset, config.batch_size * config.accumulate)), flush=True)
-    encoder = Encoder(pipe, dataset, config.teacher)
+def write_parts(
+    folder: epath.Path,
+    manifest: parts.Manifest,
+    todo: Sequence[int],
+    encoder: Encoder,
+    lengths: Int[np.ndarray, "k 2"],
+    root: Path,
+    batch: int,
+) -> None:
+    """Encodes and writes the parts `todo`, which hold the rows of the encoder's data set in order.
+
+    `lengths`: of the features of all its captions.
+    """
+    dataset, pipe = encoder.dataset, encoder.pipe
     captions = dataset.captions()
-    lengths = encoder.lengths(captions)
-
-    # ---- Part by part.
     shown, progress = set(spread(manifest.rows, SHOWN)), Progress(2 * len(captions))
-    row = caption = 0  # the first ones of the part, among this shard's
+    row = caption = 0  # the first ones of the part, among the data set's
     for part in todo:
         pictures, records = io.BytesIO(), []
         for number in manifest.rows_of(part):
@@ -96,7 +161,7 @@ def main() -> None:
             records.append(record(dataset, row, root, kept))
             row += 1
         own = captions[caption : caption + sum(len(r["captions"]) for r in records)]
-        made = encoder.encode(dict.fromkeys(own, (STUDENT, TEACHER)), BATCH.value)
+        made = encoder.encode(dict.fromkeys(own, (STUDENT, TEACHER)), batch)
         place = {name: i for i, name in enumerate(own)}
         parts.write_part(
             folder / parts.part_name(part),
@@ -109,7 +174,6 @@ def main() -> None:
             np.dtype(pipe.dtype),
         )
         caption += len(own)
-    print(f"prepared: {folder}, shard {SHARD.value} of {SHARDS.value}", flush=True)
 
 
 def open_folder(folder: epath.Path, manifest: parts.Manifest) -> epath.Path:
@@ -218,4 +282,4 @@ class Progress:
 
 if __name__ == "__main__":
     flags.mark_flags_as_required(["config", "out"])
-    errors.run(main)
+    distributed.run(main)

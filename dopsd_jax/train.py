@@ -3,8 +3,6 @@
 Run the same command again to resume. What it writes is described in README.md.
 """
 
-from pathlib import Path
-
 import jax
 from absl import flags
 from ml_collections import config_flags
@@ -52,7 +50,7 @@ def main() -> int | None:
 
     # ---- Contexts of student and teacher: computed once, then the encoders leave.
     with processes.together():
-        features = Features(pipe, dataset, config, Path(config.data.cache or workdir / "features"))
+        features = Features(pipe, dataset, config, experiment.cache_folder(config, workdir))
     processes.first_alone(lambda: features.prepare(processes.say))
 
     # ---- State and step.

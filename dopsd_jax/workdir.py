@@ -8,6 +8,7 @@ from typing import Any
 
 from etils import epath
 
+from dopsd_jax.data.prepared_parts import is_prepared
 from dopsd_jax.errors import UserError, raise_if
 from dopsd_jax.settings import flat
 from dopsd_jax.weights.atomic import is_remote, write_text
@@ -56,7 +57,7 @@ def find_workdir(name: str, config: Mapping[str, Any]) -> epath.Path:
         )
         if value == "tiny"
     ]
-    if not config["data"]["cache"]:
+    if not config["data"]["cache"] and not is_prepared(config["data"]["path"]):
         faults.append(
             f"config.data.cache: is empty, and features cannot be cached in {name}; name a folder"
         )

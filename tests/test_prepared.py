@@ -2,6 +2,7 @@
 
 import io
 import json
+import os
 import shutil
 import zlib
 
@@ -12,6 +13,7 @@ from conftest import TINY_CONFIG, run_program
 from etils import epath
 from ml_collections import ConfigDict
 from PIL import Image
+from test_processes import free_port, start
 
 from dopsd_jax.data import prepared_parts as parts
 from dopsd_jax.data.buckets import make_buckets
@@ -190,21 +192,29 @@ def test_batches_give_what_single_captions_give(tiny_model, tmp_path):
             np.testing.assert_array_equal(one[(row, 0), role], pipe.student_features(text))
 
 
-def test_prepared_in_shards_then_trained_without_pictures_and_encoders(tiny_run, tmp_path):
-    """One at a time, so that the features are bit for bit those of the run that encoded itself."""
+def test_prepared_on_many_devices_and_processes_then_trained_without_encoders(tiny_run, tmp_path):
+    """One caption a device, so that the features are bit for bit those that a run itself makes."""
     out, work = tmp_path / "set", tmp_path / "work"
     work.mkdir()
     for name in ("tiny_model", "tiny_data"):
         shutil.copytree(tiny_run / name, work / name)
     common = (*TINY_CONFIG, f"--workdir={work}", f"--out={out}", "--batch=1", "--rows_per_part=5")
-    first = run_program("prepare", *common, "--shard=1", "--shards=2")
+    two_devices = f"{os.environ['XLA_FLAGS']} --xla_force_host_platform_device_count=2"
+    first = run_program("prepare", *common, "--shard=1", "--shards=2", XLA_FLAGS=two_devices)
     assert first.returncode == 0, first.stderr
+    assert "encoding on 2 devices" in first.stdout
     assert sorted(p.name for p in out.iterdir()) == [parts.part_name(1), parts.MANIFEST]
-    early = run_program("train", *TINY_CONFIG, f"--config.data.path={out}", f"--workdir={work}")
-    assert early.returncode == 2 and "1 of 2 parts are missing (0)" in early.stderr
-    rest = run_program("prepare", *common)
-    assert rest.returncode == 0, rest.stderr
-    assert "2 of 2 parts, 1 done" in rest.stdout and "encoding: 10/10 (100.0%)" in rest.stdout
+    (out / f".{parts.part_name(0)}.partial-77-0").write_text("left by one that was killed")
+    port = free_port()
+    both = [start(["-m", "dopsd_jax.prepare", *common], i, port) for i in range(2)]
+    said = [process.communicate(timeout=300) for process in both]
+    assert [process.returncode for process in both] == [0, 0], said
+    assert "shard 0 of 2: 1 of 2 parts, 0 done" in said[0][0]
+    assert "encoding: 10/10 (100.0%)" in said[0][0]
+    assert "shard 1 of 2: 1 of 2 parts, 1 done" in said[1][0] and "encoding" not in said[1][0]
+    assert sorted(p.name for p in out.iterdir()) == [
+        parts.part_name(0), parts.part_name(1), parts.MANIFEST,
+    ]  # fmt: skip
 
     shutil.rmtree(work / "tiny_data")
     shutil.rmtree(work / "features")

@@ -21,7 +21,6 @@ import hashlib
 import json
 import os
 import re
-import secrets
 import zlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -32,7 +31,7 @@ from etils import epath
 from jaxtyping import Int
 
 from dopsd_jax.errors import UserError, raise_if
-from dopsd_jax.weights.atomic import disk_error
+from dopsd_jax.weights.atomic import atomic_file, is_remote, partials, write_text
 from dopsd_jax.weights.safetensors_io import FileInfo, parse_header
 from dopsd_jax.weights.safetensors_write import header_bytes
 from dopsd_jax.weights.tensors import CODES, DTYPES, TensorInfo
@@ -42,7 +41,6 @@ FORMAT = 1
 TYPES = ("BF16", "F32")
 AGAIN = "remove it and run dopsd_jax.prepare again"
 ROLES = 2  # student, teacher
-REMOTE = "://"
 ROW_FIELDS = {"captions", "picture", "digest", "notes", "size", "bucket", "shown"}
 _SMALL = ("index", "crc32", "rows")
 
@@ -138,7 +136,10 @@ def write_part(
     infos |= {name: TensorInfo(CODES[a.dtype], a.shape) for name, a in small.items()}
     infos |= {"whole": TensorInfo("I64", (1,)), "pictures": TensorInfo("U8", (len(pictures),))}
     done = 0
-    with _appearing(path) as file:
+    if not is_remote(path):
+        for left in path.parent.glob(partials(path.name)):  # by a process that was killed
+            left.unlink(missing_ok=True)
+    with atomic_file(path) as file:
         file.write(header_bytes(list(infos), infos, {"prepared": identity}))
         for caption, role, feature in features:
             if feature.shape != (lengths[caption, role], channels) or feature.dtype != dtype:
@@ -276,29 +277,6 @@ def make_folder(folder: epath.Path) -> None:
         ) from error
 
 
-@contextlib.contextmanager
-def _appearing(path: epath.Path) -> Iterator:
-    """A file that gets its name when the block ends well; leftovers of the name are removed."""
-    partial = path.parent / f".{path.name}.{secrets.token_hex(4)}.partial"
-    try:
-        for old in path.parent.glob(f".{path.name}.*.partial"):
-            old.unlink(missing_ok=True)
-        try:
-            with partial.open("wb") as file:
-                yield file
-                file.flush()
-                if REMOTE not in str(path):
-                    os.fsync(file.fileno())
-            partial.replace(path)
-        except BaseException:
-            with contextlib.suppress(OSError):
-                partial.unlink(missing_ok=True)
-            raise
-    except OSError as error:
-        raise disk_error(error, path) from error
-
-
 def write_manifest(folder: epath.Path, manifest: Manifest) -> None:
     """Writes the manifest; several processes may do so at once, all write the same."""
-    with _appearing(folder / MANIFEST) as file:
-        file.write(manifest.text().encode())
+    write_text(folder / MANIFEST, manifest.text())

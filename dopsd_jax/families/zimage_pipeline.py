@@ -3,7 +3,7 @@
 import functools
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,13 +12,15 @@ import jax.numpy as jnp
 import numpy as np
 import transformers
 from flax import nnx
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Float, UInt8
 
-from dopsd_jax import dopsd, lora
+from dopsd_jax import dopsd, lora, sharding
 from dopsd_jax.data import prompts as templates
 from dopsd_jax.data import vlm_images
 from dopsd_jax.errors import UserError, raise_if
 from dopsd_jax.families import zimage as family
+from dopsd_jax.families import zimage_encoders as encoders
 from dopsd_jax.flow import shifted_grid
 from dopsd_jax.models import quantised, qwen3, qwen3_vl, zimage
 from dopsd_jax.models.autoencoder import Autoencoder, to_uint8
@@ -30,7 +32,6 @@ from dopsd_jax.weights.stored import open_stored, read_config, read_json, source
 
 STUDENT_TOKENS = 512  # the pipeline's max_sequence_length
 TEACHER_TOKENS = 1024  # upstream's cut; longer ones are refused here
-TOKEN_MULTIPLE = 32  # prompts are padded to it, so that few lengths are compiled
 TEACHER_MIN_PIXELS, TEACHER_MAX_PIXELS = 512**2, 768**2  # d-opsd.md 5.2 A
 TILED_ABOVE = 1536  # pixels a side; larger images are decoded in tiles
 
@@ -69,6 +70,18 @@ class Pipeline:
         self.rest_dtype = quantised.stored_type(base_dtype)
         self.attention, self.remat = attention, remat
         self.lora_file, self.sharding_for, self.trained = lora_file, sharding_for, trained
+        self.encoder_mesh: Mesh | None = None
+
+    def spread_encoders(self, devices: Sequence[jax.Device]) -> None:
+        """Loads the encoders to each of `devices`, which then take equal shares of every batch.
+
+        To be called before they are loaded. Batches must be multiples of the number of devices.
+        """
+        self.encoder_mesh = sharding.make_mesh({"data": -1}, devices)
+
+    def _encoder_place(self) -> Callable | None:
+        mesh = self.encoder_mesh
+        return mesh and (lambda path, shape: NamedSharding(mesh, PartitionSpec()))
 
     # Parts.
 
@@ -127,6 +140,7 @@ class Pipeline:
         return load_component(
             self.folder / "text_encoder",
             networks.ZIMAGE["text_encoder"],
+            sharding_for=self._encoder_place(),
             build=lambda cfg, rngs: qwen3.Qwen3(cfg, attention=self.attention, rngs=rngs),
         )
 
@@ -144,6 +158,7 @@ class Pipeline:
         return load_component(
             self.vlm_folder,
             networks.VLM,
+            sharding_for=self._encoder_place(),
             build=lambda cfg, rngs: qwen3_vl.Qwen3VLVision(cfg.vision, attention="xla", rngs=rngs),
             room="vision",
         )
@@ -250,9 +265,7 @@ class Pipeline:
 
     def encode_texts(self, ids: Sequence[Sequence[int]]) -> list[Float[np.ndarray, "n c"]]:
         """Hidden state -2 of texts whose `padded_tokens` are the same."""
-        padded, lengths = _pad_ids(ids)
-        features = _encode_text(self.text_encoder, padded, lengths, self.dtype)
-        return _unpad(features, ids)
+        return encoders.texts(self.text_encoder, ids, self.dtype, self.encoder_mesh)
 
     def encode_image_texts(
         self,
@@ -261,18 +274,10 @@ class Pipeline:
         grid: tuple[int, int],
     ) -> list[Float[np.ndarray, "n c"]]:
         """The same for texts with an image each; all images have the same `grid`."""
-        padded, lengths = _pad_ids(ids)
-        features = _encode_image_text(
-            self.vision,
-            self.text_encoder,
-            self.vlm_config,
-            padded,
-            lengths,
-            np.stack(patches),
-            grid,
-            self.dtype,
+        both = self.vision, self.text_encoder
+        return encoders.image_texts(
+            *both, self.vlm_config, ids, patches, grid, self.dtype, self.encoder_mesh
         )
-        return _unpad(features, ids)
 
     def teacher_features(
         self,
@@ -406,34 +411,6 @@ def lora_layers(config: zimage.ZImageConfig) -> Layers:
 
 def _positive(value: Any) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool) and value > 0
-
-
-def padded_tokens(count: int) -> int:
-    """What a text of `count` tokens is padded to."""
-    return -(-count // TOKEN_MULTIPLE) * TOKEN_MULTIPLE
-
-
-def _pad_ids(ids: Sequence[Sequence[int]]) -> tuple[np.ndarray, np.ndarray]:
-    rows = padded_tokens(len(ids[0]))
-    padded = [np.pad(np.asarray(own, np.int32), (0, rows - len(own))) for own in ids]
-    return np.stack(padded), np.array([len(own) for own in ids])
-
-
-def _unpad(features, ids: Sequence[Sequence[int]]) -> list[np.ndarray]:
-    found = np.asarray(features)
-    return [own[: len(tokens)] for own, tokens in zip(found, ids, strict=True)]
-
-
-@functools.partial(jax.jit, static_argnames="dtype")
-def _encode_text(encoder: qwen3.Qwen3, ids, lengths, dtype):
-    return encoder(ids, lengths, hidden=(-2,), dtype=dtype)[0]
-
-
-@functools.partial(jax.jit, static_argnames=("cfg", "grid", "dtype"))
-def _encode_image_text(vision, language, cfg, ids, lengths, patches, grid, dtype):
-    return qwen3_vl.encode(
-        vision, language, cfg, ids, lengths, patches, grid, hidden=(-2,), dtype=dtype
-    )[0]
 
 
 @functools.partial(jax.jit, static_argnums=0)

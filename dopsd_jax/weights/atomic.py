@@ -2,7 +2,9 @@
 
 import contextlib
 import errno
+import glob
 import os
+import secrets
 import shutil
 import tempfile
 from collections.abc import Iterator
@@ -36,7 +38,7 @@ def atomic_file(path: str | os.PathLike) -> Iterator:
             yield file
         return
     path = Path(path)
-    partial = path.with_name(f".{path.name}.partial-{os.getpid()}")
+    partial = path.with_name(f".{path.name}.partial-{os.getpid()}-{secrets.token_hex(4)}")
     try:
         with open(partial, "wb") as file:
             yield file
@@ -48,6 +50,11 @@ def atomic_file(path: str | os.PathLike) -> Iterator:
         raise disk_error(error, path) from error
     finally:
         partial.unlink(missing_ok=True)
+
+
+def partials(name: str) -> str:
+    """A pattern of what `atomic_file` leaves of the file `name` when its process is killed."""
+    return f".{glob.escape(name)}.partial-*"
 
 
 def is_remote(path: str | os.PathLike) -> bool:
