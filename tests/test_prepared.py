@@ -200,18 +200,18 @@ def test_prepared_on_many_devices_and_processes_then_trained_without_encoders(ti
         shutil.copytree(tiny_run / name, work / name)
     common = (*TINY_CONFIG, f"--workdir={work}", f"--out={out}", "--batch=1", "--rows_per_part=5")
     two_devices = f"{os.environ['XLA_FLAGS']} --xla_force_host_platform_device_count=2"
-    first = run_program("prepare", *common, "--shard=1", "--shards=2", XLA_FLAGS=two_devices)
+    first = run_program("prepare", *common, "--shard=0", "--shards=2", XLA_FLAGS=two_devices)
     assert first.returncode == 0, first.stderr
     assert "encoding on 2 devices" in first.stdout
-    assert sorted(p.name for p in out.iterdir()) == [parts.part_name(1), parts.MANIFEST]
-    (out / f".{parts.part_name(0)}.partial-77-0").write_text("left by one that was killed")
+    assert sorted(p.name for p in out.iterdir()) == [parts.part_name(0), parts.MANIFEST]
+    (out / f".{parts.part_name(1)}.partial-77-0").write_text("left by one that was killed")
     port = free_port()
     both = [start(["-m", "dopsd_jax.prepare", *common], i, port) for i in range(2)]
     said = [process.communicate(timeout=300) for process in both]
     assert [process.returncode for process in both] == [0, 0], said
-    assert "shard 0 of 2: 1 of 2 parts, 0 done" in said[0][0]
-    assert "encoding: 10/10 (100.0%)" in said[0][0]
-    assert "shard 1 of 2: 1 of 2 parts, 1 done" in said[1][0] and "encoding" not in said[1][0]
+    assert "shard 0 of 2: 1 of 2 parts, 1 done" in said[0][0] and "encoding" not in said[0][0]
+    assert "shard 1 of 2: 1 of 2 parts, 0 done" in said[1][0]
+    assert "encoding: 6/6 (100.0%)" in said[1][0]
     assert sorted(p.name for p in out.iterdir()) == [
         parts.part_name(0), parts.part_name(1), parts.MANIFEST,
     ]  # fmt: skip
