@@ -65,7 +65,7 @@ def main() -> None:
     theirs = time_torch(config, sizes, latent) if TORCH.value else None
 
     mesh = sharding.make_mesh(config.mesh)
-    sharding.check(mesh, batch_size=config.batch_size, heads=sizes.heads, hidden=sizes.hidden_dim)
+    sharding.check(mesh, sizes, batch_size=config.batch_size)
     kernel = attention.resolve(
         config.attention, jax.default_backend(), jnp.dtype(config.dtype), sizes.head_dim
     )

@@ -32,7 +32,7 @@ def main() -> None:
     mesh = sharding.make_mesh(config.mesh)
     pipe, _ = experiment.open_pipeline(config, workdir, mesh)
     size = pipe.config
-    sharding.check(mesh, batch_size=config.batch_size, heads=size.heads, hidden=size.hidden_dim)
+    sharding.check(mesh, size, batch_size=config.batch_size)
     experiment.check_method(config, pipe)
     dataset = experiment.open_data(config, workdir, pipe.size_multiple)
     print("\n".join(describe(dataset, config.batch_size * config.accumulate)), flush=True)

@@ -81,7 +81,7 @@ def make_program(
 
     Raises `UserError` for what the configuration asks and the network or the mesh cannot do.
     """
-    sharding.check(mesh, batch_size=config.batch_size, heads=size.heads, hidden=size.hidden_dim)
+    sharding.check(mesh, size, batch_size=config.batch_size)
     _check(size, case)
     kernel = attention.resolve(config.attention, platform, config.dtype, size.head_dim)
     plan, graphdef, base = experiment.abstract_plan(config, size, kernel, SHIFT, mesh)

@@ -5,12 +5,14 @@ weights; `context` splits tokens; `tensor` splits heads and hidden units. Adapte
 moments, are small and stand on every device; in full fine-tuning these are split as weights are.
 """
 
+import contextvars
 import math
 import re
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Protocol
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
@@ -19,12 +21,15 @@ from jaxtyping import Array
 from dopsd_jax.errors import UserError, raise_if
 
 Tree = Any
+FREE = PartitionSpec.UNCONSTRAINED
 
 AXES = ("data", "fsdp", "context", "tensor")
 BATCH_AXES = ("data", "fsdp")
+_sample_axes = contextvars.ContextVar("sample_axes", default=BATCH_AXES)
 
 # Path of an array -> how it is split; the first match counts. Kernels are [..., in, out].
-# columns: out over tensor; rows: in over tensor; both: the larger free one of in and out over fsdp.
+# columns: out over tensor, in over fsdp; rows: in over tensor, out over fsdp; so fsdp splits the
+# residual's width. fsdp: the larger one of in and out. What a size does not divide stays whole.
 RULES = (
     # Adafactor's factored moments: a row and a column for each kernel, under the kernel's name.
     (r"\.v_(row|col)\.", "replicate"),
@@ -63,11 +68,6 @@ def mesh_shape(sizes: Mapping[str, int], devices: int) -> tuple[int, ...]:
                 f"config.mesh.{name}: {size!r} is not a whole number of devices, or -1 for the rest"
             )
     raise_if(faults)
-    if sizes["context"] != 1:
-        raise UserError(
-            f"config.mesh.context: {sizes['context']}: tokens are not split over devices; set it "
-            "to 1 and use config.mesh.data or config.mesh.fsdp"
-        )
     open_axes = [name for name in AXES if sizes[name] == -1]
     if len(open_axes) > 1:
         raise UserError(
@@ -84,14 +84,24 @@ def mesh_shape(sizes: Mapping[str, int], devices: int) -> tuple[int, ...]:
     return tuple(devices // fixed if sizes[name] == -1 else sizes[name] for name in AXES)
 
 
-def check(mesh: Mesh, *, batch_size: int, heads: int, hidden: int) -> None:
-    """Raises `UserError` for what the mesh cannot split evenly.
+class Network(Protocol):
+    """What of a network's sizes a mesh must divide: see `check`."""
 
-    `batch_size`: samples of one micro-batch, over all devices. `heads`, `hidden`: attention heads
-    and feed-forward width of the network that is trained.
+    dim: int
+    heads: int
+    hidden_dim: int
+    token_multiple: int
+
+
+def check(mesh: Mesh, network: Network, *, batch_size: int) -> None:
+    """Raises `UserError` with everything that the mesh cannot split evenly.
+
+    `network`: sizes of the network that is trained: width, attention heads, feed-forward width, and
+    what its numbers of tokens are multiples of. `batch_size`: samples of one micro-batch, over all
+    devices.
     """
     rows, tensor = math.prod(mesh.shape[a] for a in BATCH_AXES), mesh.shape["tensor"]
-    faults = []
+    heads, hidden, faults = network.heads, network.hidden_dim, []
     if batch_size % rows:
         faults.append(
             f"config.batch_size: {batch_size} images cannot be spread over mesh.data "
@@ -104,6 +114,16 @@ def check(mesh: Mesh, *, batch_size: int, heads: int, hidden: int) -> None:
             f"config.mesh.tensor: {tensor} does not divide the network's {heads} heads and {hidden}"
             f" hidden units; it can be {', '.join(map(str, fits))}"
         )
+    for axis, what, size in (
+        ("fsdp", "the network's width", network.dim),
+        ("context", "the numbers of tokens, all multiples of", network.token_multiple),
+    ):
+        if size % mesh.shape[axis]:
+            fits = [n for n in range(1, min(size, mesh.size) + 1) if size % n == 0]
+            faults.append(
+                f"config.mesh.{axis}: {mesh.shape[axis]} does not divide {what} {size}; it can be "
+                f"{', '.join(map(str, fits))}"
+            )
     raise_if(faults)
 
 
@@ -122,17 +142,13 @@ def parameter_spec(path: str, shape: tuple[int, ...], mesh: Mesh) -> PartitionSp
     tactic = next(tactic for pattern, tactic in RULES if re.search(pattern, path))
     if tactic == "replicate" or len(shape) < 2:
         return PartitionSpec()
-    spec: list[str | None] = [None] * len(shape)
-    last = {len(shape) - 2, len(shape) - 1}
-    if tactic != "fsdp" and mesh.shape["tensor"] > 1:
-        axis = len(shape) - (1 if tactic == "columns" else 2)
-        if shape[axis] % mesh.shape["tensor"] == 0:
-            spec[axis] = "tensor"
-            last.discard(axis)
-    free = [axis for axis in last if shape[axis] % mesh.shape["fsdp"] == 0]
-    if free and mesh.shape["fsdp"] > 1:
-        spec[max(free, key=lambda axis: (shape[axis], axis))] = "fsdp"
-    return PartitionSpec(*spec)
+    orders = {"columns": ("fsdp", "tensor"), "rows": ("tensor", "fsdp")}
+    order = orders.get(tactic) or (("fsdp", None) if shape[-2] > shape[-1] else (None, "fsdp"))
+    split = [
+        axis if axis and mesh.shape[axis] > 1 and size % mesh.shape[axis] == 0 else None
+        for axis, size in zip(order, shape[-2:], strict=True)
+    ]
+    return PartitionSpec(*(None,) * (len(shape) - 2), *split)
 
 
 def base_shardings(base: nnx.State, mesh: Mesh) -> nnx.State:
@@ -213,20 +229,85 @@ def put_batch(batch: Tree, mesh: Mesh, batch_size: int | None = None) -> Tree:
     return jax.tree.map(put, batch)
 
 
-def constrain_batch(x: Array, *, whole: bool = True) -> Array:
-    """States that x [samples, ...] is split by samples; `whole`: and along no other axis.
+def constrain_batch(x: Array, *rest: Any) -> Array:
+    """States that x [samples, ...] is split by samples, and how along its other axes.
 
+    `rest`: for each further axis the mesh axis that it is split over where that divides it, None
+    for whole, or `FREE`: the compiler's choice; axes that are not named are whole.
     The compiler propagates placements by itself; at the seams of a network it is told, lest it
     gather activations where it could have gathered weights. Without a mesh it does nothing.
     """
+    mesh = ambient_mesh()
+    if mesh is None:
+        return x
+    samples = axes_dividing(mesh, sample_axes(), x.shape[0])
+    rest += (None,) * (x.ndim - 1 - len(rest))
+    if samples is None and all(axis is FREE for axis in rest):
+        return x
+    split = lambda axis, size: axes_dividing(mesh, (axis,), size) if axis in AXES else axis
+    spec = PartitionSpec(samples, *map(split, rest, x.shape[1:]))
+    return jax.lax.with_sharding_constraint(x, spec)
+
+
+def constrain_weights(module: Tree) -> Tree:
+    """States that the weights of one layer lie as `RULES` says.
+
+    Inside a loop over layers this keeps the others' weights split while one is gathered; and the
+    gradient of a weight, which lies as the weight, is scattered at once.
+    """
+    mesh = ambient_mesh()
+    if mesh is None:
+        return module
+
+    def constrain(path, leaf):
+        name = jax.tree_util.keystr(path, simple=True, separator=".").removesuffix(".value")
+        spec = parameter_spec(f".{name}", leaf.shape, mesh)
+        return jax.lax.with_sharding_constraint(leaf, spec)
+
+    return jax.tree_util.tree_map_with_path(constrain, module)
+
+
+def ambient_mesh():
+    """The mesh of `jax.set_mesh`; None without one, on one device, and inside `shard_map`."""
     mesh = jax.sharding.get_abstract_mesh()
-    if mesh.empty or mesh.size == 1 or mesh.manual_axes:
-        return x
-    samples = axes_dividing(mesh, BATCH_AXES, x.shape[0])
-    rest = None if whole else PartitionSpec.UNCONSTRAINED
-    if samples is None and not whole:
-        return x
-    return jax.lax.with_sharding_constraint(x, PartitionSpec(samples, *(rest,) * (x.ndim - 1)))
+    return None if mesh.empty or mesh.size == 1 or mesh.manual_axes else mesh
+
+
+def sample_axes() -> tuple[str, ...]:
+    """The mesh axes that samples may be spread over here: none inside `per_shard`."""
+    return _sample_axes.get()
+
+
+def per_shard(method: Callable[..., tuple[Tree, Tree]], split: Sequence[bool]) -> Callable:
+    """`method(*args) -> (losses, gradient)` of a batch, taken by every device's own samples.
+
+    The results are means over samples, so the mean over devices is the same; but the gradient is
+    summed over devices once, at the end and in its own type, and not wherever a loop inside the
+    method adds to it. For gradients that are whole on every device: adapters'.
+    `split`: which arguments have samples [samples, ...]; the others are the same everywhere.
+    """
+
+    def call(*args):
+        mesh = ambient_mesh()
+        shards = 1 if mesh is None else math.prod(mesh.shape[axis] for axis in BATCH_AXES)
+        if shards == 1:
+            return method(*args)
+        cut = lambda x: jax.lax.with_sharding_constraint(
+            x.reshape(shards, -1, *x.shape[1:]), PartitionSpec(BATCH_AXES)
+        )
+        args = [
+            jax.tree.map(cut, arg) if is_split else arg
+            for arg, is_split in zip(args, split, strict=True)
+        ]
+        token = _sample_axes.set(())
+        try:
+            axes = tuple(0 if is_split else None for is_split in split)
+            results = jax.vmap(method, axes, spmd_axis_name=BATCH_AXES)(*args)
+        finally:
+            _sample_axes.reset(token)
+        return jax.tree.map(lambda x: jnp.mean(x, axis=0), results)
+
+    return call
 
 
 def gather_weights(x: Array) -> Array:

@@ -10,7 +10,7 @@ import optax
 from jax.sharding import NamedSharding, PartitionSpec
 
 from dopsd_jax.dopsd import Losses
-from dopsd_jax.sharding import constrain_batch, to_device
+from dopsd_jax.sharding import constrain_batch, per_shard, to_device
 
 Tree = Any
 
@@ -96,6 +96,10 @@ def make_step(
     knew, whose `number` (steps before this one) is then too high, change nothing either.
     """
 
+    # Adapters stand whole on every device: their gradient is summed over devices only once.
+    if placement and all(s.is_fully_replicated for s in jax.tree.leaves(placement.student)):
+        method = per_shard(method, (False, False, False, True, True, False))
+
     def micro(state, base, carry, item):
         total, number = carry
         batch, shape = item
@@ -104,6 +108,8 @@ def make_step(
         noise = constrain_batch(jax.random.normal(noise_key, shape, jnp.float32))
         target = jax.lax.stop_gradient(state.student) if state.teacher is None else state.teacher
         losses, gradient = method(state.student, target, base, batch, noise, method_key)
+        if placement:
+            gradient = jax.lax.with_sharding_constraint(gradient, placement.student)
         return (jax.tree.map(jnp.add, total, gradient), number + 1), losses
 
     everywhere = None  # every process reads the metrics

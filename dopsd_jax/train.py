@@ -36,8 +36,7 @@ def main() -> int | None:
 
     def open_run():
         pipe, origin = experiment.open_pipeline(config, workdir, mesh)
-        size = pipe.config
-        sharding.check(mesh, batch_size=config.batch_size, heads=size.heads, hidden=size.hidden_dim)
+        sharding.check(mesh, pipe.config, batch_size=config.batch_size)
         experiment.check_method(config, pipe)
         dataset = experiment.open_data(config, workdir, pipe.size_multiple)
         facts = {"data": dataset.digest(), **origin}

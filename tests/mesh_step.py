@@ -24,14 +24,22 @@ MESHES = {
     "one": {"data": 1},
     "data": {"data": 8},
     "fsdp": {"fsdp": 8},
-    "mixed": {"data": 2, "fsdp": 2, "tensor": 2},
+    "context": {"context": 8},
+    "tensor": {"data": 2, "tensor": 4},
+    "fsdp, tensor": {"data": 2, "fsdp": 2, "tensor": 2},
+    "fsdp, context": {"data": 2, "fsdp": 2, "context": 2},
+    "context, tensor": {"data": 2, "context": 2, "tensor": 2},
+    "all but data": {"fsdp": 2, "context": 2, "tensor": 2},
 }
+MODES = ("lora", "full")
 BATCH, LATENT, STEPS = 8, (8, 4, 6, 16), 2
 
 
-def model():
-    """Graph, adapters with a B that is not zero, and the rest."""
+def model(mode):
+    """Graph, what is trained, and the rest; adapters with a B that is not zero."""
     net = zimage.ZImage(CFG, rngs=nnx.Rngs(0))
+    if mode == "full":
+        return nnx.split(net, nnx.Param, ...)
     chosen = lora.select(lora.slots(zimage.names(CFG)), "blocks", family.LORA_PRESETS)
     lora.attach(net, chosen, 4, 8.0, jax.random.key(1))
     graphdef, adapter, base = nnx.split(net, nnx.LoRAParam, ...)
@@ -50,10 +58,9 @@ def batch():
     return dopsd.Contexts(context(32), context(64))
 
 
-def run(name, graphdef, adapter, base):
-    sizes = MESHES[name]
-    mesh = sharding.make_mesh(sizes, jax.devices()[:1] if name == "one" else None)
-    sharding.check(mesh, batch_size=BATCH, heads=CFG.heads, hidden=CFG.hidden_dim)
+def run(name, mode, graphdef, student, base):
+    mesh = sharding.make_mesh(MESHES[name], jax.devices()[:1] if name == "one" else None)
+    sharding.check(mesh, CFG, batch_size=BATCH)
     config = {
         "learning_rate": 1e-2, "warmup_steps": 0, "steps": 9, "lr_schedule": "constant",
         # Adam divides by the gradient's size: a small eps would make steps out of rounding errors.
@@ -68,24 +75,27 @@ def run(name, graphdef, adapter, base):
         return dopsd.loss_and_gradient(net, student, teacher, base, contexts, noise, nodes)
 
     with jax.set_mesh(mesh):
-        train = state.create(jax.tree.map(jnp.copy, adapter), teacher, tx)
-        placement = sharding.replicated(train, mesh)
+        train = state.create(student, teacher, tx)
+        placement = sharding.state_shardings(train, mesh)
         train = jax.device_put(train, placement)
-        base = jax.device_put(base, sharding.base_shardings(base, mesh))
+        base = jax.device_put(base, sharding.state_shardings(base, mesh))
         step = state.make_step(method, tx, teacher, optimizers.schedule(config), 0, placement)
         for _ in range(STEPS):
             placed = sharding.put_batch(batch(), mesh)
             train, metrics = step(train, base, placed, latent=LATENT)
     assert step._cache_size() == 1, "the second step was compiled anew"
-    split = sum(not leaf.sharding.is_fully_replicated for leaf in jax.tree.leaves(base))
+    weights = train.student if mode == "full" else base
+    split = sum(not leaf.sharding.is_fully_replicated for leaf in jax.tree.leaves(weights))
     named = {"student": train.student, "teacher": train.teacher, "moments": train.opt_state}
     flat = {
-        f"{name}/{kind}": np.concatenate([np.ravel(x) for x in jax.tree.leaves(tree) if x.ndim])
+        f"{mode}/{name}/{kind}": np.concatenate(
+            [np.ravel(x) for x in jax.tree.leaves(tree) if x.ndim]
+        )
         for kind, tree in named.items()
     }
     return flat | {
-        f"{name}/loss": np.asarray(metrics["loss_per_step"]),
-        f"{name}/split": np.asarray(split),
+        f"{mode}/{name}/loss": np.asarray(metrics["loss_per_step"]),
+        f"{mode}/{name}/split": np.asarray(split),
     }
 
 
@@ -100,7 +110,7 @@ def run_kernel():
         loss = lambda q, k, v: jnp.sum(function(q, k, v) * weight)
         return jnp.concatenate([g.ravel() for g in jax.grad(loss, argnums=(0, 1, 2))(*qkv)])
 
-    mesh = sharding.make_mesh(MESHES["mixed"])
+    mesh = sharding.make_mesh(MESHES["all but data"])
     kernel = per_device(functools.partial(splash_attention, causal=False, interpret=True))
     with jax.set_mesh(mesh):
         actual = jax.jit(lambda: gradients(lambda q, k, v: kernel(q, k, v, lengths)))()
@@ -111,11 +121,13 @@ def run_kernel():
 def main(out):
     jax.config.update("jax_num_cpu_devices", 8)
     jax.config.update("jax_default_matmul_precision", "float32")
-    parts, results = model(), {}
-    for name in MESHES:
-        start = time.monotonic()
-        results |= run(name, *parts)
-        print(name, f"{time.monotonic() - start:.1f} s")
+    results = {}
+    for mode in MODES:
+        parts = model(mode)
+        for name in MESHES:
+            start = time.monotonic()
+            results |= run(name, mode, *parts)
+            print(mode, name, f"{time.monotonic() - start:.1f} s", flush=True)
     results |= run_kernel()
     np.savez(out, **results)
 

@@ -1,6 +1,7 @@
 """Attention: one function, three implementations, chosen by name."""
 
 import functools
+import math
 
 import jax
 import jax.numpy as jnp
@@ -10,7 +11,7 @@ from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float, Int
 
 from dopsd_jax.errors import UserError
-from dopsd_jax.sharding import BATCH_AXES, axes_dividing
+from dopsd_jax.sharding import ambient_mesh, axes_dividing, constrain_batch, sample_axes
 
 IMPLEMENTATIONS = ("xla", "cudnn", "splash")
 LANES = 128  # width of a TPU vector register: splash's blocks and head sizes are multiples of it
@@ -33,6 +34,10 @@ def attention(
     every mask. Queries there see the real keys too; what they give is finite and of no use.
     """
     if implementation == "xla":
+        if not causal:
+            # Queries by tokens, keys and values of all: softmax then needs no other device.
+            q = constrain_batch(q, "context", "tensor", None)
+            k, v = (constrain_batch(x, None, "tensor", None) for x in (k, v))
         return jax.nn.dot_product_attention(
             q,
             k,
@@ -46,7 +51,8 @@ def attention(
         raise ValueError(
             f"attention is one of {', '.join(IMPLEMENTATIONS)}; got {implementation!r}"
         )
-    return per_device(functools.partial(kernels[implementation], causal=causal))(q, k, v, lengths)
+    kernel = functools.partial(kernels[implementation], causal=causal)
+    return per_device(kernel, causal=causal)(q, k, v, lengths)
 
 
 def resolve(name: str, platform: str, dtype, head_dim: int) -> str:
@@ -85,24 +91,33 @@ def resolve(name: str, platform: str, dtype, head_dim: int) -> str:
     return name
 
 
-def per_device(kernel):
-    """`kernel(q, k, v, lengths)` on each device's own samples and heads.
+def per_device(kernel, *, causal: bool = False):
+    """`kernel(q, k, v, lengths)` on each device's own samples, heads and queries.
 
     The compiler does not look into a kernel, so it cannot split one. Samples are spread over the
-    axes data and fsdp of the ambient mesh, heads over tensor, where these divide them.
+    axes data and fsdp of the ambient mesh, heads over tensor, and, unless `causal`, tokens over
+    context, where these divide them. Keys and values are gathered: each device's queries see all.
     """
 
     def call(q, k, v, lengths):
-        mesh = jax.sharding.get_abstract_mesh()
-        if mesh.empty or mesh.size == 1 or mesh.manual_axes:
+        mesh = ambient_mesh()
+        if mesh is None:
             return kernel(q, k, v, lengths)
-        batch = axes_dividing(mesh, BATCH_AXES, q.shape[0])
+        batch = axes_dividing(mesh, sample_axes(), q.shape[0])
         heads = axes_dividing(mesh, ("tensor",), k.shape[2])
-        tensor, rows = PartitionSpec(batch, None, heads, None), PartitionSpec(batch)
+        common = math.gcd(q.shape[1], k.shape[1])
+        context = None if causal else axes_dividing(mesh, ("context",), common)
+        tensor, rows = PartitionSpec(batch, context, heads, None), PartitionSpec(batch)
         if lengths is None:
             lengths = jnp.full((len(k),), k.shape[1])
+
+        def own(q, k, v, lengths):
+            if context:
+                k, v = (jax.lax.all_gather(x, context, axis=1, tiled=True) for x in (k, v))
+            return kernel(q, k, v, lengths)
+
         mapped = jax.shard_map(
-            kernel,
+            own,
             mesh=mesh,
             in_specs=(tensor, tensor, tensor, rows),
             out_specs=tensor,

@@ -9,7 +9,7 @@ from flax import nnx
 from jaxtyping import Array, Float
 
 from dopsd_jax.models.quantised import QuantisedKernel
-from dopsd_jax.sharding import constrain_batch, to_device
+from dopsd_jax.sharding import FREE, constrain_batch, constrain_weights, to_device
 
 
 class Dense(nnx.Module):
@@ -41,15 +41,16 @@ class Dense(nnx.Module):
         self.adapters = nnx.Dict()
 
     def __call__(self, x: Float[Array, "... din"]) -> Float[Array, "... dout"]:
+        free = (FREE,) * (x.ndim - 1)
         if isinstance(self.kernel, QuantisedKernel):
             y = self.kernel.apply(x)
         else:
             y = x @ self.kernel[...].astype(x.dtype)
-        y = constrain_batch(y, whole=False)
+        y = constrain_batch(y, *free)
         if self.bias is not None:
             y = y + self.bias[...].astype(x.dtype)
         if len(self.adapters):
-            y = y + self._adapter_update(x)
+            y = constrain_batch(y + self._adapter_update(x), *free)
         return y
 
     def split(self, y: Float[Array, "... dout"]) -> list[Float[Array, "... part"]]:
@@ -140,10 +141,9 @@ def scan_blocks(apply: Callable, blocks: nnx.Module, x, remat: str = "none"):
     """
 
     def body(x, block):  # a stack in the host's memory comes over layer by layer
-        return _split_by_sample(apply(to_device(block), x)), None
+        return split_tokens(apply(constrain_weights(to_device(block)), x)), None
 
-    body = _rematerialized(body, remat)
-    return jax.lax.scan(body, _split_by_sample(x), blocks)[0]
+    return jax.lax.scan(_rematerialized(body, remat), split_tokens(x), blocks)[0]
 
 
 def scan_range(apply: Callable, blocks: nnx.Module, x, start: int, stop: int, remat: str = "none"):
@@ -155,14 +155,16 @@ def scan_range(apply: Callable, blocks: nnx.Module, x, start: int, stop: int, re
 
     def body(x, i):
         pick = lambda a: jax.lax.dynamic_index_in_dim(a, i, keepdims=False)
-        return _split_by_sample(apply(jax.tree.map(pick, blocks), x)), None
+        block = constrain_weights(jax.tree.map(pick, blocks))
+        return split_tokens(apply(block, x)), None
 
-    x = _split_by_sample(x)
+    x = split_tokens(x)
     return jax.lax.scan(_rematerialized(body, remat), x, jnp.arange(start, stop))[0]
 
 
-def _split_by_sample(x):
-    return jax.tree.map(constrain_batch, x)
+def split_tokens(x):
+    """States that arrays [b, n, d] are split by samples and by tokens; see `constrain_batch`."""
+    return jax.tree.map(lambda a: constrain_batch(a, *("context",) * (a.ndim == 3)), x)
 
 
 def _rematerialized(body: Callable, remat: str) -> Callable:

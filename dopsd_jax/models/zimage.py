@@ -18,6 +18,7 @@ from jaxtyping import Array, Float, Int
 from dopsd_jax.errors import raise_if
 from dopsd_jax.models.attention import attention
 from dopsd_jax.models.layers import Dense, RMSNorm, normalize, scan_blocks, sinusoids, stack
+from dopsd_jax.sharding import constrain_batch
 from dopsd_jax.weights.names import Leaf, linear, vector
 
 MODULATION_DIM = 256  # ADALN_EMBED_DIM; narrower models use their own width
@@ -54,6 +55,11 @@ class ZImageConfig:
     @property
     def hidden_dim(self) -> int:
         return int(self.dim / 3 * 8)  # diffusers' own expression: float division, then truncation
+
+    @property
+    def token_multiple(self) -> int:
+        """What the numbers of image and of caption tokens are multiples of."""
+        return PAD_MULTIPLE
 
     @property
     def groups(self) -> int:
@@ -208,7 +214,10 @@ class Attention(nnx.Module):
     def __call__(
         self, x: Float[Array, "b n d"], rope, lengths: Int[Array, " b"]
     ) -> Float[Array, "b n d"]:
-        q, k, v = (y.reshape(*y.shape[:2], self.heads, -1) for y in self.qkv.split(self.qkv(x)))
+        q, k, v = (
+            constrain_batch(y.reshape(*y.shape[:2], self.heads, -1), "context", "tensor", None)
+            for y in self.qkv.split(self.qkv(x))
+        )
         if self.q_norm is not None:
             q, k = self.q_norm(q), self.k_norm(k)
         q, k = rotate(q, rope), rotate(k, rope)
@@ -224,7 +233,8 @@ class FeedForward(nnx.Module):
         self.w2 = Dense(cfg.hidden_dim, cfg.dim, rngs=rngs)
 
     def __call__(self, x: Float[Array, "b n d"]) -> Float[Array, "b n d"]:
-        gate, up = self.w13.split(self.w13(x))
+        parts = self.w13.split(self.w13(x))
+        gate, up = (constrain_batch(y, "context", "tensor") for y in parts)
         return self.w2(jax.nn.silu(gate) * up)
 
 
@@ -312,9 +322,10 @@ class ZImage(nnx.Module):
         x = jnp.where(real[..., None], x, self.caption_pad_token[...].astype(x.dtype))
         rope = self._rope(_caption_positions(l)[None])
         padded = padded_length(lengths)
-        return scan_blocks(
+        x = scan_blocks(
             lambda block, x: block(x, rope, padded), self.context_refiner, x, self.remat
         )
+        return constrain_batch(x)
 
     def __call__(
         self,
@@ -353,7 +364,7 @@ class ZImage(nnx.Module):
         )
 
         # Image first: what stands behind a caption's own padding is then the end of the row.
-        both = jnp.concatenate([image, caption.astype(self.dtype)], axis=1)
+        both = jnp.concatenate([constrain_batch(image), caption.astype(self.dtype)], axis=1)
         caption_rope = self._rope(_caption_positions(caption.shape[1])[None])
         rope = jax.tree.map(
             lambda i, l: jnp.concatenate([i, jnp.broadcast_to(l, (len(x), *l.shape[1:]))], axis=1),
@@ -363,10 +374,11 @@ class ZImage(nnx.Module):
         total = tokens + pads + padded
         both = scan_blocks(lambda block, x: block(x, rope, total, c), self.layers, both, self.remat)
 
-        y = normalize(both[:, :tokens].astype(jnp.float32), FINAL_NORM_EPS)
+        # Of all tokens: where they are split over devices, only narrow pixels are gathered.
+        y = normalize(both.astype(jnp.float32), FINAL_NORM_EPS)
         y = y * (1 + self.final_modulation(jax.nn.silu(c)))[:, None]
-        y = self.final_linear(y.astype(self.dtype)).astype(jnp.float32)
-        return unpatchify(y, rows, columns, cfg.patch)
+        y = constrain_batch(self.final_linear(y.astype(self.dtype)))
+        return unpatchify(y[:, :tokens].astype(jnp.float32), rows, columns, cfg.patch)
 
     def _rope(self, positions: Int[Array, "b n 3"]) -> tuple[Array, Array]:
         tables = rope_tables(self.cfg)
