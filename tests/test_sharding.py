@@ -1,5 +1,7 @@
 """The mesh, its placement rules, and that placement does not change a step's result."""
 
+import json
+import math
 import os
 import pathlib
 import subprocess
@@ -7,6 +9,7 @@ import sys
 
 import jax
 import jax.numpy as jnp
+import mesh_step
 import numpy as np
 import optax
 import pytest
@@ -37,14 +40,53 @@ def results(tmp_path_factory):
     return np.load(out)
 
 
+def sent(results, case):
+    """(kind, type, shape without ones, count) of what a step sends between devices."""
+    arrays = json.loads(str(results[f"{case}/sent"]))
+    return [(k, t, tuple(n for n in shape if n > 1), count) for k, t, shape, count in arrays]
+
+
 @pytest.mark.slow
 @pytest.mark.multiprocess
-@pytest.mark.parametrize("mesh", ["data", "fsdp", "mixed"])
-def test_a_step_is_the_same_on_every_mesh(results, mesh):
+@pytest.mark.parametrize("mode", mesh_step.MODES)
+@pytest.mark.parametrize("mesh", [m for m in mesh_step.MESHES if not m.startswith("one")])
+def test_a_step_is_the_same_on_every_mesh(results, mesh, mode):
+    one = "one, refined" if "refined" in mesh else "one"
     for what in ("loss", "student", "teacher", "moments"):
-        assert relative_error(results[f"{mesh}/{what}"], results[f"one/{what}"]) < 1e-5, what
-    assert np.abs(results["one/loss"]).min() > 1e-3
-    assert bool(results[f"{mesh}/split"]) == (mesh != "data")
+        actual, expected = (results[f"{mode}/{m}/{what}"] for m in (mesh, one))
+        assert relative_error(actual, expected) < 1e-5, what
+    assert np.abs(results[f"{mode}/{one}/loss"]).min() > 1e-3
+    split = mesh_step.MESHES[mesh].keys() & {"fsdp", "tensor"}
+    assert bool(results[f"{mode}/{mesh}/split"]) == bool(split)
+    assert not sent(results, f"{mode}/{one}")
+
+
+@pytest.mark.slow
+@pytest.mark.multiprocess
+def test_data_parallel_adapters_send_one_sum_of_gradients_in_float32(results):
+    """Adapter gradients once a step, however many nodes and layers; besides only the losses."""
+    arrays = sent(results, "lora/data")
+    assert {(kind, dtype) for kind, dtype, _, _ in arrays} == {("all-reduce", "f32")}
+    numbers = sum(math.prod(shape) * count for _, _, shape, count in arrays)
+    adapters = results["lora/one/student"].size
+    assert adapters <= numbers <= adapters + 8
+
+
+@pytest.mark.slow
+@pytest.mark.multiprocess
+@pytest.mark.parametrize("mode", mesh_step.MODES)
+def test_fsdp_gathers_weights_and_no_activations(results, mode):
+    kernels = {tuple(sorted(shape)) for shape in mesh_step.kernel_shapes()}
+    arrays = sent(results, f"{mode}/fsdp")
+    gathered = {
+        tuple(sorted(shape)) for kind, _, shape, _ in arrays if kind in ("all-gather", "all-to-all")
+    }
+    small = max(mesh_step.CFG.dim * 4, mesh_step.CFG.hidden_dim)  # of one layer's modulation
+    assert gathered & kernels
+    assert {shape for shape in gathered - kernels if math.prod(shape) > small} == set()
+    if mode == "lora":
+        numbers = sum(math.prod(s) * count for k, _, s, count in arrays if k == "all-reduce")
+        assert numbers <= results["lora/one/student"].size + 8
 
 
 @pytest.mark.slow
@@ -75,7 +117,6 @@ def test_sizes_of_a_mesh():
         ({"date": 8}, "config.mesh.date: there is no such axis; there are data, fsdp, context, t"),
         ({"data": 0}, "config.mesh.data: 0 is not a whole number of devices"),
         ({"data": 2.5}, "config.mesh.data: 2.5 is not a whole number of devices"),
-        ({"data": -1, "context": 2}, "config.mesh.context: 2: tokens are not split over devices"),
     ],
 )
 def test_an_impossible_mesh_is_refused(sizes, message):
@@ -86,13 +127,21 @@ def test_an_impossible_mesh_is_refused(sizes, message):
 def test_what_the_mesh_cannot_split_is_refused_all_at_once():
     mesh = abstract_mesh(data=4, fsdp=2, tensor=4)
     with pytest.raises(UserError) as caught:
-        sharding.check(mesh, batch_size=12, heads=30, hidden=10240)
+        sharding.check(mesh, zimage.ZImageConfig(), batch_size=12)
     batch, heads = caught.value.problems
     assert batch.startswith("config.batch_size: 12 images cannot be spread over mesh.data 4 x mesh")
     assert batch.endswith("use a multiple of 8")
     assert heads.startswith("config.mesh.tensor: 4 does not divide the network's 30 heads")
     assert heads.endswith("it can be 1, 2, 5, 10")
-    sharding.check(abstract_mesh(data=4, tensor=5), batch_size=8, heads=30, hidden=10240)
+    with pytest.raises(UserError) as caught:
+        sharding.check(abstract_mesh(fsdp=7, context=3), zimage.ZImageConfig(), batch_size=7)
+    fsdp, context = caught.value.problems
+    assert fsdp.startswith("config.mesh.fsdp: 7 does not divide the network's width 3840; it can")
+    assert fsdp.endswith("be 1, 2, 3, 4, 5, 6, 8, 10, 12, 15, 16, 20")
+    assert context.startswith("config.mesh.context: 3 does not divide the numbers of tokens, all m")
+    assert context.endswith("multiples of 32; it can be 1, 2, 4, 8, 16")
+    for sizes in ({"data": 4, "tensor": 5}, {"fsdp": 256}, {"context": 32, "tensor": 10}):
+        sharding.check(abstract_mesh(**sizes), zimage.ZImageConfig(), batch_size=256)
 
 
 @pytest.fixture(scope="module")
@@ -129,6 +178,7 @@ def test_the_layer_axis_is_never_split(full_base):
         None, "tensor", "fsdp"
     )
     assert spec("layers.modulation.kernel", 30, 256, 15360) == PartitionSpec(None, None, "fsdp")
+    assert spec("time_out.kernel", 1024, 256) == PartitionSpec("fsdp", None)
     assert spec("layers.attention_norm1.scale", 30, 3840) == PartitionSpec()
     for leaf in jax.tree.leaves(sharding.base_shardings(full_base, mesh)):
         assert not leaf.spec or len(leaf.spec) < 3 or leaf.spec[0] is None

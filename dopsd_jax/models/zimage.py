@@ -263,7 +263,8 @@ class Block(nnx.Module):
             x = x + self.attention_norm2(self.attention(self.attention_norm1(x), rope, lengths))
             return x + self.ffn_norm2(self.feed_forward(self.ffn_norm1(x)))
         # In float32: a few numbers a sample, and every token feels their rounding.
-        s_attn, g_attn, s_ffn, g_ffn = jnp.split(self.modulation(c)[:, None], 4, axis=-1)
+        modulation = constrain_batch(self.modulation(c)[:, None])
+        s_attn, g_attn, s_ffn, g_ffn = jnp.split(modulation, 4, axis=-1)
         scale = lambda s: (1 + s).astype(x.dtype)
         gate = lambda g: jnp.tanh(g).astype(x.dtype)
         y = self.attention(self.attention_norm1(x) * scale(s_attn), rope, lengths)
