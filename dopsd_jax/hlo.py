@@ -21,6 +21,8 @@ _CALLED = re.compile(r"(?:calls|to_apply|true_computation|false_computation)=%?(
 _BRANCHES = re.compile(r"branch_computations=\{([^}]*)\}")
 # A TPU's reduce-scatter: a fusion of an all-reduce, which is never done whole, and a slice of it.
 _SCATTER = re.compile(r"calls=%?all-reduce-scatter")
+# A TPU's collective that runs beside other work: it is named once for every step of that work.
+_CHAINED = re.compile(r'channel_id=(\d+),.*chain_id="(\d+)"')
 _LOOP = re.compile(r"condition=%?([\w.-]+), body=%?([\w.-]+)")
 _TRIPS = re.compile(r'known_trip_count"?\W+n"?\W+(\d+)')
 
@@ -102,12 +104,16 @@ def activations(
 
 def _computations(text: str) -> tuple[str, dict[str, list[tuple[str, str, str]]]]:
     """The entry's name; by computation: result type, operation and the rest of each line."""
-    entry, bodies, current = "", {}, []
+    entry, bodies, current, chained = "", {}, [], set()
     for line in text.splitlines():
         if head := _COMPUTATION.match(line):
             current = bodies.setdefault(head[2], [])
             entry = head[2] if head[1] else entry
         elif operation := _OPERATION.match(line):
+            if chain := _CHAINED.search(line):
+                if chain.groups() in chained:
+                    continue
+                chained.add(chain.groups())
             current.append(operation.groups())
     if not entry:
         raise ValueError("this is not the text of a compiled program: it has no entry")

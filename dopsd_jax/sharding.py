@@ -240,9 +240,11 @@ def constrain_batch(x: Array, *rest: Any) -> Array:
     mesh = ambient_mesh()
     if mesh is None:
         return x
-    samples = axes_dividing(mesh, sample_axes(), x.shape[0])
+    axes = sample_axes()
+    samples = axes_dividing(mesh, axes, x.shape[0])
     rest += (None,) * (x.ndim - 1 - len(rest))
-    if samples is None and all(axis is FREE for axis in rest):
+    # Inside `per_shard` there is something to say: there each shard's samples stay on its devices.
+    if axes and samples is None and all(axis is FREE for axis in rest):
         return x
     split = lambda axis, size: axes_dividing(mesh, (axis,), size) if axis in AXES else axis
     spec = PartitionSpec(samples, *map(split, rest, x.shape[1:]))

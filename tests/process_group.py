@@ -25,7 +25,13 @@ def agree():
     order = []
     processes.first_alone(lambda: order.append(index))
     assert order == [index]
-    for sizes in ({"data": 4, "fsdp": 2}, {"data": 2, "tensor": 4}, {"tensor": 8}):
+    for sizes in (
+        {"data": 4, "fsdp": 2},
+        {"data": 2, "tensor": 4},
+        {"fsdp": 2, "context": 2, "tensor": 2},
+        {"context": 8},
+        {"tensor": 8},
+    ):
         mesh = sharding.make_mesh(sizes)
         whole = {"a": np.arange(2 * 8 * 3.0).reshape(2, 8, 3), "n": np.arange(16).reshape(2, 8)}
         own = sharding.own_samples(mesh, 8)
@@ -33,7 +39,7 @@ def agree():
         for name, array in whole.items():
             assert placed[name].shape == array.shape
             np.testing.assert_array_equal(processes.to_host(placed[name]), array)
-        assert len(own) == 8 if "data" not in sizes else 4
+        assert len(own) == (4 if sizes.keys() & {"data", "fsdp"} else 8)
     # Random numbers do not depend on how they are placed.
     mesh = sharding.make_mesh({"data": -1})
     where = NamedSharding(mesh, PartitionSpec("data"))

@@ -24,10 +24,10 @@ pytestmark = [
 ]
 
 CFG = zimage.ZImageConfig(
-    dim=768, layers=2, refiner_layers=1, heads=6, caption_dim=64, axes_dims=(32, 48, 48)
+    dim=384, layers=2, refiner_layers=0, heads=3, caption_dim=64, axes_dims=(32, 48, 48)
 )
-GRID, LATENT, ROWS = (1.0, 0.7, 0.0), (32, 32, 16), (128, 160)
-TOKENS = 16 * 16
+GRID, LATENT, ROWS = (1.0, 0.7, 0.0), (32, 40, 16), (128, 160)
+TOKENS = 16 * 20
 
 
 @functools.cache
@@ -82,7 +82,7 @@ def test_full_gradients_are_scattered_and_weights_gathered_layer_by_layer():
         ("bf16", n) for n in blocks
     }
     assert {n // 8 for n in blocks} <= {size for _, size in by_kind["reduce-scatter"]}
-    assert max(size for _, size in by_kind["all-reduce"]) < min(blocks) / 8
+    assert max(size for _, size in by_kind["all-reduce"]) < min(blocks)
     assert not by_kind["all-to-all"] | by_kind["collective-permute"]
 
 
