@@ -24,7 +24,7 @@ pytestmark = [
 ]
 
 CFG = zimage.ZImageConfig(
-    dim=384, layers=2, refiner_layers=0, heads=3, caption_dim=64, axes_dims=(32, 48, 48)
+    dim=640, layers=2, refiner_layers=0, heads=5, caption_dim=64, axes_dims=(32, 48, 48)
 )
 GRID, LATENT, ROWS = (1.0, 0.7, 0.0), (32, 40, 16), (128, 160)
 TOKENS = 16 * 20
