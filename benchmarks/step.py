@@ -158,7 +158,7 @@ def image_work(config, sizes, latent, grid, kernel) -> flops.StepWork:
 
 def time_jax(config, sizes, latent, grid, kernel, mesh) -> list[float]:
     """Seconds of each timed step."""
-    plan, base = experiment.abstract_plan(config, sizes, kernel, SHIFT, mesh)
+    plan, _, base = experiment.abstract_plan(config, sizes, kernel, SHIFT, mesh)
     base, student = random_weights(base), random_weights(plan.like.student)
     start, step = plan.begin(student), plan.step
     batch = sharding.put_batch(contexts(config, sizes), mesh)
