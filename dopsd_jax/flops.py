@@ -101,7 +101,7 @@ def velocity_work(
     layers = cfg.refiner_layers + cfg.layers
     inputs = 2 * (real * pixels * cfg.dim + zimage.TIME_FREQUENCIES * zimage.TIME_HIDDEN)
     time = 2 * (zimage.TIME_HIDDEN * mod + mod * cfg.dim * (4 * layers + 1))
-    final = 2 * real * cfg.dim * pixels
+    final = 2 * (tokens + rows) * cfg.dim * pixels
     ends = Work(linear=inputs, trained=time + final)
     return add(
         ends if full else Work(once=inputs + time, linear=final),
