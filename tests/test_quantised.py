@@ -16,7 +16,7 @@ from test_lora import CFG, choose, noisy
 from weights_helpers import SMALL, TRANSFORMER, run_python, same_modules
 
 import dopsd_jax
-from dopsd_jax import dopsd, footprint, lora, settings, slices
+from dopsd_jax import dopsd, footprint, lora, program, settings, slices
 from dopsd_jax.errors import UserError
 from dopsd_jax.families import zimage as family
 from dopsd_jax.models import quantised, zimage
@@ -299,7 +299,7 @@ def test_a_footprint_counts_codes(scheme, bits, monkeypatch):
     sizes = {True: 0, False: 0}
     for leaf in zimage.names(TINY):
         sizes[quantised.is_quantised(leaf.path)] += math.prod(leaf.shape)
-    scales = report.live["base"] - sizes[True] * bits / 8 - 2 * sizes[False]
+    scales = report.account.live["base"] - sizes[True] * bits / 8 - 2 * sizes[False]
     assert 0 < scales < sizes[True]
 
 
@@ -320,7 +320,7 @@ def test_the_tpu_compiler_makes_no_copy_of_the_base():
     size = zimage.ZImageConfig(
         dim=768, layers=12, refiner_layers=1, heads=6, caption_dim=64, axes_dims=(32, 48, 48)
     )
-    case = footprint.Case(height=128, width=128, rows_student=32, rows_teacher=64)
+    case = program.Case(height=128, width=128, rows_student=32, rows_teacher=64)
     config = load_config(base_dtype="int8", batch_size=1, **{"lora.rank": 4, "lora.alpha": 8.0})
     with jax.default_matmul_precision("default"):
         devices = slices.devices("v5e-1")

@@ -1,0 +1,187 @@
+"""What a quantised base costs in accuracy: the velocity's error and the LoRA gradient's direction.
+
+    python benchmarks/quantised.py --report=docs/quantised.md
+
+One D-OPSD step of a Z-Image of smaller width and depth, its weights random: no published weights
+are read. Activations are float32, so that nothing but the stored weights differs.
+"""
+
+import platform
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from absl import app, flags
+from flax import nnx
+
+from dopsd_jax import dopsd, lora
+from dopsd_jax.families import zimage as family
+from dopsd_jax.models import quantised, zimage
+
+HEADS = flags.DEFINE_integer("heads", 10, "of 128; the published network has 30", lower_bound=1)
+LAYERS = flags.DEFINE_integer("layers", 6, "the published network has 30", lower_bound=1)
+PIXELS = flags.DEFINE_integer("side", 128, "of the image, in pixels; a multiple of 16")
+REPORT = flags.DEFINE_string("report", None, "file for the page")
+
+PAGE = """# A base in few bits
+
+`config.base_dtype` may be `int8`, `fp8` or `nf4` (`pip install 'dopsd_jax[quant]'`): the frozen
+kernels of attention and feed-forward parts, 98 % of Z-Image, are then stored in 8 or 4 bits with
+float32 scales (qwix) and made whole one layer at a time, where they are used. Norms, modulations,
+embedders and the final layer stay bfloat16; adapters, optimizer and teacher float32. Kernels are
+quantised while they are loaded, tensor by tensor. What it saves on a TPU: [scaling.md](scaling.md).
+The LoRA file is for the unquantised model, whose kernels are off from those it was trained beside
+by the error below. Full fine-tuning has no frozen base.
+
+A scale is shared by {tiles}.
+
+Made by `python benchmarks/quantised.py --report=docs/quantised.md`; do not edit. {about}
+
+* *kernels*: root mean square error of the stored weights, relative.
+* *velocity*: the same of the student's first velocity.
+* *cosine*: of one step's LoRA gradient with that of the base it is held against.
+* *outliers*: weights with a heavy tail (Student's t, 4 degrees of freedom), {share:.1%} of a
+  kernel's inputs {gain:.0f} times larger. Gaussian weights are kind to a quantiser; published
+  weights were not here to measure.
+* *{whole}*: not offered; it shows what int8's tiles are for.
+
+{table}
+"""
+WHOLE = "int8, one scale an output"  # a candidate: do tiles earn their place?
+OUTLIERS, GAIN = 0.005, 10.0  # share of a kernel's inputs that are larger, and how much
+
+
+def main(_) -> None:
+    jax.config.update("jax_default_matmul_precision", "float32")
+    quantised.SCHEMES[WHOLE] = quantised.Scheme("int8")
+    cfg = zimage.ZImageConfig(
+        dim=128 * HEADS.value, heads=HEADS.value, layers=LAYERS.value, refiner_layers=1
+    )
+    lines = [
+        "| weights | base | against | kernels | velocity | cosine of the LoRA gradient |",
+        "|---|---|---|---|---|---|",
+    ]
+    for kind in ("Gaussian", "outliers"):
+        for row in compare(cfg, kind):
+            lines.append(f"| {kind} | " + " | ".join(row) + " |")
+            print(lines[-1], flush=True)
+    about = (
+        f"One step of width {cfg.dim}, {cfg.layers} layers and one of each refiner, "
+        f"{PIXELS.value}² pixels, rank 64, K = 2; jax {jax.__version__}, "
+        f"{jax.default_backend()}, Python {platform.python_version()}."
+    )
+    if REPORT.value:
+        offered = [(name, s) for name, s in quantised.SCHEMES.items() if name != WHOLE]
+        share = lambda s: f"{s.tile} inputs of an output" if s.tile else "all inputs of an output"
+        Path(REPORT.value).write_text(
+            PAGE.format(
+                tiles=", ".join(f"{share(s)} ({name})" for name, s in offered),
+                about=about,
+                share=OUTLIERS,
+                gain=GAIN,
+                whole=WHOLE,
+                table="\n".join(lines),
+            )
+        )
+    print(about)
+
+
+def compare(cfg: zimage.ZImageConfig, kind: str):
+    """(base, reference, error of kernels, error of the velocity, cosine) for each base type."""
+    exact = network(cfg, kind)
+    reference = measure(cfg, *exact)
+    half = rounded(exact[2])
+    result = measure(cfg, exact[0], exact[1], half)
+    yield "bfloat16", "float32", *scores(result, reference, kernels(half), kernels(exact[2]))
+    for scheme in quantised.SCHEMES:
+        module = nnx.merge(exact[0], exact[1], half)
+        short = nnx.split(quantised.quantised(module, scheme), nnx.LoRAParam, ...)
+        found = measure(cfg, *short)
+        yield scheme, "bfloat16", *scores(found, result, kernels(short[2], scheme), kernels(half))
+
+
+def network(cfg: zimage.ZImageConfig, kind: str):
+    """(graph, adapters that are not zero, base) with random weights."""
+    net = zimage.ZImage(cfg, remat="full", rngs=nnx.Rngs(0))
+    for part in (net.layers, net.noise_refiner):  # open gates: otherwise blocks hardly act
+        part.modulation.bias[...] += 0.5
+    chosen = lora.select(lora.slots(zimage.names(cfg)), "blocks", family.LORA_PRESETS)
+    lora.attach(net, chosen, 64, 128.0, jax.random.key(1))
+    graphdef, adapter, base = nnx.split(net, nnx.LoRAParam, ...)
+    leaves, tree = jax.tree.flatten(adapter)
+    keys = jax.random.split(jax.random.key(2), len(leaves))
+    noise = [1e-3 * jax.random.normal(k, a.shape) for k, a in zip(keys, leaves, strict=True)]
+    adapter = jax.tree.unflatten(tree, [a + n for a, n in zip(leaves, noise, strict=True)])
+    if kind == "outliers":
+        base = changed(base, with_outliers)
+    return graphdef, adapter, base
+
+
+def with_outliers(kernel):
+    """`kernel` with a Student t's tail (4 degrees of freedom) and a few large input channels."""
+    size, (key, other) = jnp.std(kernel), jax.random.split(jax.random.key(kernel.shape[-1]))
+    tail = jax.random.t(key, 4.0, kernel.shape) * size / jnp.sqrt(2.0)
+    large = jax.random.uniform(other, (*kernel.shape[:-1], 1)) < OUTLIERS
+    return jnp.where(large, GAIN, 1.0) * tail
+
+
+def rounded(base: nnx.State) -> nnx.State:
+    """The large kernels as bfloat16 holds them."""
+    return changed(base, lambda w: w.astype(jnp.bfloat16).astype(jnp.float32))
+
+
+def changed(base: nnx.State, change) -> nnx.State:
+    flat = nnx.to_flat_state(base)
+    pick = lambda p: quantised.is_quantised(".".join(map(str, p)))
+    return nnx.from_flat_state([(p, v.replace(change(v[...])) if pick(p) else v) for p, v in flat])
+
+
+def kernels(base: nnx.State, scheme: str | None = None) -> dict[str, np.ndarray]:
+    """The main layers' large kernels, dequantised."""
+    flat = {".".join(map(str, p)): v[...] for p, v in nnx.to_flat_state(base["layers"])}
+    if scheme is None:
+        return {p: np.asarray(w) for p, w in flat.items() if quantised.is_quantised(f".{p}")}
+    names = [p.removesuffix(".codes") for p in flat if p.endswith(".codes")]
+    return {
+        p: np.asarray(quantised.dequantise(flat[f"{p}.codes"], flat[f"{p}.scales"], scheme))
+        for p in names
+    }
+
+
+def measure(cfg: zimage.ZImageConfig, graphdef, adapter, base):
+    """The student's first velocity and the gradient of one step, flat."""
+    rng = np.random.default_rng(0)
+    context = lambda rows: family.Context(
+        jnp.asarray(rng.standard_normal((1, rows, cfg.caption_dim), np.float32)), jnp.array([rows])
+    )
+    contexts, side = dopsd.Contexts(context(32), context(64)), PIXELS.value // 8
+    noise = jnp.asarray(rng.standard_normal((1, side, side, cfg.channels), np.float32))
+    nodes = dopsd.make_nodes((1.0, 0.6, 0.0), "x0", "all", jax.random.key(0))
+    net = family.denoiser(graphdef)
+
+    @jax.jit
+    def step(adapter, base):
+        _, gradient = dopsd.loss_and_gradient(net, adapter, adapter, base, contexts, noise, nodes)
+        hoisted = net.hoist(adapter, base, contexts.student)
+        return net.velocity(adapter, base, noise, nodes.sigma[0], contexts.student, hoisted), (
+            gradient
+        )
+
+    velocity, gradient = step(adapter, base)
+    return np.ravel(velocity), np.concatenate([np.ravel(g) for g in jax.tree.leaves(gradient)])
+
+
+def scores(found, reference, weights, exact) -> tuple[str, str, str]:
+    cosine = found[1] @ reference[1] / np.linalg.norm(found[1]) / np.linalg.norm(reference[1])
+    off = sum(np.sum((weights[p] - exact[p]) ** 2) for p in exact)
+    size = sum(np.sum(exact[p] ** 2) for p in exact)
+    return f"{np.sqrt(off / size):.2%}", f"{error(found[0], reference[0]):.2%}", f"{cosine:.4f}"
+
+
+def error(found, reference) -> float:
+    return float(np.linalg.norm(found - reference) / np.linalg.norm(reference))
+
+
+if __name__ == "__main__":
+    app.run(main)
