@@ -94,8 +94,8 @@ def defaults() -> ConfigDict:
 
     # Devices: sizes of the mesh axes, one of them may be -1 (the rest).
     c.mesh = ConfigDict(type_safe=False)
-    c.mesh.data = -1
-    c.mesh.fsdp = 1
-    c.mesh.context = 1
-    c.mesh.tensor = 1
+    c.mesh.data = -1  # copies of the network, each with its own images
+    c.mesh.fsdp = 1  # splits images and weights; a layer's weights are gathered when it runs
+    c.mesh.context = 1  # splits tokens: for large images, and fewer images than devices
+    c.mesh.tensor = 1  # splits heads and hidden units
     return c

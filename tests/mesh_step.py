@@ -36,6 +36,7 @@ MESHES = {
     "context, tensor": {"data": 2, "context": 2, "tensor": 2},
     "fsdp, context, tensor, refined": {"fsdp": 2, "context": 2, "tensor": 2},
 }
+OFFLOADED = "fsdp, context, tensor, refined"  # in full fine-tuning
 PAIRS = ("fsdp, tensor", "fsdp, context", "context, tensor")
 CASES = [  # full fine-tuning leaves the pairs to the mesh of all three
     (mode, mesh)
@@ -97,7 +98,8 @@ def run(name, mode, graphdef, student, base):
 
     with jax.set_mesh(mesh):
         train = state.create(student, teacher, tx)
-        placement = sharding.state_shardings(train, mesh)
+        offloaded = ("teacher", "optimizer") if name == OFFLOADED and mode == "full" else ()
+        placement = state.offload(sharding.state_shardings(train, mesh), train, offloaded)
         train = jax.device_put(train, placement)
         base = jax.device_put(base, sharding.state_shardings(base, mesh))
         placed = sharding.put_batch(batch(), mesh)
@@ -133,7 +135,7 @@ def run_kernel():
         loss = lambda q, k, v: jnp.sum(function(q, k, v) * weight)
         return jnp.concatenate([g.ravel() for g in jax.grad(loss, argnums=(0, 1, 2))(*qkv)])
 
-    mesh = sharding.make_mesh(MESHES["fsdp, context, tensor, refined"])
+    mesh = sharding.make_mesh({"fsdp": 2, "context": 2, "tensor": 2})
     kernel = per_device(functools.partial(splash_attention, causal=False, interpret=True))
     with jax.set_mesh(mesh):
         actual = jax.jit(lambda: gradients(lambda q, k, v: kernel(q, k, v, lengths)))()

@@ -112,7 +112,7 @@ def preempted(tiny_run, tmp_path_factory):
         shutil.copytree(tiny_run / name, workdir / name)
     command = [
         "-m", "dopsd_jax.train", *TINY_CONFIG, *BATCH, "--config.steps=500",
-        "--config.mesh.fsdp=2", f"--workdir={workdir}",
+        "--config.mesh.fsdp=2", "--config.mesh.context=2", f"--workdir={workdir}",
     ]  # fmt: skip
     port = free_port()
     both = [start(command, i, port, JAX_NUM_CPU_DEVICES="4") for i in range(2)]
@@ -147,14 +147,15 @@ def test_other_processes_and_meshes_give_the_same_losses(preempted, tmp_path):
     two = read_metrics(workdir / "metrics.jsonl")
     steps = two[-1]["step"] + 2
     results = {}
-    for name, devices, fsdp in (("whole", 8, 1), ("resumed", 2, 2)):
+    for name, devices, tensor in (("whole", 8, 1), ("resumed", 2, 2)):
         folder = tmp_path / name
         shutil.copytree(workdir, folder)
         if name == "whole":
             shutil.rmtree(folder / "checkpoints")
         result = run_program(
-            "train", *TINY_CONFIG, *BATCH, f"--config.steps={steps}", f"--config.mesh.fsdp={fsdp}",
-            f"--workdir={folder}", JAX_NUM_CPU_DEVICES=str(devices),
+            "train", *TINY_CONFIG, *BATCH, f"--config.steps={steps}",
+            f"--config.mesh.tensor={tensor}", f"--workdir={folder}",
+            JAX_NUM_CPU_DEVICES=str(devices),
         )  # fmt: skip
         assert result.returncode == 0, result.stderr
         resumed = f"resuming at step {steps - 2}" in result.stdout
