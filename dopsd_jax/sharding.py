@@ -14,7 +14,6 @@ from typing import Any, Protocol
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import nnx
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array
 
@@ -151,18 +150,6 @@ def parameter_spec(path: str, shape: tuple[int, ...], mesh: Mesh) -> PartitionSp
     return PartitionSpec(*(None,) * (len(shape) - 2), *split)
 
 
-def base_shardings(base: nnx.State, mesh: Mesh) -> nnx.State:
-    """A sharding for every parameter of the frozen base, in `base`'s own structure."""
-    return nnx.from_flat_state(
-        {
-            path: leaf.replace(
-                NamedSharding(mesh, parameter_spec(".".join(map(str, path)), leaf.shape, mesh))
-            )
-            for path, leaf in nnx.to_flat_state(base)
-        }
-    )
-
-
 def state_shardings(state: Tree, mesh: Mesh) -> Tree:
     """A sharding for every array of `state`, in its own structure, by `RULES`.
 
@@ -175,11 +162,6 @@ def state_shardings(state: Tree, mesh: Mesh) -> Tree:
         return NamedSharding(mesh, parameter_spec(name, leaf.shape, mesh))
 
     return jax.tree_util.tree_map_with_path(place, state)
-
-
-def replicated(tree: Tree, mesh: Mesh) -> Tree:
-    """Everything on every device, in `tree`'s structure."""
-    return jax.tree.map(lambda _: NamedSharding(mesh, PartitionSpec()), tree)
 
 
 def to_device(tree: Tree) -> Tree:

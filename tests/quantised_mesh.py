@@ -19,7 +19,7 @@ MESHES = ({"fsdp": 8}, {"data": 2, "fsdp": 2, "tensor": 2})
 def gradient(parts, mesh):
     graphdef, adapter, base = parts
     net = family.denoiser(graphdef)
-    base = jax.device_put(base, sharding.base_shardings(base, mesh))
+    base = jax.device_put(base, sharding.state_shardings(base, mesh))
     context = jax.tree.map(lambda a: a[0], batch().student)
     x = jax.random.normal(jax.random.key(3), (8, 4, 6, 16))
 

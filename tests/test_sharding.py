@@ -156,14 +156,14 @@ def local_share(state, shardings):
 
 
 def test_without_fsdp_and_tensor_the_base_is_whole_everywhere(full_base):
-    shardings = sharding.base_shardings(full_base, abstract_mesh(data=8))
+    shardings = sharding.state_shardings(full_base, abstract_mesh(data=8))
     assert all(s.is_fully_replicated for s in jax.tree.leaves(shardings))
 
 
 @pytest.mark.parametrize("sizes", [{"fsdp": 8}, {"fsdp": 64}, {"fsdp": 4, "tensor": 2}])
 def test_fsdp_and_tensor_split_nearly_everything(full_base, sizes):
     mesh = abstract_mesh(**sizes)
-    share = local_share(full_base, sharding.base_shardings(full_base, mesh))
+    share = local_share(full_base, sharding.state_shardings(full_base, mesh))
     assert 1 / mesh.size <= share < 1 / mesh.size + 3e-3
 
 
@@ -179,7 +179,7 @@ def test_the_layer_axis_is_never_split(full_base):
     assert spec("layers.modulation.kernel", 30, 256, 15360) == PartitionSpec(None, None, "fsdp")
     assert spec("time_out.kernel", 1024, 256) == PartitionSpec("fsdp", None)
     assert spec("layers.attention_norm1.scale", 30, 3840) == PartitionSpec()
-    for leaf in jax.tree.leaves(sharding.base_shardings(full_base, mesh)):
+    for leaf in jax.tree.leaves(sharding.state_shardings(full_base, mesh)):
         assert not leaf.spec or len(leaf.spec) < 3 or leaf.spec[0] is None
 
 
