@@ -1,0 +1,89 @@
+"""Captions of scenes, from a grammar of several lengths and wordings; and words without a meaning.
+
+What a caption leaves out is left to chance in the picture. A concept is only ever called by its
+word: nothing that it looks like can be said.
+"""
+
+import re
+
+import numpy as np
+
+from dopsd_jax.miniature.render import FINISHES, GROUND_TEXTURES, TEXTURES
+from dopsd_jax.miniature.world import COLOURS, GROUNDS, PLACES, SHAPES, SIZES, Scene, Thing
+
+_SIZE_WORDS = {"small": ("small", "little", "tiny"), "large": ("large", "big")}
+_PLACE_WORDS = {
+    "middle": ("in the middle", "in the centre"),
+    "left": ("on the left", "at the left"),
+    "right": ("on the right", "at the right"),
+    "top": ("at the top", "up at the top"),
+    "bottom": ("at the bottom", "down at the bottom"),
+}
+_FINISH_WORDS = {
+    "flat": ("flat style",),
+    "outlined": ("outlined style", "with an outline"),
+    "shaded": ("shaded style", "softly shaded"),
+}
+_OPENINGS = ("a", "a", "one", "a picture of a")
+
+# A training word is a head and a tail: 1350 in all.
+_HEADS = [consonant + vowel for consonant in "bdfgklmnprstvwz" for vowel in "aeiou"]
+_TAILS = ["x", "p", "ff", "b", "sh", "rk", "nt", "mp", "lk", "zz", "vin", "dle", "nop", "ket"]
+_TAILS += ["rax", "lum", "bim", "gor"]
+
+# Never used in training: for concepts that a user brings.
+NEW_WORDS = ("dax", "wug", "blicket", "toma", "fep", "zup")
+
+
+def nonce_words() -> list[str]:
+    """All training words without a meaning, in a fixed order."""
+    words = [head + tail for tail in _TAILS for head in _HEADS]
+    order = np.random.default_rng(0).permutation(len(words))
+    taken = {*NEW_WORDS, *vocabulary(nonce=False)}
+    return [words[i] for i in order if words[i] not in taken]
+
+
+def vocabulary(nonce: bool = True) -> list[str]:
+    """Every word of the grammar, and with `nonce` the parts of nonce words: for a tokenizer."""
+    said = [*COLOURS, *SHAPES, *GROUNDS, *TEXTURES, *FINISHES, *GROUND_TEXTURES]
+    said += ["a", "an", "one", "picture", "of", "and", "on", "background", "against"]
+    said += ["user", "assistant"]  # of the chat template
+    for table in (_SIZE_WORDS, _PLACE_WORDS, _FINISH_WORDS):
+        said += [word for wordings in table.values() for text in wordings for word in text.split()]
+    words = list(dict.fromkeys(said))
+    return words + (_HEADS + _TAILS if nonce else [])
+
+
+def caption(scene: Scene, rng: np.random.Generator, whole: bool = False) -> str:
+    """One wording of a scene; `whole` says the place, size and ground of what is there."""
+    pick = lambda texts: texts[rng.integers(len(texts))]
+    say = lambda share: whole or rng.random() < share
+    several = len(scene.things) > 1
+    detail = rng.choice([0.15, 0.6, 0.95])  # a short, medium or long caption
+    parts = []
+    for thing in scene.things:
+        part = _noun(thing, rng, detail, size=not several and say(detail))
+        if several or say(detail):
+            part += " " + pick(_PLACE_WORDS[list(PLACES)[thing.place]])
+        parts.append(part)
+    text = pick(_OPENINGS) + " " + " and a ".join(parts)
+    if say(detail):
+        texture = GROUND_TEXTURES[scene.ground_texture]
+        plain = texture == "plain" and rng.random() < 0.7
+        ground = f"{'' if plain else texture + ' '}{list(GROUNDS)[scene.ground]}"
+        text += f" on a {ground} background" if rng.random() < 0.75 else f" against {ground}"
+    if not several and rng.random() < (detail if scene.finish else 0.2 * detail):
+        text += " " + pick(_FINISH_WORDS[FINISHES[scene.finish]])
+    return re.sub(r"\ba (?=[aeiou])", "an ", text)
+
+
+def _noun(thing: Thing, rng: np.random.Generator, detail: float, size: bool) -> str:
+    words = []
+    if size:
+        wordings = _SIZE_WORDS[list(SIZES)[thing.size]]
+        words.append(wordings[rng.integers(len(wordings))])
+    if thing.concept is not None:
+        return " ".join([*words, thing.word])
+    if rng.random() < (0.9 if thing.texture else 0.15) * min(1.0, detail + 0.3):
+        words.append(TEXTURES[thing.texture])
+    return " ".join([*words, list(COLOURS)[thing.colour], SHAPES[thing.shape]])
