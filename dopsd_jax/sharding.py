@@ -14,6 +14,7 @@ from typing import Any, Protocol
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array
 
@@ -45,11 +46,28 @@ RULES = (
 def make_mesh(sizes: Mapping[str, int], devices: Sequence[jax.Device] | None = None) -> Mesh:
     """The mesh of config.mesh: a size for each of `AXES`, of which one may be -1, the rest.
 
-    Raises `UserError` if the sizes do not multiply to the number of devices (all, by default).
+    TPU slices that a slower network connects hold a part of the axis data each. Raises `UserError`
+    if the sizes do not multiply to the number of devices (all, by default).
     """
     devices = jax.devices() if devices is None else list(devices)
     shape = mesh_shape(sizes, len(devices))
-    return jax.make_mesh(shape, AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=devices)
+    tpu = devices[0].platform == "tpu"  # elsewhere the order of devices follows the network
+    slices = len({getattr(device, "slice_index", 0) for device in devices}) if tpu else 1
+    if shape[0] % slices:
+        raise UserError(
+            f"config.mesh.data: is {shape[0]}, but there are {slices} TPU slices, each of which "
+            "holds whole copies of the weights; make it a multiple"
+        )
+    # A torus of 16 x 16 has no side of 8: jax.make_mesh then refuses to split one.
+    own = (shape[0] // slices, *shape[1:])
+    if slices == 1:
+        placed = mesh_utils.create_device_mesh(own, devices, allow_split_physical_axes=True)
+    else:
+        across = (slices,) + (1,) * len(shape[1:])
+        placed = mesh_utils.create_hybrid_device_mesh(
+            own, across, devices, allow_split_physical_axes=True
+        )
+    return Mesh(placed, AXES, axis_types=(AxisType.Auto,) * len(AXES))
 
 
 def mesh_shape(sizes: Mapping[str, int], devices: int) -> tuple[int, ...]:

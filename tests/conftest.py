@@ -1,8 +1,10 @@
 """Shared by all tests: float32 products, and the one measure of error."""
 
 import os
+import shutil
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
@@ -10,6 +12,11 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 # Tests compile more than they run.
 os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=0")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+# Programs compile the same steps again and again: all processes of one run of the tests share them.
+COMPILED = None
+if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
+    COMPILED = os.environ["JAX_COMPILATION_CACHE_DIR"] = tempfile.mkdtemp(prefix="compiled-")
+    os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "1")
 
 import jax
 import numpy as np
@@ -18,6 +25,11 @@ import pytest
 from dopsd_jax.tiny import make_tiny
 
 jax.config.update("jax_default_matmul_precision", "float32")
+
+
+def pytest_unconfigure():
+    if COMPILED:
+        shutil.rmtree(COMPILED, ignore_errors=True)
 
 
 def relative_error(actual, expected) -> float:

@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 from flax import nnx
+from jax.experimental import topologies
 from jax.sharding import AbstractMesh, AxisType
 
 from dopsd_jax import account, advice, aot, flops, footprint, hlo, program, sharding, slices
@@ -248,6 +249,28 @@ def test_an_unknown_product_is_refused():
 )
 def test_a_slice_has_its_chips(name, chips):
     assert len(slices.devices(name)) == chips
+
+
+@needs_libtpu
+@pytest.mark.tpu_aot
+@pytest.mark.parametrize("sizes", [{"fsdp": 8}, {"fsdp": 64, "context": 2}, {"tensor": 2}])
+def test_an_axis_may_be_shorter_than_a_side_of_the_slice(sizes):
+    devices = slices.devices("v6e-256")
+    mesh = sharding.make_mesh({"data": -1, **sizes}, devices)
+    assert set(mesh.devices.flat) == set(devices)
+    assert all(mesh.shape[axis] == size for axis, size in sizes.items())
+
+
+@needs_libtpu
+@pytest.mark.tpu_aot
+def test_weights_are_never_split_over_slices():
+    slices.devices("v5e-8")  # prepares the compiler's environment
+    found = topologies.get_topology_desc(platform="tpu", topology_name="v5e:2x4", num_slices=2)
+    mesh = sharding.make_mesh({"data": 4, "fsdp": 4}, found.devices)
+    for copy in mesh.devices:
+        assert len({device.slice_index for device in copy.flat}) == 1
+    with pytest.raises(UserError, match=r"config.mesh.data: is 1, but there are 2 TPU slices"):
+        sharding.make_mesh({"data": 1, "fsdp": 16}, found.devices)
 
 
 @pytest.mark.slow

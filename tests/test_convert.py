@@ -22,7 +22,7 @@ from dopsd_jax.weights.layouts import Found, in_layout
 from dopsd_jax.weights.load import load_component
 from dopsd_jax.weights.networks import VLM, ZIMAGE
 from dopsd_jax.weights.safetensors_io import TensorFiles
-from dopsd_jax.weights.safetensors_write import _header, file_order
+from dopsd_jax.weights.safetensors_write import file_order, header_bytes
 from dopsd_jax.weights.stored import open_stored
 from dopsd_jax.weights.tensors import TensorInfo
 
@@ -78,7 +78,7 @@ def test_the_single_file_layout_is_the_published_one():
 def test_our_single_file_would_have_the_published_size():
     published, layout = _published()
     infos = {e.name: TensorInfo(published["dtype"], e.shape) for e in layout.entries}
-    header = _header(file_order(infos), infos, None)
+    header = header_bytes(file_order(infos), infos, None)
     assert len(header) + sum(i.nbytes for i in infos.values()) == 12_309_866_400
 
 
