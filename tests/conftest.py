@@ -12,11 +12,6 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 # Tests compile more than they run.
 os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=0")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-# Programs compile the same steps again and again: all processes of one run of the tests share them.
-COMPILED = None
-if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
-    COMPILED = os.environ["JAX_COMPILATION_CACHE_DIR"] = tempfile.mkdtemp(prefix="compiled-")
-    os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "1")
 
 import jax
 import numpy as np
@@ -27,9 +22,14 @@ from dopsd_jax.tiny import make_tiny
 jax.config.update("jax_default_matmul_precision", "float32")
 
 
-def pytest_unconfigure():
-    if COMPILED:
-        shutil.rmtree(COMPILED, ignore_errors=True)
+def pytest_configure(config):
+    """Programs compile the same steps again and again: all processes of a run of tests share them."""
+    if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
+        folder = tempfile.mkdtemp(prefix="compiled-")
+        os.environ["JAX_COMPILATION_CACHE_DIR"] = folder
+        os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "1")
+        jax.config.update("jax_compilation_cache_dir", folder)
+        config.add_cleanup(lambda: shutil.rmtree(folder, ignore_errors=True))
 
 
 def relative_error(actual, expected) -> float:
