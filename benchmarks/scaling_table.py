@@ -166,15 +166,15 @@ def _versions(rows) -> list[str]:
         "Commit: where a case was compiled; checked: the last at which the compiler would be given",
         "the same program.",
         "",
-        "| case | commit | checked | jax | libtpu | seconds |",
-        "|---|---|---|---|---|--:|",
+        "| case | commit | checked | jax | libtpu |",
+        "|---|---|---|---|---|",
     ]
     for name, record in rows:
         if record is not None:
             versions = record["versions"]
             lines.append(
                 f"| {name} | {record['commit']} | {record['checked']} | {versions['jax']} |"
-                f" {versions['libtpu']} | {record['report']['seconds']:.0f} |"
+                f" {versions['libtpu']} |"
             )
     return lines
 

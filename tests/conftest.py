@@ -23,7 +23,7 @@ jax.config.update("jax_default_matmul_precision", "float32")
 
 
 def pytest_configure(config):
-    """Programs compile the same steps again and again: all processes of a run of tests share them."""
+    """All processes of a run of tests share what they compile: it is the same again and again."""
     if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
         folder = tempfile.mkdtemp(prefix="compiled-")
         os.environ["JAX_COMPILATION_CACHE_DIR"] = folder
