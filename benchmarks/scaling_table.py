@@ -121,7 +121,8 @@ def _shares(rows) -> list[str]:
     lines = []
     if reports:
         share, name = max((total(r["activations"]) / total(r["sent"]), n) for n, r in reports)
-        lines += ["", f"Activations are at most {share:.3%} of the results, in {name}."]
+        most = f"Activations are at most {share:.3%} of the results, in {name}."
+        lines += ["", most if share else "None of them are activations."]
     summed = [
         (r["sent"].get("all-reduce", {"bytes": 0})["bytes"], n)
         for n, r in reports
