@@ -59,8 +59,8 @@ def test_the_page_says_what_the_records_say(table):
     assert "| lora v5e-1 int8 | | | | | | | | not compiled | | |" in text
     assert "| lora v6e-8 | 1.00 (7) | 0 | 0 | 0 | 0 | 1.0 MiB (1) |" in text
     assert "Activations are at most 0.098% of the results, in lora v6e-8." in text
-    assert "| lora v6e | TFLOP executed | 3.00 | 3.00 | 1.0000 |" in text
-    assert "| full v6e | | not compiled | | |" in text
+    assert "| lora v6e-8 to 256 | TFLOP executed | 3.00 | 3.00 | 1.0000 |" in text
+    assert "| full v6e-8 to 256 | | not compiled | | |" in text
 
 
 def test_the_committed_page_is_that_of_the_committed_records(table):
