@@ -17,7 +17,14 @@ import jax
 import numpy as np
 import pytest
 
+import dopsd_jax
+from dopsd_jax import lora
+from dopsd_jax.families.zimage import LORA_PRESETS
+from dopsd_jax.families.zimage_pipeline import lora_layers
+from dopsd_jax.models import zimage
 from dopsd_jax.tiny import make_tiny
+from dopsd_jax.weights.lora_files import LoraModule
+from dopsd_jax.weights.lora_write import write_lora
 
 jax.config.update("jax_default_matmul_precision", "float32")
 
@@ -43,6 +50,25 @@ def relative_error(actual, expected) -> float:
 def tiny_model(tmp_path_factory):
     """The miniature's folder, made once; do not write into it."""
     return make_tiny(tmp_path_factory.mktemp("tiny") / "model")
+
+
+@pytest.fixture(scope="session")
+def lora_file(tiny_model, tmp_path_factory):
+    """A strong random adapter of the miniature, as the training program would write it."""
+    rng = np.random.default_rng(0)
+    config = dopsd_jax.load_pipeline(str(tiny_model)).config
+    chosen = lora.select(lora.slots(zimage.names(config)), "blocks", LORA_PRESETS)
+    modules = {
+        path: LoraModule(
+            rng.standard_normal((4, slot.din)).astype(np.float32) / slot.din**0.5,
+            0.5 * rng.standard_normal((slot.dout, 4)).astype(np.float32),
+            2.0,
+        )
+        for path, slot in chosen.items()
+    }
+    path = tmp_path_factory.mktemp("lora") / "strong.safetensors"
+    write_lora(path, modules, lora_layers(config))
+    return path
 
 
 @pytest.fixture(scope="session")

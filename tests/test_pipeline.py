@@ -16,13 +16,8 @@ from transformers import AutoTokenizer, Qwen3VLForConditionalGeneration
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
 import dopsd_jax
-from dopsd_jax import lora
 from dopsd_jax.errors import UserError
-from dopsd_jax.families.zimage import LORA_PRESETS
-from dopsd_jax.families.zimage_pipeline import lora_layers, start_noise
-from dopsd_jax.models import zimage
-from dopsd_jax.weights.lora_files import LoraModule
-from dopsd_jax.weights.lora_write import write_lora
+from dopsd_jax.families.zimage_pipeline import start_noise
 from dopsd_jax.weights.safetensors_io import TensorFiles
 
 PROMPTS = ["a red circle", "a large blue star on the left, on a striped grey background"]
@@ -36,24 +31,6 @@ def pipe(tiny_model):
 @pytest.fixture(scope="module")
 def latents():
     return np.asarray(start_noise(5, 2, (12, 16, 16)))
-
-
-@pytest.fixture(scope="module")
-def lora_file(pipe, tmp_path_factory):
-    """A strong random adapter, as the training program would write it."""
-    rng = np.random.default_rng(0)
-    chosen = lora.select(lora.slots(zimage.names(pipe.config)), "blocks", LORA_PRESETS)
-    modules = {
-        path: LoraModule(
-            rng.standard_normal((4, slot.din)).astype(np.float32) / slot.din**0.5,
-            0.5 * rng.standard_normal((slot.dout, 4)).astype(np.float32),
-            2.0,
-        )
-        for path, slot in chosen.items()
-    }
-    path = tmp_path_factory.mktemp("lora") / "strong.safetensors"
-    write_lora(path, modules, lora_layers(pipe.config))
-    return path
 
 
 def worst(a, b):

@@ -1,0 +1,84 @@
+"""Means with 95 % intervals, where seeds within a prompt are not independent.
+
+Prompts are the sample: pictures of one prompt share what is hard about it, so their mean is one
+observation. Intervals are Student's t over prompts; for a figure of a whole set of pictures, such
+as FID, the jackknife that leaves out one prompt at a time. Two models drawn from the same noise
+are compared by the differences within prompts, which are much surer than the two means.
+
+An interval covers other prompts and other noise. It says nothing about training again with another
+seed.
+"""
+
+import functools
+import math
+from collections.abc import Callable
+from typing import NamedTuple
+
+import numpy as np
+from jaxtyping import Bool, Float
+
+LEVEL = 0.95
+
+
+class Estimate(NamedTuple):
+    """value: the mean, or the figure of the whole set. half: half the width of the 95 % interval;
+    None from one prompt, which tells nothing of others. prompts: independent observations."""
+
+    value: float
+    half: float | None
+    prompts: int
+
+
+def mean(values: Float[np.ndarray, "p s"]) -> Estimate:
+    """The mean over p prompts of s pictures each."""
+    each = np.asarray(values, np.float64).mean(1)
+    count = len(each)
+    if count < 2:
+        return Estimate(float(each.mean()), None, count)
+    error = each.std(ddof=1) / math.sqrt(count)
+    return Estimate(float(each.mean()), float(t_quantile(count - 1) * error), count)
+
+
+def difference(values: Float[np.ndarray, "p s"], base: Float[np.ndarray, "p s"]) -> Estimate:
+    """`values` less `base`, both of the same prompts and noise."""
+    if np.shape(values) != np.shape(base):
+        raise ValueError(f"values of shape {np.shape(values)}, base {np.shape(base)}: not paired")
+    return mean(np.asarray(values, np.float64) - np.asarray(base, np.float64))
+
+
+def jackknife(figure: Callable[[Bool[np.ndarray, " p"]], float], prompts: int) -> Estimate:
+    """A figure of a whole set, with the interval from leaving out one prompt at a time.
+
+    `figure` is told which prompts to keep. It must be smooth in the set, as moments are; a median
+    or a maximum is not. For the mean this is exactly `mean`.
+    """
+    whole = float(figure(np.ones(prompts, bool)))
+    if prompts < 2:
+        return Estimate(whole, None, prompts)
+    less = np.array([figure(np.arange(prompts) != left_out) for left_out in range(prompts)])
+    error = math.sqrt((prompts - 1) / prompts * np.square(less - less.mean()).sum())
+    return Estimate(whole, float(t_quantile(prompts - 1) * error), prompts)
+
+
+@functools.cache
+def t_quantile(freedom: int) -> float:
+    """The t that |Student's t| of `freedom` degrees stays below with probability `LEVEL`."""
+    low, high = 0.0, 1.0
+    while _central(high, freedom) < LEVEL:
+        high *= 2
+    for _ in range(80):
+        middle = (low + high) / 2
+        low, high = (low, middle) if _central(middle, freedom) > LEVEL else (middle, high)
+    return (low + high) / 2
+
+
+def _central(t: float, freedom: int) -> float:
+    """P(|T| < t), by the finite series of Abramowitz and Stegun 26.7.3 and 26.7.4."""
+    angle = math.atan2(t, math.sqrt(freedom))
+    cosine, sine = math.cos(angle), math.sin(angle)
+    odd = freedom % 2
+    term, total = (cosine if odd else 1.0), 0.0
+    for k in range(1 + odd, freedom, 2):
+        total += term
+        term *= cosine * cosine * k / (k + 1)
+    return 2 / math.pi * (angle + sine * total) if odd else sine * total

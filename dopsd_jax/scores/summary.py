@@ -1,0 +1,118 @@
+"""The miniature's scores in short: few pictures, cheap enough to be asked for again and again."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+from flax import nnx
+
+from dopsd_jax.encoding import STUDENT, TEACHER
+from dopsd_jax.families.zimage_pipeline import Pipeline
+from dopsd_jax.miniature.world import Concept
+from dopsd_jax.scores import world
+from dopsd_jax.scores.drawing import Painter, Shot
+from dopsd_jax.scores.scorer import Picture
+from dopsd_jax.scores.world import CONCEPT, ORDINARY
+
+ORDINARY_EACH = 2  # ordinary prompts for each one of the concept
+
+
+class Row(NamedTuple):
+    """One model: mean IoU of the concept, crispness of its pictures relative to the renderer's,
+    and share of ordinary prompts whose shape and colour are both right. None: not asked."""
+
+    model: str
+    concept: float
+    crispness: float
+    retention: float | None
+
+
+class Exam:
+    """A few fixed prompts about a concept. Made once, it scores any number of weights.
+
+    Contexts are computed here; afterwards the encoders may leave. Every call draws pictures of the
+    same shapes, so after the first nothing is compiled.
+
+    Args:
+      teacher: config.teacher.
+      count: prompts of the concept; twice as many ordinary ones are drawn.
+      seed: of prompts and noise. shown: pictures of the data set; their arrangements are not asked.
+    """
+
+    def __init__(
+        self,
+        pipe: Pipeline,
+        teacher: Mapping[str, Any],
+        concept: Concept,
+        word: str,
+        *,
+        count: int = 6,
+        seed: int = 0,
+        shown: Sequence[Picture] = (),
+    ):
+        asked = {"concepts": count, "ordinary": ORDINARY_EACH * count}
+        cases = world.cases(concept, word, **asked, seed=seed, shown=shown)
+        self.concept = [case for case in cases if case.kind == CONCEPT]
+        self.ordinary = [case for case in cases if case.kind == ORDINARY]
+        self.painter = Painter(pipe, teacher, batch=count)
+        for role, own in ((STUDENT, cases), (TEACHER, self.concept)):
+            for _ in self.painter.encode(own, role):
+                pass
+
+    def student(self, model: str, trained: nnx.State) -> Row:
+        """Scores weights that see the prompt alone: `trained` as `pipe.split` has it."""
+        cases = self.concept + self.ordinary
+        images = self._draw(trained, cases, STUDENT)
+        ordinary = [case.truth for case in self.ordinary]
+        right = [world.named(a)(images[len(self.concept) :], ordinary) for a in ("shape", "colour")]
+        row = self._concept(model, images[: len(self.concept)])
+        return row._replace(retention=float(np.mean(np.all(right, axis=0))))
+
+    def teacher(self, model: str, trained: nnx.State) -> Row:
+        """Scores weights that see the true picture as well: what the student can hope for."""
+        return self._concept(model, self._draw(trained, self.concept, TEACHER))
+
+    def _draw(self, trained, cases, role) -> np.ndarray:
+        shots = [Shot(case, 0) for case in cases]
+        return np.stack([image for _, image in self.painter.draw(trained, shots, role)])
+
+    def _concept(self, model: str, images: np.ndarray) -> Row:
+        truth = [case.truth for case in self.concept]
+        iou, crispness = (np.mean(f(images, truth)) for f in (world.iou, world.crispness))
+        return Row(model, float(iou), float(crispness), None)
+
+
+def summary(
+    pipe: Pipeline,
+    teacher: Mapping[str, Any],
+    trees: Mapping[str, nnx.State],
+    concept: Concept,
+    word: str,
+    *,
+    count: int = 6,
+    seed: int = 0,
+    shown: Sequence[Picture] = (),
+) -> list[Row]:
+    """A row for each of `trees`, such as before and after, and the teacher's behind the first.
+
+    The teacher has the weights of the first tree. With two trees and `count` 6, 42 pictures are
+    drawn. The encoders are loaded if need be, and left in the pipeline. For many models make an
+    `Exam` and keep it.
+    """
+    exam = Exam(pipe, teacher, concept, word, count=count, seed=seed, shown=shown)
+    rows = [exam.student(name, tree) for name, tree in trees.items()]
+    first = next(iter(trees.values()))
+    return [rows[0], exam.teacher("teacher", first), *rows[1:]]
+
+
+def table(rows: Sequence[Row]) -> list[str]:
+    """Rows as lines of text."""
+    width = max(len("model"), *(len(row.model) for row in rows))
+    shown = lambda value: "     -" if value is None else f"{value:6.3f}"
+    lines = [f"{'model':{width}}  concept  crispness  retention"]
+    lines += [
+        f"{r.model:{width}}  {shown(r.concept):>7}  {shown(r.crispness):>9}  "
+        f"{shown(r.retention):>9}"
+        for r in rows
+    ]
+    return lines

@@ -1,0 +1,74 @@
+"""Means, differences and their intervals: closed forms, and how often they cover the truth."""
+
+import numpy as np
+import pytest
+from scipy import stats
+
+from dopsd_jax.scores import statistics
+
+
+@pytest.mark.parametrize("freedom", [1, 2, 3, 4, 7, 30, 199])
+def test_t_is_that_of_the_tables(freedom):
+    assert statistics.t_quantile(freedom) == pytest.approx(stats.t.ppf(0.975, freedom), rel=1e-9)
+
+
+def test_the_interval_is_students_over_prompts():
+    values = np.random.default_rng(0).normal(size=(12, 3))
+    found = statistics.mean(values)
+    each = values.mean(1)
+    low, high = stats.t.interval(0.95, 11, each.mean(), stats.sem(each))
+    assert (found.value - found.half, found.value + found.half) == pytest.approx((low, high))
+    assert found.prompts == 12
+
+
+def test_seeds_within_a_prompt_are_no_new_prompts():
+    """The same picture ten times over tells nothing more."""
+    values = np.random.default_rng(0).normal(size=(8, 1))
+    assert statistics.mean(np.repeat(values, 10, 1)) == pytest.approx(statistics.mean(values))
+
+
+def test_one_prompt_has_no_interval():
+    assert statistics.mean(np.ones((1, 5))) == (1.0, None, 1)
+
+
+def test_a_difference_is_that_of_a_paired_t_test():
+    rng = np.random.default_rng(1)
+    base = rng.normal(size=(20, 1)) * 5
+    tuned = base + 0.3 + 0.1 * rng.normal(size=(20, 1))
+    found = statistics.difference(tuned, base)
+    paired = stats.ttest_rel(tuned[:, 0], base[:, 0]).confidence_interval(0.95)
+    assert (found.value - found.half, found.value + found.half) == pytest.approx(tuple(paired))
+    assert found.half < 0.05 * statistics.mean(tuned).half  # what prompts share cancels
+    with pytest.raises(ValueError, match="not paired"):
+        statistics.difference(tuned, base[:5])
+
+
+def test_95_of_100_intervals_hold_the_truth_where_seeds_depend_on_their_prompt():
+    """One that takes every picture for independent holds it far too seldom."""
+    rng = np.random.default_rng(2)
+    covered, naive, runs = 0, 0, 2000
+    for _ in range(runs):
+        values = rng.normal(size=(10, 1)) + 0.5 * rng.normal(size=(10, 8))
+        found = statistics.mean(values)
+        covered += abs(found.value) < found.half
+        found = statistics.mean(values.reshape(-1, 1))
+        naive += abs(found.value) < found.half
+    assert 0.935 < covered / runs < 0.965
+    assert naive / runs < 0.7
+
+
+def test_the_jackknife_of_a_mean_is_the_mean():
+    values = np.random.default_rng(3).normal(size=(15, 2))
+    found = statistics.jackknife(lambda keep: values[keep].mean(), 15)
+    assert found == pytest.approx(statistics.mean(values))
+
+
+def test_the_jackknife_covers_a_figure_that_is_no_mean():
+    """log of a variance, whose truth is known."""
+    rng = np.random.default_rng(4)
+    covered, runs = 0, 400
+    for _ in range(runs):
+        values = rng.normal(size=40)
+        found = statistics.jackknife(lambda keep, v=values: np.log(v[keep].var(ddof=1)), 40)
+        covered += abs(found.value) < found.half
+    assert 0.91 < covered / runs < 0.98

@@ -1,0 +1,233 @@
+"""The miniature's scorers on pictures whose scores are known: renderings, whole and spoilt."""
+
+import dataclasses
+
+import jax
+import numpy as np
+import pytest
+from PIL import Image, ImageFilter
+
+import dopsd_jax
+from dopsd_jax.encoding import STUDENT, TEACHER
+from dopsd_jax.errors import UserError
+from dopsd_jax.families.zimage_pipeline import start_noise
+from dopsd_jax.miniature import captions, concepts, judge, world
+from dopsd_jax.scores import frechet
+from dopsd_jax.scores import world as scores
+from dopsd_jax.scores.drawing import Painter, Shot, without_adapters
+from dopsd_jax.scores.summary import Exam, summary, table
+
+COUNT = 16
+TEACHER_OPTIONS = {"min_pixels": 64 * 64, "max_pixels": 128 * 128, "doubled_template": False}
+
+
+@pytest.fixture(scope="module")
+def concept():
+    return world.random_concept(np.random.default_rng(3))
+
+
+@pytest.fixture(scope="module")
+def cases(concept):
+    return scores.cases(concept, "dax", concepts=COUNT, ordinary=2 * COUNT, others=COUNT)
+
+
+def of_kind(cases, kind):
+    return [case for case in cases if case.kind == kind]
+
+
+def drawn(cases, scene=lambda s: s):
+    """True pictures as a model draws them: places and sizes vary as captions leave them."""
+    return list(world.pictures([scene(c.truth) for c in cases], np.random.default_rng(7)))
+
+
+def blurred(images):
+    blur = ImageFilter.GaussianBlur(1)
+    return [np.asarray(Image.fromarray(image).filter(blur)) for image in images]
+
+
+def recoloured(images):
+    return [image[..., [1, 2, 0]] for image in images]
+
+
+def score(name, images, cases):
+    return float(np.mean(scores.scorers()[name]()(images, cases)))
+
+
+def with_concept(concept):
+    def change(scene):
+        (thing,) = scene.things
+        return dataclasses.replace(scene, things=(dataclasses.replace(thing, concept=concept),))
+
+    return change
+
+
+def test_the_true_rendering_has_full_marks(cases):
+    for name, make in scores.scorers().items():
+        scorer = make()
+        own = of_kind(cases, scorer.kinds[0])
+        if name == "feature_FID":
+            found = scorer.distance(scorer.features(drawn(own), own), scorer.reference(own))
+            assert found < 1.5 * scorer.floor(own)
+            continue
+        assert score(name, drawn(own), own) == pytest.approx(1.0, abs=0.04), name
+
+
+def test_iou_needs_shape_and_colours_and_sharp_edges_little(cases):
+    own = of_kind(cases, "concept")
+    other = with_concept(world.random_concept(np.random.default_rng(4)))
+    assert score("concept_IoU", drawn(own, other), own) < 0.4
+    assert score("concept_IoU", recoloured(drawn(own)), own) < 0.6
+    assert score("concept_IoU", blurred(drawn(own)), own) > 0.85
+
+
+@pytest.mark.parametrize("name", ["concept_crispness", "ordinary_crispness"])
+def test_crispness_falls_with_blur_alone(cases, name):
+    own = of_kind(cases, name.partition("_")[0])
+    assert score(name, blurred(drawn(own)), own) < 0.75
+    other = with_concept(world.random_concept(np.random.default_rng(4)))
+    if name == "concept_crispness":
+        assert score(name, drawn(own, other), own) > 0.75
+
+
+def test_named_attributes_are_told_apart(cases):
+    """Another colour costs colour alone; the concept everywhere costs the shapes."""
+    own = of_kind(cases, "ordinary")
+    turn = lambda thing: dataclasses.replace(thing, colour=(thing.colour + 1) % 10, texture=0)
+    other = lambda s: dataclasses.replace(s, things=(turn(s.things[0]),))
+    assert score("named_colour", drawn(own, other), own) < 0.1
+    assert score("named_shape", drawn(own, other), own) > 0.8
+    concept = with_concept(world.random_concept(np.random.default_rng(3)))
+    assert score("named_shape", drawn(own, concept), own) < 0.2
+
+
+def test_a_leak_is_the_concept_under_another_word(cases):
+    own = of_kind(cases, "other")
+    assert all("dax" not in c.prompt.split() and c.source is None for c in own)
+    assert len({c.prompt for c in own}) == len(own)
+    known = {*captions.NEW_WORDS, *captions.nonce_words()}
+    assert all(set(c.prompt.split()) & known for c in own)
+    others = [world.random_concept(np.random.default_rng(s)) for s in range(20, 20 + COUNT)]
+    images = np.concatenate(
+        [drawn([case], with_concept(o)) for case, o in zip(own, others, strict=True)]
+    )
+    for name, most in (("leaked_colours", 0.5), ("leaked_concept", 0.35)):
+        assert score(name, images, own) < most
+        assert score(name, drawn(own), own) > 0.95
+
+
+def test_fid_grows_with_every_kind_of_damage_and_with_how_many_are_damaged(cases):
+    scorer = scores.FeatureFID()
+    own = of_kind(cases, "ordinary")
+    fid = lambda images: scorer.distance(scorer.features(images, own), scorer.reference(own))
+    real = drawn(own)
+    noisy = np.random.default_rng(0).normal(0, 12, np.shape(real)) + real
+    absent = [np.full_like(image, image[0, 0]) for image in real]
+    damage = {
+        "blur": blurred(real),
+        "hue": recoloured(real),
+        "noise": noisy.clip(0, 255).astype(np.uint8),
+        "nothing there": absent,
+        "all alike": [real[0]] * len(real),
+    }
+    for name, images in damage.items():
+        half = [*images[: len(own) // 2], *real[len(own) // 2 :]]
+        assert scorer.floor(own) * 2 < fid(images), name
+        assert fid(real) < fid(half) < fid(images), name
+
+
+def test_frechet_is_the_formula():
+    """Gaussians with commuting covariances: sum of squared differences of means and deviations."""
+    rng = np.random.default_rng(0)
+    x = rng.normal(size=(50, 4))
+    x = (x - x.mean(0)) @ np.linalg.inv(np.linalg.cholesky(np.cov(x.T, ddof=0)).T)
+    turn, _ = np.linalg.qr(rng.normal(size=(4, 4)))
+    a = (x * [1, 2, 3, 4]) @ turn
+    b = (x * [2, 2, 1, 5]) @ turn + 0.5
+    assert frechet.frechet(a, b) == pytest.approx(4 * 0.25 + 1 + 0 + 4 + 1)
+    assert frechet.frechet(a, a) == pytest.approx(0, abs=1e-9)
+
+
+def test_no_test_arrangement_is_one_of_the_data_set(concept, tmp_path):
+    folder = concepts.write_dataset(tmp_path / "dax", concept, "dax", count=6, seed=0)
+    shown = [np.asarray(Image.open(path)) for path in sorted(folder.glob("*.png"))]
+    arrangement = lambda s: (s.things[0].place, s.things[0].size, s.ground)
+    made = concepts.arrangements(np.random.default_rng(0), concept, "dax", 6)
+    grounds = len(world.suitable_grounds(made[0].things))
+    every = scores.unseen(np.random.default_rng(1), concept, "dax", 10 * grounds - 6, shown)
+    assert not set(map(arrangement, made)) & set(map(arrangement, every))
+    with pytest.raises(UserError, match="are unseen; lower it"):
+        scores.unseen(np.random.default_rng(1), concept, "dax", 500, shown)
+
+
+def test_cases_follow_from_their_seed_and_say_all_that_is_judged(concept, cases):
+    again = scores.cases(concept, "dax", concepts=COUNT, ordinary=2 * COUNT, others=COUNT)
+    assert [(c.prompt, c.seed) for c in again] == [(c.prompt, c.seed) for c in cases]
+    other = scores.cases(concept, "dax", concepts=COUNT, ordinary=2 * COUNT, seed=1)
+    assert [c.prompt for c in other] != [c.prompt for c in cases][: len(other)]
+    assert len({c.seed for c in cases}) == len(cases)
+    finish = {0: "flat", 1: "outline", 2: "shaded"}
+    for case in cases:
+        assert finish[case.truth.finish] in case.prompt
+        assert list(world.GROUNDS)[case.truth.ground] in case.prompt
+        assert case.source is None or judge.iou(
+            case.source[None], world.compose([case.truth], None)
+        ) == [1.0]
+
+
+# --- drawn by a model
+
+
+@pytest.fixture(scope="module")
+def pipe(tiny_model):
+    return dopsd_jax.load_pipeline(str(tiny_model))
+
+
+def test_a_picture_is_that_of_the_pipeline_whatever_its_batch(pipe, cases):
+    painter = Painter(pipe, TEACHER_OPTIONS, batch=2)
+    own = [cases[0], cases[-1], cases[COUNT]]
+    list(painter.encode(own, STUDENT))
+    shots = [Shot(case, number) for case in own for number in (0, 1)][:5]
+    found = list(painter.draw(pipe.split[1], shots, STUDENT))
+    assert [shot for shot, _ in found] == shots
+    for shot, image in found[::2]:
+        alone = pipe([shot.case.prompt], height=64, width=64, seed=shot.seed)[0]
+        assert np.abs(image.astype(int) - alone).max() <= 1
+    assert np.abs(found[0][1].astype(int) - found[1][1]).max() > 50, "the seed changes nothing"
+    list(painter.encode(own[:1], TEACHER))
+    ((_, image),) = painter.draw(pipe.split[1], shots[:1], TEACHER)
+    context = pipe.encode_prompt_with_image(
+        [own[0].prompt], [own[0].source], min_pixels=64 * 64, max_pixels=128 * 128
+    )
+    latents = pipe.sample(
+        pipe.split[1], start_noise(shots[0].seed, 1, (8, 8, 16)), context, painter.grid
+    )
+    assert np.abs(image.astype(int) - pipe.decode(latents)[0]).max() <= 1
+
+
+def test_the_short_table_scores_any_weights_without_compiling_anew(pipe, concept):
+    compiled = []
+    listen = lambda event, seconds, **_: compiled.append(event) if "compile" in event else None
+    trees = {"before": pipe.split[1], "after": pipe.split[1]}
+    exam = Exam(pipe, TEACHER_OPTIONS, concept, "dax", count=2)
+    first = [exam.student("before", pipe.split[1]), exam.teacher("teacher", pipe.split[1])]
+    jax.monitoring.register_event_duration_secs_listener(listen)
+    rows = summary(pipe, TEACHER_OPTIONS, trees, concept, "dax", count=2)
+    assert not compiled
+    assert [row.model for row in rows] == ["before", "teacher", "after"]
+    assert rows[:2] == first and rows[2][1:] == rows[0][1:]
+    assert rows[1].retention is None and "-" in table(rows)[2]
+
+
+def test_without_adapters_an_adapted_model_is_the_base(tiny_model, lora_file, pipe, cases):
+    tuned = dopsd_jax.load_pipeline(str(tiny_model), lora=str(lora_file))
+    own, images = cases[:1], {}
+    for name, model, trained in (
+        ("base", pipe, pipe.split[1]),
+        ("off", tuned, without_adapters(tuned.split[1])),
+        ("on", tuned, tuned.split[1]),
+    ):
+        painter = Painter(model, TEACHER_OPTIONS, batch=1)
+        list(painter.encode(own, STUDENT))
+        ((_, images[name]),) = painter.draw(trained, [Shot(own[0], 0)], STUDENT)
+    np.testing.assert_array_equal(images["base"], images["off"])
+    assert (images["on"] != images["off"]).any()
