@@ -1,4 +1,4 @@
-"""Installation: `pip install .`, with extras `test`, `quant`, `gcs`, `gpu` (CUDA), `tpu`."""
+"""Installation: `pip install .`, with extras `test`, `eval`, `quant`, `gcs`, `gpu` (CUDA), `tpu`."""
 
 from pathlib import Path
 
@@ -42,6 +42,7 @@ setup(
             "accelerate",
             "qwix>=0.1.8",
         ],
+        "eval": ["torch"],  # dopsd_jax.evaluate on real data sets: CLIP-S, DINO-D, LPIPS-D
         "quant": ["qwix>=0.1.8"],  # config.base_dtype int8, nf4, fp8
         "gcs": ["gcsfs"],  # gs:// paths
         "gpu": ["jax[cuda13]"],

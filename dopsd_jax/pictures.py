@@ -1,4 +1,4 @@
-"""Grids of labelled pictures as PNG files: a row for each prompt, a column for each model."""
+"""Pictures as PNG files: one, or a labelled grid with a row a prompt and a column a model."""
 
 import bisect
 import dataclasses
@@ -8,7 +8,7 @@ import json
 import os
 import re
 import unicodedata
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 from etils import epath
@@ -119,6 +119,17 @@ def save_grid(
     path.parent.mkdir(parents=True, exist_ok=True)
     with atomic_file(path) as file:
         file.write(encoded.getbuffer())
+
+
+def save_picture(
+    path: str | os.PathLike, image: UInt8[np.ndarray, "h w 3"], about: Mapping[str, str]
+) -> None:
+    """A PNG file that says how it was made, written whole or not at all."""
+    info = PngImagePlugin.PngInfo()
+    for name, text in about.items():
+        info.add_itxt(name, text)
+    with atomic_file(path) as file:
+        Image.fromarray(image).save(file, "PNG", pnginfo=info)
 
 
 def read_labels(image: Image.Image) -> Labels | None:

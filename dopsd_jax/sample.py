@@ -4,13 +4,13 @@ from pathlib import Path
 
 import jax
 from absl import flags
-from PIL import Image, PngImagePlugin
 
 import dopsd_jax
 from dopsd_jax import errors
 from dopsd_jax.errors import UserError
 from dopsd_jax.families.zimage_pipeline import start_noise
-from dopsd_jax.weights.atomic import atomic_file, disk_error
+from dopsd_jax.pictures import save_picture
+from dopsd_jax.weights.atomic import disk_error
 
 MODEL = flags.DEFINE_string("model", None, "model folder, converted checkpoint or hub id")
 LORA = flags.DEFINE_string("lora", None, "LoRA file to apply")
@@ -51,17 +51,10 @@ def main() -> None:
                 latents=start_noise(seed, 1, shape),
             )[0]
             path = out / f"{number:03d}_seed{seed}.png"
-            save(path, image, {"prompt": prompt, "seed": str(seed), "lora": LORA.value or ""})
+            save_picture(
+                path, image, {"prompt": prompt, "seed": str(seed), "lora": LORA.value or ""}
+            )
             print(path, flush=True)
-
-
-def save(path: Path, image, about: dict[str, str]) -> None:
-    """A PNG file that says how it was made, written whole or not at all."""
-    info = PngImagePlugin.PngInfo()
-    for name, text in about.items():
-        info.add_itxt(name, text)
-    with atomic_file(path) as file:
-        Image.fromarray(image).save(file, "PNG", pnginfo=info)
 
 
 if __name__ == "__main__":

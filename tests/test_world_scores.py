@@ -5,6 +5,7 @@ import dataclasses
 import jax
 import numpy as np
 import pytest
+from flax import nnx
 from PIL import Image, ImageFilter
 
 import dopsd_jax
@@ -17,7 +18,7 @@ from dopsd_jax.scores import world as scores
 from dopsd_jax.scores.drawing import Painter, Shot, without_adapters
 from dopsd_jax.scores.summary import Exam, summary, table
 
-COUNT = 16
+COUNT = 10
 TEACHER_OPTIONS = {"min_pixels": 64 * 64, "max_pixels": 128 * 128, "doubled_template": False}
 
 
@@ -218,16 +219,12 @@ def test_the_short_table_scores_any_weights_without_compiling_anew(pipe, concept
     assert rows[1].retention is None and "-" in table(rows)[2]
 
 
-def test_without_adapters_an_adapted_model_is_the_base(tiny_model, lora_file, pipe, cases):
-    tuned = dopsd_jax.load_pipeline(str(tiny_model), lora=str(lora_file))
-    own, images = cases[:1], {}
-    for name, model, trained in (
-        ("base", pipe, pipe.split[1]),
-        ("off", tuned, without_adapters(tuned.split[1])),
-        ("on", tuned, tuned.split[1]),
-    ):
-        painter = Painter(model, TEACHER_OPTIONS, batch=1)
-        list(painter.encode(own, STUDENT))
-        ((_, images[name]),) = painter.draw(trained, [Shot(own[0], 0)], STUDENT)
-    np.testing.assert_array_equal(images["base"], images["off"])
-    assert (images["on"] != images["off"]).any()
+def test_without_adapters_only_their_second_factor_is_gone(tiny_model, lora_file):
+    """Which makes a model the base, bit for bit (see test_lora.py)."""
+    tuned = dopsd_jax.load_pipeline(str(tiny_model), lora=str(lora_file)).split[1]
+    flat, off = (dict(nnx.to_flat_state(t)) for t in (tuned, without_adapters(tuned)))
+    assert flat.keys() == off.keys() and {path[-1] for path in flat} == {"a", "b"}
+    for path, leaf in flat.items():
+        wanted = leaf[...] * (path[-1] != "b")
+        np.testing.assert_array_equal(off[path][...], wanted)
+        assert np.asarray(leaf[...]).any()

@@ -209,6 +209,11 @@ class Pipeline:
         for part in ("text_encoder", "vision"):
             self.__dict__.pop(part, None)
 
+    def release_transformer(self) -> None:
+        """Frees the transformer."""
+        for part in ("transformer", "split"):
+            self.__dict__.pop(part, None)
+
     def encoder_digest(self, memo: Path) -> str:
         """What the contexts depend on: weights and settings of text encoder and vision tower."""
         parts = []

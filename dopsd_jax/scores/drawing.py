@@ -1,7 +1,6 @@
 """Pictures of cases: many at once, by the deployed sampler, from the same noise for every model."""
 
 import functools
-import hashlib
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple, Protocol
@@ -11,6 +10,7 @@ import numpy as np
 from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from dopsd_jax.data import vlm_images
 from dopsd_jax.data.cache import feature_key
 from dopsd_jax.data.padding import pad_stack, padded_length
 from dopsd_jax.encoding import STUDENT, TEACHER
@@ -20,7 +20,7 @@ from dopsd_jax.families.zimage import Context
 from dopsd_jax.families.zimage_pipeline import Pipeline, start_noise
 from dopsd_jax.features import ROWS
 from dopsd_jax.flow import shifted_grid
-from dopsd_jax.scores.scorer import Case, Picture
+from dopsd_jax.scores.scorer import Case, Picture, digest
 from dopsd_jax.scores.seeds import picture_seed
 from dopsd_jax.sharding import BATCH_AXES
 
@@ -110,11 +110,16 @@ class Painter:
 
     def check(self, cases: Sequence[Case]) -> None:
         """Raises `UserError` with every prompt and every size that the model cannot take."""
-        faults = []
+        bounds = self.options["min_pixels"], self.options["max_pixels"]
+        settings, faults = self.pipe.image_settings(*bounds), []
         for case in cases:
             try:
                 self.pipe.latent_shape(case.height, case.width)
                 self.pipe.student_tokens(case.prompt)
+                if case.source is not None:
+                    where = f"the picture shown with {case.prompt[:60]!r}"
+                    grid = vlm_images.grid_of(settings, *case.source.shape[:2], where)
+                    self.pipe.teacher_tokens(case.prompt, grid, self.options["doubled"])
             except UserError as error:
                 faults += error.problems
         raise_if(dict.fromkeys(faults), MAX_FAULTS)
@@ -173,12 +178,6 @@ class Painter:
 @functools.partial(jax.jit, static_argnames="shape")
 def _noise(seeds, shape):
     return jax.vmap(lambda seed: start_noise(seed, 1, shape)[0])(seeds)
-
-
-def digest(image: Picture) -> str:
-    """sha256 of a picture's size and pixels."""
-    size = repr(image.shape).encode()
-    return hashlib.sha256(size + np.ascontiguousarray(image).tobytes()).hexdigest()
 
 
 def without_adapters(trained: nnx.State) -> nnx.State:

@@ -4,6 +4,7 @@ A scorer judges pictures one by one, or a set of pictures as a whole. Everybody 
 `--scorers=package.module:attribute` names a scorer, or a function without arguments that makes one.
 """
 
+import hashlib
 import importlib
 import inspect
 from collections.abc import Callable, Sequence
@@ -16,7 +17,7 @@ from jaxtyping import Float, UInt8
 from dopsd_jax.errors import UserError, raise_if
 
 Picture = UInt8[np.ndarray, "H W 3"]
-BETTER = ("higher", "lower")
+BETTER, NEEDS = ("higher", "lower"), ("prompt", "source")
 
 
 @dataclass(frozen=True, eq=False)
@@ -29,6 +30,7 @@ class Case:
     seed: of the first picture's noise.
     source: the picture that the teacher is shown, and that likeness is measured to.
     truth: what the miniature's judge compares with, a `miniature.world.Scene`.
+    truth_digest: names it.
     """
 
     kind: str
@@ -39,6 +41,13 @@ class Case:
     seed: int
     source: Picture | None = None
     truth: Any = None
+    truth_digest: str = ""
+
+
+def digest(image: Picture) -> str:
+    """sha256 of a picture's size and pixels."""
+    size = repr(image.shape).encode()
+    return hashlib.sha256(size + np.ascontiguousarray(image).tobytes()).hexdigest()
 
 
 @runtime_checkable
@@ -47,14 +56,14 @@ class Scorer(Protocol):
 
     name: of the row in the tables. better: `higher` or `lower`.
     kinds: the kinds of cases it judges; empty: all.
-    needs_source: whether it compares with `Case.source`.
+    needs: what it looks at besides the picture: `prompt` (`Case.text`), `source`.
     identity: names weights and settings; values are kept under it and reused.
     """
 
     name: str
     better: str
     kinds: Sequence[str]
-    needs_source: bool
+    needs: Sequence[str]
     identity: str
 
     def __call__(self, images: Sequence[Picture], cases: Sequence[Case]) -> Sequence[float]:
@@ -75,7 +84,7 @@ class SetScorer(Protocol):
     name: str
     better: str
     kinds: Sequence[str]
-    needs_source: bool
+    needs: Sequence[str]
     identity: str
 
     def features(
@@ -94,13 +103,13 @@ class SetScorer(Protocol):
 
 
 Judge = Scorer | SetScorer
-MEMBERS = ("name", "better", "kinds", "needs_source", "identity")
+MEMBERS = ("name", "better", "kinds", "needs", "identity")
 
 
 def judges(scorer: Judge, case: Case) -> bool:
     """Whether a scorer says anything about pictures of a case."""
     wanted = not scorer.kinds or case.kind in scorer.kinds
-    return wanted and (case.source is not None or not scorer.needs_source)
+    return wanted and (case.source is not None or "source" not in scorer.needs)
 
 
 def load_scorers(names: Sequence[str], known: dict[str, Callable[[], Judge]]) -> list[Judge]:
@@ -145,4 +154,7 @@ def _users(where: str) -> Judge:
         raise UserError(f"--scorers={where}: is no scorer, it has no {', '.join(lacking)}")
     if scorer.better not in BETTER:
         raise UserError(f"--scorers={where}: `better` is {scorer.better!r}, not higher or lower")
+    unknown = [need for need in scorer.needs if need not in NEEDS]
+    if unknown:
+        raise UserError(f"--scorers={where}: it needs {unknown[0]!r}; it can have {NEEDS}")
     return scorer

@@ -17,7 +17,7 @@ from dopsd_jax.miniature.concepts import arrangements
 from dopsd_jax.miniature.render import FINISHES, GROUND_TEXTURES, SIDE, TEXTURES
 from dopsd_jax.miniature.world import Concept, Scene
 from dopsd_jax.scores import frechet
-from dopsd_jax.scores.scorer import Case, Judge, Picture
+from dopsd_jax.scores.scorer import Case, Judge, Picture, digest
 from dopsd_jax.scores.seeds import case_seed
 
 CONCEPT, ORDINARY, OTHER = "concept", "ordinary", "other"
@@ -49,10 +49,10 @@ def cases(
     asked += [(OTHER, _renamed(s, w), s) for s, w in zip(new, words, strict=False)]
     found = []
     for number, (kind, said, truth) in enumerate(asked):
-        text = caption(said, rng)
-        source = None if kind == OTHER else world.pictures([truth])[0]
-        noise = case_seed(first_seed, number)
-        found.append(Case(kind, text, text, SIDE, SIDE, noise, source, truth))
+        text, picture = caption(said, rng), world.pictures([truth])[0]
+        source = None if kind == OTHER else picture
+        noise, name = case_seed(first_seed, number), digest(picture)
+        found.append(Case(kind, text, text, SIDE, SIDE, noise, source, truth, name))
     return found
 
 
@@ -116,7 +116,7 @@ class WorldScorer:
     better: str
     kinds: tuple[str, ...]
     values: Callable[[judge.Images, list[Scene]], Sequence[float]]
-    needs_source: bool = False
+    needs: tuple[str, ...] = ()
 
     @property
     def identity(self) -> str:
@@ -161,7 +161,7 @@ def taken_colours(images: judge.Images, scenes: list[Scene]) -> Float[np.ndarray
 class FeatureFID:
     """Fréchet distance of ordinary pictures to their true renderings; see `frechet`."""
 
-    name, better, kinds, needs_source = "feature FID", "lower", (ORDINARY,), False
+    name, better, kinds, needs = "feature FID", "lower", (ORDINARY,), ()
     identity = f"world-1 FID {frechet.NAME}"
 
     def features(self, images: Sequence[Picture], cases: Sequence[Case]) -> np.ndarray:

@@ -1,0 +1,241 @@
+"""Scores with intervals: python -m dopsd_jax.evaluate --config FILE[:ARG] [--workdir RUN] ...
+
+Draws the same prompts from the same noise with the base model, the teacher (the base model that is
+also shown the picture) and the student, and compares them. The student is the newest result of a
+run (--workdir), a LoRA file (--lora) or a model folder (--model); without any, base and teacher
+alone are compared. What was drawn and scored is kept in --out: the same command again does only
+what is missing. See docs/evaluation.md.
+"""
+
+import json
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, TypeVar
+
+from absl import flags
+from ml_collections import ConfigDict, config_flags
+
+from dopsd_jax import errors, experiment, settings, sharding
+from dopsd_jax.data.images import open_image
+from dopsd_jax.data.prepared_parts import is_prepared
+from dopsd_jax.encoding import TEACHER
+from dopsd_jax.errors import UserError, raise_if
+from dopsd_jax.families.zimage_pipeline import Pipeline
+from dopsd_jax.miniature import concepts
+from dopsd_jax.pictures import Row
+from dopsd_jax.scores import arms as models
+from dopsd_jax.scores import gathering, prompts, results, seeds, torch_scorers, world
+from dopsd_jax.scores.arms import Arm, Student
+from dopsd_jax.scores.drawing import Shot
+from dopsd_jax.scores.gallery import Gallery
+from dopsd_jax.scores.page import page
+from dopsd_jax.scores.results import Score
+from dopsd_jax.scores.scorer import Case, Judge, judges, load_scorers
+from dopsd_jax.weights.atomic import write_text
+from dopsd_jax.workdir import versions
+
+CONFIG = config_flags.DEFINE_config_file("config", None, "configuration file", lock_config=True)
+WORKDIR = flags.DEFINE_string("workdir", None, "a run; its newest result is the student")
+LORA = flags.DEFINE_string("lora", None, "LoRA file; it is the student")
+MODEL = flags.DEFINE_string("model", None, "model folder of a full run; it is the student")
+OUT = flags.DEFINE_string("out", None, "folder of the evaluation; default: WORKDIR/evaluation")
+PROMPTS = flags.DEFINE_string("prompts", None, "test prompts: .txt, one a line, or .jsonl")
+CLASS_WORD = flags.DEFINE_string("class_word", "", "what [V] is one of, for scorers of texts")
+ROWS = flags.DEFINE_integer("rows", 4, "rows of the data set, at most", lower_bound=1)
+COUNT = flags.DEFINE_integer("count", 24, "prompts of each kind, for the miniature", lower_bound=1)
+SEEDS = flags.DEFINE_integer("seeds", 4, "pictures a prompt", lower_bound=1)
+FIRST_SEED = flags.DEFINE_integer("first_seed", seeds.BASE, "of the noise", lower_bound=0)
+SCORERS = flags.DEFINE_list("scorers", None, "names, or module:attribute; default: all that fit")
+CLIP = flags.DEFINE_string("clip", torch_scorers.CLIP, "folder or hub id of CLIP, for CLIP-S")
+DINO = flags.DEFINE_string("dino", torch_scorers.DINO, "of DINOv3, for DINO-D")
+VGG = flags.DEFINE_string("vgg", torch_scorers.VGG, "of VGG-16, for LPIPS-D")
+LPIPS_WEIGHTS = flags.DEFINE_string("lpips_weights", "", "LPIPS's linear layers, safetensors")
+TORCH_DEVICE = flags.DEFINE_string("torch_device", "cpu", "where the PyTorch scorers run")
+BATCH = flags.DEFINE_integer("batch", None, "pictures drawn together", lower_bound=1)
+T = TypeVar("T")
+
+
+def main() -> None:
+    config = CONFIG.value
+    settings.check(config)
+    out, faults = output_folder(), []
+    gallery = Gallery(out)
+
+    # ---- Everything that can be wrong is found before anything is drawn, and told together.
+    def attempt(action: Callable[[], T]) -> T | None:
+        try:
+            return action()
+        except UserError as error:
+            faults.extend(error.problems)
+            return None
+
+    student = attempt(lambda: find_student(config))
+    home = Path(WORKDIR.value).expanduser() if WORKDIR.value else out
+    concept = attempt(lambda: find_concept(config, home))
+    scorers = attempt(lambda: find_scorers(concept is not None)) or []
+    tests = attempt(lambda: prompts.read_prompts(PROMPTS.value)) if PROMPTS.value else []
+    mesh = attempt(lambda: sharding.make_mesh(config.mesh))
+    opened = attempt(lambda: experiment.open_pipeline(config, home, mesh))
+    raise_if(dict.fromkeys(faults))
+    pipe, origin = opened
+    cases = find_cases(config, home, pipe, concept, tests, scorers)
+    cache = experiment.cache_folder(config, home)
+    every = models.make_arms(config, pipe, student, cache, BATCH.value or 8, mesh)
+    every[0].painter.check(cases)
+    idle = [s.name for s in scorers if not any(judges(s, case) for case in cases)]
+    raise_if(f"--scorers: {name} judges none of these prompts; leave it out" for name in idle)
+
+    # ---- Pictures, then scores; then the table.
+    counted = {case.kind: sum(c.kind == case.kind for c in cases) for case in cases}
+    kinds = ", ".join(f"{count} {kind}" for kind, count in counted.items())
+    print(f"prompts: {kinds}; {SEEDS.value} pictures each of {', '.join(a.name for a in every)}")
+    gathering.draw(every, cases, SEEDS.value, gallery)
+    scores = [gathering.judge(s, every, cases, SEEDS.value, gallery) for s in scorers]
+    cells, notes = results.table(scores, [a.name for a in every]), results.notes(scores)
+    print("\n".join(["", *results.lines(cells), *notes, ""]))
+    facts = {
+        "config": settings.flat(config),
+        "facts": {**origin, "student": str(student.path) if student else None},
+        "pictures": {
+            "per_prompt": SEEDS.value,
+            "first_seed": FIRST_SEED.value,
+            "grid": list(every[0].painter.grid),
+            "rule": "first_seed + 100 row (+ k + 1 for test k) + 1000000 picture",
+        },
+        "versions": versions(),
+        "weights": {arm.name: arm.weights for arm in every},
+    }
+    write(out, cells, notes, scores, every, cases, gallery, facts)
+
+
+def output_folder() -> Path:
+    """--out, or a folder in the work directory. Raises `UserError` if the options clash."""
+    given = [f"--{f.name}" for f in (WORKDIR, LORA, MODEL) if f.value]
+    faults = []
+    if len(given) > 1:
+        faults.append(f"{' and '.join(given)}: each names the student; give one of them")
+    if not OUT.value and not WORKDIR.value:
+        faults.append("--out: is needed without --workdir; name a folder for pictures and scores")
+    raise_if(faults)
+    return Path(OUT.value or Path(WORKDIR.value) / "evaluation").expanduser()
+
+
+def find_student(config: ConfigDict) -> Student | None:
+    """What the options name, looked for but not loaded."""
+    if WORKDIR.value:
+        return models.of_run(WORKDIR.value, config)
+    if LORA.value:
+        path = Path(LORA.value).expanduser()
+        if not path.is_file():
+            raise UserError(f"--lora {LORA.value}: no such file")
+        return Student(path, whole=False)
+    if MODEL.value:
+        path = Path(MODEL.value).expanduser()
+        if not (path / "transformer").is_dir():
+            raise UserError(f"--model {MODEL.value}: is no model folder (it has no transformer/)")
+        return Student(path, whole=True)
+    return None
+
+
+def find_concept(config: ConfigDict, home: Path) -> tuple[str, Any] | None:
+    """The word and the concept of a data set of the miniature; None for any other data set."""
+    if is_prepared(config.data.path):
+        raise UserError(
+            f"config.data.path {config.data.path}: is prepared and has no pictures; name the data "
+            "set that it was made from"
+        )
+    file = Path(experiment.data_path(config, home)).expanduser() / concepts.FILE
+    return concepts.read_concept(file) if file.is_file() else None
+
+
+def find_scorers(miniature: bool) -> list[Judge]:
+    """Those of --scorers, or all that fit the data set."""
+    own = world.scorers()
+    usual = torch_scorers.scorers(
+        CLIP.value, DINO.value, VGG.value, LPIPS_WEIGHTS.value, TORCH_DEVICE.value
+    )
+    names = SCORERS.value or list(own if miniature else usual)
+    if not SCORERS.value and not miniature and not LPIPS_WEIGHTS.value:
+        names.remove("lpips")
+        print("LPIPS-D is left out: it needs --lpips_weights, see docs/evaluation.md")
+    return load_scorers(names, own | usual)
+
+
+def find_cases(
+    config: ConfigDict,
+    home: Path,
+    pipe: Pipeline,
+    concept: tuple[str, Any] | None,
+    tests: Sequence[prompts.Test],
+    scorers: Sequence[Judge],
+) -> list[Case]:
+    """The prompts to draw."""
+    if concept is None:
+        dataset = experiment.open_data(config, home, pipe.size_multiple)
+        return prompts.cases(
+            dataset,
+            tests,
+            rows=ROWS.value,
+            class_word=CLASS_WORD.value,
+            limits=experiment.limits(config),
+            scored_text=any("prompt" in scorer.needs for scorer in scorers),
+            first_seed=FIRST_SEED.value,
+        )
+    if tests:
+        raise UserError(
+            "--prompts: the miniature's are made from its world; leave it out, or --count"
+        )
+    word, thing = concept
+    rows = experiment.open_rows(config, home).rows
+    asked = {name: COUNT.value for name in ("concepts", "ordinary", "others")}
+    return world.cases(
+        thing,
+        word,
+        **asked,
+        shown=[open_image(row.image, experiment.limits(config)) for row in rows],
+        first_seed=FIRST_SEED.value,
+    )
+
+
+def write(
+    out: Path,
+    cells: list[list[str]],
+    notes: list[str],
+    scores: Sequence[Score],
+    every: Sequence[Arm],
+    cases: Sequence[Case],
+    gallery: Gallery,
+    facts: dict[str, Any],
+) -> None:
+    """scores.json and evaluation.html."""
+    asked = [
+        {"kind": c.kind, "prompt": c.prompt, "text": c.text, "seed": c.seed,
+         "height": c.height, "width": c.width}
+        for c in cases
+    ]  # fmt: skip
+    content = {"format": 1, **facts, "prompts": asked}
+    content["scores"] = {score.name: score.as_json() for score in scores}
+    write_text(out / "scores.json", json.dumps(content, indent=1, allow_nan=False) + "\n")
+    rows = []
+    for case in cases:
+        shown = [
+            None
+            if arm.role == TEACHER and case.source is None
+            else gallery.picture(arm.key(Shot(case, 0)))
+            for arm in every
+        ]
+        rows.append(Row(f"{case.kind}: {case.prompt}", (*shown, case.source)))
+    text = {
+        name: value if isinstance(value, str) else json.dumps(value)
+        for part in ("facts", "pictures", "versions", "weights", "config")
+        for name, value in facts[part].items()
+    }
+    columns = [*(arm.name for arm in every), "source"]
+    content = page(f"Evaluation: {out}", cells, notes, columns, rows, text)
+    write_text(out / "evaluation.html", content.encode("utf-8", "replace").decode())
+    print(f"scores: {out / 'scores.json'}\npage: {out / 'evaluation.html'}", flush=True)
+
+
+if __name__ == "__main__":
+    flags.mark_flag_as_required("config")
+    errors.run(main)

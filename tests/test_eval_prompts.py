@@ -1,0 +1,92 @@
+"""The prompts of a real data set: which, with which noise, shown which picture, scored as what."""
+
+import json
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from dopsd_jax.data.buckets import Bucket
+from dopsd_jax.data.dataset import measure
+from dopsd_jax.data.rows import load_rows
+from dopsd_jax.errors import UserError
+from dopsd_jax.scores import prompts, seeds
+
+
+@pytest.fixture
+def dataset(tmp_path):
+    """Six rows of a style, of which the third has no class name."""
+    lines = []
+    for i in range(6):
+        Image.fromarray(np.full((64, 96 + 16 * i, 3), 40 * i, np.uint8)).save(tmp_path / f"{i}.png")
+        record = {"image": f"{i}.png", "caption": f"a horse {i} in [V] style", "h*w": "64*96"}
+        lines.append(record if i == 3 else record | {"class_name": "Millennium"})
+    (tmp_path / "data.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    return measure(load_rows(tmp_path / "data.jsonl"), [Bucket(96, 64), Bucket(64, 96)])
+
+
+def test_rows_and_tests_have_the_noise_of_the_protocol(dataset):
+    tests = [prompts.Test(prompt=f"test {i}", where=f"p:{i}") for i in range(5)]
+    found = prompts.cases(dataset, tests, rows=2, scored_text=False)
+    assert [(c.kind, c.prompt, c.seed) for c in found[:2]] == [
+        ("training", "a horse 0 in [V] style", 30),
+        ("training", "a horse 3 in [V] style", 330),
+    ]
+    # Tests take the two rows in turn: k = 0, 0, 1, 1, 2.
+    assert [c.seed for c in found[2:]] == [31, 331, 32, 332, 33]
+    assert [c.source[0, 0, 0] for c in found] == [0, 120, 0, 120, 0, 120, 0]
+    assert {(c.height, c.width) for c in found} == {(64, 96)}
+    assert seeds.picture_seed(331, 0) == 331 and seeds.picture_seed(331, 2) == 2_000_331
+
+
+def test_the_class_word_is_scored_and_the_placeholder_drawn(dataset):
+    tests = [
+        prompts.Test(prompt="a ship, [V]", where="p:1"),
+        prompts.Test(prompt="a ship in [V] style", where="p:2", row=3),
+        prompts.Test(prompt="[V] ship", where="p:3", row=1, class_name="Baroque"),
+        prompts.Test(prompt="a ship", where="p:4"),
+    ]
+    found = prompts.cases(dataset, tests, rows=1, class_word="Fauvist")
+    assert [c.prompt for c in found[1:]] == [t["prompt"] for t in tests]
+    assert [c.text for c in found] == [
+        "a horse 0 in Millennium style", "a ship, Millennium style", "a ship in Fauvist style",
+        "Baroque style ship", "a ship",
+    ]  # fmt: skip
+    assert prompts.with_class("a [V] on a beach", "dog", style=False) == "a dog on a beach"
+
+
+def test_every_prompt_without_a_class_and_every_wrong_row_is_named(dataset):
+    tests = [prompts.Test(prompt="a [V] ship", where="p:1", row=3)]
+    with pytest.raises(UserError) as error:
+        prompts.cases(dataset, tests, rows=6)
+    assert len(error.value.problems) == 2 and all("--class_word" in p for p in error.value.problems)
+    assert prompts.cases(dataset, tests, rows=6, scored_text=False)
+    tests = [prompts.Test(prompt="a", where=f"p:{i}", row=6 + i) for i in range(2)]
+    with pytest.raises(UserError) as error:
+        prompts.cases(dataset, tests, rows=6)
+    assert len(error.value.problems) == 2 and "p:1: row 7, but" in error.value.problems[1]
+
+
+def test_prompts_are_read_from_text_and_from_objects(tmp_path):
+    text, objects = tmp_path / "p.txt", tmp_path / "p.jsonl"
+    text.write_text("\n a ship \n\na [V] hat\n")
+    assert [t["prompt"] for t in prompts.read_prompts(text)] == ["a ship", "a [V] hat"]
+    objects.write_text('{"prompt": "a ship", "row": 2}\n{"prompt": "x", "class_name": "hat"}\n')
+    assert [t.get("row") for t in prompts.read_prompts(objects)] == [2, None]
+
+
+def test_every_fault_of_a_file_of_prompts_is_named(tmp_path):
+    path = tmp_path / "p.jsonl"
+    path.write_text(
+        '{"prompt": 3}\n[1]\n{"prompt": "a", "row": -1}\n{"prompt": "a", "class_name": ""}\n{"x\n'
+        '{"prompt": "a", "seed": 1}\n'
+    )
+    with pytest.raises(UserError) as error:
+        prompts.read_prompts(path)
+    assert [p.split(":")[1] for p in error.value.problems] == list("123456")
+    for content in (b"", b"\xff\xfe", b"a\0b"):
+        path.write_bytes(content)
+        with pytest.raises(UserError, match=r"p\.jsonl"):
+            prompts.read_prompts(path)
+    with pytest.raises(UserError, match="cannot be read"):
+        prompts.read_prompts(tmp_path / "nowhere.txt")

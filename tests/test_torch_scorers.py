@@ -1,0 +1,177 @@
+"""CLIP-S, DINO-D and LPIPS-D on small random weights, against other ways to the same numbers."""
+
+import json
+import shutil
+
+import numpy as np
+import pytest
+import torch
+import transformers
+from PIL import Image
+from safetensors.torch import save_file
+from torch import nn
+
+from dopsd_jax.errors import UserError
+from dopsd_jax.scores import torch_scorers
+from dopsd_jax.scores.scorer import Case, load_scorers
+
+TEXTS = ["a red circle", "a large blue star on the left"]
+
+
+@pytest.fixture(scope="module")
+def pictures():
+    rng = np.random.default_rng(0)
+    return [rng.integers(0, 256, (32, 48, 3), dtype=np.uint8) for _ in TEXTS]
+
+
+@pytest.fixture(scope="module")
+def cases(pictures):
+    """Sources of another size than the pictures'."""
+    sources = [np.asarray(Image.fromarray(p[::-1]).resize((60, 40))) for p in pictures]
+    return [Case("training", t, t, 32, 48, 0, s) for t, s in zip(TEXTS, sources, strict=True)]
+
+
+@pytest.fixture(scope="module")
+def clip_folder(tiny_model, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("clip")
+    shutil.copytree(tiny_model / "tokenizer", folder, dirs_exist_ok=True)
+    tokens = len(transformers.AutoTokenizer.from_pretrained(folder))
+    shared = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2}
+    shared |= {"num_attention_heads": 2}
+    torch.manual_seed(0)
+    config = transformers.CLIPConfig(
+        text_config={**shared, "vocab_size": tokens, "eos_token_id": 2, "bos_token_id": 1},
+        vision_config={**shared, "image_size": 16, "patch_size": 8},
+        projection_dim=8,
+    )
+    transformers.CLIPModel(config).save_pretrained(folder)
+    normal = {"image_mean": [0.4, 0.5, 0.6], "image_std": [0.2, 0.3, 0.4]}
+    settings = {"size": {"shortest_edge": 16}, **normal}
+    (folder / "preprocessor_config.json").write_text(json.dumps(settings))
+    return folder
+
+
+def test_clip_is_the_models_own_logit_without_its_scale(clip_folder, pictures, cases):
+    scorer = torch_scorers.ClipScore(str(clip_folder), "cpu")
+    found = scorer(pictures, cases)
+    model = transformers.CLIPModel.from_pretrained(clip_folder)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(clip_folder)
+    for picture, text, value in zip(pictures, TEXTS, found, strict=True):
+        cut = (
+            Image.fromarray(picture).resize((24, 16), Image.Resampling.BICUBIC).crop((4, 0, 20, 16))
+        )
+        pixels = (np.asarray(cut) / 255 - [0.4, 0.5, 0.6]) / [0.2, 0.3, 0.4]
+        pixels = torch.tensor(pixels, dtype=torch.float32).permute(2, 0, 1)[None]
+        with torch.no_grad():
+            out = model(pixel_values=pixels, **tokenizer([text], return_tensors="pt"))
+        assert value == pytest.approx(
+            float(out.logits_per_image / model.logit_scale.detach().exp()), abs=1e-5
+        )
+    assert found[0] != found[1]
+    swapped = scorer(pictures, cases[::-1])
+    assert swapped != pytest.approx(found, abs=1e-4), "the text changes nothing"
+
+
+def test_dino_compares_mean_patch_tokens_without_class_and_registers(
+    tmp_path, pictures, cases, monkeypatch
+):
+    torch.manual_seed(0)
+    config = transformers.DINOv3ViTConfig(
+        hidden_size=16, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2,
+        patch_size=8, num_register_tokens=4, image_size=32,
+    )  # fmt: skip
+    model = transformers.DINOv3ViTModel(config).eval()
+    model.save_pretrained(tmp_path)
+    scorer = torch_scorers.DinoDistance(str(tmp_path), "cpu")
+    found = scorer(pictures, cases)
+
+    def mean_token(image):
+        normal = (image / 255 - np.array([0.485, 0.456, 0.406])) / [0.229, 0.224, 0.225]
+        pixels = torch.tensor(normal, dtype=torch.float32).permute(2, 0, 1)[None]
+        with torch.no_grad():
+            tokens = model(pixels).last_hidden_state[0].numpy()
+        assert len(tokens) == 1 + 4 + 4 * 6
+        return tokens[5:].mean(0)
+
+    for picture, case, value in zip(pictures, cases, found, strict=True):
+        source = np.asarray(Image.fromarray(case.source).resize((48, 32), Image.Resampling.BICUBIC))
+        a, b = mean_token(picture), mean_token(source)
+        cosine = a @ b / np.linalg.norm(a) / np.linalg.norm(b)
+        assert value == pytest.approx(1 - cosine, abs=1e-5)
+    assert min(found) > 1e-4
+    same = [Case("training", "", "", 32, 48, 0, picture) for picture in pictures]
+    assert scorer(pictures, same) == pytest.approx([0, 0], abs=1e-6)
+
+
+@pytest.fixture(scope="module")
+def lpips_files(tmp_path_factory):
+    """VGG-16's convolutions and LPIPS's lines with random weights; the folder and the file."""
+    folder = tmp_path_factory.mktemp("vgg")
+    torch.manual_seed(0)
+    plan = [64, 64, "M", 128, 128, "M", 256, 256, 256, "M", 512, 512, 512, "M", 512, 512, 512, "M"]
+    layers, width = [], 3
+    for out in plan:
+        if out == "M":
+            layers.append(nn.MaxPool2d(2, 2))
+        else:
+            layers += [nn.Conv2d(width, out, 3, padding=1), nn.ReLU()]
+            width = out
+    vgg = nn.Sequential(*layers)
+    state = {f"features.{name}": tensor for name, tensor in vgg.state_dict().items()}
+    save_file(state | {"head.fc.weight": torch.zeros(2, 2)}, folder / "model.safetensors")
+    widths = (64, 128, 256, 512, 512)
+    lines = {f"lin{i}.model.1.weight": torch.rand(1, n, 1, 1) for i, n in enumerate(widths)}
+    path = folder.parent / "lines.safetensors"
+    save_file(lines, path)
+    return vgg.eval(), folder, lines, path
+
+
+def test_lpips_is_its_formula(lpips_files, pictures, cases):
+    vgg, folder, lines, path = lpips_files
+    scorer = torch_scorers.Lpips(str(folder), str(path), "cpu")
+    found = scorer(pictures, cases)
+
+    def features(image):
+        x = torch.tensor(image / 127.5 - 1, dtype=torch.float32).permute(2, 0, 1)[None]
+        x = (x - torch.tensor([-0.030, -0.088, -0.188])[:, None, None]) / torch.tensor(
+            [0.458, 0.448, 0.450]
+        )[:, None, None]
+        outputs = []
+        with torch.no_grad():
+            for i, layer in enumerate(vgg):
+                x = layer(x)
+                if i in (3, 8, 15, 22, 29):  # relu1_2, relu2_2, relu3_3, relu4_3, relu5_3
+                    outputs.append(x[0].numpy().astype(np.float64))
+        return [o / np.sqrt((o**2).sum(0)) for o in outputs]
+
+    for picture, case, value in zip(pictures, cases, found, strict=True):
+        source = np.asarray(Image.fromarray(case.source).resize((48, 32), Image.Resampling.BICUBIC))
+        total = 0.0
+        for i, (a, b) in enumerate(zip(features(picture), features(source), strict=True)):
+            line = lines[f"lin{i}.model.1.weight"][0].numpy()
+            total += (line * (a - b) ** 2).sum(0).mean()
+        assert value == pytest.approx(total, rel=1e-4)
+    same = [Case("training", "", "", 32, 48, 0, picture) for picture in pictures]
+    assert scorer(pictures, same) == [0, 0]
+
+
+def test_weights_that_are_not_theirs_are_refused(lpips_files, tmp_path):
+    _, folder, lines, path = lpips_files
+    save_file({**lines, "lin0.model.1.weight": torch.zeros(1, 8, 1, 1)}, tmp_path / "x.safetensors")
+    with pytest.raises(UserError, match=r"lin0\.model\.1\.weight has shape"):
+        torch_scorers.Lpips(str(folder), str(tmp_path / "x.safetensors"), "cpu")
+    with pytest.raises(UserError, match="has no features"):
+        torch_scorers.Lpips(str(tmp_path), str(path), "cpu")
+    (tmp_path / "pickled").mkdir()
+    (tmp_path / "pickled" / "pytorch_model.bin").write_bytes(b"\x80\x04.")
+    with pytest.raises(UserError, match="has no safetensors file"):
+        torch_scorers.DinoDistance(str(tmp_path / "pickled"), "cpu")
+
+
+def test_without_pytorch_one_line_names_the_extra(monkeypatch):
+    monkeypatch.setattr(torch_scorers.importlib.util, "find_spec", lambda name: None)
+    known = torch_scorers.scorers(lpips_weights="lines.safetensors")
+    with pytest.raises(UserError) as error:
+        load_scorers(["clip", "dino", "lpips"], known)
+    assert len(error.value.problems) == 3
+    assert all("pip install 'dopsd_jax[eval]'" in problem for problem in error.value.problems)
