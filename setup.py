@@ -1,4 +1,4 @@
-"""Installation: `pip install .`, with extras `test`, `eval`, `quant`, `gcs`, `gpu` (CUDA), `tpu`."""
+"""Installation: `pip install .`; extras `test`, `eval`, `quant`, `gcs`, `gpu` (CUDA), `tpu`."""
 
 from pathlib import Path
 

@@ -11,14 +11,16 @@ from PIL import Image, ImageFilter
 import dopsd_jax
 from dopsd_jax.encoding import STUDENT, TEACHER
 from dopsd_jax.errors import UserError
+from dopsd_jax.families import zimage as family
 from dopsd_jax.families.zimage_pipeline import start_noise
+from dopsd_jax.flow import shifted_grid
 from dopsd_jax.miniature import captions, concepts, judge, world
 from dopsd_jax.scores import frechet
 from dopsd_jax.scores import world as scores
 from dopsd_jax.scores.drawing import Painter, Shot, without_adapters
 from dopsd_jax.scores.summary import Exam, summary, table
 
-COUNT = 10
+COUNT, BATCH = 10, 4
 TEACHER_OPTIONS = {"min_pixels": 64 * 64, "max_pixels": 128 * 128, "doubled_template": False}
 
 
@@ -119,8 +121,10 @@ def test_a_leak_is_the_concept_under_another_word(cases):
 def test_fid_grows_with_every_kind_of_damage_and_with_how_many_are_damaged(cases):
     scorer = scores.FeatureFID()
     own = of_kind(cases, "ordinary")
-    fid = lambda images: scorer.distance(scorer.features(images, own), scorer.reference(own))
+    reference, floor = scorer.reference(own), scorer.floor(own)
+    fid = lambda images: scorer.distance(scorer.features(images, own), reference)
     real = drawn(own)
+    whole = fid(real)
     noisy = np.random.default_rng(0).normal(0, 12, np.shape(real)) + real
     absent = [np.full_like(image, image[0, 0]) for image in real]
     damage = {
@@ -132,8 +136,9 @@ def test_fid_grows_with_every_kind_of_damage_and_with_how_many_are_damaged(cases
     }
     for name, images in damage.items():
         half = [*images[: len(own) // 2], *real[len(own) // 2 :]]
-        assert scorer.floor(own) * 2 < fid(images), name
-        assert fid(real) < fid(half) < fid(images), name
+        all_of_them = fid(images)
+        assert floor * 2 < all_of_them, name
+        assert whole < fid(half) < all_of_them, name
 
 
 def test_frechet_is_the_formula():
@@ -183,36 +188,37 @@ def pipe(tiny_model):
     return dopsd_jax.load_pipeline(str(tiny_model))
 
 
-def test_a_picture_is_that_of_the_pipeline_whatever_its_batch(pipe, cases):
-    painter = Painter(pipe, TEACHER_OPTIONS, batch=2)
-    own = [cases[0], cases[-1], cases[COUNT]]
-    list(painter.encode(own, STUDENT))
-    shots = [Shot(case, number) for case in own for number in (0, 1)][:5]
-    found = list(painter.draw(pipe.split[1], shots, STUDENT))
+@pytest.mark.parametrize("role", [STUDENT, TEACHER])
+def test_a_picture_is_the_pipelines_from_the_noise_of_its_seed(pipe, cases, role):
+    """Whatever stands in the batch beside it."""
+    painter = Painter(pipe, TEACHER_OPTIONS, BATCH)
+    own = [cases[0], cases[COUNT], cases[1]]
+    list(painter.encode(own, role))
+    shots = [Shot(case, number) for case in own for number in (0, 1)][: BATCH + 1]
+    found = list(painter.draw(pipe.split[1], shots, role))
     assert [shot for shot, _ in found] == shots
-    for shot, image in found[::2]:
-        alone = pipe([shot.case.prompt], height=64, width=64, seed=shot.seed)[0]
-        assert np.abs(image.astype(int) - alone).max() <= 1
+    if role == STUDENT:
+        features = [pipe.student_features(s.case.prompt) for s in shots]
+    else:
+        bounds = {"min_pixels": 64 * 64, "max_pixels": 128 * 128}
+        features = [pipe.teacher_features(s.case.prompt, s.case.source, **bounds) for s in shots]
+    order = [4, 2, 0, 1]
+    context = family.pad_features([features[i] for i in order], rows=64)
+    noise = np.concatenate([start_noise(shots[i].seed, 1, (8, 8, 16)) for i in order])
+    wanted = pipe.decode(pipe.sample(pipe.split[1], noise, context, shifted_grid(8, 3.0)))
+    for i, image in zip(order, wanted, strict=True):
+        assert np.abs(found[i][1].astype(int) - image).max() <= 1
     assert np.abs(found[0][1].astype(int) - found[1][1]).max() > 50, "the seed changes nothing"
-    list(painter.encode(own[:1], TEACHER))
-    ((_, image),) = painter.draw(pipe.split[1], shots[:1], TEACHER)
-    context = pipe.encode_prompt_with_image(
-        [own[0].prompt], [own[0].source], min_pixels=64 * 64, max_pixels=128 * 128
-    )
-    latents = pipe.sample(
-        pipe.split[1], start_noise(shots[0].seed, 1, (8, 8, 16)), context, painter.grid
-    )
-    assert np.abs(image.astype(int) - pipe.decode(latents)[0]).max() <= 1
 
 
 def test_the_short_table_scores_any_weights_without_compiling_anew(pipe, concept):
     compiled = []
     listen = lambda event, seconds, **_: compiled.append(event) if "compile" in event else None
     trees = {"before": pipe.split[1], "after": pipe.split[1]}
-    exam = Exam(pipe, TEACHER_OPTIONS, concept, "dax", count=2)
+    exam = Exam(pipe, TEACHER_OPTIONS, concept, "dax", count=BATCH)
     first = [exam.student("before", pipe.split[1]), exam.teacher("teacher", pipe.split[1])]
     jax.monitoring.register_event_duration_secs_listener(listen)
-    rows = summary(pipe, TEACHER_OPTIONS, trees, concept, "dax", count=2)
+    rows = summary(pipe, TEACHER_OPTIONS, trees, concept, "dax", count=BATCH)
     assert not compiled
     assert [row.model for row in rows] == ["before", "teacher", "after"]
     assert rows[:2] == first and rows[2][1:] == rows[0][1:]
