@@ -42,7 +42,7 @@ OUT = flags.DEFINE_string("out", None, "folder of the evaluation; default: WORKD
 PROMPTS = flags.DEFINE_string("prompts", None, "test prompts: .txt, one a line, or .jsonl")
 CLASS_WORD = flags.DEFINE_string("class_word", "", "what [V] is one of, for scorers of texts")
 ROWS = flags.DEFINE_integer("rows", 4, "rows of the data set, at most", lower_bound=1)
-COUNT = flags.DEFINE_integer("count", 24, "prompts of each kind, for the miniature", lower_bound=1)
+COUNT = flags.DEFINE_integer("count", 24, "prompts of a miniature's concept", lower_bound=1)
 SEEDS = flags.DEFINE_integer("seeds", 4, "pictures a prompt", lower_bound=1)
 FIRST_SEED = flags.DEFINE_integer("first_seed", seeds.BASE, "of the noise", lower_bound=0)
 SCORERS = flags.DEFINE_list("scorers", None, "names, or module:attribute; default: all that fit")
@@ -52,14 +52,14 @@ VGG = flags.DEFINE_string("vgg", torch_scorers.VGG, "of VGG-16, for LPIPS-D")
 LPIPS_WEIGHTS = flags.DEFINE_string("lpips_weights", "", "LPIPS's linear layers, safetensors")
 TORCH_DEVICE = flags.DEFINE_string("torch_device", "cpu", "where the PyTorch scorers run")
 BATCH = flags.DEFINE_integer("batch", None, "pictures drawn together", lower_bound=1)
+
+SMALL_BATCH = 16  # of the miniature's pictures
+ORDINARY = 2  # ordinary prompts for each one of the concept
 T = TypeVar("T")
 
 
 def main() -> None:
-    config = CONFIG.value
-    settings.check(config)
-    out, faults = output_folder(), []
-    gallery = Gallery(out)
+    config, faults = CONFIG.value, []
 
     # ---- Everything that can be wrong is found before anything is drawn, and told together.
     def attempt(action: Callable[[], T]) -> T | None:
@@ -69,6 +69,10 @@ def main() -> None:
             faults.extend(error.problems)
             return None
 
+    attempt(lambda: settings.check(config))
+    out = attempt(output_folder)
+    raise_if(faults)
+    gallery = Gallery(out)
     student = attempt(lambda: find_student(config))
     home = Path(WORKDIR.value).expanduser() if WORKDIR.value else out
     concept = attempt(lambda: find_concept(config, home))
@@ -80,7 +84,8 @@ def main() -> None:
     pipe, origin = opened
     cases = find_cases(config, home, pipe, concept, tests, scorers)
     cache = experiment.cache_folder(config, home)
-    every = models.make_arms(config, pipe, student, cache, BATCH.value or 8, mesh)
+    batch = BATCH.value or (config.batch_size if concept is None else SMALL_BATCH)
+    every = models.make_arms(config, pipe, student, cache, batch, mesh)
     every[0].painter.check(cases)
     idle = [s.name for s in scorers if not any(judges(s, case) for case in cases)]
     raise_if(f"--scorers: {name} judges none of these prompts; leave it out" for name in idle)
@@ -187,11 +192,12 @@ def find_cases(
         )
     word, thing = concept
     rows = experiment.open_rows(config, home).rows
-    asked = {name: COUNT.value for name in ("concepts", "ordinary", "others")}
     return world.cases(
         thing,
         word,
-        **asked,
+        concepts=COUNT.value,
+        ordinary=ORDINARY * COUNT.value,
+        others=COUNT.value,
         shown=[open_image(row.image, experiment.limits(config)) for row in rows],
         first_seed=FIRST_SEED.value,
     )

@@ -79,7 +79,7 @@ def test_the_table_the_numbers_and_the_page_agree(run, data):
     assert arms_of("leaked concept") == {"base", "student"}
     assert content["facts"]["student"] and "jax" in content["versions"]
     assert content["config"].keys() == settings.FIELDS.keys()
-    assert len(content["prompts"]) == 3 * COUNT
+    assert len(content["prompts"]) == 4 * COUNT
     page = (folder / "evaluation.html").read_text()
     for name, score in content["scores"].items():
         for estimate in score["arms"].values():
@@ -94,10 +94,9 @@ def test_the_table_the_numbers_and_the_page_agree(run, data):
             gap = np.array(score["values"]["student"]) - score["values"]["base"]
             found = score["differences"]["student - base"]["value"]
             assert found == pytest.approx(gap.mean(), abs=1e-9)
-    assert (
-        "http" not in page.replace("http-equiv", "")
-        and page.count("data:image") == 3 * 2 * (COUNT) + 3 * COUNT + 2 * COUNT - COUNT
-    )
+    # Three models and the source; of other words there is no source and so no teacher.
+    assert page.count("data:image") == COUNT * (4 + 2 * 4 + 2)
+    assert "src=" not in page.replace('src="data:', "") and "<link" not in page
     assert (np.array(gap) != 0).any(), "the adapter changes nothing"
 
 
@@ -109,7 +108,7 @@ def test_scores_are_those_of_the_pictures_that_are_kept(run):
         with Image.open(path) as image:
             about = image.text["model"], image.text["prompt"], int(image.text["seed"])
             kept[about] = np.asarray(image.convert("RGB"))
-    assert len(kept) == 2 * COUNT * (3 + 2 + 3)
+    assert len(kept) == 2 * COUNT * (4 + 3 + 4)
     for arm, values in content["scores"]["brightness"]["values"].items():
         for case, row in zip(content["prompts"], values, strict=True):
             for number, value in enumerate(row):

@@ -10,6 +10,7 @@ import numpy as np
 from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from dopsd_jax import processes
 from dopsd_jax.data import vlm_images
 from dopsd_jax.data.cache import feature_key
 from dopsd_jax.data.padding import pad_stack, padded_length
@@ -161,11 +162,11 @@ class Painter:
         context = Context(*pad_stack(features, self.rows[role]))
         noise = _noise(np.array([shot.seed for shot in shots], np.uint32), shape)
         if self.mesh is None:
-            return np.asarray(self.pipe.sample(trained, noise, context, self.grid))
+            return processes.to_host(self.pipe.sample(trained, noise, context, self.grid))
         place = NamedSharding(self.mesh, PartitionSpec(BATCH_AXES))
         with jax.set_mesh(self.mesh):
             noise, context = jax.device_put((noise, context), place)
-            return np.asarray(self.pipe.sample(trained, noise, context, self.grid))
+            return processes.to_host(self.pipe.sample(trained, noise, context, self.grid))
 
     def _decoded(self, latents: np.ndarray, pixels: int) -> Iterator[Picture]:
         together = max(1, min(self.batch, DECODED_PIXELS // pixels))

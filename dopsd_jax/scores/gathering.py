@@ -66,7 +66,10 @@ def judge(
         return results.score(scorer, {k: v.reshape(-1, seeds) for k, v in values.items()})
     features = {a.name: _features(scorer, a, own[a.name], gallery) for a in asked}
     shaped = {k: v.reshape(len(judged), seeds, -1) for k, v in features.items()}
-    return results.set_score(scorer, shaped, scorer.reference(judged), scorer.floor(judged))
+    found = results.set_score(scorer, shaped, scorer.reference(judged), scorer.floor(judged))
+    if not np.isfinite([x.value for x in found.arms.values()] + [found.floor]).all():
+        raise UserError(f"scorer {scorer.name}: its distance is not a finite number")
+    return found
 
 
 def _values(scorer: Scorer, arm: Arm, shots: Sequence[Shot], gallery: Gallery) -> np.ndarray:

@@ -1,5 +1,6 @@
 """What the scorers said: gathered, averaged, compared with the base; as a table."""
 
+import functools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -70,9 +71,12 @@ def set_score(
     found = _empty(scorer)
     found.floor = floor
 
-    def figure(name: str, keep: np.ndarray) -> float:
-        own = features[name][keep]
-        return scorer.distance(own.reshape(-1, own.shape[-1]), reference[keep])
+    @functools.cache  # differences ask for the same again
+    def of_kept(name: str, kept: tuple[bool, ...]) -> float:
+        own, there = features[name][list(kept)], reference[list(kept)]
+        return scorer.distance(own.reshape(-1, own.shape[-1]), there)
+
+    figure = lambda name, keep: of_kept(name, tuple(keep.tolist()))
 
     count = len(reference)
     found.arms = {

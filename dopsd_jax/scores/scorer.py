@@ -152,6 +152,9 @@ def _users(where: str) -> Judge:
         lacking.append("__call__(images, cases)")
     if lacking:
         raise UserError(f"--scorers={where}: is no scorer, it has no {', '.join(lacking)}")
+    for name in ("name", "identity"):
+        if not isinstance(getattr(scorer, name), str):
+            raise UserError(f"--scorers={where}: `{name}` is no text but {getattr(scorer, name)!r}")
     if scorer.better not in BETTER:
         raise UserError(f"--scorers={where}: `better` is {scorer.better!r}, not higher or lower")
     unknown = [need for need in scorer.needs if need not in NEEDS]

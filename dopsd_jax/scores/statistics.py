@@ -6,7 +6,8 @@ as FID, the jackknife that leaves out one prompt at a time. Two models drawn fro
 are compared by the differences within prompts, which are much surer than the two means.
 
 An interval covers other prompts and other noise. It says nothing about training again with another
-seed.
+seed. Where all prompts agree it has no width, which is no certainty: a share of none or all of n is
+uncertain by about 3 / n.
 """
 
 import functools

@@ -5,9 +5,11 @@ from typing import Any, NamedTuple
 
 import numpy as np
 from flax import nnx
+from jaxtyping import Float
 
 from dopsd_jax.encoding import STUDENT, TEACHER
 from dopsd_jax.families.zimage_pipeline import Pipeline
+from dopsd_jax.miniature import judge, render
 from dopsd_jax.miniature.world import Concept
 from dopsd_jax.scores import world
 from dopsd_jax.scores.drawing import Painter, Shot
@@ -61,25 +63,48 @@ class Exam:
 
     def student(self, model: str, trained: nnx.State) -> Row:
         """Scores weights that see the prompt alone: `trained` as `pipe.split` has it."""
-        cases = self.concept + self.ordinary
-        images = self._draw(trained, cases, STUDENT)
-        ordinary = [case.truth for case in self.ordinary]
-        right = [world.named(a)(images[len(self.concept) :], ordinary) for a in ("shape", "colour")]
-        row = self._concept(model, images[: len(self.concept)])
-        return row._replace(retention=float(np.mean(np.all(right, axis=0))))
+        found = self.values(trained)
+        right = found["named shape"] * found["named colour"]
+        return _row(model, found, float(right.mean()))
 
     def teacher(self, model: str, trained: nnx.State) -> Row:
         """Scores weights that see the true picture as well: what the student can hope for."""
-        return self._concept(model, self._draw(trained, self.concept, TEACHER))
+        return _row(model, self.values(trained, TEACHER), None)
+
+    def values(self, trained: nnx.State, role: int = STUDENT) -> dict[str, Float[np.ndarray, " n"]]:
+        """Each prompt's score by the metrics' names; the prompts of the concept alone for TEACHER.
+
+        Of two models drawn by one exam they belong together pair by pair.
+        """
+        images = self._draw(trained, self.concept, role)
+        truth = world.fitted(images, [case.truth for case in self.concept])
+        found = {
+            "concept IoU": judge.iou(images, truth),
+            "concept crispness": judge.crispness(images) / judge.crispness(render.render(truth)),
+        }
+        if role == TEACHER:
+            return found
+        images = self._draw(trained, self.ordinary, role)
+        scenes, seen = [case.truth for case in self.ordinary], judge.see(images)
+        for attribute in ("shape", "colour"):
+            found[f"named {attribute}"] = np.array(
+                [
+                    getattr(one, attribute) == getattr(scene.things[0], attribute)
+                    for one, scene in zip(seen, scenes, strict=True)
+                ],
+                float,
+            )
+        found["ordinary crispness"] = world.crispness(images, scenes)
+        return found
 
     def _draw(self, trained, cases, role) -> np.ndarray:
         shots = [Shot(case, 0) for case in cases]
         return np.stack([image for _, image in self.painter.draw(trained, shots, role)])
 
-    def _concept(self, model: str, images: np.ndarray) -> Row:
-        truth = [case.truth for case in self.concept]
-        iou, crispness = (np.mean(f(images, truth)) for f in (world.iou, world.crispness))
-        return Row(model, float(iou), float(crispness), None)
+
+def _row(model: str, values: Mapping[str, np.ndarray], retention: float | None) -> Row:
+    iou, crispness = (float(values[f"concept {name}"].mean()) for name in ("IoU", "crispness"))
+    return Row(model, iou, crispness, retention)
 
 
 def summary(

@@ -127,18 +127,19 @@ class WorldScorer:
         return [float(value) for value in found]
 
 
-def _fitted(images: judge.Images, scenes: list[Scene]) -> render.Scenes:
+def fitted(images: judge.Images, scenes: list[Scene]) -> render.Scenes:
+    """The scenes with their objects where the pictures have them, as far as captions leave open."""
     return judge.fitted(images, world.compose(scenes, None))
 
 
 def iou(images: judge.Images, scenes: list[Scene]) -> Float[np.ndarray, " n"]:
     """Shape-and-colour IoU with the true object, where captions leave its place open: fitted."""
-    return judge.iou(images, _fitted(images, scenes))
+    return judge.iou(images, fitted(images, scenes))
 
 
 def crispness(images: judge.Images, scenes: list[Scene]) -> Float[np.ndarray, " n"]:
     """Of the edges, relative to the true rendering's. Noise raises it too: read it with IoU."""
-    truth = render.render(_fitted(images, scenes))
+    truth = render.render(fitted(images, scenes))
     return judge.crispness(images) / judge.crispness(truth)
 
 
