@@ -28,12 +28,14 @@ from dopsd_jax import (
     errors,
     experiment,
     flops,
+    methods,
     settings,
     sharding,
 )
 from dopsd_jax.errors import UserError, raise_if
 from dopsd_jax.families import zimage as family
 from dopsd_jax.models import attention, zimage
+from dopsd_jax.points import Batch
 from dopsd_jax.tiny import Size, configs
 from dopsd_jax.trained import trained
 
@@ -137,22 +139,19 @@ def latent_shape(config, sizes: zimage.ZImageConfig) -> tuple[int, int, int, int
 
 def image_work(config, sizes, latent, grid, kernel) -> flops.StepWork:
     """FLOP of one image's share of a step."""
-    loss_steps = settings.values(config.loss_steps)
-    nodes = dopsd.taught_steps(loss_steps, len(grid) - 1, jax.random.key(0))
     pad = lambda rows: -(-rows // zimage.PAD_MULTIPLE) * zimage.PAD_MULTIPLE
     return flops.step_work(
         sizes,
+        methods.passes(config, grid),
         height=latent[1],
         width=latent[2],
         rows_student=pad(STUDENT.value),
         rows_teacher=pad(TEACHER.value),
-        steps=len(grid) - 1,
         chosen=trained(config, sizes).chosen,
         rank=config.lora.rank,
         full=config.train == "full",
         remat=config.remat,
         flash=kernel != "xla",
-        taught=int(nodes.sum()),
     )
 
 
@@ -161,7 +160,7 @@ def time_jax(config, sizes, latent, grid, kernel, mesh) -> list[float]:
     plan, _, base = experiment.abstract_plan(config, sizes, kernel, SHIFT, mesh)
     base, student = random_weights(base), random_weights(plan.like.student)
     start, step = plan.begin(student), plan.step
-    batch = sharding.put_batch(contexts(config, sizes), mesh)
+    batch = sharding.put_batch(random_batch(config, sizes, latent), mesh)
 
     begin = time.perf_counter()
     step = step.lower(start, base, batch, latent=latent).compile()
@@ -192,7 +191,7 @@ def random_weights(like: nnx.State) -> nnx.State:
     return nnx.from_flat_state(flat)
 
 
-def contexts(config, sizes: zimage.ZImageConfig) -> dopsd.Contexts:
+def random_batch(config, sizes: zimage.ZImageConfig, latent) -> Batch:
     """Random captions of both roles, [micro-batches, samples, tokens, width]."""
     rng = np.random.default_rng(0)
 
@@ -205,13 +204,20 @@ def contexts(config, sizes: zimage.ZImageConfig) -> dopsd.Contexts:
         padded = jax.tree.map(lambda *parts: np.stack(parts), *groups)
         return padded._replace(features=padded.features.astype(jnp.dtype(config.dtype)))
 
-    return dopsd.Contexts(role(STUDENT.value), role(TEACHER.value))
+    needs, student = methods.needs(config), role(STUDENT.value)
+    target = rng.standard_normal((config.accumulate, *latent), np.float32)
+    return Batch(
+        dopsd.Contexts(student, role(TEACHER.value) if needs.teacher else None),
+        target if needs.target else None,
+        student if needs.prior else None,
+    )
 
 
 def time_torch(config, sizes: zimage.ZImageConfig, latent) -> dict:
     """What `torch_step.py` measures, in a process of its own: it has all of the device's memory."""
     loss, loss_steps = settings.values(config.loss), settings.values(config.loss_steps)
     others = {
+        "method": "dopsd" if config.method != "dopsd" else "",
         "train": "lora" if config.train == "full" else "",
         "lora.targets": "" if config.lora.targets == "blocks" else "blocks",
         "loss": "x0, velocity or a list" if loss == "step" else "",

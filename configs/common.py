@@ -17,7 +17,7 @@ def defaults() -> ConfigDict:
 
     # The run.
     c.family = "zimage"
-    c.method = "dopsd"
+    c.method = "dopsd"  # or sft, sft_teacher, offpolicy, pso, dreambooth: docs/methods.md
     c.train = "lora"  # lora: adapters beside the frozen network; full: every parameter of it
     c.seed = 30
     c.steps = 2000  # optimizer steps
@@ -53,11 +53,28 @@ def defaults() -> ConfigDict:
     c.teacher.decay = 0.9999  # a step; kept in float32
     c.teacher.warmup_steps = 0  # steps with warmup_decay instead
     c.teacher.warmup_decay = 0.999
-    c.teacher.context = "vlm"  # the target image through the vision-language model
+    c.teacher.context = "vlm"  # the target image through the vision-language model; or prompt
+    c.teacher.prompt_key = ""  # with context prompt: the key of the captions that it is told
     c.teacher.vlm = ""  # its folder or hub id; "": the folder vlm of the model
     c.teacher.doubled_template = False  # True: the prompt templated twice, as released
     c.teacher.min_pixels = 512 * 512  # area of the image the vision tower sees
     c.teacher.max_pixels = 768 * 768
+
+    # The other methods. Fields that config.method does not use are refused on the command line.
+    c.sft = ConfigDict(type_safe=False)  # of sft, sft_teacher and dreambooth
+    c.sft.sigma = "logit_normal"  # noise levels: logit_normal, uniform, shifted, nodes (the grid's)
+    c.sft.samples = 4  # of them a picture and step; as many as D-OPSD has nodes
+    c.offpolicy = ConfigDict(type_safe=False)
+    c.offpolicy.states = "teacher"  # its rollouts; targets: noised pictures of the data set
+    c.pso = ConfigDict(type_safe=False)
+    c.pso.beta = 5.0  # of the logistic loss
+    c.pso.kappa = 1.0  # weight of the negative's error in a pair
+    c.pso.prior = 0.5  # weight of the negative's own error: keeps what the model draws
+    c.pso.negatives = "student"  # drawn by the student of the moment; start: before training
+    c.dreambooth = ConfigDict(type_safe=False)
+    c.dreambooth.concept_word = "[V]"  # stands for the concept in every caption
+    c.dreambooth.class_word = ""  # takes its place in the class prompts, such as dog
+    c.dreambooth.weight = 1.0  # of prior preservation
 
     # The adapters.
     c.lora = ConfigDict(type_safe=False)

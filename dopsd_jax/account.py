@@ -59,7 +59,7 @@ def count(config: ConfigDict, program: Program, mesh: Mesh | AbstractMesh) -> Ac
         live={kind: _bytes(tree) for kind, tree in kinds.items()},
         host={kind: held for kind, tree in kinds.items() if (held := _bytes(tree, host=True))},
         gradient=_bytes(like.student),
-        activations=_activations(program, mesh),
+        activations=_activations(config, program, mesh),
     )
 
 
@@ -72,14 +72,15 @@ def _bytes(tree, host: bool = False) -> int:
     )
 
 
-def _activations(program: Program, mesh: Mesh | AbstractMesh) -> int:
+def _activations(config: ConfigDict, program: Program, mesh: Mesh | AbstractMesh) -> int:
     """What jax keeps of one forward pass of a device's samples, split over the context axis."""
     samples = math.prod(mesh.shape[axis] for axis in BATCH_AXES)
     rows = max(program.latent[0] // samples, 1)
     bare = lambda tree: jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), tree)
     student, base = bare(program.plan.like.student), bare(program.base)
     context = jax.tree.map(
-        lambda x: jax.ShapeDtypeStruct((rows, *x.shape[2:]), x.dtype), program.batch.student
+        lambda x: jax.ShapeDtypeStruct((rows, *x.shape[2:]), x.dtype),
+        program.batch.contexts.student,
     )
     noise = jax.ShapeDtypeStruct((rows, *program.latent[1:]), jnp.float32)
     net = family.denoiser(program.graphdef)
@@ -96,4 +97,5 @@ def _activations(program: Program, mesh: Mesh | AbstractMesh) -> int:
         for x in residuals
         if (x.shape, x.dtype) not in weights
     )
-    return total // mesh.shape["context"]
+    pictures = 2 if config.method == "pso" else 1  # a pair is compared
+    return pictures * total // mesh.shape["context"]

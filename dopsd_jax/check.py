@@ -2,7 +2,8 @@
 
 Checks the configuration, every row and picture; reports buckets, adapted layers, memory and work;
 then asks the teacher: whether its context changes the prediction, and what it draws. Where the
-teacher's picture is no nearer to the target than the student's, there is nothing to learn.
+teacher's picture is no nearer to the target than the student's, there is nothing to learn. Methods
+that learn from latents of the pictures have no such limit but the autoencoder, which is asked then.
 """
 
 import jax
@@ -11,13 +12,14 @@ import numpy as np
 from absl import flags
 from ml_collections import config_flags
 
-from dopsd_jax import errors, experiment, flops, pictures, settings, sharding
+from dopsd_jax import errors, experiment, flops, methods, pictures, settings, sharding
 from dopsd_jax.data.dataset import describe
 from dopsd_jax.dopsd import Contexts, Denoiser
+from dopsd_jax.encoding import class_prompt
 from dopsd_jax.families import zimage as family
 from dopsd_jax.features import Features
 from dopsd_jax.flow import euler
-from dopsd_jax.previews import COLUMNS, Previews, rows_of
+from dopsd_jax.previews import Previews, rows_of
 from dopsd_jax.workdir import find_workdir
 
 CONFIG = config_flags.DEFINE_config_file("config", None, "configuration file", lock_config=True)
@@ -39,32 +41,50 @@ def main() -> None:
 
     features = Features(pipe, dataset, config, experiment.cache_folder(config, workdir))
     features.prepare()
-    print(f"features: student {features.student_rows} rows, teacher {features.teacher_rows} rows")
+    teacher = f", teacher {features.teacher_rows} rows" if features.needs.teacher else ""
+    print(f"features: student {features.student_rows} rows{teacher}")
     plan = experiment.make_plan(config, pipe, mesh)
     print("\n".join(plan.describe()), flush=True)
     print("\n".join(budget(config, pipe, plan, features)), flush=True)
 
-    previews = Previews(pipe, features, rows_of(dataset, config.sample_rows), workdir)
+    rows = rows_of(dataset, config.sample_rows)
+    previews = Previews(pipe, features, rows, workdir)
     start = plan.begin(pipe.hand_over())
     teacher = start.student if start.teacher is None else start.teacher
-    gaps = [
-        gap(pipe.split, start.student, teacher, s.contexts, s.noise, plan.grid)
-        for s in previews.samples
-    ]
-    print("teacher: relative gap by step, " + ", ".join(f"{g:.3f}" for g in np.mean(gaps, axis=0)))
     grid = previews.rows(start.student, teacher)
     path = workdir / "check.png"
-    pictures.save_grid(path, COLUMNS, grid, title="before step 1")
-    distance = lambda column: float(np.mean([_rms(r.images[column], r.images[3]) for r in grid]))
-    student, taught = distance(1), distance(2)
-    print(f"distance to the target (rms of 255): student {student:.1f}, teacher {taught:.1f}")
+    pictures.save_grid(path, previews.columns, grid, title="before step 1")
+    drawn = {name: [row.images[i] for row in grid] for i, name in enumerate(previews.columns)}
+    if features.needs.target:
+        latents = [features.latents([row]) for row in rows]
+        drawn["autoencoder"] = [pipe.decode(latent)[0] for latent in latents]
+    names = [name for name in ("student", "teacher", "autoencoder") if name in drawn]
+    distances = {name: _distance(drawn[name], drawn["target"]) for name in names}
+    if features.needs.prior:
+        captions = [s.caption for s in previews.samples]
+        prompts = [class_prompt(caption, config.dreambooth) for caption in captions]
+        print("class prompts: " + ", ".join(map(repr, dict.fromkeys(prompts))))
+    gaps = None
+    if features.needs.teacher:
+        gaps = np.mean([
+            gap(pipe.split, start.student, teacher, s.contexts, s.noise, plan.grid)
+            for s in previews.samples
+        ], axis=0)  # fmt: skip
+        print("teacher: relative gap by step, " + ", ".join(f"{g:.3f}" for g in gaps))
+    said = ", ".join(f"{name} {distance:.1f}" for name, distance in distances.items())
+    print(f"distance to the target (rms of 255): {said}")
     print(f"pictures: {path}")
-    if np.mean(gaps) < NOTHING:
+    if gaps is not None and np.mean(gaps) < NOTHING:
         print("warning: the teacher's context changes nothing; there is nothing to learn")
-    elif taught >= student:
+    elif distances.get("teacher", 0) >= distances["student"]:
         print(
             "warning: the teacher is no nearer to the targets than the student; look at the "
             "pictures before training"
+        )
+    if distances.get("autoencoder", 0) >= distances["student"]:
+        print(
+            "warning: the autoencoder does not bring the targets back; is the vae of config.model "
+            "the one that belongs to it?"
         )
 
 
@@ -86,11 +106,11 @@ def budget(config, pipe, plan, features) -> list[str]:
     }
     work = flops.step_work(
         pipe.config,
+        methods.passes(config, plan.grid),
         height=h,
         width=w,
         rows_student=features.student_rows,
         rows_teacher=features.teacher_rows,
-        steps=len(plan.grid) - 1,
         chosen=plan.trained.chosen,
         rank=config.lora.rank,
         full=config.train == "full",
@@ -131,8 +151,10 @@ def _gaps(net: Denoiser, student, teacher, base, contexts: Contexts, noise, sigm
     return jax.lax.scan(denoise, noise, (sigma[:-1], sigma[1:]))[1]
 
 
-def _rms(a: np.ndarray, b: np.ndarray) -> float:
-    return float(np.sqrt(np.mean(np.square(a.astype(np.float64) - b))))
+def _distance(images, targets) -> float:
+    """Mean over pictures of the root mean square difference."""
+    differences = [a.astype(np.float64) - b for a, b in zip(images, targets, strict=True)]
+    return float(np.mean([np.sqrt(np.mean(np.square(d))) for d in differences]))
 
 
 if __name__ == "__main__":

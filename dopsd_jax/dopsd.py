@@ -28,18 +28,22 @@ class Denoiser(NamedTuple):
 
     hoist(trainable, base, context) -> hoisted: what depends on neither time nor state, as a tree of
       floating-point arrays; computed once a rollout.
-    velocity(trainable, base, x, sigma, context, hoisted) -> dx/dsigma, float32, of x's shape.
+    velocity(trainable, base, x, sigma, context, hoisted) -> dx/dsigma, float32, of x's shape;
+      sigma: one for all samples, or one each [b].
     """
 
     hoist: Callable[[Tree, Tree, Tree], Tree]
-    velocity: Callable[[Tree, Tree, Float[Array, "b h w c"], Float[Array, ""], Tree, Tree], Array]
+    velocity: Callable[[Tree, Tree, Float[Array, "b h w c"], Array, Tree, Tree], Array]
 
 
 class Contexts(NamedTuple):
-    """What conditions the two roles; each a tree the model's family understands."""
+    """What conditions the two roles; each a tree the model's family understands.
+
+    teacher: None for methods that ask no teacher.
+    """
 
     student: Tree
-    teacher: Tree
+    teacher: Tree | None
 
 
 class Nodes(NamedTuple):

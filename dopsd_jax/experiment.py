@@ -1,16 +1,18 @@
 """What a configuration means: its model, its data, its step. Shared by all programs."""
 
+import dataclasses
 from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import optax
 from flax import nnx
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from dopsd_jax import dopsd, optimizers, settings, sharding, state
+from dopsd_jax import dopsd, methods, optimizers, settings, sharding, state
 from dopsd_jax.data.buckets import Bucket, make_buckets, parse_buckets
 from dopsd_jax.data.cache import FeatureCache
 from dopsd_jax.data.dataset import Dataset, measure
@@ -65,12 +67,12 @@ def open_pipeline(
     else:
         model = hub.resolve(config.model)
         vlm = hub.Resolved(model.path / "vlm", model.revision)
-        # With prepared data nothing is encoded: the model of a hub id is not downloaded for it.
-        prepared = is_prepared(config.data.path)
+        # Where no picture is encoded, the model of a hub id is not downloaded for it.
+        encodes = methods.sees_image(config) and not is_prepared(config.data.path)
         here = Path(config.teacher.vlm).expanduser().is_dir()
-        if config.teacher.vlm and (here or not prepared):
+        if config.teacher.vlm and (here or encodes):
             vlm = hub.resolve(config.teacher.vlm, patterns=hub.ROOT)
-        elif not prepared and not vlm.path.is_dir():
+        elif encodes and not vlm.path.is_dir():
             raise UserError(
                 f"config.teacher.vlm: is empty and {vlm.path} does not exist; name the folder or "
                 "hub id of Qwen3-VL-4B-Instruct"
@@ -102,10 +104,12 @@ def open_data(config: ConfigDict, workdir: Path, step: int) -> Dataset:
     """
     buckets = data_buckets(config, step)
     if is_prepared(config.data.path):
-        prepared = Prepared(config.data.path, settings.names(config.data.prompt_keys) or None)
+        keys, told = settings.names(config.data.prompt_keys), methods.teacher_key(config)
+        keys += (told,) if keys and told else ()
+        prepared = Prepared(config.data.path, keys or None)
         prepared.check({"buckets": [list(b) for b in buckets]}, {"buckets": BUCKETS})
         notes = (f"{config.data.path}: prepared; no picture and no encoder is read",)
-        return Dataset(
+        dataset = Dataset(
             prepared.rows,
             prepared.infos,
             tuple(prepared.buckets),
@@ -113,8 +117,32 @@ def open_data(config: ConfigDict, workdir: Path, step: int) -> Dataset:
             notes,
             prepared,
         )
-    rows = open_rows(config, workdir)
-    return measure(rows, buckets, limits(config), index=picture_index(config, workdir))
+    else:
+        rows, index = open_rows(config, workdir), picture_index(config, workdir)
+        dataset = measure(rows, buckets, limits(config), index=index)
+    return dataclasses.replace(dataset, prompt_keys=trained_keys(config, dataset.prompt_keys))
+
+
+def trained_keys(config: ConfigDict, found: tuple[str, ...]) -> tuple[str, ...]:
+    """The keys of the captions that the student is told, of those that the rows have.
+
+    Without config.data.prompt_keys the teacher's is none of them: there is nothing to learn where
+    both are told the same.
+    """
+    told, asked = methods.teacher_key(config), settings.names(config.data.prompt_keys)
+    if told is not None and told not in found:
+        raise UserError(
+            f"config.teacher.prompt_key: {told!r} is not a caption key of {config.data.path}, "
+            f"which has {', '.join(found)}"
+        )
+    keys = tuple(key for key in found if (key in asked if asked else key != told))
+    if not keys:
+        raise UserError(
+            f"config.teacher.prompt_key: {told!r} is the only caption key that every row has, so "
+            "student and teacher would be told the same; name the student's in "
+            "config.data.prompt_keys"
+        )
+    return keys
 
 
 def data_buckets(config: ConfigDict, step: int) -> tuple[Bucket, ...]:
@@ -133,6 +161,7 @@ def open_rows(config: ConfigDict, workdir: Path) -> Rows:
         caption_lines=data.caption_lines,
         data_root=data.root or None,
         cache=FeatureCache(cache_folder(config, workdir)),
+        teacher_key=methods.teacher_key(config),
     )
 
 
@@ -206,7 +235,7 @@ def abstract_plan(
 
 def _plan(config, what: Trained, graphdef, student, shift: float, mesh: Mesh) -> Plan:
     grid = family.grid(settings.values(config.grid), shift)
-    teacher = state.Teacher(**{f: config.teacher[f] for f in state.Teacher._fields})
+    teacher = methods.teacher(config)
     tx = optimizers.optimizer(config)
     create = lambda student: state.create(student, teacher, tx)
     like = jax.eval_shape(create, student)
@@ -214,7 +243,7 @@ def _plan(config, what: Trained, graphdef, student, shift: float, mesh: Mesh) ->
         sharding.state_shardings(like, mesh), like, settings.names(config.offload)
     )
     jitted = jax.jit(create, out_shardings=placement, donate_argnums=0)
-    step = make_step(config, graphdef, grid, teacher, tx, placement)
+    step = make_step(config, graphdef, grid, shift, tx, placement)
 
     def begin(student: nnx.State) -> state.TrainState:
         return jitted(jax.device_put(what.start(student), placement.student))
@@ -225,23 +254,13 @@ def _plan(config, what: Trained, graphdef, student, shift: float, mesh: Mesh) ->
 def make_step(
     config: ConfigDict,
     graphdef: nnx.GraphDef,
-    grid,
-    teacher: state.Teacher,
-    tx,
+    grid: tuple[float, ...],
+    shift: float,
+    tx: optax.GradientTransformation,
     placement: state.TrainState | None = None,
 ) -> Callable:
-    """The compiled optimizer step of a configuration; see `state.make_step`."""
-    net, loss, loss_steps = (
-        family.denoiser(graphdef),
-        settings.values(config.loss),
-        settings.values(config.loss_steps),
-    )
-
-    def method(student, target, base, contexts, noise, key):
-        nodes = dopsd.make_nodes(grid, loss, loss_steps, key)
-        return dopsd.loss_and_gradient(
-            net, student, target, base, contexts, noise, nodes, every_step=loss_steps == "all"
-        )
-
-    lr, skip = optimizers.schedule(config), config.nonfinite == "skip"
-    return state.make_step(method, tx, teacher, lr, config.seed, placement, skip)
+    """The compiled optimizer step of a configuration, by config.method; see `state.make_step`."""
+    method = methods.loss_function(config, family.denoiser(graphdef), grid, shift)
+    teacher, lr = methods.teacher(config), optimizers.schedule(config)
+    skip, draw = config.nonfinite == "skip", methods.draw(config)
+    return state.make_step(method, tx, teacher, lr, config.seed, placement, skip, draw)

@@ -1,14 +1,16 @@
-"""The encoders' outputs for a data set: computed once and cached by content, or prepared before."""
+"""What the encoders make of a data set: computed once and cached by content, or prepared before."""
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import jax
 import numpy as np
+from jaxtyping import Float
 from ml_collections import ConfigDict
 
+from dopsd_jax import methods
 from dopsd_jax.data.cache import FeatureCache, feature_key
 from dopsd_jax.data.dataset import Dataset
 from dopsd_jax.data.images import crop_name
@@ -16,10 +18,11 @@ from dopsd_jax.data.loader import BatchIndex
 from dopsd_jax.data.padding import pad_stack, padded_length
 from dopsd_jax.data.prepared import Caption, Prepared
 from dopsd_jax.dopsd import Contexts
-from dopsd_jax.encoding import STUDENT, TEACHER, Encoder
-from dopsd_jax.errors import UserError
+from dopsd_jax.encoding import MAX_FAULTS, PRIOR, STUDENT, TEACHER, Encoder
+from dopsd_jax.errors import UserError, raise_if
 from dopsd_jax.families.zimage import Context
 from dopsd_jax.families.zimage_pipeline import Pipeline
+from dopsd_jax.points import Batch
 
 ROWS = (
     64  # features are padded to a multiple of it: one length for the student, one for the teacher
@@ -37,38 +40,49 @@ SETTINGS = {
 }
 
 
-def teacher_settings(config: ConfigDict) -> dict[str, object]:
-    """What features depend on besides pictures, captions, encoders and buckets."""
-    return {
-        "dtype": config.dtype,
-        "min_pixels": config.teacher.min_pixels,
-        "max_pixels": config.teacher.max_pixels,
-        "doubled_template": config.teacher.doubled_template,
-        "crop": crop_name(0, 0),
+def prepared_settings(config: ConfigDict, pipe: Pipeline, memo: Path) -> dict[str, object]:
+    """What features depend on besides pictures, captions and buckets.
+
+    Encoders whose folders are not here are left out: a machine that trains needs none.
+    """
+    names, found = ["text_encoder"], {"dtype": config.dtype}
+    if methods.sees_image(config):
+        names.append("vlm")
+        shared = ("min_pixels", "max_pixels", "doubled_template")
+        found |= {name: config.teacher[name] for name in shared} | {"crop": crop_name(0, 0)}
+    return found | {
+        name: pipe.encoder_digest(name, memo) for name in names if pipe.has_encoder(name)
     }
 
 
 class Store(Protocol):
-    """Features by caption."""
+    """Features by caption; kinds are those of `encoding`."""
 
-    def load(self, caption: Caption) -> tuple[np.ndarray, np.ndarray]:
-        """Those of the student and of the teacher."""
+    def load(self, caption: Caption, kinds: Sequence[int]) -> tuple[np.ndarray, ...]:
+        """The features of these kinds, in their order."""
 
-    def longest(self, role: int) -> int:
-        """Positions of the longest feature of all captions."""
+    def longest(self, kind: int, keys: Sequence[str]) -> int:
+        """Positions of the longest feature of a kind, of all captions under `keys`."""
+
+    def latent(self, row: int) -> Float[np.ndarray, "h w c"]:
+        """The clean latent of the row's picture."""
 
     def picture(self, row: int) -> np.ndarray:
         """The row's picture as training sees it: cut to its bucket."""
 
 
 class Features:
-    """Features of every caption of a data set, for the student and for the teacher.
+    """What a method needs of every caption and picture of a data set; see `methods.needs`.
 
-    `student_rows`, `teacher_rows`: the padded lengths, the same for all batches.
+    `student_rows`, `teacher_rows`: the padded lengths, the same for all batches; 0 without teacher.
     """
 
     def __init__(self, pipe: Pipeline, dataset: Dataset, config: ConfigDict, folder: Path):
         self.pipe, self.dataset = pipe, dataset
+        self.needs = methods.needs(config)
+        self.teacher_key = methods.teacher_key(config)
+        if self.needs.prior:
+            check_class_prompts(dataset, config)
         if dataset.features is not None:
             check_prepared(dataset.features, pipe, config, folder)
             self.store: Store = dataset.features
@@ -80,102 +94,195 @@ class Features:
         if isinstance(self.store, CachedFeatures):
             self.store.compute(report)
         self.pipe.release_encoders()
-        longest = [self.store.longest(role) for role in (STUDENT, TEACHER)]
-        self.student_rows = padded_length(longest[0], ROWS, self.pipe.student_limit)
-        self.teacher_rows = padded_length(longest[1], ROWS, self.pipe.teacher_limit)
+        keys = self.dataset.prompt_keys
+        student = [self.store.longest(STUDENT, keys)]
+        if self.needs.prior:
+            student.append(self.store.longest(PRIOR, keys))
+        self.student_rows = self._padded(max(student), self.pipe.student_limit)
+        self.teacher_rows = 0
+        if self.needs.teacher:
+            told = (TEACHER, keys) if self.teacher_key is None else (STUDENT, [self.teacher_key])
+            self.teacher_rows = self._padded(self.store.longest(*told), self.pipe.teacher_limit)
+
+    def _padded(self, longest: int, limit: int) -> int:
+        if longest > limit:
+            raise UserError(
+                f"config.data.path: holds captions of {longest} tokens, the model takes {limit}; "
+                "leave their key out of data.prompt_keys"
+            )
+        return padded_length(longest, ROWS, limit)
 
     def image(self, row: int) -> np.ndarray:
         """The row's picture as training sees it: cut to its bucket."""
         return self.store.picture(row)
 
     def contexts(self, captions: Sequence[Caption]) -> Contexts:
-        """Both contexts of the captions, padded, as host arrays."""
-        student, teacher = zip(*(self.store.load(caption) for caption in captions), strict=True)
+        """The contexts of the captions, padded, as host arrays."""
+        if not self.needs.teacher:
+            return Contexts(self._context(captions, STUDENT), None)
+        if self.teacher_key is None:
+            both = zip(*(self.store.load(c, (STUDENT, TEACHER)) for c in captions), strict=True)
+            rows = self.student_rows, self.teacher_rows
+            return Contexts(*(Context(*pad_stack(f, r)) for f, r in zip(both, rows, strict=True)))
+        told = [self.dataset.caption(row, [self.teacher_key]) for row, _ in captions]
         return Contexts(
-            Context(*pad_stack(student, self.student_rows)),
-            Context(*pad_stack(teacher, self.teacher_rows)),
+            self._context(captions, STUDENT), self._context(told, STUDENT, self.teacher_rows)
         )
 
-    def batch(self, index: BatchIndex, accumulate: int) -> Contexts:
-        """The contexts of a batch with a leading axis of micro-batches."""
-        captions = list(zip(index.rows.tolist(), index.captions.tolist(), strict=True))
-        both = self.contexts(captions)
-        return jax.tree.map(lambda x: x.reshape(accumulate, -1, *x.shape[1:]), both)
+    def _context(self, captions: Sequence[Caption], kind: int, rows: int = 0) -> Context:
+        features = [self.store.load(caption, (kind,))[0] for caption in captions]
+        return Context(*pad_stack(features, rows or self.student_rows))
+
+    def latents(self, rows: Iterable[int]) -> Float[np.ndarray, "b h w c"]:
+        """The clean latents of rows of one bucket."""
+        return np.stack([self.store.latent(row) for row in rows])
+
+    def batch(self, index: BatchIndex, accumulate: int) -> Batch:
+        """What the method learns from, with a leading axis of micro-batches."""
+        rows = index.rows.tolist()
+        captions = list(zip(rows, index.captions.tolist(), strict=True))
+        whole = Batch(
+            self.contexts(captions),
+            self.latents(rows) if self.needs.target else None,
+            self._context(captions, PRIOR) if self.needs.prior else None,
+        )
+        return jax.tree.map(lambda x: x.reshape(accumulate, -1, *x.shape[1:]), whole)
 
 
 class CachedFeatures:
     """Features in a cache by content, computed where they are missing."""
 
     def __init__(self, pipe: Pipeline, dataset: Dataset, config: ConfigDict, folder: Path):
-        self.dataset, self.teacher = dataset, config.teacher
+        self.dataset, self.config = dataset, config
         self.cache = FeatureCache(folder)
-        self.encoder = Encoder(pipe, dataset, config.teacher)
-        self.digest = pipe.encoder_digest(Path(folder) / DIGESTS)
+        self.encoder = Encoder(pipe, dataset, config)
+        self.needs = methods.needs(config)
+        seen, memo = methods.sees_image(config), Path(folder) / DIGESTS
+        names = ["text_encoder"] + ["vlm"] * seen + ["vae"] * self.needs.target
+        digest = lambda name: f"{pipe.encoder_digest(name, memo)} {config.dtype}"
+        self.digests = {name: digest(name) for name in names}
         self.picture = self.encoder.image
 
-    def keys(self, caption: Caption) -> tuple[str, str]:
-        """Where the cache has the student's and the teacher's features."""
-        row, i = caption
-        text = self.dataset.rows[row].captions[i][1]
+    def wanted(self) -> dict[Caption, list[int]]:
+        """The kinds of features that each caption needs."""
+        kinds = [STUDENT, *[TEACHER] * methods.sees_image(self.config), *[PRIOR] * self.needs.prior]
+        wanted = {caption: kinds for caption in self.dataset.captions(self.dataset.prompt_keys)}
+        key = methods.teacher_key(self.config)
+        if key is not None and key not in self.dataset.prompt_keys:
+            wanted |= {caption: [STUDENT] for caption in self.dataset.captions([key])}
+        return wanted
+
+    def key(self, caption: Caption, kind: int) -> str:
+        """Where the cache has a caption's features."""
+        text, row = self.encoder.text(caption, kind), caption[0]
+        if kind != TEACHER:
+            digest = self.digests["text_encoder"]
+            return feature_key(role="student", prompt=text, encoder=digest, options={})
         options = {
-            "min_pixels": self.teacher.min_pixels,
-            "max_pixels": self.teacher.max_pixels,
-            "doubled": self.teacher.doubled_template,
+            "min_pixels": self.config.teacher.min_pixels,
+            "max_pixels": self.config.teacher.max_pixels,
+            "doubled": self.config.teacher.doubled_template,
         }
-        return (
-            feature_key(role="student", prompt=text, encoder=self.digest, options={}),
-            feature_key(
-                role="teacher",
-                prompt=text,
-                encoder=self.digest,
-                options=options,
-                image=self.dataset.infos[row].digest,
-                crop=crop_name(*self.dataset.buckets[row]),
-            ),
+        return feature_key(
+            role="teacher",
+            prompt=text,
+            encoder=f"{self.digests['text_encoder']} {self.digests['vlm']}",
+            options=options,
+            **self._picture(row),
         )
+
+    def latent_key(self, row: int) -> str:
+        """Where the cache has the latent of a row's picture."""
+        digest = self.digests["vae"]
+        return feature_key(
+            role="latent", prompt="", encoder=digest, options={}, **self._picture(row)
+        )
+
+    def _picture(self, row: int) -> dict[str, str]:
+        image, crop = self.dataset.infos[row].digest, crop_name(*self.dataset.buckets[row])
+        return {"image": image, "crop": crop}
 
     def compute(self, report: Callable[[str], None]) -> None:
         """Computes what the cache lacks. Raises `UserError` before with all over-long captions."""
         # What is cached has passed this check before.
-        keys = {caption: self.keys(caption) for caption in self.dataset.captions()}
-        missing = set(self.cache.missing(key for pair in keys.values() for key in pair))
+        keys = {
+            (c, kind): self.key(c, kind) for c, kinds in self.wanted().items() for kind in kinds
+        }
+        missing = set(self.cache.missing(keys.values()))
         todo: dict[Caption, list[int]] = {}
-        for caption, pair in keys.items():
-            roles = [role for role in (STUDENT, TEACHER) if pair[role] in missing]
-            missing -= {pair[role] for role in roles}  # captions may be equal
-            if roles:
-                todo[caption] = roles
-        self.encoder.lengths(list(todo))
+        for (caption, kind), key in keys.items():
+            if key in missing:
+                missing.remove(key)  # captions may be equal
+                todo.setdefault(caption, []).append(kind)
+        self.encoder.lengths(todo)
+        made = self.encoder.encode(todo)
         total = sum(map(len, todo.values()))
-        start, shown = time.monotonic(), 0.0
-        for done, (caption, role, features) in enumerate(self.encoder.encode(todo), 1):
-            self.cache.put(keys[caption][role], {"features": features})
-            now = time.monotonic()
-            if now - shown > 5 or done == total:
-                left = (now - start) / done * (total - done)
-                report(f"encoding captions and images: {done}/{total}, {left:.0f} s left")
-                shown = now
-        self._longest = [
-            max(self.cache.shapes(pair[role])["features"][0] for pair in keys.values())
-            for role in (STUDENT, TEACHER)
-        ]
+        for caption, kind, features in _reported(made, total, "captions and images", report):
+            self.cache.put(keys[caption, kind], {"features": features})
+        if self.needs.target:
+            rows = {self.latent_key(row): row for row in range(len(self.dataset.rows))}
+            lacking = self.cache.missing(rows)
+            for key in _reported(lacking, len(lacking), "pictures to latents", report):
+                self.cache.put(key, {"latent": self.encoder.latent(rows[key])})
 
-    def longest(self, role: int) -> int:
+    def longest(self, kind: int, keys: Sequence[str]) -> int:
         """See `Store`."""
-        return self._longest[role]
+        entries = {self.key(caption, kind) for caption in self.dataset.captions(keys)}
+        return max(self.cache.shapes(entry)["features"][0] for entry in entries)
 
-    def load(self, caption: Caption) -> tuple[np.ndarray, np.ndarray]:
+    def load(self, caption: Caption, kinds: Sequence[int]) -> tuple[np.ndarray, ...]:
         """See `Store`."""
-        return tuple(self.cache.load(key)["features"] for key in self.keys(caption))
+        return tuple(self.cache.load(self.key(caption, kind))["features"] for kind in kinds)
+
+    def latent(self, row: int) -> Float[np.ndarray, "h w c"]:
+        """See `Store`."""
+        return self.cache.load(self.latent_key(row))["latent"]
+
+
+def _reported(
+    items: Iterable[Any], total: int, what: str, report: Callable[[str], None]
+) -> Iterator[Any]:
+    """The same items; says from time to time how many have been dealt with."""
+    start, shown = time.monotonic(), 0.0
+    for done, item in enumerate(items, 1):
+        yield item
+        now = time.monotonic()
+        if now - shown > 5 or done == total:
+            left = (now - start) / done * (total - done)
+            report(f"encoding {what}: {done}/{total}, {left:.0f} s left")
+            shown = now
+
+
+def check_class_prompts(dataset: Dataset, config: ConfigDict) -> None:
+    """Raises `UserError` for every caption that has no word for the concept."""
+    word = config.dreambooth.concept_word
+    raise_if(
+        (
+            f"{row.where}: its caption {key!r} has no {word!r}, which "
+            "config.dreambooth.concept_word says stands for the concept; name the word that does"
+            for row in dataset.rows
+            for key, text in row.captions
+            if key in dataset.prompt_keys and word not in text
+        ),
+        MAX_FAULTS,
+    )
 
 
 def check_prepared(prepared: Prepared, pipe: Pipeline, config: ConfigDict, folder: Path) -> None:
-    """Raises `UserError` where a prepared data set belongs to another configuration or encoder.
-
-    Encoders whose folders are not here are not looked at: a machine that trains needs none.
-    """
-    digests = pipe.encoder_digests(Path(folder) / DIGESTS)
-    prepared.check(digests | teacher_settings(config), SETTINGS)
+    """Raises `UserError` where a prepared data set belongs to another configuration or encoder."""
+    needs = methods.needs(config)
+    raise_if(
+        f"{prepared.folder}: holds no {what}, which config.method = {config.method} learns from; "
+        "set config.data.path to the pictures it was prepared from"
+        for what, needed in (("latents of pictures", needs.target), ("class prompts", needs.prior))
+        if needed
+    )
+    if methods.sees_image(config) and not prepared.longest(TEACHER):
+        raise UserError(
+            f"{prepared.folder}: was prepared without pictures for a teacher; prepare it again "
+            f"with config.method = {config.method} and config.teacher.context = vlm"
+        )
+    prepared.check(prepared_settings(config, pipe, Path(folder) / DIGESTS), SETTINGS)
     if prepared.channels != pipe.config.caption_dim:
         raise UserError(
             f"{prepared.folder}: its features have {prepared.channels} channels, the model takes "

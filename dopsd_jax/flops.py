@@ -1,4 +1,4 @@
-"""Work of a D-OPSD step, counted from the architecture.
+"""Work of an optimizer step, counted from the architecture.
 
 XLA's own count takes the body of a scan once, so it says nothing about a program of scans. One
 multiply and add are two FLOP; only matrix products count. Everything is per image.
@@ -69,6 +69,34 @@ class StepWork(NamedTuple):
     executed: float
 
 
+class Passes(NamedTuple):
+    """How often a step runs the network on one image.
+
+    learn: by the student, with a backward pass. follow: with the student's caption, without one,
+    whoever's the weights are. ask: with the teacher's caption. captions, teacher_captions: how many
+    captions of each length are refined without a backward pass; learned_captions: with one.
+    """
+
+    learn: int
+    follow: int = 0
+    ask: int = 0
+    captions: int = 0
+    learned_captions: int = 1
+    teacher_captions: int = 0
+
+
+def dopsd_passes(steps: int, taught: int | None = None, hoisted: bool = True) -> Passes:
+    """D-OPSD with `steps` nodes, the teacher asked at `taught` of them (None: at all).
+
+    hoisted: captions are refined once a rollout, as `dopsd` does; False: at every node.
+    """
+    taught = steps if taught is None else taught
+    follow = steps - taught
+    if hoisted:
+        return Passes(taught, follow, taught, teacher_captions=1)
+    return Passes(taught, follow, taught, follow, taught, taught)
+
+
 def image_tokens(cfg: ZImageConfig, height: int, width: int) -> int:
     """Tokens of a latent [height, width], with the network's own padding."""
     tokens = (height // cfg.patch) * (width // cfg.patch)
@@ -112,32 +140,27 @@ def velocity_work(
 
 def step_work(
     cfg: ZImageConfig,
+    passes: Passes,
     *,
     height: int,
     width: int,
     rows_student: int,
     rows_teacher: int,
-    steps: int,
     chosen: Mapping[str, Slot],
     rank: int,
     full: bool = False,
     remat: str = "none",
     flash: bool = True,
-    taught: int | None = None,
-    hoisted: bool = True,
 ) -> StepWork:
-    """One D-OPSD optimizer step for one image.
+    """One optimizer step for one image.
 
     Args:
+      passes: what the method runs; see `methods.passes`.
       height, width: of the latent.
       rows_student, rows_teacher: caption rows, padding included.
-      steps: nodes of the rollout, K.
       chosen, rank: the adapters; see `lora.select`. full: everything is trained, without adapters.
       flash: attention by a kernel that keeps no probabilities (splash, cudnn).
-      taught: at how many of the nodes the teacher is asked; None: at all.
-      hoisted: captions are refined once a rollout, as `dopsd` does; False: at every node.
     """
-    taught = steps if taught is None else taught
     captions = [
         caption_work(cfg, rows, chosen, rank, full) for rows in (rows_student, rows_teacher)
     ]
@@ -145,15 +168,16 @@ def step_work(
         velocity_work(cfg, height, width, rows, chosen, rank, full)
         for rows in (rows_student, rows_teacher)
     )
-    forwards, pulls = (1, 1) if hoisted else (steps, taught)
     model = (
-        steps * student.forward
-        + taught * (teacher.forward + student.backward)
-        + forwards * captions[0].forward
-        + (1 if hoisted else taught) * captions[1].forward
-        + pulls * captions[0].backward
+        (passes.learn + passes.follow) * student.forward
+        + passes.learn * student.backward
+        + passes.ask * teacher.forward
+        + (passes.captions + passes.learned_captions) * captions[0].forward
+        + passes.learned_captions * captions[0].backward
+        + passes.teacher_captions * captions[1].forward
     )
-    again = taught * student.again(remat, flash) + pulls * captions[0].again(remat, flash)
+    again = passes.learn * student.again(remat, flash)
+    again += passes.learned_captions * captions[0].again(remat, flash)
     return StepWork(model, model + again)
 
 

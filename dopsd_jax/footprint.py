@@ -10,7 +10,7 @@ from collections.abc import Callable
 import jax
 from ml_collections import ConfigDict
 
-from dopsd_jax import account, dopsd, flops, settings, sharding
+from dopsd_jax import account, flops, methods, sharding
 from dopsd_jax.account import Account
 from dopsd_jax.hlo import Collectives, Traffic, activations, collectives
 from dopsd_jax.models import zimage
@@ -126,21 +126,18 @@ def digest(lowered: jax.stages.Lowered) -> str:
 
 
 def _work(config, size, case: Case, program: Program) -> flops.StepWork:
-    steps = len(program.plan.grid) - 1
-    taught = dopsd.taught_steps(settings.values(config.loss_steps), steps, jax.random.key(0))
     return flops.step_work(
         size,
+        methods.passes(config, program.plan.grid),
         height=case.latent[0],
         width=case.latent[1],
         rows_student=case.rows_student,
         rows_teacher=case.rows_teacher,
-        steps=steps,
         chosen=program.plan.trained.chosen,
         rank=config.lora.rank,
         full=config.train == "full",
         remat=config.remat,
         flash=program.attention != "xla",
-        taught=int(taught.sum()),
     )
 
 

@@ -6,6 +6,7 @@ ones with `--shard=i --shards=n`, which need not know of each other. The same co
 where it was stopped. See docs/data.md.
 """
 
+import dataclasses
 import hashlib
 import io
 import json
@@ -25,7 +26,7 @@ from jaxtyping import Int
 from ml_collections import ConfigDict, config_flags
 from PIL import Image
 
-from dopsd_jax import distributed, errors, experiment, processes, settings
+from dopsd_jax import distributed, errors, experiment, methods, processes, settings
 from dopsd_jax.data import prepared_parts as parts
 from dopsd_jax.data.dataset import Dataset, describe, measure, spread
 from dopsd_jax.data.rows import Rows
@@ -33,7 +34,7 @@ from dopsd_jax.data.table import Chosen, Row
 from dopsd_jax.encoding import STUDENT, TEACHER, Encoder
 from dopsd_jax.errors import UserError
 from dopsd_jax.families.zimage_pipeline import Pipeline
-from dopsd_jax.features import DIGESTS, teacher_settings
+from dopsd_jax.features import DIGESTS, prepared_settings
 from dopsd_jax.metrics import duration
 from dopsd_jax.weights.atomic import is_remote
 from dopsd_jax.workdir import find_workdir
@@ -61,6 +62,12 @@ def main() -> None:
         shard, shards = own_share()
         if parts.is_prepared(config.data.path):
             raise UserError(f"config.data.path {config.data.path}: is a prepared data set already")
+        needs = methods.needs(config)
+        if needs.target or needs.prior:
+            raise UserError(
+                f"config.method: {config.method} learns from what a prepared data set does not "
+                "hold; train with the pictures themselves"
+            )
 
     def open_source():
         pipe, _ = experiment.open_pipeline(config, workdir)
@@ -94,8 +101,10 @@ def main() -> None:
                 index=index,
             )
             print("\n".join(describe(dataset, config.batch_size * config.accumulate)), flush=True)
-            encoder = Encoder(pipe, dataset, config.teacher)
-            lengths = encoder.lengths(dataset.captions())
+            keys = experiment.trained_keys(config, dataset.prompt_keys)
+            encoder = Encoder(pipe, dataclasses.replace(dataset, prompt_keys=keys), config)
+            kinds = (STUDENT, *[TEACHER] * methods.sees_image(config))
+            lengths = encoder.lengths(dict.fromkeys(dataset.captions(), kinds))[:, : parts.ROLES]
 
     # ---- Part by part. Whoever is ready waits for the others.
     with processes.together():
@@ -131,8 +140,8 @@ def describe_source(
 ) -> parts.Manifest:
     """What all parts have in common."""
     buckets = experiment.data_buckets(config, pipe.size_multiple)
-    digests = pipe.encoder_digests(experiment.cache_folder(config, workdir) / DIGESTS)
-    made_from = {"buckets": [list(b) for b in buckets]} | digests | teacher_settings(config)
+    memo = experiment.cache_folder(config, workdir) / DIGESTS
+    made_from = {"buckets": [list(b) for b in buckets]} | prepared_settings(config, pipe, memo)
     source = source_digest(rows.rows, root)
     return parts.Manifest(len(rows.rows), ROWS.value, rows.prompt_keys, source, made_from)
 
@@ -148,11 +157,11 @@ def write_parts(
 ) -> None:
     """Encodes and writes the parts `todo`, which hold the rows of the encoder's data set in order.
 
-    `lengths`: of the features of all its captions.
+    `lengths`: of the features of all its captions, 0 where none are kept.
     """
     dataset, pipe = encoder.dataset, encoder.pipe
     captions = dataset.captions()
-    shown, progress = set(spread(manifest.rows, SHOWN)), Progress(2 * len(captions))
+    shown, progress = set(spread(manifest.rows, SHOWN)), Progress(np.count_nonzero(lengths))
     row = caption = 0  # the first ones of the part, among the data set's
     for part in todo:
         pictures, records = io.BytesIO(), []
@@ -161,12 +170,14 @@ def write_parts(
             records.append(record(dataset, row, root, kept))
             row += 1
         own = captions[caption : caption + sum(len(r["captions"]) for r in records)]
-        made = encoder.encode(dict.fromkeys(own, (STUDENT, TEACHER)), batch)
+        sizes = lengths[caption : caption + len(own)]
+        kinds = {name: np.flatnonzero(size).tolist() for name, size in zip(own, sizes, strict=True)}
+        made = encoder.encode(kinds, batch)
         place = {name: i for i, name in enumerate(own)}
         parts.write_part(
             folder / parts.part_name(part),
             manifest.identity,
-            lengths[caption : caption + len(own)],
+            sizes,
             ((place[name], role, features) for name, role, features in progress.over(made)),
             records,
             pictures.getvalue(),

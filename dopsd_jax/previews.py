@@ -17,7 +17,6 @@ from dopsd_jax.features import Features
 from dopsd_jax.flow import shifted_grid
 
 NOISE_SEED = 2026  # not the training seed: the noise of the grids is no training noise
-COLUMNS = ("base", "student", "teacher", "target")
 
 
 class Sample(NamedTuple):
@@ -52,14 +51,16 @@ class Previews:
     def __init__(self, pipe: Pipeline, features: Features, rows: Sequence[int], workdir: Path):
         self.pipe, self.workdir = pipe, workdir
         self.grid = shifted_grid(family.DEPLOYED_STEPS, pipe.shift)
+        taught = features.needs.teacher
+        self.columns = ("base", "student", *["teacher"] * taught, "target")
         self.samples = []
         for row in rows:
             width, height = features.dataset.buckets[row]
             shape = pipe.latent_shape(height, width)
             noise = start_noise(NOISE_SEED, row + 1, shape)[row:]
-            caption = features.dataset.rows[row].captions[0][1]
-            contexts = features.contexts([(row, 0)])
-            self.samples.append(Sample(caption, contexts, noise, features.image(row)))
+            _, i = caption = features.dataset.caption(row, features.dataset.prompt_keys)
+            contexts, text = features.contexts([caption]), features.dataset.rows[row].captions[i][1]
+            self.samples.append(Sample(text, contexts, noise, features.image(row)))
         # Before training the trained part is the base model's: adapters add nothing yet.
         base = pipe.split[1]
         self.base = [self._picture(base, s.contexts.student, s.noise) for s in self.samples]
@@ -69,19 +70,17 @@ class Previews:
         return self.pipe.decode(processes.to_host(latents))[0]
 
     def rows(self, student, teacher) -> list[pictures.Row]:
-        """The pictures of every sample, in the order of `COLUMNS`."""
-        return [
-            pictures.Row(
-                sample.caption,
-                (
-                    base,
-                    self._picture(student, sample.contexts.student, sample.noise),
-                    self._picture(teacher, sample.contexts.teacher, sample.noise),
-                    sample.target,
-                ),
-            )
-            for base, sample in zip(self.base, self.samples, strict=True)
-        ]
+        """The pictures of every sample, in the order of `columns`.
+
+        `teacher` draws only for methods that ask a teacher in its own context.
+        """
+        found = []
+        for base, sample in zip(self.base, self.samples, strict=True):
+            drawn = [base, self._picture(student, sample.contexts.student, sample.noise)]
+            if "teacher" in self.columns:
+                drawn.append(self._picture(teacher, sample.contexts.teacher, sample.noise))
+            found.append(pictures.Row(sample.caption, (*drawn, sample.target)))
+        return found
 
     def write(self, step: int, student, teacher) -> Path:
         """Writes the grid of a step; returns its path. Every process calls it, the first writes."""
@@ -89,5 +88,5 @@ class Previews:
         title = f"step {step}, {len(self.grid) - 1} forwards"
         rows = self.rows(student, teacher)
         if processes.is_first():
-            pictures.save_grid(path, COLUMNS, rows, title=title)
+            pictures.save_grid(path, self.columns, rows, title=title)
         return path

@@ -10,10 +10,11 @@ from flax import nnx
 from jax.sharding import AbstractMesh, Mesh
 from ml_collections import ConfigDict
 
-from dopsd_jax import dopsd, experiment, flops, sharding
+from dopsd_jax import dopsd, experiment, flops, methods, sharding
 from dopsd_jax.errors import raise_if
 from dopsd_jax.families import zimage as family
 from dopsd_jax.models import attention, zimage
+from dopsd_jax.points import Batch
 from dopsd_jax.tiny import configs as tiny
 from dopsd_jax.weights import networks
 from dopsd_jax.weights.stored import read_config
@@ -51,7 +52,7 @@ class Program(NamedTuple):
     plan: experiment.Plan
     graphdef: nnx.GraphDef
     base: nnx.State
-    batch: dopsd.Contexts
+    batch: Batch
     latent: tuple[int, int, int, int]
     attention: str
 
@@ -90,16 +91,20 @@ def make_program(
     return Program(plan, graphdef, base, batch, latent, kernel)
 
 
-def _batch(config, size, case: Case, mesh: Mesh) -> dopsd.Contexts:
+def _batch(config, size, case: Case, mesh: Mesh) -> Batch:
     samples, place = (config.accumulate, config.batch_size), sharding.batch_sharding(mesh)
+    array = lambda shape, dtype: jax.ShapeDtypeStruct((*samples, *shape), dtype, sharding=place)
 
     def context(rows: int) -> family.Context:
-        features = jax.ShapeDtypeStruct(
-            (*samples, rows, size.caption_dim), jnp.dtype(config.dtype), sharding=place
-        )
-        return family.Context(features, jax.ShapeDtypeStruct(samples, jnp.int32, sharding=place))
+        features = array((rows, size.caption_dim), jnp.dtype(config.dtype))
+        return family.Context(features, array((), jnp.int32))
 
-    return dopsd.Contexts(context(case.rows_student), context(case.rows_teacher))
+    needs, student = methods.needs(config), context(case.rows_student)
+    return Batch(
+        dopsd.Contexts(student, context(case.rows_teacher) if needs.teacher else None),
+        array((*case.latent, size.channels), jnp.float32) if needs.target else None,
+        student if needs.prior else None,
+    )
 
 
 def _check(size: zimage.ZImageConfig, case: Case) -> None:

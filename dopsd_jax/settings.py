@@ -7,6 +7,7 @@ from typing import Any
 from dopsd_jax.errors import raise_if
 from dopsd_jax.models import quantised
 from dopsd_jax.models.attention import IMPLEMENTATIONS
+from dopsd_jax.points import LEVELS
 
 
 @dataclasses.dataclass(frozen=True)
@@ -28,11 +29,14 @@ def _name(*choices: str) -> Field:
     return Field("str", choices)
 
 
+METHODS = ("dopsd", "sft", "sft_teacher", "offpolicy", "pso", "dreambooth")
+TEACHES = ("dopsd", "sft_teacher", "offpolicy")  # ask the teacher of config.teacher
+KEEPS_START = ("pso", "dreambooth")  # compare with the network before training
 EXPORTS = ("diffusers", "comfyui")
 OFFLOADED = ("teacher", "optimizer")
 FIELDS = {
     "family": _name("zimage"),
-    "method": _name("dopsd"),
+    "method": _name(*METHODS),
     "train": _name("lora", "full"),
     "seed": _int(0),
     "steps": _int(1),
@@ -60,11 +64,22 @@ FIELDS = {
     "teacher.decay": Field("float", low=0, high=1),
     "teacher.warmup_steps": _int(0),
     "teacher.warmup_decay": Field("float", low=0, high=1),
-    "teacher.context": _name("vlm"),
+    "teacher.context": _name("vlm", "prompt"),
+    "teacher.prompt_key": Field("str"),
     "teacher.vlm": Field("str"),
     "teacher.doubled_template": Field("bool"),
     "teacher.min_pixels": _int(1),
     "teacher.max_pixels": _int(1),
+    "sft.sigma": _name(*LEVELS),
+    "sft.samples": _int(1),
+    "offpolicy.states": _name("teacher", "targets"),
+    "pso.beta": Field("float", low=0),
+    "pso.kappa": Field("float", low=0),
+    "pso.prior": Field("float", low=0),
+    "pso.negatives": _name("student", "start"),
+    "dreambooth.concept_word": Field("str"),
+    "dreambooth.class_word": Field("str"),
+    "dreambooth.weight": Field("float", low=0),
     "lora.rank": _int(1),
     "lora.alpha": Field("float", above=0),
     "lora.targets": Field("name or list"),
@@ -96,12 +111,36 @@ FIELDS = {
     "mesh.tensor": Field("int"),
 }
 
+# The methods for which a field means something; all others mean something for all.
+_OF_TEACHER = ("weights", "decay", "warmup_steps", "warmup_decay", "context")
+_OF_CONTEXT = ("prompt_key", "doubled_template", "min_pixels", "max_pixels")
+ONLY_FOR = {
+    **{f"teacher.{name}": TEACHES for name in (*_OF_TEACHER, *_OF_CONTEXT)},
+    **dict.fromkeys(("loss", "loss_steps"), ("dopsd", "offpolicy", "pso")),
+    **dict.fromkeys(("sft.sigma", "sft.samples"), ("sft", "sft_teacher", "dreambooth")),
+    **{
+        name: (method,)
+        for name in FIELDS
+        for method in ("offpolicy", "pso", "dreambooth")
+        if name.startswith(f"{method}.")
+    },
+}
 
 # A field's value, and the fields that mean nothing with it.
 UNUSED = (
     ("train", "full", ("lora.rank", "lora.alpha", "lora.targets")),
     ("train", "lora", ("export", "export_dtype", "export_every")),
     ("optimizer", "adafactor", ("adam_b1", "adam_b2", "adam_eps")),
+    ("teacher.context", "vlm", ("teacher.prompt_key",)),
+    (
+        "teacher.context",
+        "prompt",
+        ("teacher.vlm", "teacher.doubled_template", "teacher.min_pixels", "teacher.max_pixels"),
+    ),
+    *(
+        ("method", method, tuple(name for name, of in ONLY_FOR.items() if method not in of))
+        for method in METHODS
+    ),
 )
 
 
@@ -183,15 +222,21 @@ def check(config: Mapping[str, Any], asked: Collection[str] = ()) -> None:
             f"config.moments_dtype: {given['moments_dtype']} with config.optimizer = adafactor, "
             "which keeps rows and columns only; set it to float32"
         )
-    if given["teacher.weights"] == "live":
+    faults += _teacher(given)
+    told = given["method"] in TEACHES and given["teacher.context"] == "prompt"
+    if told and not given["teacher.prompt_key"].strip():
+        faults.append(
+            "config.teacher.prompt_key: is empty; name the key of the captions that the teacher is "
+            "told, such as detailed_en"
+        )
+    if given["method"] == "dreambooth":
         faults += [
-            f"config.{name}: names the teacher, which has no weights of its own with "
-            "config.teacher.weights = live"
-            for name, value in (
-                ("offload", names(given["offload"])),
-                ("export_weights", (given["export_weights"],)),
+            f"config.dreambooth.{name}: is empty; {what}"
+            for name, what in (
+                ("concept_word", "name the word that stands for the concept in the captions"),
+                ("class_word", "name what the concept is an example of, such as dog"),
             )
-            if "teacher" in value
+            if not given[f"dreambooth.{name}"].strip()
         ]
     if given["warmup_steps"] >= given["steps"]:
         faults.append(
@@ -199,6 +244,26 @@ def check(config: Mapping[str, Any], asked: Collection[str] = ()) -> None:
             f"{given['steps']}"
         )
     raise_if(faults)
+
+
+def _teacher(given: Mapping[str, Any]) -> list[str]:
+    """What names the teacher's weights where there are none, or none that are trained."""
+    method, faults = given["method"], []
+    none = None
+    if method not in (*TEACHES, *KEEPS_START):
+        none = f"config.method = {method}"
+    elif method in TEACHES and given["teacher.weights"] == "live":
+        none = "config.teacher.weights = live"
+    if none and "teacher" in names(given["offload"]):
+        faults.append(
+            f"config.offload: names the teacher, which has no weights of its own with {none}"
+        )
+    if given["export_weights"] == "teacher" and (none or method in KEEPS_START):
+        why = none or f"config.method = {method}, which keeps the start only"
+        faults.append(
+            f"config.export_weights: names the teacher, which has no weights of its own with {why}"
+        )
+    return faults
 
 
 def _listed(name: str, value: Any, known: tuple[str, ...]) -> list[str]:

@@ -75,6 +75,11 @@ def step_key(seed: int, step) -> jax.Array:
     return jax.random.fold_in(jax.random.key(seed), step)
 
 
+def start_noise(key: jax.Array, shape: Sequence[int]) -> jax.Array:
+    """Unit Gaussian noise [b, h, w, c], float32."""
+    return jax.random.normal(key, shape, jnp.float32)
+
+
 def make_step(
     method: Callable[..., tuple[Losses, Tree]],
     tx: optax.GradientTransformation,
@@ -83,12 +88,15 @@ def make_step(
     seed: int,
     placement: TrainState | None = None,
     skip: bool = False,
+    draw: Callable[[jax.Array, Sequence[int]], Tree] = start_noise,
 ) -> Callable:
     """The compiled optimizer step: (state, base, batch, number, latent) -> (state, metrics).
 
     `method(student, teacher, base, batch, noise, key)` gives the losses and the gradient of one
-    micro-batch. `batch`: a tree whose leaves have a leading axis of micro-batches; their gradients
-    are averaged. `latent`: static shape [b, h, w, c] of a micro-batch's noise. The state is
+    micro-batch. `noise` is what `draw(key, shape)` returns: all that is random about a sample, in
+    arrays [samples, ...], lest it depend on the devices; `key` is the same for all samples.
+    `batch`: a tree whose leaves have a leading axis of micro-batches; their gradients are averaged.
+    `latent`: static shape [b, h, w, c] of a micro-batch's noise. The state is
     donated; `placement`, a sharding for each of its parts, is where the new one lies too.
 
     A step whose loss or gradient is not finite changes nothing but, with `skip`, the count of
@@ -105,7 +113,7 @@ def make_step(
         batch, shape = item
         key = jax.random.fold_in(step_key(seed, state.step), number)
         noise_key, method_key = jax.random.split(key)
-        noise = constrain_batch(jax.random.normal(noise_key, shape, jnp.float32))
+        noise = jax.tree.map(constrain_batch, draw(noise_key, shape))
         target = jax.lax.stop_gradient(state.student) if state.teacher is None else state.teacher
         losses, gradient = method(state.student, target, base, batch, noise, method_key)
         if placement:

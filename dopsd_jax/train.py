@@ -47,7 +47,7 @@ def main() -> int | None:
     effective_batch = config.batch_size * config.accumulate
     processes.say("\n".join(describe(dataset, effective_batch)))
 
-    # ---- Contexts of student and teacher: computed once, then the encoders leave.
+    # ---- What the method learns from: computed once, then the encoders leave.
     with processes.together():
         features = Features(pipe, dataset, config, experiment.cache_folder(config, workdir))
     processes.first_alone(lambda: features.prepare(processes.say))
@@ -128,11 +128,11 @@ def main() -> int | None:
         if first == config.steps and not all(p.exists() for p in results):
             deliver(first)  # asked for after the run was done
         timer.skip()
-        for n, (bucket, contexts) in prefetch(batches, load, first, config.steps):
+        for n, (bucket, batch) in prefetch(batches, load, first, config.steps):
             latent = (config.batch_size, *pipe.latent_shape(bucket.height, bucket.width))
             with jax.set_mesh(mesh):
-                contexts = sharding.put_batch(contexts, mesh, config.batch_size)
-                state, metrics = plan.step(state, pipe.split[2], contexts, n, latent=latent)
+                batch = sharding.put_batch(batch, mesh, config.batch_size)
+                state, metrics = plan.step(state, pipe.split[2], batch, n, latent=latent)
             if pending:
                 finish(*pending)
             pending = step, _ = n + 1, metrics

@@ -67,11 +67,11 @@ def test_a_traced_step_has_the_counted_products(targets):
     traced = jax.make_jaxpr(step)(adapter, adapter, base, contexts, jnp.zeros((1, *latent, 16)))
     counted = flops.step_work(
         TINY,
+        flops.dopsd_passes(3),
         height=latent[0],
         width=latent[1],
         rows_student=rows[0],
         rows_teacher=rows[1],
-        steps=3,
         chosen={} if full else chosen(TINY, targets),
         rank=rank,
         full=full,
@@ -125,20 +125,21 @@ def test_a_layer_costs_what_xla_says(gradient):
 def test_the_documented_budget(rows, remat, model, executed):
     """TFLOP for an image of 1024 x 1024, K = 4, rank 64; captions refined at every node."""
     work = flops.step_work(
-        FULL, height=128, width=128, rows_student=rows[0], rows_teacher=rows[1], steps=4,
-        chosen=chosen(FULL), rank=64, remat=remat, hoisted=False,
+        FULL, flops.dopsd_passes(4, hoisted=False), height=128, width=128, rows_student=rows[0],
+        rows_teacher=rows[1], chosen=chosen(FULL), rank=64, remat=remat,
     )  # fmt: skip
     assert abs(work.model / 1e12 - model) < 0.51
     assert abs(work.executed / 1e12 - executed) < 0.51
 
 
 def test_options_change_the_count_as_they_should():
-    def count(**options):
+    def count(taught=4, hoisted=True, **options):
         settings = {
-            "height": 128, "width": 128, "rows_student": 512, "rows_teacher": 1024, "steps": 4,
+            "height": 128, "width": 128, "rows_student": 512, "rows_teacher": 1024,
             "chosen": chosen(FULL), "rank": 64,
         }  # fmt: skip
-        return flops.step_work(FULL, **{**settings, **options})
+        passes = flops.dopsd_passes(4, taught, hoisted)
+        return flops.step_work(FULL, passes, **{**settings, **options})
 
     assert count().model < count(hoisted=False).model < 1.01 * count().model
     nothing, all_four = count(taught=0), count(taught=4)

@@ -174,15 +174,13 @@ def test_prepared_data_in_a_store(bucket, tmp_path):
 def test_batches_give_what_single_captions_give(tiny_model, tmp_path):
     dataset = measure(load_rows(write_folder(tmp_path / "set", count=5)), make_buckets(128)[:2])
     pipe = Pipeline(tiny_model)
-    teacher = ConfigDict(
-        {"doubled_template": False, "min_pixels": 64 * 64, "max_pixels": 128 * 128}
-    )
-    encoder = Encoder(pipe, dataset, teacher)
+    teacher = {"doubled_template": False, "min_pixels": 64 * 64, "max_pixels": 128 * 128}
+    encoder = Encoder(pipe, dataset, ConfigDict({"teacher": teacher, "dreambooth": {}}))
     wanted = dict.fromkeys(dataset.captions(), (STUDENT, TEACHER))
     encode = lambda batch: {(c, role): f for c, role, f in encoder.encode(wanted, batch)}
     one, some = encode(1), encode(3)
     assert one.keys() == some.keys() and len(one) == 10
-    lengths = encoder.lengths(list(wanted))
+    lengths = encoder.lengths(wanted)
     for (caption, role), found in some.items():
         assert len(found) == lengths[dataset.captions().index(caption), role]
         np.testing.assert_allclose(found, one[caption, role], rtol=1e-5, atol=1e-5)

@@ -32,7 +32,7 @@ _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 def feature_key(
     *,
-    role: Literal["student", "teacher"],
+    role: Literal["student", "teacher", "latent"],
     prompt: str,
     encoder: str,
     options: Mapping[str, object],

@@ -27,6 +27,7 @@ _AT_ONCE = 1024  # pictures given to the threads at a time
 class Dataset:
     """Rows with the measured facts of their pictures; `buckets[i]` is the bucket of `rows[i]`.
 
+    `prompt_keys`: under which captions are trained on; rows may have others, for their teacher.
     `features`: what the encoders made of it, where `dopsd_jax.prepare` has done so.
     """
 
@@ -44,9 +45,19 @@ class Dataset:
             found.setdefault(bucket, array("q")).append(row)
         return {bucket: np.array(found[bucket], np.int64) for bucket in sorted(found)}
 
-    def captions(self) -> list[Caption]:
-        """Every caption, in order."""
-        return [(row, i) for row, own in enumerate(self.rows) for i in range(len(own.captions))]
+    def captions(self, keys: Sequence[str] | None = None) -> list[Caption]:
+        """Every caption under `keys`, in order; None: under any."""
+        return [
+            (row, i)
+            for row, own in enumerate(self.rows)
+            for i, (key, _) in enumerate(own.captions)
+            if keys is None or key in keys
+        ]
+
+    def caption(self, row: int, keys: Sequence[str]) -> Caption:
+        """The first caption of a row under any of `keys`."""
+        captions = self.rows[row].captions
+        return row, next(i for i, (key, _) in enumerate(captions) if key in keys)
 
     def digest(self) -> str:
         """sha256 over what training sees: picture contents, buckets and captions, in order."""
@@ -157,10 +168,10 @@ def describe(dataset: Dataset, batch_size: int) -> list[str]:
         sizes = dataset.infos.sizes()[rows]
         enlarged = int(np.sum((sizes < np.array(bucket)).any(axis=1)))
         lines.append(f"bucket {bucket}: {len(rows)} rows, {enlarged} enlarged")
-    lengths = {key: array("i") for key in dataset.prompt_keys}
+    lengths: dict[str, array] = {}
     for row in dataset.rows:
         for key, text in row.captions:
-            lengths[key].append(len(text))
+            lengths.setdefault(key, array("i")).append(len(text))
     for key, found in lengths.items():
         lines.append(
             f"captions {key}: {len(found)}, {min(found)} to {max(found)} characters, "

@@ -122,26 +122,32 @@ class Prepared:
             if have.get(name) != value
         )
 
-    def longest(self, role: int) -> int:
-        """Positions of the longest feature of the student (0) or the teacher (1)."""
-        chosen = np.array(self._numbers, np.int64)
+    def longest(self, role: int, keys: Sequence[str] | None = None) -> int:
+        """Positions of the longest feature of the student (0) or the teacher (1).
+
+        `keys`: of the captions under these alone.
+        """
+        chosen, used = np.array(self._numbers, np.int64), self.rows.under(keys)
         ends = np.array(self.rows.caption_ends(), np.int64)
         longest, size = 0, self.manifest.rows_per_part
         for number, index in enumerate(self._index):
             rows = self.manifest.rows_of(number)
-            own = chosen[ends[number * size] : ends[rows.stop]]
+            part = slice(ends[number * size], ends[rows.stop])
+            own = chosen[part][used[part]]
             longest = max(longest, int(index[own, role, 1].max(initial=0)))
         return longest
 
-    def load(self, caption: Caption) -> tuple[Float[np.ndarray, "n c"], Float[np.ndarray, "m c"]]:
-        """The features of a caption for the student and for the teacher, from storage."""
+    def load(
+        self, caption: Caption, roles: Sequence[int] = tuple(range(parts.ROLES))
+    ) -> tuple[Float[np.ndarray, "n c"], ...]:
+        """The features of a caption, from storage: for the student (0), for the teacher (1)."""
         row, i = caption
         part = row // self.manifest.rows_per_part
         number = self._numbers[self.rows.caption_ends()[row] + i]
         width = self.channels * self.dtype.itemsize
         found = []
         with parts.reading(self._paths[part]), self._paths[part].open("rb") as file:
-            for role in range(parts.ROLES):
+            for role in roles:
                 first, count = self._index[part][number, role].tolist()
                 file.seek(int(self._starts[part]) + first * width)
                 content = file.read(count * width)

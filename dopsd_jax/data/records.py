@@ -51,16 +51,20 @@ class Examples:
 class Collector:
     """Gathers rows into a `Table` and watches which caption keys they have.
 
-    `where`: the source, for messages; `unit`: what its rows are counted in there.
+    `where`: the source, for messages; `unit`: what its rows are counted in there. `required`: a key
+    that every row must have besides, the teacher's.
     """
 
-    def __init__(self, where: str, prompt_keys: Sequence[str] | None, unit: str):
-        self.where, self.unit = where, unit
-        self.chosen = prompt_keys is not None
-        self.keys = tuple(dict.fromkeys(prompt_keys)) if self.chosen else KNOWN_KEYS
+    def __init__(
+        self, where: str, prompt_keys: Sequence[str] | None, unit: str, required: str | None = None
+    ):
+        self.where, self.unit, self.required = where, unit, required
+        self.chosen, besides = prompt_keys is not None, [required] if required else []
+        keys = prompt_keys if self.chosen else KNOWN_KEYS
+        self.keys = tuple(dict.fromkeys((*keys, *besides)))
         self.table = Table(self.keys, where)
         self.counts = dict.fromkeys(self.keys, 0)
-        self.missing = {key: Examples() for key in self.keys} if self.chosen else {}
+        self.missing = {key: Examples() for key in (self.keys if self.chosen else besides)}
         self.empty = {key: Examples() for key in self.keys}
         self.problems: list[str] = []
         self.notes: list[str] = []
@@ -86,7 +90,7 @@ class Collector:
                 self.counts[key] += 1
                 if not texts[key].strip():
                     self.empty[key].add(name)
-            elif self.chosen:
+            elif key in self.missing:
                 self.missing[key].add(name)
         self.table.append(image, captions, **facts)
 
@@ -104,11 +108,13 @@ class Collector:
                 self.problem(self._no_common_key(counts))
         for what, by_key in (("missing", self.missing), ("empty", self.empty)):
             for key, rows_of in by_key.items():
-                if key in keys and rows_of:
+                if (key in keys or key == self.required) and rows_of:
+                    other = "leave the key out of data.prompt_keys"
+                    if key == self.required:
+                        other = "name another key in teacher.prompt_key"
                     self.problem(
                         f"{self.where}: caption {key!r} is {what} in {self.unit} {rows_of} "
-                        f"({rows_of.count} of {rows} rows); write it, or leave the key out of "
-                        "data.prompt_keys"
+                        f"({rows_of.count} of {rows} rows); write it, or {other}"
                     )
         if self.hidden:
             self.problems.append(f"... and {self.hidden} more")

@@ -44,11 +44,13 @@ def load_rows(
     caption_lines: bool = False,
     data_root: str | Path | None = None,
     cache: FeatureCache | None = None,
+    teacher_key: str | None = None,
 ) -> Rows:
     """Reads the rows at `path`; pictures are only looked for, not opened.
 
     Without `prompt_keys`, all known keys that every row has are taken, and a note says which. A row
-    without a requested caption is an error. `cache` keeps the indices of archives.
+    without a requested caption is an error. `cache` keeps the indices of archives. `teacher_key`: a
+    further key that is requested, of the captions that teachers are told (teacher.prompt_key).
     """
     if "://" in str(path):
         raise UserError(
@@ -70,14 +72,19 @@ def load_rows(
     try:
         archives = _archives(path)
         if archives:
-            collector = Collector(str(path), prompt_keys, "samples")
+            collector = Collector(str(path), prompt_keys, "samples", teacher_key)
             read_archives(archives, collector, caption_extension, caption_lines, cache)
             return _finish(collector, path)
         table = _table(path)
         if table is not None:
-            collector = Collector(str(table), prompt_keys, "lines")
+            collector = Collector(str(table), prompt_keys, "lines", teacher_key)
             read_records(table, collector, data_root)
             return _finish(collector, table)
+        if teacher_key not in (None, FOLDER_KEY):
+            raise UserError(
+                f"teacher.prompt_key {teacher_key!r}: a folder with caption files has only the key "
+                f"{FOLDER_KEY!r}; write {METADATA[0]} with both captions"
+            )
         return _from_folder(path, prompt_keys, caption_extension, caption_lines)
     except OSError as error:
         raise open_failure(path, error) from error

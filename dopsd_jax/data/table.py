@@ -9,6 +9,9 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
+from jaxtyping import Bool
+
 from dopsd_jax.data.blobs import ARCHIVES, Blob
 
 
@@ -120,6 +123,11 @@ class Table(Sequence[Row]):
     def caption_ends(self) -> array:
         """Captions of rows 0..i in number, for each i, behind a zero."""
         return self._ends
+
+    def under(self, keys: Sequence[str] | None) -> Bool[np.ndarray, " k"]:
+        """Whether each caption of all rows has one of `keys`; None: any."""
+        codes = [self._codes[key] for key in (self.keys if keys is None else keys)]
+        return np.isin(np.frombuffer(self._text_keys, np.uint8), codes)
 
     def only(self, keys: Sequence[str]) -> "Table":
         """The same rows with the captions under `keys` alone."""

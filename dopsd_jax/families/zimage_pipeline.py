@@ -216,27 +216,25 @@ class Pipeline:
 
     def encoder_digest(self, memo: Path) -> str:
         """What the contexts depend on: weights and settings of text encoder and vision tower."""
-        parts = []
-        for folder, network in self._encoders().values():
-            stored = open_stored(folder, network)
-            parts += [source_digest(stored, folder, memo), stored.config_text]
-        parts.append(str(self.dtype))
+        parts = [self.part_digest(name, memo) for name in ("text_encoder", "vlm")]
+        return hashlib.sha256(json.dumps([*parts, str(self.dtype)]).encode()).hexdigest()
+
+    def part_digest(self, name: str, memo: Path) -> str:
+        """Of the weights and settings of `text_encoder`, `vlm` or `vae`."""
+        folder, network = self._encoders()[name]
+        stored = open_stored(folder, network)
+        parts = [source_digest(stored, folder, memo), stored.config_text]
         return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
 
-    def encoder_digests(self, memo: Path) -> dict[str, str]:
-        """The same for each encoder alone, of those whose folders are there."""
-        found = {}
-        for name, (folder, network) in self._encoders().items():
-            if folder.is_dir():
-                stored = open_stored(folder, network)
-                parts = [source_digest(stored, folder, memo), stored.config_text]
-                found[name] = hashlib.sha256(json.dumps(parts).encode()).hexdigest()
-        return found
+    def has_encoder(self, name: str) -> bool:
+        """Whether the folder of an encoder is there."""
+        return self._encoders()[name][0].is_dir()
 
     def _encoders(self) -> dict[str, tuple[Path, networks.Network]]:
         return {
             "text_encoder": (self.folder / "text_encoder", networks.ZIMAGE["text_encoder"]),
             "vlm": (self.vlm_folder, networks.VLM),
+            "vae": (self.folder / "vae", networks.ZIMAGE["vae"]),
         }
 
     # Contexts.
@@ -299,9 +297,13 @@ class Pipeline:
         ids = self.teacher_tokens(prompt, grid, doubled)
         return self.encode_image_texts([ids], [patches], grid)[0]
 
-    def student_tokens(self, prompt: str) -> list[int]:
-        """Token ids of the student's text. Raises `UserError` if they are too many."""
-        return self._tokens(templates.student_text(prompt), prompt, self.student_limit)
+    def student_tokens(self, prompt: str, limit: int | None = None) -> list[int]:
+        """Token ids of the student's text. Raises `UserError` if they are too many.
+
+        `limit`: how many are; None: more than `student_limit`.
+        """
+        text = templates.student_text(prompt)
+        return self._tokens(text, prompt, limit or self.student_limit)
 
     def teacher_tokens(self, prompt: str, grid: tuple[int, int], doubled: bool) -> list[int]:
         """Token ids of the teacher's text for an image of `grid` patches."""

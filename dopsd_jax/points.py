@@ -1,0 +1,165 @@
+"""What the baselines share: states that are known before the student is asked, and its loss there.
+
+D-OPSD's states come from the student's own predictions, one after the other; a baseline's do not,
+so each of them is a point of its own: P of them, for all samples of a batch. The gradient is taken
+point by point inside a scan, as in `dopsd.loss_and_gradient`, and memory does not grow with P.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Key
+
+from dopsd_jax.dopsd import Contexts, Denoiser, Losses
+
+Tree = Any
+LEVELS = ("logit_normal", "uniform", "shifted", "nodes")
+
+
+class Batch(NamedTuple):
+    """What a method learns from; None where it has no use for it.
+
+    target: clean latents of the data set's pictures. prior: the context of the class prompts.
+    """
+
+    contexts: Contexts
+    target: Float[Array, "b h w c"] | None = None
+    prior: Tree | None = None
+
+
+class Draws(NamedTuple):
+    """What is random about each sample.
+
+    start: the noise that its rollout begins with. keys: for all else; one a sample, so that what is
+    drawn depends neither on the devices nor on the other samples.
+    """
+
+    start: Float[Array, "b h w c"]
+    keys: Key[Array, " b"]
+
+
+def draw(key: Key[Array, ""], shape: Sequence[int]) -> Draws:
+    """The draws of a micro-batch of latents [b, h, w, c]; `start` is that of D-OPSD."""
+    start = jax.random.normal(key, shape, jnp.float32)
+    return Draws(start, jax.random.split(jax.random.fold_in(key, 1), shape[0]))
+
+
+def folded(keys: Key[Array, " b"], name: int) -> Key[Array, " b"]:
+    """Other keys of the same samples; each use of them has a name."""
+    return jax.vmap(lambda key: jax.random.fold_in(key, name))(keys)
+
+
+def normals(
+    keys: Key[Array, " b"], count: int, x: Float[Array, "b h w c"]
+) -> Float[Array, "p b h w c"]:
+    """`count` unit Gaussian arrays of x's shape."""
+    one = lambda key: jax.random.normal(key, (count, *x.shape[1:]), jnp.float32)
+    return jnp.moveaxis(jax.vmap(one)(keys), 0, 1)
+
+
+class Levels(NamedTuple):
+    """At which noise levels a sample is learned: config.sft.
+
+    sigma: how they are distributed. `logit_normal`: the logit of sigma is a unit Gaussian (SD3);
+    `uniform`; `shifted`: uniform under the model's shift, s sigma / (1 + (s - 1) sigma);
+    `nodes`: those of the grid, each as likely. samples: how many a picture and step.
+    """
+
+    sigma: str
+    samples: int
+    grid: tuple[float, ...]
+    shift: float
+
+    def draw(self, keys: Key[Array, " b"]) -> Float[Array, "p b"]:
+        """Levels of each sample, the noisiest first."""
+        return -jnp.sort(-jax.vmap(self._draw)(keys), axis=1).T
+
+    def _draw(self, key: Key[Array, ""]) -> Float[Array, " p"]:
+        if self.sigma == "nodes":
+            return jax.random.choice(key, jnp.array(self.grid[:-1], jnp.float32), (self.samples,))
+        if self.sigma == "logit_normal":
+            return jax.nn.sigmoid(jax.random.normal(key, (self.samples,), jnp.float32))
+        sigma = jax.random.uniform(key, (self.samples,), jnp.float32)
+        s = self.shift if self.sigma == "shifted" else 1.0
+        return s * sigma / (1 + (s - 1) * sigma)
+
+
+def noised(x0: Float[Array, "b h w c"], noise: Float[Array, "..."], sigma: Float[Array, "..."]):
+    """(1 - sigma) x0 + sigma noise; `sigma` stands for the axes before h, w, c."""
+    sigma = sigma[..., None, None, None]
+    return (1 - sigma) * x0 + sigma * noise
+
+
+class Points(NamedTuple):
+    """States and the velocities that are wanted there."""
+
+    x: Float[Array, "p b h w c"]
+    sigma: Float[Array, "p b"]
+    wanted: Float[Array, "p b h w c"]
+    weight: Float[Array, " p"]
+
+
+def fit(
+    net: Denoiser,
+    student: Tree,
+    base: Tree,
+    context: Tree,
+    points: Points,
+    taught: Bool[Array, " p"] | None = None,
+) -> tuple[Losses, Tree]:
+    """L = 1/P sum_p w_p mean( (v_student(x_p) - wanted_p)^2 ) over the taught points."""
+
+    def loss(velocity, point: Points):
+        mse = jnp.mean(jnp.square(velocity(point.x, point.sigma) - point.wanted))
+        return point.weight * mse, mse
+
+    return over_points(net, student, base, context, loss, points, taught)
+
+
+def over_points(
+    net: Denoiser,
+    student: Tree,
+    base: Tree,
+    context: Tree,
+    loss: Callable[[Callable, Tree], tuple[Float[Array, ""], Float[Array, ""]]],
+    points: Tree,
+    taught: Bool[Array, " p"] | None = None,
+) -> tuple[Losses, Tree]:
+    """The mean of `loss` over the taught points, and its gradient for the student.
+
+    `loss(velocity, point)` gives the loss at one point, and the mean squared error to be reported;
+    `velocity(x, sigma)` is the student's, in `context`. `points`: a tree of arrays [P, ...].
+    `taught`: which of them count, for the others nothing is computed; None: all.
+    """
+    number = len(jax.tree.leaves(points)[0])
+    asked = jnp.ones((number,), bool) if taught is None else taught
+    count = jnp.sum(asked).astype(jnp.float32)
+    hoisted, pull = jax.vjp(lambda s: net.hoist(s, base, context), student)
+
+    def at(student, hoisted, point):
+        value, mse = loss(
+            lambda x, sigma: net.velocity(student, base, x, sigma, context, hoisted), point
+        )
+        return value / count, (value, mse)
+
+    def learn(point):
+        gradients, found = jax.grad(at, argnums=(0, 1), has_aux=True)(student, hoisted, point)
+        return gradients, found
+
+    def skip(point):
+        return jax.tree.map(jnp.zeros_like, (student, hoisted)), (jnp.float32(jnp.nan),) * 2
+
+    def add(total, item):
+        is_taught, point = item
+        gradients, found = (
+            learn(point) if taught is None else jax.lax.cond(is_taught, learn, skip, point)
+        )
+        return jax.tree.map(jnp.add, total, gradients), found
+
+    zeros = jax.tree.map(jnp.zeros_like, (student, hoisted))
+    (gradient, hoisted_gradient), (per_point, mse) = jax.lax.scan(add, zeros, (asked, points))
+    gradient = jax.tree.map(jnp.add, gradient, *pull(hoisted_gradient))
+    total = jnp.sum(jnp.where(asked, per_point, 0.0)) / count
+    return Losses(total, per_point, mse), gradient
