@@ -50,9 +50,7 @@ def prepared_settings(config: ConfigDict, pipe: Pipeline, memo: Path) -> dict[st
         names.append("vlm")
         shared = ("min_pixels", "max_pixels", "doubled_template")
         found |= {name: config.teacher[name] for name in shared} | {"crop": crop_name(0, 0)}
-    return found | {
-        name: pipe.encoder_digest(name, memo) for name in names if pipe.has_encoder(name)
-    }
+    return found | {name: pipe.part_digest(name, memo) for name in names if pipe.has_encoder(name)}
 
 
 class Store(Protocol):
@@ -159,7 +157,7 @@ class CachedFeatures:
         self.needs = methods.needs(config)
         seen, memo = methods.sees_image(config), Path(folder) / DIGESTS
         names = ["text_encoder"] + ["vlm"] * seen + ["vae"] * self.needs.target
-        digest = lambda name: f"{pipe.encoder_digest(name, memo)} {config.dtype}"
+        digest = lambda name: f"{pipe.part_digest(name, memo)} {config.dtype}"
         self.digests = {name: digest(name) for name in names}
         self.picture = self.encoder.image
 
@@ -214,7 +212,7 @@ class CachedFeatures:
             if key in missing:
                 missing.remove(key)  # captions may be equal
                 todo.setdefault(caption, []).append(kind)
-        self.encoder.lengths(todo)
+        self.encoder.lengths({caption: wanted[caption] for caption in todo})
         made = self.encoder.encode(todo)
         total = sum(map(len, todo.values()))
         for caption, kind, features in _reported(made, total, "captions and images", report):

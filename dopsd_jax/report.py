@@ -21,11 +21,13 @@ CONFIG, REPORT = "config.json", "report.html"
 ROUNDS = 40  # at most so many grids are embedded: the first, the last, and some evenly between
 SIDE = 1600  # grids are embedded as JPEG with sides up to this
 
+# Methods whose gap is that of student and teacher; others compare with pictures (docs/methods.md).
+BESIDE_TEACHER = ("dopsd", "offpolicy")
 # Field, title, note, and whether a logarithmic axis suits it.
 CURVES = (
-    ("loss", "Loss", "mean over the rollout's steps", True),
+    ("loss", "Loss", "mean over noise levels", True),
     ("loss_per_step", "Loss per denoising step", "first to last", True),
-    ("gap", "Gap", "student and teacher, root mean square", True),
+    ("gap", "Gap", "{gap}, root mean square", True),
     ("grad_norm", "Gradient norm", "before clipping", True),
     ("lr", "Learning rate", "", False),
     ("images_per_second", "Throughput", "images per second", False),
@@ -43,12 +45,18 @@ def write_report(workdir: str | os.PathLike) -> epath.Path:
     records = read_metrics(workdir / FILE)
     config = _read_config(workdir / CONFIG)
     name = html.escape(workdir.name or workdir.resolve().name)
+    section = config.get("config")
+    method = section.get("method", "dopsd") if isinstance(section, dict) else "dopsd"
+    gap = "student and teacher" if method in BESIDE_TEACHER else "velocity and noise - picture"
     page = PAGE.format(
         title=name,
         style=STYLE,
         script=SCRIPT,
         summary=_summary(records, config),
-        curves="".join(_curve(records, *curve) for curve in CURVES),
+        curves="".join(
+            _curve(records, field, title, note.format(gap=gap), log)
+            for field, title, note, log in CURVES
+        ),
         samples=_samples(sample_files(workdir)),
         config=_config(config),
     )

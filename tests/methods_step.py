@@ -1,0 +1,77 @@
+"""Steps of every method as a configuration makes them, on one device and on four; see
+test_methods.py.
+
+python methods_step.py OUT.npz
+"""
+
+import runpy
+import sys
+import time
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from dopsd_jax import settings, sharding
+from dopsd_jax.models import zimage
+from dopsd_jax.program import Case, make_program
+
+GET_CONFIG = runpy.run_path(str(Path(__file__).parents[1] / "configs/zimage.py"))["get_config"]
+SIZE = zimage.ZImageConfig(
+    dim=32, layers=2, refiner_layers=0, heads=2, caption_dim=16, axes_dims=(4, 6, 6)
+)
+CASE = Case(height=32, width=48, rows_student=32, rows_teacher=64)
+MESHES = {"one": {"data": 1}, "four": {"data": 2, "fsdp": 2}}
+FIELDS = {"batch_size": 4, "grid": "1,0.5", "sft.samples": 2, "dreambooth.class_word": "dog"}
+CASES = [("dreambooth", "lora", mesh, {}) for mesh in MESHES]
+STEPS = 2
+
+
+def random(like, seed, scale):
+    """Arrays of the same shapes, Gaussian; lengths of captions where integers are asked."""
+    leaves, tree = jax.tree.flatten(like)
+    rng = np.random.default_rng(seed)
+
+    def draw(leaf):
+        if jnp.issubdtype(leaf.dtype, jnp.integer):
+            return rng.integers(1, CASE.rows_student, leaf.shape).astype(leaf.dtype)
+        return (scale * rng.standard_normal(leaf.shape)).astype(leaf.dtype)
+
+    return jax.tree.unflatten(tree, [jax.device_put(draw(x), x.sharding) for x in leaves])
+
+
+def run(method, train, name, fields):
+    config = GET_CONFIG("tiny_full" if train == "full" else "tiny")
+    config.update_from_flattened_dict({"method": method, "adam_eps": 1e-3, **FIELDS, **fields})
+    config.mesh.update(MESHES[name])
+    mesh = sharding.make_mesh(MESHES[name], jax.devices()[:1] if name == "one" else None)
+    settings.check(config)
+    with jax.set_mesh(mesh):
+        program = make_program(config, SIZE, CASE, mesh, "cpu")
+        plan, batch = program.plan, random(program.batch, 2, 1.0)
+        base, student = random(program.base, 0, 0.1), random(plan.like.student, 1, 0.1)
+        state, records = plan.begin(student), []
+        for n in range(STEPS):
+            state, metrics = plan.step(state, base, batch, n, latent=program.latent)
+            records.append(jax.device_get(metrics))
+    flat = np.concatenate([np.ravel(x) for x in jax.tree.leaves(state.student)])
+    return {f"{method}/{name}/{k}": np.stack([r[k] for r in records]) for k in records[0]} | {
+        f"{method}/{name}/student": flat,
+        f"{method}/{name}/kept": np.asarray(len(jax.tree.leaves(state.teacher))),
+    }
+
+
+def main(out):
+    jax.config.update("jax_num_cpu_devices", 4)
+    jax.config.update("jax_default_matmul_precision", "float32")
+    results = {}
+    for case in CASES:
+        start = time.process_time()
+        results |= run(*case)
+        print(*case[:3], f"{time.process_time() - start:.1f} CPU s", flush=True)
+    np.savez(out, **results)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1])

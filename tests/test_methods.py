@@ -1,0 +1,277 @@
+"""Every method as a configuration names it: what it asks for, what it refuses, and that it runs."""
+
+import json
+import os
+import runpy
+import shutil
+import subprocess
+import sys
+
+import jax
+import methods_step
+import numpy as np
+import pytest
+from conftest import ROOT, relative_error
+from PIL import Image
+
+from dopsd_jax import experiment, methods, settings
+from dopsd_jax.data.loader import BatchIndex
+from dopsd_jax.encoding import class_prompt
+from dopsd_jax.errors import UserError
+from dopsd_jax.features import Features
+from dopsd_jax.weights.safetensors_io import TensorFiles
+
+GET_CONFIG = runpy.run_path(str(ROOT / "configs/zimage.py"))["get_config"]
+
+
+def config_of(**fields):
+    """The tiny configuration with other fields, named with __ for a dot."""
+    config = GET_CONFIG("tiny")
+    config.update_from_flattened_dict({k.replace("__", "."): v for k, v in fields.items()})
+    return config
+
+
+def problems_of(call, *args, **kwargs):
+    with pytest.raises(UserError) as caught:
+        call(*args, **kwargs)
+    return caught.value.problems
+
+
+# --- Configurations
+
+
+@pytest.mark.parametrize(
+    ("fields", "asked", "message"),
+    [
+        ({"method": "sft"}, "teacher.decay", "teacher.decay: has no effect with config.method"),
+        ({"method": "sft"}, "loss", "loss: has no effect with config.method = sft"),
+        ({"method": "dopsd"}, "sft.samples", "sft.samples: has no effect"),
+        ({"method": "pso"}, "dreambooth.weight", "dreambooth.weight: has no effect"),
+        ({"method": "pso"}, "teacher.weights", "teacher.weights: has no effect"),
+        ({}, "teacher.prompt_key", "has no effect with config.teacher.context = vlm"),
+        ({"method": "dreambooth"}, "", "config.dreambooth.class_word: is empty"),
+        ({"method": "sft", "offload": "teacher"}, "", "config.offload: names the teacher"),
+        ({"method": "pso", "export_weights": "teacher"}, "", "which keeps the start only"),
+        ({"teacher__context": "prompt"}, "", "config.teacher.prompt_key: is empty"),
+        ({"method": "sft", "sft__sigma": "beta"}, "", "'beta' is not one of logit_normal"),
+        ({"method": "pso", "pso__beta": -1.0}, "", "config.pso.beta: -1.0 must be at least 0"),
+    ],
+)
+def test_what_a_method_cannot_use_is_refused(fields, asked, message):
+    (problem,) = problems_of(settings.check, config_of(**fields), [asked] if asked else [])
+    assert message in problem
+
+
+def test_every_field_of_a_method_is_known_and_used_by_some():
+    assert settings.ONLY_FOR.keys() <= settings.FIELDS.keys()
+    assert all(set(names) <= set(settings.METHODS) for names in settings.ONLY_FOR.values())
+    for method in settings.METHODS:
+        config = config_of(method=method, dreambooth__class_word="dog")
+        settings.check(config, [n for n, of in settings.ONLY_FOR.items() if method in of
+                                and n != "teacher.prompt_key"])  # fmt: skip
+
+
+def test_only_what_a_method_compares_with_is_kept():
+    weights = lambda **fields: methods.teacher(config_of(**fields)).weights
+    assert weights(method="sft") == "live"
+    assert weights(method="pso") == weights(method="dreambooth") == "frozen"
+    for method in ("dopsd", "sft_teacher", "offpolicy"):
+        for kept in ("ema", "frozen", "live"):
+            assert weights(method=method, teacher__weights=kept) == kept
+
+
+# --- Data
+
+
+CAPTIONS = {"short_en": "a [V] thing", "detailed_en": "a [V] thing, large and blue, on a table"}
+
+
+def write_rows(folder, *captions):
+    folder.mkdir()
+    lines = []
+    for i, own in enumerate(captions):
+        Image.new("RGB", (96, 96), (80 * i, 10, 200)).save(folder / f"{i}.png")
+        lines.append(json.dumps({"image_path": f"{i}.png", **own}))
+    (folder / "rows.jsonl").write_text("\n".join(lines))
+    return str(folder / "rows.jsonl")
+
+
+def open_features(model, path, workdir, **fields):
+    fields = {"model": str(model), "data__path": path, "data__buckets": "96x96", **fields}
+    config = config_of(**fields)
+    settings.check(config)
+    pipe, _ = experiment.open_pipeline(config, workdir)
+    dataset = experiment.open_data(config, workdir, pipe.size_multiple)
+    features = Features(pipe, dataset, config, experiment.cache_folder(config, workdir))
+    features.prepare(lambda line: None)
+    return features
+
+
+def batch_of(features, rows, caption):
+    bucket = features.dataset.buckets[0]
+    index = BatchIndex(0, bucket, np.array(rows), ("-",) * len(rows), np.array([caption] * 2))
+    return features.batch(index, 2)
+
+
+def test_latents_and_class_prompts_are_encoded_once_and_need_no_vision_model(tiny_model, tmp_path):
+    model = tmp_path / "model"
+    shutil.copytree(tiny_model, model, ignore=shutil.ignore_patterns("vlm"))
+    path = write_rows(tmp_path / "rows", CAPTIONS, CAPTIONS)
+    assert "teacher.vlm" in problems_of(open_features, model, path, tmp_path)[0]
+    options = {"method": "dreambooth", "dreambooth__class_word": "dog"}
+    options["dreambooth__concept_word"] = "[V] thing"
+    features = open_features(model, path, tmp_path, **options)
+    batch = batch_of(features, [1, 0], 0)
+    assert batch.contexts.teacher is None
+    assert batch.target.shape == (2, 1, 12, 12, 16) and batch.target.dtype == np.float32
+    for place, row in enumerate([1, 0]):
+        expected = features.pipe.encode_image(features.image(row)[None])
+        np.testing.assert_allclose(batch.target[place], expected, rtol=1e-5, atol=1e-5)
+    assert not np.allclose(batch.target[0], batch.target[1])
+    length, found = batch.prior.lengths[0, 0], batch.prior.features[0, 0]
+    np.testing.assert_allclose(
+        found[:length], features.pipe.student_features("a dog"), rtol=1e-5, atol=1e-5
+    )
+    assert class_prompt(CAPTIONS["detailed_en"], features.store.config.dreambooth).startswith(
+        "a dog, large"
+    )
+    # A second time nothing is encoded: neither encoder is even loaded.
+    again = open_features(model, path, tmp_path, **options)
+    jax.tree.map(np.testing.assert_array_equal, batch_of(again, [1, 0], 0), batch)
+    assert not {"text_encoder", "vision", "vae"} & again.pipe.__dict__.keys()
+    options["dreambooth__concept_word"] = "<dog>"
+    problems = problems_of(open_features, model, path, tmp_path, **options)
+    assert (
+        len(problems) == 4 and "rows.jsonl:1: its caption 'short_en' has no '<dog>'" in problems[0]
+    )
+
+
+def test_a_teacher_is_told_another_caption_of_the_row(tiny_model, tmp_path):
+    path = write_rows(tmp_path / "rows", CAPTIONS, {**CAPTIONS, "short_en": "a [V]"})
+    prompt = {"teacher__context": "prompt", "teacher__prompt_key": "detailed_en"}
+    features = open_features(tiny_model, path, tmp_path, **prompt)
+    assert features.dataset.prompt_keys == ("short_en",)
+    student, teacher = batch_of(features, [0, 1], 0).contexts
+    told = features.pipe.student_features(CAPTIONS["detailed_en"])
+    assert (teacher.lengths == len(told)).all() and student.lengths[0, 0] < len(told)
+    np.testing.assert_allclose(teacher.features[1, 0, : len(told)], told, rtol=1e-5, atol=1e-5)
+    # Told its own, it has nothing to tell.
+    own = open_features(tiny_model, path, tmp_path, data__prompt_keys="detailed_en", **prompt)
+    student, teacher = batch_of(own, [0, 1], 0).contexts
+    jax.tree.map(np.testing.assert_array_equal, student, teacher)
+
+
+def test_a_row_without_the_teachers_caption_is_named(tmp_path):
+    prompt = {"teacher__context": "prompt", "teacher__prompt_key": "detailed_en"}
+    read = lambda path, **more: experiment.open_rows(
+        config_of(data__path=path, **prompt, **more), tmp_path
+    )
+    path = write_rows(tmp_path / "rows", CAPTIONS, {"short_en": "a [V]"}, {"short_en": "b"})
+    for more in ({}, {"data__prompt_keys": "short_en,detailed_en"}):
+        (problem,) = problems_of(read, path, **more)
+        assert "caption 'detailed_en' is missing in lines 2, 3 (2 of 3 rows)" in problem
+        assert "teacher.prompt_key" in problem
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    assert "has only the key 'caption'" in problems_of(read, str(folder))[0]
+    config = config_of(data__path="x", **prompt)
+    (problem,) = problems_of(experiment.trained_keys, config, ("detailed_en",))
+    assert "is the only caption key" in problem
+
+
+# --- Steps and runs
+
+
+@pytest.fixture(scope="module")
+def steps(tmp_path_factory):
+    out = tmp_path_factory.mktemp("steps") / "steps.npz"
+    flags = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
+    env = {**os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags}
+    command = [sys.executable, methods_step.__file__, out]
+    done = subprocess.run(command, env=env, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-4000:]
+    return np.load(out)
+
+
+@pytest.mark.slow
+@pytest.mark.multiprocess
+def test_a_step_is_the_same_on_four_devices_as_on_one(steps):
+    """Start and class pictures, noise and noise levels are drawn on the devices, and by them."""
+    for what in ("loss", "loss_per_step", "gap", "grad_norm", "student"):
+        four, one = (steps[f"dreambooth/{mesh}/{what}"] for mesh in ("four", "one"))
+        assert relative_error(four, one) < 1e-5, what
+
+
+LOW = {
+    "steps": 4,
+    "checkpoint_every": 4,
+    "sample_every": 0,
+    "sample_rows": 1,
+    "data.buckets": "96x96",
+    "learning_rate": 3e-3,
+    "grid": "1,0.5",
+    "sft.samples": 2,
+}
+OWN = {"teacher.context": "prompt", "teacher.prompt_key": "caption", "data.prompt_keys": "caption"}
+RUNS = {
+    "sft": {"sft.sigma": "nodes"},
+    "sft_teacher": {},
+    "offpolicy": {"offpolicy.states": "targets"},
+    "pso": {},
+    "dreambooth": {"dreambooth.concept_word": "a ", "dreambooth.class_word": "the "},
+    "dopsd": {**OWN, "teacher.weights": "live"},
+}
+
+
+@pytest.fixture(scope="module")
+def runs(tiny_run, tmp_path_factory):
+    """Work directories in which `train` ran for each method, and for one of them in two parts."""
+    folder, jobs = tmp_path_factory.mktemp("runs"), []
+    parts = tmp_path_factory.mktemp("parts")
+    for method, fields in RUNS.items():
+        common = {**LOW, **fields, "method": method, "data.cache": str(folder / "cache")}
+        common |= {"model": str(tiny_run / "tiny_model"), "data.path": str(tiny_run / "tiny_data")}
+        jobs.append([str(folder / method), common])
+        if method == "dreambooth":
+            jobs += [[str(parts), {**common, "steps": n}] for n in (2, 4)]
+    (folder / "jobs.json").write_text(json.dumps(jobs))
+    command = [sys.executable, ROOT / "tests/methods_train.py", folder / "jobs.json"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
+    print(done.stdout)
+    return folder, parts
+
+
+def records(workdir):
+    return [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("method", [method for method in RUNS if method != "dopsd"])
+def test_every_method_trains(runs, method):
+    workdir = runs[0] / method
+    found = records(workdir)
+    assert [record["step"] for record in found] == [1, 2, 3, 4]
+    assert all(np.isfinite(record["loss"]) and record["grad_norm"] > 0 for record in found)
+    assert all(len(record["loss_per_step"]) == 2 for record in found)
+    assert (workdir / "lora" / "step_4.safetensors").exists()
+    assert (workdir / "report.html").exists()
+
+
+@pytest.mark.slow
+def test_told_the_students_prompt_a_live_teacher_teaches_nothing(runs):
+    for record in records(runs[0] / "dopsd"):
+        assert record["loss"] < 1e-10 and record["gap"] < 1e-5
+
+
+@pytest.mark.slow
+def test_another_method_resumes_bit_for_bit(runs):
+    whole, parts = runs[0] / "dreambooth", runs[1]
+    clock = ("seconds", "images_per_second")
+    strip = lambda rows: [{k: v for k, v in r.items() if k not in clock} for r in rows]
+    assert strip(records(parts)) == strip(records(whole))
+    read = lambda workdir: TensorFiles.open(workdir / "lora" / "step_4.safetensors")
+    one, two = read(whole), read(parts)
+    assert one.infos.keys() == two.infos.keys()
+    for name in one.infos:
+        np.testing.assert_array_equal(one.read(name), two.read(name), err_msg=name)
