@@ -203,9 +203,8 @@ class CachedFeatures:
     def compute(self, report: Callable[[str], None]) -> None:
         """Computes what the cache lacks. Raises `UserError` before with all over-long captions."""
         # What is cached has passed this check before.
-        keys = {
-            (c, kind): self.key(c, kind) for c, kinds in self.wanted().items() for kind in kinds
-        }
+        wanted = self.wanted()
+        keys = {(c, kind): self.key(c, kind) for c, kinds in wanted.items() for kind in kinds}
         missing = set(self.cache.missing(keys.values()))
         todo: dict[Caption, list[int]] = {}
         for (caption, kind), key in keys.items():
