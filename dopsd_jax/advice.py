@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 from jax.sharding import AbstractMesh, AxisType
 from ml_collections import ConfigDict
 
-from dopsd_jax import account, settings, sharding
+from dopsd_jax import account, methods, settings, sharding
 from dopsd_jax.errors import UserError
 from dopsd_jax.footprint import Report
 from dopsd_jax.models.zimage import ZImageConfig
@@ -136,8 +136,9 @@ def _changes(config: ConfigDict, report: Report) -> Iterator[tuple[dict[str, Any
     if config.moments_dtype == "float32" and config.optimizer == "adamw":
         yield {"moments_dtype": "bfloat16"}, "the optimizer's moments of two bytes"
     held = settings.names(config.offload)
-    for names in (("teacher",), ("teacher", "optimizer")):
-        if not set(names) <= set(held) and not (config.teacher.weights == "live" and names[1:]):
+    kept = ("teacher",) if methods.teacher(config).weights != "live" else ()
+    for names in dict.fromkeys((kept, (*kept, "optimizer"))):
+        if not set(names) <= set(held):
             both = ",".join(dict.fromkeys((*held, *names)))
             yield {"offload": both}, "kept in the host's memory between uses"
     if config.optimizer == "adamw":

@@ -135,7 +135,7 @@ UNUSED = (
     (
         "teacher.context",
         "prompt",
-        ("teacher.vlm", "teacher.doubled_template", "teacher.min_pixels", "teacher.max_pixels"),
+        ("teacher.doubled_template", "teacher.min_pixels", "teacher.max_pixels"),
     ),
     *(
         ("method", method, tuple(name for name, of in ONLY_FOR.items() if method not in of))

@@ -11,7 +11,7 @@ import jax
 import methods_step
 import numpy as np
 import pytest
-from conftest import ROOT, relative_error
+from conftest import ROOT, relative_error, run_program
 from PIL import Image
 
 from dopsd_jax import experiment, methods, settings
@@ -159,6 +159,27 @@ def test_a_teacher_is_told_another_caption_of_the_row(tiny_model, tmp_path):
     own = open_features(tiny_model, path, tmp_path, data__prompt_keys="detailed_en", **prompt)
     student, teacher = batch_of(own, [0, 1], 0).contexts
     jax.tree.map(np.testing.assert_array_equal, student, teacher)
+
+
+@pytest.mark.slow
+def test_a_prepared_data_set_tells_the_same(tiny_run, tmp_path):
+    """Prepared for a teacher that is told a caption, it holds no pictures for one."""
+    model, set_ = tiny_run / "tiny_model", str(tmp_path / "set")
+    path = write_rows(tmp_path / "rows", CAPTIONS, {**CAPTIONS, "short_en": "a [V]"})
+    prompt = {"teacher__context": "prompt", "teacher__prompt_key": "detailed_en"}
+    flags = [f"--config.{k.replace('__', '.')}={v}" for k, v in prompt.items()]
+    done = run_program(
+        "prepare", f"--config={ROOT}/configs/zimage.py:tiny", f"--config.data.path={path}",
+        f"--config.model={model}", "--config.data.buckets=96x96", "--batch=1",
+        f"--workdir={tmp_path}", f"--out={set_}", *flags,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    ours, theirs = (open_features(model, p, tmp_path, **prompt) for p in (set_, path))
+    assert ours.dataset.prompt_keys == theirs.dataset.prompt_keys == ("short_en",)
+    jax.tree.map(np.testing.assert_array_equal, *(batch_of(f, [0, 1], 0) for f in (ours, theirs)))
+    assert "without pictures for a teacher" in problems_of(open_features, model, set_, tmp_path)[0]
+    (problem,) = problems_of(open_features, model, set_, tmp_path, method="sft")
+    assert "holds no latents of pictures" in problem
 
 
 def test_a_row_without_the_teachers_caption_is_named(tmp_path):
