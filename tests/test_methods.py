@@ -16,9 +16,11 @@ from PIL import Image
 
 from dopsd_jax import experiment, methods, settings
 from dopsd_jax.data.loader import BatchIndex
+from dopsd_jax.data.synthetic import write_folder
 from dopsd_jax.encoding import class_prompt
 from dopsd_jax.errors import UserError
 from dopsd_jax.features import Features
+from dopsd_jax.tiny import Size, make_tiny
 from dopsd_jax.weights.safetensors_io import TensorFiles
 
 GET_CONFIG = runpy.run_path(str(ROOT / "configs/zimage.py"))["get_config"]
@@ -162,9 +164,9 @@ def test_a_teacher_is_told_another_caption_of_the_row(tiny_model, tmp_path):
 
 
 @pytest.mark.slow
-def test_a_prepared_data_set_tells_the_same(tiny_run, tmp_path):
+def test_a_prepared_data_set_tells_the_same(tiny_model, tmp_path):
     """Prepared for a teacher that is told a caption, it holds no pictures for one."""
-    model, set_ = tiny_run / "tiny_model", str(tmp_path / "set")
+    model, set_ = tiny_model, str(tmp_path / "set")
     path = write_rows(tmp_path / "rows", CAPTIONS, {**CAPTIONS, "short_en": "a [V]"})
     prompt = {"teacher__context": "prompt", "teacher__prompt_key": "detailed_en"}
     flags = [f"--config.{k.replace('__', '.')}={v}" for k, v in prompt.items()]
@@ -225,42 +227,46 @@ def test_a_step_is_the_same_on_four_devices_as_on_one(steps):
 
 LOW = {
     "steps": 4,
-    "checkpoint_every": 4,
+    "checkpoint_every": 2,
     "sample_every": 0,
     "sample_rows": 1,
     "data.buckets": "96x96",
     "learning_rate": 3e-3,
     "grid": "1,0.5",
     "sft.samples": 2,
+    "lora.rank": 4,
 }
 OWN = {"teacher.context": "prompt", "teacher.prompt_key": "caption", "data.prompt_keys": "caption"}
 RUNS = {
     "sft": {"sft.sigma": "nodes"},
-    "sft_teacher": {},
-    "offpolicy": {"offpolicy.states": "targets"},
+    "sft_teacher": {"teacher.decay": 0.9},
+    "offpolicy": {"offpolicy.states": "targets", "teacher.decay": 0.999},
     "pso": {},
     "dreambooth": {"dreambooth.concept_word": "a ", "dreambooth.class_word": "the "},
     "dopsd": {**OWN, "teacher.weights": "live"},
 }
+RESUMED = "dreambooth"
 
 
 @pytest.fixture(scope="module")
-def runs(tiny_run, tmp_path_factory):
-    """Work directories in which `train` ran for each method, and for one of them in two parts."""
+def runs(tmp_path_factory):
+    """A folder with work directories in which `train` ran for each method, on a model of one layer.
+
+    In `resumed` one of them goes on from its first checkpoint.
+    """
     folder, jobs = tmp_path_factory.mktemp("runs"), []
-    parts = tmp_path_factory.mktemp("parts")
+    model = make_tiny(folder / "model", size=Size(layers=1, refiner_layers=0))
+    common = {"model": str(model), "data.path": str(write_folder(folder / "data", count=2))}
+    common |= {**LOW, "data.cache": str(folder / "cache")}
     for method, fields in RUNS.items():
-        common = {**LOW, **fields, "method": method, "data.cache": str(folder / "cache")}
-        common |= {"model": str(tiny_run / "tiny_model"), "data.path": str(tiny_run / "tiny_data")}
-        jobs.append([str(folder / method), common])
-        if method == "dreambooth":
-            jobs += [[str(parts), {**common, "steps": n}] for n in (2, 4)]
+        jobs.append([method, {**common, **fields, "method": method}])
+    jobs.append(["resumed", {**common, **RUNS[RESUMED], "method": RESUMED}])
     (folder / "jobs.json").write_text(json.dumps(jobs))
-    command = [sys.executable, ROOT / "tests/methods_train.py", folder / "jobs.json"]
+    command = [sys.executable, ROOT / "tests/methods_train.py", folder / "jobs.json", RESUMED]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
-    print(done.stdout)
-    return folder, parts
+    assert "resuming at step 2" in done.stdout
+    return folder
 
 
 def records(workdir):
@@ -270,7 +276,7 @@ def records(workdir):
 @pytest.mark.slow
 @pytest.mark.parametrize("method", [method for method in RUNS if method != "dopsd"])
 def test_every_method_trains(runs, method):
-    workdir = runs[0] / method
+    workdir = runs / method
     found = records(workdir)
     assert [record["step"] for record in found] == [1, 2, 3, 4]
     assert all(np.isfinite(record["loss"]) and record["grad_norm"] > 0 for record in found)
@@ -281,13 +287,13 @@ def test_every_method_trains(runs, method):
 
 @pytest.mark.slow
 def test_told_the_students_prompt_a_live_teacher_teaches_nothing(runs):
-    for record in records(runs[0] / "dopsd"):
+    for record in records(runs / "dopsd"):
         assert record["loss"] < 1e-10 and record["gap"] < 1e-5
 
 
 @pytest.mark.slow
 def test_another_method_resumes_bit_for_bit(runs):
-    whole, parts = runs[0] / "dreambooth", runs[1]
+    whole, parts = runs / RESUMED, runs / "resumed"
     clock = ("seconds", "images_per_second")
     strip = lambda rows: [{k: v for k, v in r.items() if k not in clock} for r in rows]
     assert strip(records(parts)) == strip(records(whole))
