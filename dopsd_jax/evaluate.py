@@ -79,7 +79,7 @@ def main() -> None:
     scorers = attempt(lambda: find_scorers(concept is not None)) or []
     tests = attempt(lambda: prompts.read_prompts(PROMPTS.value)) if PROMPTS.value else []
     mesh = attempt(lambda: sharding.make_mesh(config.mesh))
-    opened = attempt(lambda: experiment.open_pipeline(config, home, mesh))
+    opened = attempt(lambda: experiment.open_pipeline(config, home, mesh, True))
     raise_if(dict.fromkeys(faults))
     pipe, origin = opened
     cases = find_cases(config, home, pipe, concept, tests, scorers)

@@ -56,9 +56,12 @@ class Plan(NamedTuple):
 
 
 def open_pipeline(
-    config: ConfigDict, workdir: Path, mesh: Mesh | None = None
+    config: ConfigDict, workdir: Path, mesh: Mesh | None = None, vlm_needed: bool | None = None
 ) -> tuple[Pipeline, dict]:
-    """The model of config.model and what to record of its origin; nothing is loaded yet."""
+    """The model of config.model and what to record of its origin; nothing is loaded yet.
+
+    `vlm_needed`: whether a teacher is shown pictures; None: as config.method says.
+    """
     if config.model == TINY:
         folder = workdir / "tiny_model"
         if not (folder / "vlm" / "preprocessor_config.json").exists():
@@ -68,7 +71,8 @@ def open_pipeline(
         model = hub.resolve(config.model)
         vlm = hub.Resolved(model.path / "vlm", model.revision)
         # Where no picture is encoded, the model of a hub id is not downloaded for it.
-        encodes = methods.sees_image(config) and not is_prepared(config.data.path)
+        shown = methods.sees_image(config) if vlm_needed is None else vlm_needed
+        encodes = shown and not is_prepared(config.data.path)
         here = Path(config.teacher.vlm).expanduser().is_dir()
         if config.teacher.vlm and (here or encodes):
             vlm = hub.resolve(config.teacher.vlm, patterns=hub.ROOT)

@@ -255,7 +255,7 @@ def runs(tmp_path_factory):
     In `resumed` one of them goes on from its first checkpoint.
     """
     folder, jobs = tmp_path_factory.mktemp("runs"), []
-    model = make_tiny(folder / "model", size=Size(layers=1, refiner_layers=0))
+    model = make_tiny(folder / "model", size=Size(layers=1, refiner_layers=1))
     common = {"model": str(model), "data.path": str(write_folder(folder / "data", count=2))}
     common |= {**LOW, "data.cache": str(folder / "cache")}
     for method, fields in RUNS.items():

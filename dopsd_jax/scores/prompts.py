@@ -101,9 +101,10 @@ def cases(
         if t.get("row") is not None and t["row"] >= len(dataset.rows)
     ]
     raise_if(faults, MAX_FAULTS)
+    first = [dataset.caption(row, dataset.prompt_keys) for row in chosen]
     asked = [
-        (TRAINING, row, dataset.rows[row].captions[0][1], dataset.rows[row].where, None)
-        for row in chosen
+        (TRAINING, row, dataset.rows[row].captions[i][1], dataset.rows[row].where, None)
+        for row, i in first
     ]
     for i, test in enumerate(tests):
         row = chosen[i % len(chosen)] if test.get("row") is None else test["row"]
