@@ -1,6 +1,7 @@
 """Captions and pictures through the encoders, one by one or in batches of one shape."""
 
 import functools
+import re
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 
@@ -106,9 +107,17 @@ class Encoder:
         return vlm_images.preprocess(self.image(row), self.settings)[0]
 
 
+def concept_pattern(word: str) -> re.Pattern:
+    """Where a caption names the concept: as a word of its own, if it is of letters."""
+    edge = "[A-Za-z0-9]"
+    before = f"(?<!{edge})" if re.match(edge, word[0]) else ""
+    after = f"(?!{edge})" if re.match(edge, word[-1]) else ""
+    return re.compile(before + re.escape(word) + after)
+
+
 def class_prompt(caption: str, dreambooth: ConfigDict) -> str:
     """The caption with the class word in the place of the concept's."""
-    return caption.replace(dreambooth.concept_word, dreambooth.class_word)
+    return concept_pattern(dreambooth.concept_word).sub(lambda _: dreambooth.class_word, caption)
 
 
 def _filled(items: list, size: int) -> list:

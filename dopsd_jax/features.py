@@ -18,7 +18,7 @@ from dopsd_jax.data.loader import BatchIndex
 from dopsd_jax.data.padding import pad_stack, padded_length
 from dopsd_jax.data.prepared import Caption, Prepared
 from dopsd_jax.dopsd import Contexts
-from dopsd_jax.encoding import MAX_FAULTS, PRIOR, STUDENT, TEACHER, Encoder
+from dopsd_jax.encoding import MAX_FAULTS, PRIOR, STUDENT, TEACHER, Encoder, concept_pattern
 from dopsd_jax.errors import UserError, raise_if
 from dopsd_jax.families.zimage import Context
 from dopsd_jax.families.zimage_pipeline import Pipeline
@@ -253,13 +253,14 @@ def _reported(
 def check_class_prompts(dataset: Dataset, config: ConfigDict) -> None:
     """Raises `UserError` for every caption that has no word for the concept."""
     word = config.dreambooth.concept_word
+    named = concept_pattern(word)
     raise_if(
         (
             f"{row.where}: its caption {key!r} has no {word!r}, which "
             "config.dreambooth.concept_word says stands for the concept; name the word that does"
             for row in dataset.rows
             for key, text in row.captions
-            if key in dataset.prompt_keys and word not in text
+            if key in dataset.prompt_keys and not named.search(text)
         ),
         MAX_FAULTS,
     )

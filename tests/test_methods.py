@@ -12,6 +12,7 @@ import methods_step
 import numpy as np
 import pytest
 from conftest import ROOT, relative_error, run_program
+from ml_collections import ConfigDict
 from PIL import Image
 
 from dopsd_jax import experiment, methods, settings
@@ -163,6 +164,16 @@ def test_a_teacher_is_told_another_caption_of_the_row(tiny_model, tmp_path):
     jax.tree.map(np.testing.assert_array_equal, student, teacher)
 
 
+def test_the_concepts_word_is_not_looked_for_inside_of_others():
+    put = lambda text, word: class_prompt(
+        text, ConfigDict({"concept_word": word, "class_word": "dog"})
+    )
+    assert put("a dax, two daxes", "dax") == "a dog, two daxes"
+    assert put("two [V]s", "[V]") == "two dogs"
+    assert put("\u4e00\u53ea[V]\u72d7", "[V]") == "\u4e00\u53eadog\u72d7"
+    assert put("a [V] dog", "[V] dog") == "a dog"
+
+
 @pytest.mark.slow
 def test_a_prepared_data_set_tells_the_same(tiny_model, tmp_path):
     """Prepared for a teacher that is told a caption, it holds no pictures for one."""
@@ -242,7 +253,7 @@ RUNS = {
     "sft_teacher": {"teacher.decay": 0.9},
     "offpolicy": {"offpolicy.states": "targets", "teacher.decay": 0.999},
     "pso": {},
-    "dreambooth": {"dreambooth.concept_word": "a ", "dreambooth.class_word": "the "},
+    "dreambooth": {"dreambooth.concept_word": "a", "dreambooth.class_word": "the"},
     "dopsd": {**OWN, "teacher.weights": "live"},
 }
 RESUMED = "dreambooth"
