@@ -3,7 +3,7 @@
 import os
 from typing import Any
 
-# transformers advises to install PyTorch; of it we use tokenizers and an image processor only.
+# transformers advises to install PyTorch; of it we use tokenizers only.
 os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
 
 __version__ = "0.1.0"

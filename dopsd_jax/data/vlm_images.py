@@ -1,16 +1,15 @@
 """An image as the vision tower of Qwen3-VL takes it: resized, normalised, cut into patches.
 
-Equal to transformers' torch image processor, without torch: the resizing is ours (`resample`), the
-rest is transformers' Pillow image processor, given an image that needs no resizing.
+Equal to transformers' torch image processor, in NumPy: whatever of transformers processes images
+imports PyTorch where that is installed, which takes seconds of every start and half a gigabyte.
 """
 
 import dataclasses
-import functools
+import math
 from typing import Any
 
 import numpy as np
 from jaxtyping import Float, UInt8
-from transformers.models.qwen2_vl import image_processing_pil_qwen2_vl as qwen2_vl
 
 from dopsd_jax.data.resample import resize_bicubic
 from dopsd_jax.errors import UserError
@@ -96,10 +95,26 @@ def grid_of(settings: ImageSettings, height: int, width: int, where: str) -> tup
             f"{where}: {width} x {height} pixels; one side is more than {MAX_ASPECT} times the "
             "other; crop the image"
         )
-    rows, columns = qwen2_vl.smart_resize(
-        height, width, settings.multiple, settings.min_pixels, settings.max_pixels
-    )
+    rows, columns = _resized(height, width, settings)
     return rows // settings.patch_size, columns // settings.patch_size
+
+
+def _resized(height: int, width: int, settings: ImageSettings) -> tuple[int, int]:
+    """Sides near these that are multiples, with an area within the bounds where that can be.
+
+    `smart_resize` of transformers; its roundings decide how many tokens a picture has.
+    """
+    multiple = settings.multiple
+    rows, columns = (round(side / multiple) * multiple for side in (height, width))
+    if rows * columns > settings.max_pixels:
+        shrink = math.sqrt(height * width / settings.max_pixels)
+        fit = lambda side: max(multiple, math.floor(side / shrink / multiple) * multiple)
+    elif rows * columns < settings.min_pixels:
+        grow = math.sqrt(settings.min_pixels / (height * width))
+        fit = lambda side: math.ceil(side * grow / multiple) * multiple
+    else:
+        return rows, columns
+    return fit(height), fit(width)
 
 
 def preprocess(
@@ -114,18 +129,11 @@ def preprocess(
         raise ValueError(f"{where}: {image.dtype} {image.shape} is not an 8-bit RGB image")
     grid = grid_of(settings, *image.shape[:2], where)
     size = (grid[0] * settings.patch_size, grid[1] * settings.patch_size)
-    found = _processor(settings)(
-        images=[resize_bicubic(image, size)], input_data_format="channels_last", do_resize=False
-    )
-    return np.asarray(found["pixel_values"], np.float32), grid
-
-
-@functools.cache
-def _processor(settings: ImageSettings) -> qwen2_vl.Qwen2VLImageProcessorPil:
-    return qwen2_vl.Qwen2VLImageProcessorPil(
-        patch_size=settings.patch_size,
-        temporal_patch_size=settings.temporal_patch_size,
-        merge_size=settings.merge_size,
-        image_mean=settings.mean,
-        image_std=settings.std,
-    )
+    pixels = resize_bicubic(image, size).astype(np.float64) * (1 / 255)
+    mean, std = np.float32(settings.mean), np.float32(settings.std)
+    pixels = (pixels.astype(np.float32) - mean) / std
+    merge, patch = settings.merge_size, settings.patch_size
+    blocks = pixels.reshape(grid[0] // merge, merge, patch, grid[1] // merge, merge, patch, 3)
+    patches = blocks.transpose(0, 3, 1, 4, 6, 2, 5)[:, :, :, :, :, None]
+    frames = np.repeat(patches, settings.temporal_patch_size, axis=5)
+    return frames.reshape(grid[0] * grid[1], -1), grid

@@ -10,7 +10,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-import transformers
 from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Float, UInt8
@@ -129,9 +128,11 @@ class Pipeline:
 
     @functools.cached_property
     def tokenizer(self) -> Any:
+        import transformers  # a second, which most starts need not take: features are cached
+
         folder = self.folder / "tokenizer"
         try:
-            return transformers.AutoTokenizer.from_pretrained(folder, local_files_only=True)
+            return transformers.Qwen2Tokenizer.from_pretrained(folder, local_files_only=True)
         except (OSError, ValueError, KeyError, json.JSONDecodeError) as error:
             raise UserError(f"{folder}: no tokenizer can be read there ({error})") from None
 
