@@ -49,6 +49,7 @@ RANK, BATCH, LATENT, STEPS = 4, 8, (8, 4, 6, 16), 2
 ROWS = (128, 160)
 
 
+@functools.cache
 def model(mode, cfg):
     """Graph, what is trained, and the rest; adapters with a B that is not zero."""
     net = zimage.ZImage(cfg, rngs=nnx.Rngs(0))

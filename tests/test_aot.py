@@ -24,7 +24,7 @@ TINY = zimage.ZImageConfig(
 CASE = program.Case(height=32, width=48, rows_student=32, rows_teacher=64)
 PUBLISHED = zimage.ZImageConfig()
 FULL_SIZE = program.Case(height=1024, width=1024, rows_student=512, rows_teacher=1024)
-GIB = 2**30
+GIB, CPU = 2**30, {"JAX_PLATFORMS": "cpu"}
 
 needs_libtpu = pytest.mark.skipif(
     importlib.util.find_spec("libtpu") is None, reason="the TPU compiler, libtpu, is not installed"
@@ -41,9 +41,8 @@ def load_config(name=None, **changes):
 
 
 def run(*arguments):
-    """The program, with few compiler passes: (exit status, stdout, stderr)."""
-    env = {**os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": "--xla_backend_optimization_level=0"}
-    command = [sys.executable, "-m", "dopsd_jax.aot", *arguments]
+    """The program: (exit status, stdout, stderr)."""
+    command, env = [sys.executable, "-m", "dopsd_jax.aot", *arguments], os.environ | CPU
     done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True)
     return done.returncode, done.stdout, done.stderr
 

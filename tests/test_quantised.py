@@ -306,7 +306,7 @@ def test_a_footprint_counts_codes(scheme, bits, monkeypatch):
 @pytest.mark.slow
 @pytest.mark.multiprocess
 def test_placement_does_not_change_the_result():
-    run_python(SCRIPT, XLA_FLAGS="--xla_backend_optimization_level=0")
+    run_python(SCRIPT)
 
 
 @needs_libtpu

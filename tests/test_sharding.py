@@ -2,10 +2,7 @@
 
 import json
 import math
-import os
 import pathlib
-import subprocess
-import sys
 
 import jax
 import jax.numpy as jnp
@@ -16,6 +13,7 @@ import pytest
 from conftest import relative_error
 from flax import nnx
 from jax.sharding import AbstractMesh, PartitionSpec
+from weights_helpers import run_python
 
 from dopsd_jax import lora, sharding, state
 from dopsd_jax.errors import UserError
@@ -32,11 +30,7 @@ def abstract_mesh(**sizes):
 @pytest.fixture(scope="module")
 def results(tmp_path_factory):
     out = tmp_path_factory.mktemp("mesh") / "results.npz"
-    # Compiled without optimization: what is tested is the partitioning.
-    flags = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
-    env = {**os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags}
-    done = subprocess.run([sys.executable, SCRIPT, out], env=env, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr[-4000:]
+    run_python(SCRIPT, out)
     return np.load(out)
 
 

@@ -38,7 +38,7 @@ def run_python(*args, **env):
     """Output of a Python process with the project on its path; fails if the process does."""
     full = os.environ | {"JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT)} | env
     done = subprocess.run(
-        [sys.executable, *map(str, args)], capture_output=True, text=True, env=full, timeout=300
+        [sys.executable, *map(str, args)], capture_output=True, text=True, env=full, timeout=900
     )
     assert done.returncode == 0, done.stderr[-3000:]
     return done.stdout
