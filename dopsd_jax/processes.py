@@ -78,6 +78,29 @@ def first_alone(action: Callable[[], T]) -> T:
     return result
 
 
+def begin_together(jitted: Callable) -> Callable:
+    """`jitted`, a function over the devices of all processes, begun by none before all have it.
+
+    Whose program is compiled first would wait for the others inside of it, and the libraries that
+    connect devices do that for half a minute (gloo) or ten (NCCL); but compiling takes long, and of
+    the processes that share a cache of programs not every one need find them there. All call it,
+    with arrays of the same shapes; what is static goes by name.
+    """
+    programs = {}
+
+    def call(*args, **static):
+        if jax.process_count() == 1:
+            return jitted(*args, **static)
+        leaves, tree = jax.tree.flatten(args)
+        key = tree, tuple(map(jax.typeof, leaves)), tuple(sorted(static.items()))
+        if key not in programs:
+            with together():
+                programs[key] = jitted.lower(*args, **static).compile()
+        return programs[key](*args)
+
+    return call
+
+
 def to_host(array: jax.Array) -> np.ndarray:
     """The whole of an array that may lie on the devices of several processes. All must call it."""
     if array.is_fully_addressable or array.is_fully_replicated:

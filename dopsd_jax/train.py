@@ -68,6 +68,7 @@ def main() -> int | None:
         first, state = restored
         processes.say(f"resuming at step {first}")
     del begun
+    train_step = processes.begin_together(plan.step)
     with processes.together():
         writer = MetricsWriter(workdir, first, write=processes.is_first())
     guard = Guard(writer.kept)
@@ -132,7 +133,7 @@ def main() -> int | None:
             latent = (config.batch_size, *pipe.latent_shape(bucket.height, bucket.width))
             with jax.set_mesh(mesh):
                 batch = sharding.put_batch(batch, mesh, config.batch_size)
-                state, metrics = plan.step(state, pipe.split[2], batch, n, latent=latent)
+                state, metrics = train_step(state, pipe.split[2], batch, n, latent=latent)
             if pending:
                 finish(*pending)
             pending = step, _ = n + 1, metrics

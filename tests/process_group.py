@@ -4,6 +4,7 @@ python process_group.py SCENARIO --coordinator=... --num_processes=2 --process_i
 """
 
 import sys
+import time
 
 import jax
 import jax.numpy as jnp
@@ -47,7 +48,34 @@ def agree():
     np.testing.assert_array_equal(
         processes.to_host(draw()), np.asarray(jax.random.normal(jax.random.key(3), (8, 5)))
     )
+    none_begins_before_all_have_compiled()
     print("agreed", flush=True)
+
+
+def none_begins_before_all_have_compiled():
+    """What is early would wait in a collective, which gloo ends after half a minute."""
+    compiled = []
+
+    class Slow:
+        """Stands for a jitted function."""
+
+        def lower(self, x, *, size):
+            assert size == 3
+            return self
+
+        def compile(self):
+            time.sleep(jax.process_index())
+            compiled.append(time.time())
+            return lambda x: (time.time(), x)
+
+    run = processes.begin_together(Slow())
+    begun, x = run(np.ones(2), size=3)
+    run(np.zeros(2), size=3)
+    assert (x == 1).all() and len(compiled) == 1, "compiled again for the same shapes"
+    times = processes.gather([begun, *compiled])
+    assert min(t for t, _ in times) >= max(t for _, t in times)
+    run(np.ones(3), size=3)
+    assert len(compiled) == 2
 
 
 def refuse():

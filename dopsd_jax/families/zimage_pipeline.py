@@ -14,7 +14,7 @@ from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Float, UInt8
 
-from dopsd_jax import dopsd, lora, sharding
+from dopsd_jax import dopsd, lora, processes, sharding
 from dopsd_jax.data import prompts as templates
 from dopsd_jax.data import vlm_images
 from dopsd_jax.errors import UserError, raise_if
@@ -391,7 +391,8 @@ class Pipeline:
     def sample(self, trained: nnx.State, noise, context: family.Context, grid: tuple[float, ...]):
         """Clean latents: a rollout with the given trained part of the transformer."""
         graphdef, _, base = self.split
-        return _sample(graphdef, trained, base, jnp.asarray(noise, jnp.float32), context, grid)
+        noise = jnp.asarray(noise, jnp.float32)
+        return _sample(trained, base, noise, context, graphdef=graphdef, grid=grid)
 
 
 def start_noise(seed: int, count: int, shape: tuple[int, ...]) -> Float[Array, "b h w c"]:
@@ -427,6 +428,7 @@ def _velocity(graphdef, adapter, base, x, sigma, context):
     return net.velocity(adapter, base, x, sigma, context, net.hoist(adapter, base, context))
 
 
-@functools.partial(jax.jit, static_argnums=0, static_argnames="grid")
-def _sample(graphdef, adapter, base, noise, context, grid):
+@processes.begin_together
+@functools.partial(jax.jit, static_argnames=("graphdef", "grid"))
+def _sample(adapter, base, noise, context, *, graphdef, grid):
     return dopsd.rollout(family.denoiser(graphdef), adapter, base, context, noise, grid)
