@@ -210,12 +210,15 @@ def _digest_files(folder: epath.Path) -> list[epath.Path]:
 
 
 def _files(folder: epath.Path) -> list[str]:
-    """Names of a checkpoint's files, below its folder, in order."""
+    """Names of a checkpoint's files, below its folder, in order.
+
+    Without digests, nor what they are written to first: another process may be at it just now.
+    """
     names, root = [], None
     for top, _, files in folder.walk():
         root = root or top  # of a store, `walk` gives paths without gs://
         names += [(top / name).relative_to(root).as_posix() for name in files]
-    return sorted(name for name in names if not name.startswith(f"{_DIGESTS}."))
+    return sorted(name for name in names if not name.startswith((f"{_DIGESTS}.", f".{_DIGESTS}.")))
 
 
 def _digests(folder: epath.Path, names: Sequence[str]) -> dict[str, str]:

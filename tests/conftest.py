@@ -1,5 +1,6 @@
 """Shared by all tests: float32 products, and the one measure of error."""
 
+import fcntl
 import os
 import shutil
 import subprocess
@@ -78,11 +79,19 @@ def lora_file(tiny_model, tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def tiny_run(tmp_path_factory):
-    """A work directory in which `train --config configs/zimage.py:tiny` ran for a few steps."""
-    workdir = tmp_path_factory.mktemp("run")
-    result = run_program("train", *TINY_CONFIG, f"--workdir={workdir}")
-    assert result.returncode == 0, result.stderr
-    (workdir / "stdout.txt").write_text(result.stdout)
+    """A work directory in which `train --config configs/zimage.py:tiny` ran for a few steps.
+
+    Made once for all processes of a run of tests; do not write into it.
+    """
+    base = tmp_path_factory.getbasetemp()
+    base = base.parent if "PYTEST_XDIST_WORKER" in os.environ else base
+    workdir, output = base / "tiny_run", base / "tiny_run" / "stdout.txt"
+    with open(base / "tiny_run.lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not output.exists():
+            result = run_program("train", *TINY_CONFIG, f"--workdir={workdir}")
+            assert result.returncode == 0, result.stderr
+            output.write_text(result.stdout)
     return workdir
 
 
@@ -134,7 +143,16 @@ def run_program(name: str, *arguments: str, **environment: str) -> subprocess.Co
 
 
 def pytest_collection_modifyitems(items):
-    """Tests marked `gpu` run where there is one; JAX_PLATFORMS=cuda asks for it."""
+    """The longest files first, so that no process waits for another's at the end.
+
+    Tests marked `gpu` run where there is one; JAX_PLATFORMS=cuda asks for it.
+    """
+    order = ("multiprocess", "slow")
+    rank = {}
+    for item in items:
+        own = [order.index(mark) for mark in order if item.get_closest_marker(mark)]
+        rank[item.path] = min(*own, rank.get(item.path, len(order)), len(order))
+    items.sort(key=lambda item: rank[item.path])
     if jax.default_backend() != "gpu":
         for item in items:
             if item.get_closest_marker("gpu"):

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from dopsd_jax import checkpoint
 from dopsd_jax.checkpoint import Checkpoints, flatten
 from dopsd_jax.errors import UserError
 
@@ -51,6 +52,22 @@ def flip_a_bit(path):
 
 def cut_in_half(path):
     path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+
+
+def test_what_another_process_is_writing_is_no_part_of_a_checkpoint(tmp_path, monkeypatch):
+    """Its file of digests is there under another name first, and gone a moment later."""
+    folder, write_text = tmp_path / "run", checkpoint.write_text
+
+    def both(path, text):
+        (path.parent / ".digests.1.json.partial-77-0").write_text("{")
+        write_text(path, text)
+
+    monkeypatch.setattr(checkpoint, "write_text", both)
+    saved(folder, (1,))
+    monkeypatch.undo()
+    (step, _), said = restored(folder)
+    assert step == 1 and not said
+    assert list((folder / "1").glob(".digests.*"))
 
 
 @pytest.mark.parametrize("damage", [flip_a_bit, cut_in_half, lambda path: path.unlink()])

@@ -13,6 +13,7 @@ from dopsd_jax.families.zimage_pipeline import start_noise
 from dopsd_jax.weights import networks
 from dopsd_jax.weights.stored import open_stored
 
+pytestmark = pytest.mark.slow
 PROMPT = "a large green circle on the left"
 ARGUMENTS = (
     f"--config={ROOT}/configs/zimage.py:tiny_full",

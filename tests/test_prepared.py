@@ -190,6 +190,8 @@ def test_batches_give_what_single_captions_give(tiny_model, tmp_path):
             np.testing.assert_array_equal(one[(row, 0), role], pipe.student_features(text))
 
 
+@pytest.mark.slow
+@pytest.mark.multiprocess
 def test_prepared_on_many_devices_and_processes_then_trained_without_encoders(tiny_run, tmp_path):
     """One caption a device, so that the features are bit for bit those that a run itself makes."""
     out, work = tmp_path / "set", tmp_path / "work"

@@ -35,7 +35,6 @@ def start(command, index, port, **environment):
         "JAX_COORDINATOR_ADDRESS": f"127.0.0.1:{port}",
         "JAX_NUM_PROCESSES": "2",
         "JAX_PROCESS_ID": str(index),
-        "JAX_ENABLE_COMPILATION_CACHE": "false",  # as on machines that share nothing
     }
     return subprocess.Popen(
         [sys.executable, *map(str, command)], env=os.environ | own | environment, cwd=ROOT,

@@ -22,6 +22,7 @@ from dopsd_jax.families.zimage_pipeline import start_noise
 from dopsd_jax.weights.safetensors_io import TensorFiles
 from dopsd_jax.workdir import open_workdir
 
+pytestmark = pytest.mark.slow
 PROMPT = "a large green circle on the left"
 
 
