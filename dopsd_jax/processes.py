@@ -1,4 +1,4 @@
-"""Many processes that run one program: how they agree, and end together."""
+"""Many processes that run one program: how they agree, begin and end together."""
 
 import contextlib
 import json
