@@ -18,6 +18,7 @@ from dopsd_jax.errors import UserError
 from dopsd_jax.families import zimage as family
 from dopsd_jax.flow import euler
 from dopsd_jax.models import zimage
+from dopsd_jax.points import Batch
 from dopsd_jax.weights.live import LiveTensors
 from dopsd_jax.weights.names import to_flax
 
@@ -125,7 +126,7 @@ def test_a_run_with_teacher_and_optimizer_in_host_memory(tmp_path):
         updates, opt_state = update(gradient, opt_state, student)
         student = optax.apply_updates(student, updates)
         teacher = jax.tree.map(lambda t, s: 0.9 * t + 0.1 * s, teacher, student)
-        batch = jax.tree.map(lambda x: x[None], contexts)
+        batch = Batch(jax.tree.map(lambda x: x[None], contexts))
         now, metrics = plan.step(now, EMPTY, batch, latent=LATENT)
         assert relative_error(metrics["grad_norm"], optax.tree.norm(gradient)) < 1e-5
     for ours, expected in ((now.student, student), (now.teacher, teacher)):
