@@ -138,11 +138,15 @@ def scan_blocks(apply: Callable, blocks: nnx.Module, x, remat: str = "none"):
 
     `remat`: `none` keeps every activation for the backward pass, `dots` keeps the results of matrix
     products with weights, `full` keeps one activation a layer and computes the rest again.
+    `unrolled` is `none` without the scan: for a few small layers, whose activations a scan spends
+    more time on putting in stacks than it saves in compilation.
     """
 
     def body(x, block):  # a stack in the host's memory comes over layer by layer
         return split_tokens(apply(constrain_weights(to_device(block)), x)), None
 
+    if remat == "unrolled":
+        return _unrolled(body, split_tokens(x), blocks, 0, len(jax.tree.leaves(blocks)[0]))
     return jax.lax.scan(_rematerialized(body, remat), split_tokens(x), blocks)[0]
 
 
@@ -159,7 +163,17 @@ def scan_range(apply: Callable, blocks: nnx.Module, x, start: int, stop: int, re
         return split_tokens(apply(block, x)), None
 
     x = split_tokens(x)
+    if remat == "unrolled":
+        return _unrolled(
+            lambda x, block: (split_tokens(apply(block, x)), None), x, blocks, start, stop
+        )
     return jax.lax.scan(_rematerialized(body, remat), x, jnp.arange(start, stop))[0]
+
+
+def _unrolled(body: Callable, x, blocks: nnx.Module, start: int, stop: int):
+    for i in range(start, stop):
+        x, _ = body(x, jax.tree.map(lambda a, i=i: a[i], blocks))
+    return x
 
 
 def split_tokens(x):

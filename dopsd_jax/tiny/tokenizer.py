@@ -3,6 +3,7 @@
 import collections
 import itertools
 import json
+from collections.abc import Sequence
 from pathlib import Path
 
 # In Qwen's order. The first fourteen are special; the others are plain added tokens.
@@ -38,8 +39,14 @@ OTHER_TOKENS = (
 )
 
 MERGES = 192
-BASE = 256 + MERGES
-IDS = {token: BASE + i for i, token in enumerate(SPECIAL_TOKENS + OTHER_TOKENS)}
+
+
+def added_ids(merges: int) -> dict[str, int]:
+    """Ids of the added tokens: they stand behind 256 bytes and `merges` merged pairs."""
+    return {token: 256 + merges + i for i, token in enumerate(SPECIAL_TOKENS + OTHER_TOKENS)}
+
+
+IDS = added_ids(MERGES)
 # As in Qwen, the embedding has more rows than there are tokens.
 VOCABULARY = 512
 
@@ -92,18 +99,28 @@ QWEN3_VL_TEMPLATE = """\
 {%- endif %}"""
 
 
-def write_tokenizer(folder: Path, template: str, max_length: int) -> None:
-    """Writes tokenizer.json and tokenizer_config.json; `template` is the chat template."""
-    symbols = byte_symbols()
-    merges = learn_merges(CORPUS.split(), symbols, MERGES)
+def write_tokenizer(
+    folder: Path,
+    template: str,
+    max_length: int,
+    *,
+    words: Sequence[str] = tuple(CORPUS.split()),
+    count: int = MERGES,
+) -> None:
+    """Writes tokenizer.json and tokenizer_config.json.
+
+    `template` is the chat template; `count` pairs to merge are learned from `words`.
+    """
+    symbols, ids = byte_symbols(), added_ids(count)
+    merges = learn_merges(words, symbols, count)
     vocabulary = [symbols[b] for b in sorted(symbols, key=lambda b: symbols[b])]
     vocabulary += [left + right for left, right in merges]
-    added = {token: _added_token(token) for token in IDS}
+    added = {token: _added_token(token) for token in ids}
     tokenizer = {
         "version": "1.0",
         "truncation": None,
         "padding": None,
-        "added_tokens": [{"id": IDS[token], **added[token]} for token in IDS],
+        "added_tokens": [{"id": ids[token], **added[token]} for token in ids],
         "normalizer": {"type": "NFC"},
         "pre_tokenizer": {
             "type": "Sequence",
@@ -135,7 +152,7 @@ def write_tokenizer(folder: Path, template: str, max_length: int) -> None:
     config = {
         "add_bos_token": False,
         "add_prefix_space": False,
-        "added_tokens_decoder": {str(IDS[token]): added[token] for token in IDS},
+        "added_tokens_decoder": {str(ids[token]): added[token] for token in ids},
         "additional_special_tokens": list(SPECIAL_TOKENS[1:]),
         "bos_token": None,
         "chat_template": template,
@@ -181,7 +198,9 @@ def byte_symbols() -> dict[int, str]:
     return symbols | {b: chr(256 + i) for i, b in enumerate(others)}
 
 
-def learn_merges(words: list[str], symbols: dict[int, str], count: int) -> list[tuple[str, str]]:
+def learn_merges(
+    words: Sequence[str], symbols: dict[int, str], count: int
+) -> list[tuple[str, str]]:
     """The `count` byte pairs that byte-pair encoding merges, most frequent first, ties by text."""
     spelled = collections.Counter(
         tuple(symbols[b] for b in (space + word).encode()) for word in words for space in ("", " ")

@@ -1,0 +1,97 @@
+"""Trains the miniature's autoencoder: a small network, half an hour of two CPU cores."""
+
+import functools
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from flax import nnx
+from jaxtyping import Array, Float, UInt8
+
+from dopsd_jax.miniature import configs, optimizer, pool
+from dopsd_jax.miniature.saved import load_tree, save_tree
+from dopsd_jax.models.autoencoder import Autoencoder, from_uint8
+from dopsd_jax.models.autoencoder_config import AutoencoderConfig
+
+BATCH = 8
+MUON_RATE, ADAM_RATE = 0.015, 2e-3
+EDGES = 0.5  # weight of the error of differences between neighbours: without it edges are soft
+KL = 1e-4  # weight of the divergence of the posterior: latents stay of unit size and smooth
+SAVE_SECONDS = 120
+
+
+def build(scaling: float = 1.0, shift: float = 0.0) -> Autoencoder:
+    """The network, at random."""
+    cfg = AutoencoderConfig.from_dict(configs.autoencoder(scaling, shift), "miniature")
+    return Autoencoder(cfg, rngs=nnx.Rngs(0))
+
+
+def loss(
+    model: Autoencoder, images: UInt8[Array, "b H W 3"], key: Array
+) -> tuple[Float[Array, ""], Float[Array, ""]]:
+    """Reconstruction, of values and of edges, and divergence; and the squared error alone."""
+    x = from_uint8(images)
+    mean, logvar = model.encode(x)
+    z = mean + jnp.exp(0.5 * logvar) * jax.random.normal(key, mean.shape)
+    error = model.decode(z) - x
+    squared = jnp.mean(error**2)
+    edges = sum(jnp.mean(jnp.abs(jnp.diff(error, axis=axis))) for axis in (1, 2))
+    divergence = 0.5 * jnp.mean(mean**2 + jnp.exp(logvar) - 1 - logvar)
+    return squared + jnp.mean(jnp.abs(error)) + EDGES * edges + KL * divergence, squared
+
+
+def train(folder: Path, seed: int, steps: int, log: Callable[[str], None]) -> Autoencoder:
+    """Trains to `steps`, from the last state saved in `folder` if there is one.
+
+    Returns the averaged network with its latents scaled to zero mean and unit deviation.
+    """
+    _, parameters = optimizer.flat(build())
+    tx = optimizer.muon(MUON_RATE, ADAM_RATE, steps, cooldown=0.4)
+    state = (parameters, jax.tree.map(jnp.copy, parameters), tx.init(parameters))
+    path, start = folder / "autoencoder.safetensors", 0
+    if path.exists():
+        state, about = load_tree(path, state)
+        start = about["step"]
+
+    @functools.partial(jax.jit, donate_argnums=0)
+    def step(state, images, key, number):
+        parameters, average, moments = state
+        value = lambda p: loss(optimizer.merge(build_abstract(), p), images, key)
+        (_, squared), gradient = jax.value_and_grad(value, has_aux=True)(parameters)
+        updates, moments = tx.update(gradient, moments, parameters)
+        parameters = optax.apply_updates(parameters, updates)
+        decay = optimizer.decay_at(number, 0.995)
+        average = optimizer.averaged(average, parameters, decay)
+        return (parameters, average, moments), squared
+
+    begin, saved, recent = time.monotonic(), time.monotonic(), []
+    for i in range(start, steps):
+        images = pool.plain_pictures(seed, i, BATCH)
+        state, squared = step(state, images, jax.random.fold_in(jax.random.key(seed), i), i)
+        recent.append(squared)
+        last = i + 1 == steps
+        if time.monotonic() - saved > SAVE_SECONDS or last:
+            error = float(np.mean(recent))
+            left = (time.monotonic() - begin) / (i + 1 - start) * (steps - i - 1)
+            log(f"autoencoder {i + 1}/{steps}: squared error {error:.5f}, {left / 60:.0f} min left")
+            save_tree(path, state, {"step": i + 1})
+            saved, recent = time.monotonic(), []
+    return normalized(optimizer.merge(build_abstract(), state[1]), seed)
+
+
+def build_abstract() -> Autoencoder:
+    """The network without weights, for `optimizer.merge`."""
+    return nnx.eval_shape(build)
+
+
+def normalized(model: Autoencoder, seed: int) -> Autoencoder:
+    """The same network whose latents have mean 0 and deviation 1 over the world."""
+    images = pool.plain_pictures(seed, -1 % 2**31, 256)
+    mean, _ = jax.jit(lambda m, x: m.encode(from_uint8(x)))(model, images)
+    shift, deviation = float(jnp.mean(mean)), float(jnp.std(mean))
+    graphdef, _ = nnx.split(build(1 / deviation, shift))
+    return nnx.merge(graphdef, nnx.state(model))

@@ -1,0 +1,111 @@
+"""The three networks that are trained together, and the contexts and velocities they give.
+
+Dimension names: b batch, n tokens of a context, p patches, h w c of a latent.
+"""
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jaxtyping import Array, Float, Int
+
+from dopsd_jax.miniature import configs
+from dopsd_jax.miniature.configs import Size
+from dopsd_jax.miniature.render import SIDE
+from dopsd_jax.models import qwen3, qwen3_vl, qwen3_vl_vision, zimage
+
+GRID = (SIDE // configs.IMAGE_PATCH,) * 2
+REMAT = "unrolled"
+GATE = 0.5  # start of the transformer's gates, before the tanh
+
+
+class Networks(nnx.Module):
+    """Transformer, text encoder (the language model of both contexts) and vision tower."""
+
+    def __init__(self, size: Size, *, rngs: nnx.Rngs):
+        transformer, text, vlm, _ = configs.parsed(size)
+        self.transformer = zimage.ZImage(transformer, remat=REMAT, rngs=rngs)
+        self.text = qwen3.Qwen3(text, remat=REMAT, rngs=rngs)
+        self.vision = qwen3_vl_vision.Qwen3VLVision(vlm.vision, rngs=rngs)
+        self.vlm = vlm
+
+    def context(self, ids: Int[Array, "b n"], lengths, patches=None) -> Float[Array, "b n c"]:
+        """Features of templated token rows, with an image each if there are `patches`."""
+        if patches is None:
+            return self.text(ids, lengths, hidden=(-2,))[0]
+        return qwen3_vl.encode(
+            self.vision, self.text, self.vlm, ids, lengths, patches, GRID, hidden=(-2,)
+        )[0]
+
+    def velocity(self, x: Float[Array, "b h w c"], sigma: Float[Array, " b"], features, lengths):
+        """dx/dsigma: the project's sign, as `families.zimage.denoiser` gives it."""
+        caption = self.transformer.refine(features, lengths)
+        return -self.transformer(x, 1.0 - sigma, caption, lengths)
+
+
+class Rows(NamedTuple):
+    """Token rows, padded to one length, with the patches of their images or None."""
+
+    ids: Any
+    lengths: Any
+    patches: Any
+
+
+def patches_of(images: Int[np.ndarray, "b s s 3"]) -> Float[np.ndarray, "b p c"]:
+    """What the vision tower's processor makes of square pictures that need no resizing."""
+    patch = configs.IMAGE_PATCH
+    b, s = images.shape[:2]
+    x = jnp.asarray(images).astype(jnp.float32) / 127.5 - 1
+    x = x.reshape(b, s // patch, patch, s // patch, patch, 3).transpose(0, 1, 3, 5, 2, 4)
+    x = jnp.repeat(x[:, :, :, :, None], 2, axis=4)  # a still image is two equal frames
+    return x.reshape(b, GRID[0] * GRID[1], -1)
+
+
+def start(size: Size, seed: int) -> Networks:
+    """Networks at random, so begun that they learn soon.
+
+    The velocity is zero, the gates are half open, and the vision tower's positions are the waves
+    that the transformer's own rotation turns its queries by: a query can then find the image token
+    of its own place by a linear map.
+    """
+    networks = Networks(size, rngs=nnx.Rngs(seed))
+    transformer, vision = networks.transformer, networks.vision
+    for blocks in (transformer.noise_refiner, transformer.layers):
+        d = size.dim
+        bias = blocks.modulation.bias[...]
+        gates = jnp.zeros_like(bias).at[:, d : 2 * d].set(GATE).at[:, 3 * d :].set(GATE)
+        blocks.modulation.bias[...] = gates
+        blocks.modulation.kernel[...] = 0.2 * blocks.modulation.kernel[...]
+    transformer.final_linear.kernel[...] = jnp.zeros_like(transformer.final_linear.kernel[...])
+    networks.text.embedding[...] = 50.0 * networks.text.embedding[...]
+    vision.position_table[...] = jnp.asarray(_waves(size, vision.position_table[...].shape))
+    return networks
+
+
+def _waves(size: Size, shape: tuple[int, int]) -> np.ndarray:
+    row, column = np.divmod(np.arange(shape[0]), GRID[1])
+    theta = configs.transformer(size)["rope_theta"]
+    columns = []
+    for axis, position in ((size.axes[1], row), (size.axes[2], column)):
+        for frequency in theta ** (-np.arange(0, axis, 2) / axis):
+            columns += [np.cos(frequency * position), np.sin(frequency * position)]
+    waves = np.stack(columns, 1)
+    return np.pad(waves, ((0, 0), (0, shape[1] - waves.shape[1]))).astype(np.float32)
+
+
+def abstract(size: Size) -> Networks:
+    """The networks without weights, for `optimizer.merge`."""
+    return nnx.eval_shape(lambda: Networks(size, rngs=nnx.Rngs(0)))
+
+
+def rollout(velocity, noise: Float[Array, "b h w c"], grid: tuple[float, ...]):
+    """Clean latents: Euler steps of `velocity(x, sigma)` along a grid of noise levels."""
+    nodes = jnp.asarray(grid, jnp.float32)
+
+    def step(x, pair):
+        sigma, following = pair
+        return x + (following - sigma) * velocity(x, jnp.full(len(x), sigma)), None
+
+    return jax.lax.scan(step, noise, (nodes[:-1], nodes[1:]))[0]

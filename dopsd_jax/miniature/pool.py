@@ -1,0 +1,149 @@
+"""Endless training pictures: what a batch holds follows from a seed and the batch's number alone.
+
+Dimension names: m pictures, s side of a picture, h w c of a latent, b batch, n tokens, p patches.
+"""
+
+import dataclasses
+from collections.abc import Callable
+from typing import NamedTuple
+
+import numpy as np
+from jaxtyping import Float, Int, UInt8
+
+from dopsd_jax.data.prompts import student_text, teacher_text
+from dopsd_jax.miniature import captions, configs, render, world
+from dopsd_jax.miniature.world import Scene
+
+POOL = 1024  # pictures that are drawn and encoded together
+POOL_STEPS = 96  # steps that draw their batches from one pool
+BANK = 96  # words with a fixed concept each, which the model learns by heart
+KNOWN = 0.4  # share of a text-only batch's concepts that are of the bank
+NAMED_TEXT = 0.7  # share of named shapes in a text-only batch
+NAMED_IMAGE = 0.3  # and in a batch with images
+SAME = 0.6  # share of images in context that are the target itself
+EMPTY = 0.08  # share of empty captions, for guidance
+
+STUDENT_ROWS = 32
+TEACHER_ROWS = 96
+IMAGE_TOKENS = (render.SIDE // configs.IMAGE_PATCH) ** 2
+
+
+def plain_pictures(seed: int, number: int, count: int) -> UInt8[np.ndarray, "m s s 3"]:
+    """Batch `number` of pictures for the autoencoder: named shapes and concepts in equal parts."""
+    rng = np.random.default_rng([seed, number])
+    scenes = []
+    for i in range(count):
+        things = None
+        if i % 2:
+            things = (world.random_thing(rng, world.random_concept(rng)),)
+        scenes.append(world.random_scene(rng, things))
+    return world.pictures(scenes, rng)
+
+
+class Batch(NamedTuple):
+    """Targets with their contexts; `images` is None where the context is text alone."""
+
+    latents: Float[np.ndarray, "b h w c"]
+    ids: Int[np.ndarray, "b n"]
+    lengths: Int[np.ndarray, " b"]
+    images: UInt8[np.ndarray, "b s s 3"] | None
+
+
+@dataclasses.dataclass(frozen=True)
+class Pool:
+    """Scenes with their pictures and latents.
+
+    First half: named shapes. Second half: concepts, entries 2k and 2k + 1 the same one arranged
+    twice; those from `bank` on are of the bank, the others never seen before.
+    """
+
+    scenes: list[Scene]
+    images: UInt8[np.ndarray, "m s s 3"]
+    latents: Float[np.ndarray, "m h w c"]
+    bank: int
+
+
+def bank(seed: int) -> list[tuple[str, world.Concept]]:
+    """The words with a fixed concept each."""
+    rng = np.random.default_rng([seed, 7])
+    return [(word, world.random_concept(rng)) for word in captions.nonce_words()[:BANK]]
+
+
+def make_pool(seed: int, number: int, encode: Callable) -> Pool:
+    """Pool `number`; `encode` gives the latents of pictures."""
+    rng = np.random.default_rng([seed, 1, number])
+    scenes = [world.random_scene(rng) for _ in range(POOL // 2)]
+    known, free = bank(seed), captions.nonce_words()[BANK:]
+    fresh = POOL // 4  # concepts seen here only; as many entries are of the bank as text needs
+    for i in range(POOL // 4):
+        if i < fresh * (1 - KNOWN):
+            word, concept = free[rng.integers(len(free))], world.random_concept(rng)
+        else:
+            word, concept = known[rng.integers(len(known))]
+        for _ in range(2):
+            thing = world.random_thing(rng, concept, word)
+            scenes.append(world.random_scene(rng, (thing,)))
+    images = world.pictures(scenes, rng)
+    first_known = POOL // 2 + 2 * int(np.ceil(fresh * (1 - KNOWN)))
+    return Pool(scenes, images, encode(images), first_known)
+
+
+class Texts:
+    """Prompts to token rows of fixed length."""
+
+    def __init__(self, tokenizer):
+        self.tokenizer = tokenizer
+
+    def tokens(self, prompts: list[str], image: bool) -> list[list[int]]:
+        """Token ids of templated prompts."""
+        texts = [teacher_text(p, IMAGE_TOKENS) if image else student_text(p) for p in prompts]
+        return self.tokenizer(texts, add_special_tokens=False)["input_ids"]
+
+    def fit(self, prompt: str) -> bool:
+        """Whether the prompt's tokens fit, also beside an image."""
+        lengths = [len(self.tokens([prompt], image)[0]) for image in (False, True)]
+        return lengths[0] <= STUDENT_ROWS and lengths[1] <= TEACHER_ROWS
+
+    def caption(self, scene: Scene, rng: np.random.Generator, whole: bool = False) -> str:
+        """A caption whose tokens fit."""
+        while not self.fit(text := captions.caption(scene, rng, whole)):
+            pass
+        return text
+
+    def __call__(self, prompts: list[str], image: bool) -> tuple[np.ndarray, np.ndarray]:
+        """Token ids, padded on the right, and lengths; with the places of an image or without."""
+        limit = TEACHER_ROWS if image else STUDENT_ROWS
+        found = self.tokens(prompts, image)
+        ids = np.zeros((len(found), limit), np.int32)
+        for row, tokens in zip(ids, found, strict=True):
+            if len(tokens) > limit:
+                raise ValueError(f"{len(tokens)} tokens, {limit} fit: {prompts}")
+            row[: len(tokens)] = tokens
+        return ids, np.array([len(tokens) for tokens in found], np.int32)
+
+
+def text_batch(pool: Pool, texts: Texts, rng: np.random.Generator, count: int) -> Batch:
+    """Targets with captions alone."""
+    named = rng.random(count) < NAMED_TEXT
+    index = np.where(
+        named, rng.integers(POOL // 2, size=count), rng.integers(POOL // 2, POOL, count)
+    )
+    prompts = [texts.caption(pool.scenes[i], rng) for i in index]
+    prompts = ["" if rng.random() < EMPTY else p for p in prompts]
+    return Batch(pool.latents[index], *texts(prompts, image=False), None)
+
+
+def image_batch(pool: Pool, texts: Texts, rng: np.random.Generator, count: int) -> Batch:
+    """Targets with a caption and an image: themselves, or their concept in another arrangement.
+
+    In the second case the caption says the arrangement, so that nothing is contradictory: what the
+    caption says is followed, what it leaves out is copied.
+    """
+    named = rng.random(count) < NAMED_IMAGE
+    half = POOL // 2
+    index = np.where(named, rng.integers(half, size=count), rng.integers(half, pool.bank, count))
+    same = named | (rng.random(count) < SAME)
+    shown = np.where(same, index, index ^ 1)
+    pairs = zip(index, same, strict=True)
+    prompts = [texts.caption(pool.scenes[i], rng, whole=not s) for i, s in pairs]
+    return Batch(pool.latents[index], *texts(prompts, image=True), pool.images[shown])

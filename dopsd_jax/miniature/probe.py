@@ -1,0 +1,131 @@
+"""Few and cheap measurements during training, and a grid of pictures."""
+
+import functools
+from collections.abc import Callable
+from pathlib import Path
+
+import jax
+import numpy as np
+from PIL import Image
+
+from dopsd_jax.flow import shifted_grid
+from dopsd_jax.miniature import captions, judge, networks, optimizer, pool, render, world
+from dopsd_jax.miniature.configs import FACTOR, LATENT_CHANNELS, Size
+
+SIDE = render.SIDE // FACTOR
+
+
+class Sampler:
+    """Pictures from averaged weights; compiled once for each number of pictures.
+
+    Args:
+      guidance: 1 is none.
+    """
+
+    def __init__(self, size: Size, texts: pool.Texts, decode: Callable):
+        self.texts, self.decode = texts, decode
+        self.run = jax.jit(
+            functools.partial(_sample, networks.abstract(size)), static_argnames="grid"
+        )
+
+    def __call__(
+        self,
+        parameters: optimizer.Parameters,
+        prompts: list[str],
+        images: np.ndarray | None,
+        *,
+        grid: tuple[float, ...],
+        guidance: float = 1.0,
+        seed: int = 0,
+    ) -> np.ndarray:
+        ids, lengths = self.texts(prompts, image=images is not None)
+        empty = self.texts([""] * len(prompts), image=False) if guidance != 1 else None
+        noise = jax.random.normal(jax.random.key(seed), (len(prompts), SIDE, SIDE, LATENT_CHANNELS))
+        found = self.run(parameters, noise, ids, lengths, images, empty, guidance, grid=grid)
+        return self.decode(found)
+
+
+def _sample(module, parameters, noise, ids, lengths, images, empty, guidance, *, grid):
+    net = optimizer.merge(module, parameters)
+    patches = None if images is None else networks.patches_of(images)
+    contexts = [(net.context(ids, lengths, patches), lengths)]
+    if empty is not None:
+        contexts.append((net.context(*empty), empty[1]))
+    refined = [(net.transformer.refine(*c), c[1]) for c in contexts]
+
+    def velocity(x, sigma):
+        each = [-net.transformer(x, 1 - sigma, caption, n) for caption, n in refined]
+        return each[0] if len(each) == 1 else each[1] + guidance * (each[0] - each[1])
+
+    return networks.rollout(velocity, noise, grid)
+
+
+def concept_scenes(rng: np.random.Generator, count: int) -> list[world.Scene]:
+    """Unseen concepts under an unseen word, each in two arrangements (2k, 2k + 1)."""
+    scenes = []
+    for i in range(count):
+        concept, word = world.random_concept(rng), captions.NEW_WORDS[i % len(captions.NEW_WORDS)]
+        for _ in range(2):
+            scenes.append(world.random_scene(rng, (world.random_thing(rng, concept, word),)))
+    return scenes
+
+
+class Probe:
+    """Measures weights on a fixed set of captions and concepts.
+
+    `text`: named shape and colour; `copy`: IoU with the image in context; `move`: the same in
+    another arrangement than the image's; `blind`: IoU from the text alone. IoU is relative to that
+    of the autoencoder's own reconstruction.
+    """
+
+    def __init__(self, sampler: Sampler, reconstruct: Callable, folder: Path, count: int = 16):
+        rng = np.random.default_rng(12345)
+        self.sampler, self.folder, self.count = sampler, folder, count
+        self.named = [world.random_scene(rng, (world.random_thing(rng),)) for _ in range(2 * count)]
+        self.prompts = [sampler.texts.caption(s, rng) for s in self.named]
+        scenes = concept_scenes(rng, count)
+        self.concepts = [sampler.texts.caption(s, rng, whole=True) for s in scenes]
+        self.truth = world.compose(scenes, rng)
+        self.images = render.render(self.truth)
+        self.reach = judge.iou(reconstruct(self.images), self.truth)
+
+    def __call__(
+        self, parameters: optimizer.Parameters, name: str, steps: int = 8, guidance: float = 1.0
+    ) -> dict[str, float]:
+        """The scores; a grid of the pictures goes to `folder`/`name`.png."""
+        grid = shifted_grid(steps, 3.0)
+        sample = functools.partial(self.sampler, parameters, grid=grid, guidance=guidance)
+        text = sample(self.prompts, None)
+        seen = judge.see(text)
+        things = [s.things[0] for s in self.named]
+        even, odd = slice(0, None, 2), slice(1, None, 2)
+        copied = sample(self.concepts[even], self.images[even])
+        moved = sample(self.concepts[even], self.images[odd])
+        blind = sample(self.concepts[even], None)
+        truth = self.truth[even]
+        relative = lambda images: float((judge.iou(images, truth) / self.reach[even]).mean())
+        self._picture(name, text, copied, moved, blind)
+        return {
+            "shape": _share(seen, things, "shape"),
+            "colour": _share(seen, things, "colour"),
+            "place": _share(seen, things, "place"),
+            "copy": relative(copied),
+            "move": relative(moved),
+            "blind": relative(blind),
+            "crisp_text": float(judge.crispness(text).mean()),
+            "crisp_copy": float(
+                judge.crispness(copied).mean() / judge.crispness(self.images[even]).mean()
+            ),
+        }
+
+    def _picture(self, name, text, copied, moved, blind) -> None:
+        count = self.count
+        rows = [text[:count], text[count:], self.images[::2], copied]
+        rows += [self.images[1::2], moved, blind]
+        sheet = np.concatenate([np.concatenate(list(row), 1) for row in rows], 0)
+        Image.fromarray(sheet).save(self.folder / f"{name}.png")
+
+
+def _share(seen: list[judge.Seen], things: list[world.Thing], name: str) -> float:
+    pairs = zip(seen, things, strict=True)
+    return float(np.mean([getattr(s, name) == getattr(t, name) for s, t in pairs]))

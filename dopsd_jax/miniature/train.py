@@ -1,0 +1,116 @@
+"""Makes the miniature from nothing: python -m dopsd_jax.miniature.train --out DIR
+
+Autoencoder, then encoder and transformer by flow matching, then the few-step model by segment
+distillation, then the model folder. A second call goes on where the first was stopped.
+"""
+
+import time
+from pathlib import Path
+
+import jax
+import numpy as np
+import transformers
+from absl import flags
+
+from dopsd_jax import errors
+from dopsd_jax.miniature import (
+    autoencoder,
+    configs,
+    distill,
+    export,
+    networks,
+    optimizer,
+    pool,
+    pretrain,
+    probe,
+    training,
+)
+from dopsd_jax.models.autoencoder import Autoencoder, to_uint8
+from dopsd_jax.tiny.tokenizer import QWEN3_TEMPLATE
+
+OUT = flags.DEFINE_string("out", None, "folder for states, logs, pictures and the model")
+SEED = flags.DEFINE_integer("seed", 0, "of the whole training", lower_bound=0)
+AUTOENCODER_STEPS = flags.DEFINE_integer("autoencoder_steps", 2600, "", lower_bound=1)
+PRETRAIN_STEPS = flags.DEFINE_integer("pretrain_steps", 12000, "", lower_bound=1)
+DISTILL_STEPS = flags.DEFINE_integer("distill_steps", 3000, "", lower_bound=1)
+
+MANY_STEPS, GUIDANCE = 10, 2.0  # of the sampler before distillation
+
+
+def main() -> None:
+    out = Path(OUT.value).expanduser()
+    (out / "probes").mkdir(parents=True, exist_ok=True)
+    log = _logger(out / "log.txt")
+    vae = autoencoder.train(out, SEED.value, AUTOENCODER_STEPS.value, log)
+    encode, decode = _coders(vae)
+
+    if not (out / "tokenizer").exists():
+        export.write_words(out / "tokenizer", QWEN3_TEMPLATE, 131072)
+    texts = pool.Texts(transformers.AutoTokenizer.from_pretrained(out / "tokenizer"))
+    size = configs.Size()
+    source = training.Source(SEED.value, texts, encode)
+    measure = probe.Probe(
+        probe.Sampler(size, texts, decode), lambda x: decode(encode(x)), out / "probes"
+    )
+
+    def report(name: str, **sampler):
+        def write(parameters: optimizer.Parameters, step: int) -> None:
+            scores = measure(parameters, f"{name}_{step:06d}", **sampler)
+            log(f"{name} {step}: " + ", ".join(f"{k} {v:.3f}" for k, v in scores.items()))
+
+        return write
+
+    _, start = optimizer.flat(networks.start(size, SEED.value))
+    many = training.run(
+        out / "pretrain.safetensors",
+        "flow matching",
+        PRETRAIN_STEPS.value,
+        pretrain.loss(size),
+        optimizer.muon(pretrain.MUON_RATE, pretrain.ADAM_RATE, PRETRAIN_STEPS.value),
+        start,
+        source,
+        report("pretrain", steps=MANY_STEPS, guidance=GUIDANCE),
+        log,
+    )
+    few = training.run(
+        out / "distill.safetensors",
+        "distillation",
+        DISTILL_STEPS.value,
+        distill.loss(size, many, texts([""], image=False)),
+        optimizer.muon(distill.MUON_RATE, distill.ADAM_RATE, DISTILL_STEPS.value),
+        many,
+        source,
+        report("distill", steps=distill.STEPS),
+        log,
+    )
+    if not (out / "model").exists():
+        export.write_model(out / "model", size, few, vae)
+    log(f"the model: {out / 'model'}")
+
+
+def _coders(vae: Autoencoder):
+    """Pictures -> latents (float16) and back, some at a time."""
+    down = jax.jit(lambda x: vae.encode_images(x))
+    up = jax.jit(lambda z: to_uint8(vae.decode_images(z)))
+    some = lambda function, a: np.concatenate(
+        [np.asarray(function(a[i : i + 16])) for i in range(0, len(a), 16)]
+    )
+    return (
+        lambda images: some(down, images).astype(np.float16),
+        lambda latents: some(up, np.asarray(latents, np.float32)),
+    )
+
+
+def _logger(path: Path):
+    def log(line: str) -> None:
+        line = f"{time.strftime('%H:%M:%S')} {line}"
+        print(line, flush=True)
+        with path.open("a", encoding="utf-8") as file:
+            file.write(line + "\n")
+
+    return log
+
+
+if __name__ == "__main__":
+    flags.mark_flags_as_required(["out"])
+    errors.run(main)

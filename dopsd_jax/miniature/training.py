@@ -1,0 +1,148 @@
+"""The training loop that pretraining and distillation share: gradients, average, saving, resuming.
+
+A loss is a function of (parameters, batch, a key for each sample). Every step takes samples of
+captions alone and samples with images, the two kinds with equal weight, in micro-batches that are
+spread over the devices.
+"""
+
+import functools
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jax.sharding import AxisType, Mesh
+from jax.sharding import PartitionSpec as P
+
+from dopsd_jax.miniature import optimizer, pool
+from dopsd_jax.miniature.optimizer import Parameters
+from dopsd_jax.miniature.saved import load_tree, save_tree
+
+TEXTS, IMAGES = 32, 16  # samples of a step: captions alone, and with images
+MICRO = 8  # samples that a device computes at once: more do not fit the caches of a CPU
+AVERAGE = 0.998  # decay of the moving average of the weights
+SAVE_SECONDS = 240
+PROBE_SAVES = 3  # saves between measurements
+
+Loss = Callable[[Parameters, pool.Batch, jax.Array], jax.Array]
+
+
+class State(NamedTuple):
+    """What a run is continued from."""
+
+    parameters: Parameters
+    average: Parameters
+    moments: optax.OptState
+
+
+class Source(NamedTuple):
+    """Where batches come from: a seed, the tokenizer's rows, and pictures -> latents."""
+
+    seed: int
+    texts: pool.Texts
+    encode: Callable
+
+
+def first_state(parameters: Parameters, tx: optax.GradientTransformation) -> State:
+    """A run's first state."""
+    return State(parameters, jax.tree.map(jnp.copy, parameters), tx.init(parameters))
+
+
+def step_function(loss: Loss, tx: optax.GradientTransformation, mesh: Mesh):
+    """(state, step number, batch of captions, batch with images, key) -> state, losses.
+
+    What it computes does not depend on the number of devices, but for rounding.
+    """
+
+    def accumulated(parameters, batch, keys):  # on one device
+        micro = jax.tree.map(lambda a: a.reshape(-1, min(MICRO, len(keys)), *a.shape[1:]), batch)
+        keys = keys.reshape(-1, min(MICRO, len(keys)))
+
+        def body(carry, item):
+            found = jax.value_and_grad(loss)(parameters, *item)
+            return jax.tree.map(lambda c, f: c + f / len(keys), carry, found), None
+
+        zero = (jnp.zeros(()), jax.tree.map(jnp.zeros_like, parameters))
+        return jax.lax.scan(body, zero, (micro, keys))[0]
+
+    @functools.partial(
+        jax.shard_map,
+        mesh=mesh,
+        in_specs=(P(), P("data"), P("data")),
+        out_specs=P(),
+        check_vma=False,
+    )
+    def mean_gradients(parameters, text, image):
+        found = accumulated(parameters, *text), accumulated(parameters, *image)
+        return jax.lax.pmean(found, "data")
+
+    @functools.partial(jax.jit, donate_argnums=0)
+    def step(state: State, number, text, image, key):
+        pairs = [
+            (batch, jax.random.split(k, len(batch.ids)))
+            for batch, k in zip((text, image), jax.random.split(key), strict=True)
+        ]
+        (text_loss, of_text), (image_loss, of_image) = mean_gradients(state.parameters, *pairs)
+        gradient = jax.tree.map(lambda a, b: 0.5 * (a + b), of_text, of_image)
+        updates, moments = tx.update(gradient, state.moments, state.parameters)
+        parameters = optax.apply_updates(state.parameters, updates)
+        decay = optimizer.decay_at(number, AVERAGE)
+        average = optimizer.averaged(state.average, parameters, decay)
+        return State(parameters, average, moments), (text_loss, image_loss)
+
+    return step
+
+
+def run(
+    path: Path,
+    name: str,
+    steps: int,
+    loss: Loss,
+    tx: optax.GradientTransformation,
+    start: Parameters,
+    source: Source,
+    probe: Callable[[Parameters, int], None],
+    log: Callable[[str], None],
+) -> Parameters:
+    """Trains to `steps`, from the state in the file `path` if it is there; returns the average.
+
+    `start` is what it begins with otherwise. `probe` is called with the averaged weights now and
+    then, and at the end.
+    """
+    state, begin = first_state(start, tx), 0
+    if path.exists():
+        state, about = load_tree(path, state)
+        begin = about["step"]
+    mesh = jax.make_mesh((len(jax.devices()),), ("data",), axis_types=(AxisType.Auto,))
+    step, scenes, losses, saves = step_function(loss, tx, mesh), None, [], 0
+    saved = started = time.monotonic()
+    for number in range(begin, steps):
+        if scenes is None or number % pool.POOL_STEPS == 0:
+            scenes = pool.make_pool(source.seed, number // pool.POOL_STEPS, source.encode)
+        key = jax.random.fold_in(jax.random.key(source.seed), number)
+        state, found = step(state, number, *_batches(scenes, source, number), key)
+        losses.append(found)
+        last = number + 1 == steps
+        if time.monotonic() - saved > SAVE_SECONDS or last:
+            save_tree(path, state, {"step": number + 1})
+            text_loss, image_loss = np.mean(losses, axis=0)
+            seconds = (time.monotonic() - started) / (number + 1 - begin)
+            log(
+                f"{name} {number + 1}/{steps}: loss {text_loss:.4f} with text, "
+                f"{image_loss:.4f} with an image; {seconds:.2f} s a step, "
+                f"{seconds * (steps - number - 1) / 60:.0f} min left"
+            )
+            if saves % PROBE_SAVES == 0 or last:
+                probe(state.average, number + 1)
+            losses, saved, saves = [], time.monotonic(), saves + 1
+    return state.average
+
+
+def _batches(scenes: pool.Pool, source: Source, number: int) -> tuple[pool.Batch, pool.Batch]:
+    rng = np.random.default_rng([source.seed, 2, number])
+    text = pool.text_batch(scenes, source.texts, rng, TEXTS)
+    return text, pool.image_batch(scenes, source.texts, rng, IMAGES)
