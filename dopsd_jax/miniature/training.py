@@ -48,8 +48,9 @@ class Source(NamedTuple):
 
 
 def first_state(parameters: Parameters, tx: optax.GradientTransformation) -> State:
-    """A run's first state."""
-    return State(parameters, jax.tree.map(jnp.copy, parameters), tx.init(parameters))
+    """A run's first state; `parameters` stay the caller's: the step donates what it is given."""
+    copy = lambda: jax.tree.map(jnp.copy, parameters)
+    return State(copy(), copy(), tx.init(parameters))
 
 
 def step_function(loss: Loss, tx: optax.GradientTransformation, mesh: Mesh):
