@@ -14,6 +14,7 @@ from dopsd_jax.miniature import (
     autoencoder,
     captions,
     configs,
+    distill,
     export,
     networks,
     optimizer,
@@ -166,3 +167,19 @@ def test_muon_takes_kernels_as_matrices():
     assert found["transformer.layers.out.kernel"] == (1, 2)
     rest = [found[name] for name in shapes if name not in list(shapes)[0:3:2]]
     assert rest == [None] * 3
+
+
+def test_distillation_asks_for_the_mean_velocity_of_the_teacher(start, texts):
+    """Where a velocity is everywhere the same, so is its mean, guided or not: a closed form."""
+    bias = "transformer.final_linear.bias"
+    still = start | {"transformer.final_linear.kernel": jnp.zeros((SMALL.dim, 32))}
+    constant = lambda seed: still | {bias: jax.random.normal(jax.random.key(seed), (32,))}
+    teacher, student = constant(1), constant(2)
+    rng = np.random.default_rng(0)
+    latents = rng.standard_normal((4, 16, 16, configs.LATENT_CHANNELS)).astype(np.float16)
+    batch = pool.Batch(latents, *texts([PROMPT] * 4, False), None)
+    loss = jax.jit(distill.loss(SMALL, teacher, texts([""], False)))
+    keys = jax.random.split(jax.random.key(0), 4)
+    assert float(loss(teacher, batch, keys)) < 1e-10
+    expected = float(jnp.mean((teacher[bias] - student[bias]) ** 2))
+    assert float(loss(student, batch, keys)) == pytest.approx(expected, rel=1e-5)
