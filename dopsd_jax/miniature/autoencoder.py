@@ -1,4 +1,4 @@
-"""Trains the miniature's autoencoder: a small network, half an hour of two CPU cores."""
+"""Trains the miniature's autoencoder: a small network, three quarters of an hour of a CPU core."""
 
 import functools
 import time

@@ -13,6 +13,7 @@ import transformers
 from absl import flags
 
 from dopsd_jax import errors
+from dopsd_jax.errors import UserError
 from dopsd_jax.miniature import (
     autoencoder,
     configs,
@@ -27,25 +28,30 @@ from dopsd_jax.miniature import (
 )
 from dopsd_jax.models.autoencoder import Autoencoder, to_uint8
 from dopsd_jax.tiny.tokenizer import QWEN3_TEMPLATE
+from dopsd_jax.weights.atomic import disk_error
 
 OUT = flags.DEFINE_string("out", None, "folder for states, logs, pictures and the model")
 SEED = flags.DEFINE_integer("seed", 0, "of the whole training", lower_bound=0)
-AUTOENCODER_STEPS = flags.DEFINE_integer("autoencoder_steps", 2600, "", lower_bound=1)
-PRETRAIN_STEPS = flags.DEFINE_integer("pretrain_steps", 12000, "", lower_bound=1)
-DISTILL_STEPS = flags.DEFINE_integer("distill_steps", 3000, "", lower_bound=1)
+AUTOENCODER_STEPS = flags.DEFINE_integer("autoencoder_steps", 2600, "of 8 pictures", lower_bound=1)
+PRETRAIN_STEPS = flags.DEFINE_integer("pretrain_steps", 12000, "of 48 samples", lower_bound=1)
+DISTILL_STEPS = flags.DEFINE_integer("distill_steps", 3000, "of 48 samples", lower_bound=1)
 
 MANY_STEPS, GUIDANCE = 10, 2.0  # of the sampler before distillation
 
 
 def main() -> None:
     out = Path(OUT.value).expanduser()
-    (out / "probes").mkdir(parents=True, exist_ok=True)
+    try:
+        (out / "probes").mkdir(parents=True, exist_ok=True)
+    except (FileExistsError, NotADirectoryError):
+        raise UserError(f"--out {out}: is not a folder, or has a file named probes") from None
+    except OSError as error:
+        raise disk_error(error, out) from error
     log = _logger(out / "log.txt")
     vae = autoencoder.train(out, SEED.value, AUTOENCODER_STEPS.value, log)
     encode, decode = _coders(vae)
 
-    if not (out / "tokenizer").exists():
-        export.write_words(out / "tokenizer", QWEN3_TEMPLATE, 131072)
+    export.write_words(out / "tokenizer", QWEN3_TEMPLATE, 131072)
     texts = pool.Texts(transformers.AutoTokenizer.from_pretrained(out / "tokenizer"))
     size = configs.Size()
     source = training.Source(SEED.value, texts, encode)
