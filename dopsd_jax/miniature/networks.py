@@ -44,6 +44,15 @@ class Networks(nnx.Module):
         caption = self.transformer.refine(features, lengths)
         return -self.transformer(x, 1.0 - sigma, caption, lengths)
 
+    def velocity_and_states(self, x, sigma, features, lengths):
+        """The same, and the image tokens [b, p, c] after each layer of the transformer."""
+        net, states = self.transformer, []
+        tokens, apply, c = net.enter(x, 1.0 - sigma, net.refine(features, lengths), lengths)
+        for i in range(net.cfg.layers):
+            tokens = apply(jax.tree.map(lambda a, i=i: a[i], net.layers), tokens)
+            states.append(tokens[:, : GRID[0] * GRID[1]])
+        return -net.leave(tokens, c, x.shape), states
+
 
 class Rows(NamedTuple):
     """Token rows, padded to one length, with the patches of their images or None."""
@@ -63,6 +72,21 @@ def patches_of(images: Int[np.ndarray, "b s s 3"]) -> Float[np.ndarray, "b p c"]
     return x.reshape(b, GRID[0] * GRID[1], -1)
 
 
+def latent_patches(latents: Float[Array, "b h w c"]) -> Float[Array, "b p d"]:
+    """Latents by image token: what each token's part of the picture is encoded as."""
+    (b, _, _, c), k = latents.shape, configs.PATCH
+    x = latents.reshape(b, GRID[0], k, GRID[1], k, c).transpose(0, 1, 3, 2, 4, 5)
+    return x.reshape(b, GRID[0] * GRID[1], k * k * c)
+
+
+def at_image(features: Float[Array, "b n c"], ids: Int[Array, "b n"]) -> Float[Array, "b p c"]:
+    """Features of the image tokens, which stand together."""
+    first = jnp.argmax(ids == configs.IDS["<|image_pad|>"], axis=1)
+    return jax.vmap(lambda f, i: jax.lax.dynamic_slice_in_dim(f, i, GRID[0] * GRID[1]))(
+        features, first
+    )
+
+
 def start(size: Size, seed: int) -> Networks:
     """Networks at random, so begun that they learn soon.
 
@@ -80,19 +104,20 @@ def start(size: Size, seed: int) -> Networks:
         blocks.modulation.kernel[...] = 0.2 * blocks.modulation.kernel[...]
     transformer.final_linear.kernel[...] = jnp.zeros_like(transformer.final_linear.kernel[...])
     networks.text.embedding[...] = 50.0 * networks.text.embedding[...]
-    vision.position_table[...] = jnp.asarray(_waves(size, vision.position_table[...].shape))
+    waves = places(size)
+    vision.position_table[...] = jnp.pad(waves, ((0, 0), (0, size.vision_dim - waves.shape[1])))
     return networks
 
 
-def _waves(size: Size, shape: tuple[int, int]) -> np.ndarray:
-    row, column = np.divmod(np.arange(shape[0]), GRID[1])
+def places(size: Size) -> Float[np.ndarray, "p c"]:
+    """What the rotation of the transformer turns a query at each image token's place by."""
+    row, column = np.divmod(np.arange(GRID[0] * GRID[1]), GRID[1])
     theta = configs.transformer(size)["rope_theta"]
     columns = []
     for axis, position in ((size.axes[1], row), (size.axes[2], column)):
         for frequency in theta ** (-np.arange(0, axis, 2) / axis):
             columns += [np.cos(frequency * position), np.sin(frequency * position)]
-    waves = np.stack(columns, 1)
-    return np.pad(waves, ((0, 0), (0, shape[1] - waves.shape[1]))).astype(np.float32)
+    return np.stack(columns, 1).astype(np.float32)
 
 
 def abstract(size: Size) -> Networks:

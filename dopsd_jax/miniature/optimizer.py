@@ -56,8 +56,19 @@ def schedule(peak: float, steps: int, warmup: int, cooldown: float) -> optax.Sch
     return optax.join_schedules(parts, [warmup, steps - down])
 
 
-def muon(rate: float, adam_rate: float, steps: int, warmup: int = 100, cooldown: float = 0.3):
-    """Muon of peak rate `rate` for matrices and Adam of `adam_rate` for the rest."""
+def muon(
+    rate: float,
+    adam_rate: float,
+    steps: int,
+    warmup: int = 100,
+    cooldown: float = 0.3,
+    decay: float = 0.0,
+):
+    """Muon of peak rate `rate` for matrices and Adam of `adam_rate` for the rest.
+
+    `decay`, times the rate, is taken off the matrices. Without it they grow, and what enters a
+    residual stream early drowns in what later layers add.
+    """
     make = lambda peak: schedule(peak, steps, warmup, cooldown)
     return optax.chain(
         optax.clip_by_global_norm(1.0),
@@ -65,6 +76,7 @@ def muon(rate: float, adam_rate: float, steps: int, warmup: int = 100, cooldown:
             make(rate),
             adam_learning_rate=make(adam_rate),
             adam_b2=0.99,
+            weight_decay=decay,
             muon_weight_dimension_numbers=matrices,
         ),
     )

@@ -41,12 +41,13 @@ def plain_pictures(seed: int, number: int, count: int) -> UInt8[np.ndarray, "m s
 
 
 class Batch(NamedTuple):
-    """Targets with their contexts; `images` is None where the context is text alone."""
+    """Targets with their contexts; without `images` and their latents it is text alone."""
 
     latents: Float[np.ndarray, "b h w c"]
     ids: Int[np.ndarray, "b n"]
     lengths: Int[np.ndarray, " b"]
-    images: UInt8[np.ndarray, "b s s 3"] | None
+    images: UInt8[np.ndarray, "b s s 3"] | None = None
+    shown: Float[np.ndarray, "b h w c"] | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -130,7 +131,7 @@ def text_batch(pool: Pool, texts: Texts, rng: np.random.Generator, count: int) -
     )
     prompts = [texts.caption(pool.scenes[i], rng) for i in index]
     prompts = ["" if rng.random() < EMPTY else p for p in prompts]
-    return Batch(pool.latents[index], *texts(prompts, image=False), None)
+    return Batch(pool.latents[index], *texts(prompts, image=False))
 
 
 def image_batch(pool: Pool, texts: Texts, rng: np.random.Generator, count: int) -> Batch:
@@ -146,4 +147,5 @@ def image_batch(pool: Pool, texts: Texts, rng: np.random.Generator, count: int) 
     shown = np.where(same, index, index ^ 1)
     pairs = zip(index, same, strict=True)
     prompts = [texts.caption(pool.scenes[i], rng, whole=not s) for i, s in pairs]
-    return Batch(pool.latents[index], *texts(prompts, image=True), pool.images[shown])
+    seen = pool.images[shown], pool.latents[shown]
+    return Batch(pool.latents[index], *texts(prompts, image=True), *seen)

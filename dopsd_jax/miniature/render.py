@@ -132,7 +132,7 @@ def _paint(picture: np.ndarray, scenes: Scenes, slot: int) -> np.ndarray:
     body = pick(objects.body)
     light = _texture(pick(objects.texture), x, y)
     finish = scenes.finish[:, None, None]
-    shaded = 1.12 - 0.38 * np.clip(0.5 + (x + y) / (2.8 * pick(objects.radius)), 0, 1)
+    shaded = 1.14 - 0.42 * np.clip(0.5 + (x + y) / (2.8 * pick(objects.radius)), 0, 1)
     light = light * np.where(finish == 2, shaded, 1)
     paint = body * light[..., None]
     edged = (finish == 1)[..., None] * (1 - within)

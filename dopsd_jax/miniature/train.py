@@ -19,7 +19,6 @@ from dopsd_jax.miniature import (
     configs,
     distill,
     export,
-    networks,
     optimizer,
     pool,
     pretrain,
@@ -66,18 +65,18 @@ def main() -> None:
 
         return write
 
-    _, start = optimizer.flat(networks.start(size, SEED.value))
     many = training.run(
         out / "pretrain.safetensors",
         "flow matching",
         PRETRAIN_STEPS.value,
         pretrain.loss(size),
-        optimizer.muon(pretrain.MUON_RATE, pretrain.ADAM_RATE, PRETRAIN_STEPS.value),
-        start,
+        pretrain.transform(PRETRAIN_STEPS.value),
+        pretrain.start(size, SEED.value),
         source,
         report("pretrain", steps=MANY_STEPS, guidance=GUIDANCE),
         log,
     )
+    many = pretrain.without_heads(many)
     few = training.run(
         out / "distill.safetensors",
         "distillation",

@@ -22,7 +22,7 @@ from dopsd_jax.miniature import optimizer, pool
 from dopsd_jax.miniature.optimizer import Parameters
 from dopsd_jax.miniature.saved import load_tree, save_tree
 
-TEXTS, IMAGES = 32, 16  # samples of a step: captions alone, and with images
+TEXTS, IMAGES = 48, 8  # samples of a step: captions alone, and with images
 MICRO = 8  # samples that a device computes at once: more do not fit the caches of a CPU
 AVERAGE = 0.998  # decay of the moving average of the weights
 SAVE_SECONDS = 240

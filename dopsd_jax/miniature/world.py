@@ -35,21 +35,24 @@ GROUNDS = {
     "navy": (0.09, 0.13, 0.30),
     "moss": (0.28, 0.36, 0.20),
 }
-SIZES = {"small": 10.5, "large": 16.6}  # radius in pixels
+SIZES = {"small": 10.5, "large": 14.4}  # radius in pixels
+# Whole patches of a transformer apart (8 pixels): a shape is then the same patches at every place,
+# which a small network learns many times sooner than one that lies differently in each.
 PLACES = {
     "middle": (0.50, 0.50),
-    "left": (0.30, 0.50),
-    "right": (0.70, 0.50),
-    "top": (0.50, 0.30),
-    "bottom": (0.50, 0.70),
+    "left": (0.25, 0.50),
+    "right": (0.75, 0.50),
+    "top": (0.50, 0.25),
+    "bottom": (0.50, 0.75),
 }
 OPPOSITE = {"left": "right", "right": "left", "top": "bottom", "bottom": "top"}
 
+PLAIN = 0.75  # share of objects, of finishes and of grounds without a texture
 PAIRS = 0.15  # share of random scenes with two things
 CONTRAST = 0.38  # least RGB distance of colours that touch
 DARK = 0.2  # bodies of which no channel is lighter are plain and flat
-PLACE_JITTER = 1.5  # pixels
-SIZE_JITTER = 0.06
+PLACE_JITTER = 1.0  # pixels
+SIZE_JITTER = 0.04
 RING_HOLE = 0.52  # of the ring's radius
 
 
@@ -122,7 +125,7 @@ def _vivid(rng: np.random.Generator) -> tuple[float, float, float]:
 
 def random_thing(rng: np.random.Generator, concept: Concept | None = None, word: str = "") -> Thing:
     """An object with random attributes."""
-    plain = rng.random() < 0.6
+    plain = rng.random() < PLAIN
     thing = Thing(
         shape=int(rng.integers(len(SHAPES))) if concept is None else -1,
         colour=int(rng.integers(len(COLOURS))),
@@ -145,12 +148,12 @@ def random_scene(rng: np.random.Generator, things: tuple[Thing, ...] | None = No
     grounds = suitable_grounds(things)
     if not grounds:
         raise ValueError("no ground is unlike all of these things")
-    flat = rng.random() < 0.6 or any(_dark(t) for t in things)
+    flat = rng.random() < PLAIN or any(_dark(t) for t in things)
     return Scene(
         things=things,
         finish=0 if flat else int(rng.integers(1, len(render.FINISHES))),
         ground=grounds[rng.integers(len(grounds))],
-        ground_texture=0 if rng.random() < 0.6 else int(rng.integers(1, 3)),
+        ground_texture=0 if rng.random() < PLAIN else int(rng.integers(1, 3)),
     )
 
 

@@ -7,7 +7,7 @@ d width. Facts: the published checkpoint and diffusers 0.42.1.
 import dataclasses
 import functools
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import jax
 import jax.numpy as jnp
@@ -336,6 +336,12 @@ class ZImage(nnx.Module):
         lengths: Int[Array, " b"],
     ) -> Float[Array, "b h w c"]:
         """The network's own output x0 - noise, in float32; t = 1 - sigma; `caption` is refined."""
+        tokens, block, c = self.enter(x, t, caption, lengths)
+        return self.leave(scan_blocks(block, self.layers, tokens, self.remat), c, x.shape)
+
+    def enter(self, x, t, caption, lengths) -> tuple[Array, Callable, Array]:
+        """What the layers begin with: tokens [b, n, d], image first; (layer, tokens) -> tokens;
+        and the embedded time."""
         cfg, (h, w) = self.cfg, x.shape[1:3]
         rows, columns = h // cfg.patch, w // cfg.patch
         tokens = rows * columns
@@ -373,13 +379,17 @@ class ZImage(nnx.Module):
             caption_rope,
         )
         total = tokens + pads + padded
-        both = scan_blocks(lambda block, x: block(x, rope, total, c), self.layers, both, self.remat)
+        return both, lambda block, x: block(x, rope, total, c), c
 
+    def leave(self, tokens, c, shape: tuple[int, ...]) -> Float[Array, "b h w c"]:
+        """What the last layer's tokens say about a latent of that shape; `c` is the time."""
+        rows, columns = shape[1] // self.cfg.patch, shape[2] // self.cfg.patch
         # Of all tokens: where they are split over devices, only narrow pixels are gathered.
-        y = normalize(both.astype(jnp.float32), FINAL_NORM_EPS)
+        y = normalize(tokens.astype(jnp.float32), FINAL_NORM_EPS)
         y = y * (1 + self.final_modulation(jax.nn.silu(c)))[:, None]
         y = constrain_batch(self.final_linear(y.astype(self.dtype)))
-        return unpatchify(y[:, :tokens].astype(jnp.float32), rows, columns, cfg.patch)
+        y = y[:, : rows * columns].astype(jnp.float32)
+        return unpatchify(y, rows, columns, self.cfg.patch)
 
     def _rope(self, positions: Int[Array, "b n 3"]) -> tuple[Array, Array]:
         tables = rope_tables(self.cfg)
