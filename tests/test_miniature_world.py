@@ -139,7 +139,7 @@ def test_objects_lie_whole_in_the_picture_and_apart():
     there = objects.radius > 0
     assert there[:, 0].all() and 0.1 < there[:, 1].mean() < 0.2
     reach = np.abs(objects.centre - 32).max(-1) + objects.radius
-    assert 31.5 < reach[there].max() <= 32
+    assert 31 < reach[there].max() <= 32
     pairs = there[:, 1]
     gap = np.linalg.norm(objects.centre[pairs, 0] - objects.centre[pairs, 1], axis=-1)
     assert (gap >= objects.radius[pairs].sum(1)).all()
@@ -288,9 +288,9 @@ def test_fitting_forgives_what_captions_leave_open_and_nothing_else(concept_scen
     fitted = judge.fitted(images, truth)
     before, after = judge.iou(images, truth), judge.iou(images, fitted)
     assert (after >= before).all()
-    assert before.mean() < 0.8 < 0.95 < after.mean()
+    assert before.mean() < 0.9 < 0.95 < after.mean()
     moved = np.abs(fitted.objects.centre - truth.objects.centre).max()
-    assert 0.5 < moved <= world.PLACE_JITTER + 1e-4
+    assert world.PLACE_JITTER / 2 < moved <= world.PLACE_JITTER + 1e-4
     others = world.pictures(following(concept_scenes), np.random.default_rng(0))
     assert judge.iou(others, judge.fitted(others, truth)).mean() < 0.25
 

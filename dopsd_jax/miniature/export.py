@@ -1,13 +1,15 @@
-"""Writes the miniature as a model folder in Hugging Face layout."""
+"""The miniature as a model folder in Hugging Face layout, written and read back."""
 
 import json
 from collections.abc import Iterable
 from pathlib import Path
 
+import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from dopsd_jax.miniature import configs
+import dopsd_jax
+from dopsd_jax.miniature import configs, optimizer
 from dopsd_jax.miniature.configs import Size
 from dopsd_jax.miniature.optimizer import Parameters
 from dopsd_jax.models import autoencoder as vae_model
@@ -67,6 +69,18 @@ def write_model(
         _json(partial / "vlm" / "preprocessor_config.json", configs.preprocessor())
         _json(partial / "vlm" / "chat_template.json", {"chat_template": QWEN3_VL_TEMPLATE})
         write_words(partial / "vlm", QWEN3_VL_TEMPLATE, 262144)
+
+
+def read_model(folder: Path) -> tuple[Parameters, vae_model.Autoencoder]:
+    """What `write_model` was given, but for rounding to the stored types."""
+    pipe = dopsd_jax.load_pipeline(folder)
+    rooms = {"transformer": pipe.transformer, "text": pipe.text_encoder, "vision": pipe.vision}
+    parameters = {}
+    for room, network in rooms.items():
+        named = optimizer.flat(network)[1]
+        # By way of the host: arrays that were read are bound to one device.
+        parameters |= {f"{room}.{k}": jnp.asarray(np.float32(v)) for k, v in named.items()}
+    return parameters, pipe.vae
 
 
 def write_words(folder: Path, template: str, max_length: int) -> None:

@@ -62,7 +62,8 @@ NAMED = {
     "star": polygon(_regular(5, 0.42)),
     "cross": polygon(np.concatenate([_CROSS, -_CROSS])),
     "heart": polygon(_heart()),
-    "flower": normalized(0.78 + 0.22 * np.cos(5 * (THETA + np.pi / 2))),
+    # A petal stands where a star has a gap: turned the other way, the two would look alike.
+    "flower": normalized(0.78 + 0.22 * np.cos(5 * (THETA - np.pi / 2))),
     "bar": polygon(np.array([0.36 + 1j, -0.36 + 1j, -0.36 - 1j, 0.36 - 1j])),
     "ring": normalized(np.ones(ANGLES)),
 }

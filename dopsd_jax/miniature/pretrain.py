@@ -16,7 +16,7 @@ from dopsd_jax.miniature.configs import Size
 from dopsd_jax.miniature.optimizer import Parameters
 from dopsd_jax.miniature.training import Loss
 
-MUON_RATE, ADAM_RATE, DECAY = 0.015, 2e-3, 0.1
+MUON_RATE, ADAM_RATE, DECAY, COOLDOWN = 0.015, 2e-3, 0.1, 0.75
 SHIFT = 3.0  # of the noise levels, as in the scheduler
 LOW = 0.5  # noise level
 READING = 0.5  # weight of what a head cannot read
@@ -33,7 +33,7 @@ def start(size: Size, seed: int) -> Parameters:
 
 def transform(steps: int) -> optax.GradientTransformation:
     """The optimizer of a training of so many steps."""
-    return optimizer.muon(MUON_RATE, ADAM_RATE, steps, decay=DECAY)
+    return optimizer.muon(MUON_RATE, ADAM_RATE, steps, cooldown=COOLDOWN, decay=DECAY)
 
 
 def without_heads(parameters: Parameters) -> Parameters:

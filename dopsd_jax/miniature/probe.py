@@ -1,16 +1,18 @@
 """Few and cheap measurements during training, and a grid of pictures."""
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import jax
 import numpy as np
 from PIL import Image
 
+from dopsd_jax.encoding import TEACHER
 from dopsd_jax.flow import shifted_grid
 from dopsd_jax.miniature import captions, judge, networks, optimizer, pool, render, world
 from dopsd_jax.miniature.configs import FACTOR, LATENT_CHANNELS, Size
+from dopsd_jax.scores.scorer import Case
 
 SIDE = render.SIDE // FACTOR
 
@@ -43,6 +45,17 @@ class Sampler:
         noise = jax.random.normal(jax.random.key(seed), (len(prompts), SIDE, SIDE, LATENT_CHANNELS))
         found = self.run(parameters, noise, ids, lengths, images, empty, guidance, grid=grid)
         return self.decode(found)
+
+    def drawing(self, parameters: optimizer.Parameters, steps: int, guidance: float = 1.0):
+        """The weights with so many steps, as `gates.Trial` draws."""
+        grid = shifted_grid(steps, 3.0)
+
+        def draw(cases: Sequence[Case], role: int) -> np.ndarray:
+            images = np.stack([case.source for case in cases]) if role == TEACHER else None
+            prompts = [case.prompt for case in cases]
+            return self(parameters, prompts, images, grid=grid, guidance=guidance)
+
+        return draw
 
 
 def _sample(module, parameters, noise, ids, lengths, images, empty, guidance, *, grid):

@@ -4,6 +4,7 @@ Autoencoder, then encoder and transformer by flow matching, then the few-step mo
 distillation, then the model folder. A second call goes on where the first was stopped.
 """
 
+import json
 import time
 from pathlib import Path
 
@@ -12,6 +13,7 @@ import numpy as np
 import transformers
 from absl import flags
 
+import dopsd_jax
 from dopsd_jax import errors
 from dopsd_jax.errors import UserError
 from dopsd_jax.miniature import (
@@ -19,6 +21,7 @@ from dopsd_jax.miniature import (
     configs,
     distill,
     export,
+    gates,
     optimizer,
     pool,
     pretrain,
@@ -27,15 +30,21 @@ from dopsd_jax.miniature import (
 )
 from dopsd_jax.models.autoencoder import Autoencoder, to_uint8
 from dopsd_jax.tiny.tokenizer import QWEN3_TEMPLATE
-from dopsd_jax.weights.atomic import disk_error
+from dopsd_jax.weights.atomic import disk_error, write_text
 
 OUT = flags.DEFINE_string("out", None, "folder for states, logs, pictures and the model")
+START = flags.DEFINE_string(
+    "start",
+    None,
+    "model folder to go on from: its autoencoder is kept, flow matching begins with it",
+)
 SEED = flags.DEFINE_integer("seed", 0, "of the whole training", lower_bound=0)
 AUTOENCODER_STEPS = flags.DEFINE_integer("autoencoder_steps", 2600, "of 8 pictures", lower_bound=1)
 PRETRAIN_STEPS = flags.DEFINE_integer("pretrain_steps", 12000, "of 48 samples", lower_bound=1)
-DISTILL_STEPS = flags.DEFINE_integer("distill_steps", 3000, "of 48 samples", lower_bound=1)
+DISTILL_STEPS = flags.DEFINE_integer("distill_steps", 700, "of 48 samples", lower_bound=1)
 
-MANY_STEPS, GUIDANCE = 10, 2.0  # of the sampler before distillation
+MANY_STEPS = 40  # of the sampler before distillation, which has distillation's guidance
+PROBE_STEPS = 10  # of its probes during training
 
 
 def main() -> None:
@@ -47,12 +56,17 @@ def main() -> None:
     except OSError as error:
         raise disk_error(error, out) from error
     log = _logger(out / "log.txt")
-    vae = autoencoder.train(out, SEED.value, AUTOENCODER_STEPS.value, log)
+    size = configs.Size()
+    begun = pretrain.start(size, SEED.value)
+    if START.value is None:
+        vae = autoencoder.train(out, SEED.value, AUTOENCODER_STEPS.value, log)
+    else:
+        learned, vae = export.read_model(Path(START.value).expanduser())
+        begun |= learned
     encode, decode = _coders(vae)
 
     export.write_words(out / "tokenizer", QWEN3_TEMPLATE, 131072)
     texts = pool.Texts(transformers.AutoTokenizer.from_pretrained(out / "tokenizer"))
-    size = configs.Size()
     source = training.Source(SEED.value, texts, encode)
     measure = probe.Probe(
         probe.Sampler(size, texts, decode), lambda x: decode(encode(x)), out / "probes"
@@ -71,9 +85,9 @@ def main() -> None:
         PRETRAIN_STEPS.value,
         pretrain.loss(size),
         pretrain.transform(PRETRAIN_STEPS.value),
-        pretrain.start(size, SEED.value),
+        begun,
         source,
-        report("pretrain", steps=MANY_STEPS, guidance=GUIDANCE),
+        report("pretrain", steps=PROBE_STEPS, guidance=distill.GUIDANCE),
         log,
     )
     many = pretrain.without_heads(many)
@@ -91,6 +105,23 @@ def main() -> None:
     if not (out / "model").exists():
         export.write_model(out / "model", size, few, vae)
     log(f"the model: {out / 'model'}")
+    _scores(out, many, measure.sampler, lambda x: decode(encode(x)), log)
+
+
+def _scores(out: Path, many: optimizer.Parameters, sampler: probe.Sampler, reconstruct, log):
+    """Writes what the gates need to know of the model before distillation, and all scores."""
+    trial, pipe = gates.Trial(), dopsd_jax.load_pipeline(out / "model")
+    few_steps = {"steps": distill.STEPS}
+    many_steps = {"steps": MANY_STEPS, "guidance": distill.GUIDANCE}
+    found = {
+        gates.SHIPPED: gates.of_folder(pipe, trial),
+        gates.UNDISTILLED_FEW: trial(sampler.drawing(many, **few_steps), reconstruct),
+        gates.UNDISTILLED_MANY: trial(sampler.drawing(many, **many_steps), reconstruct),
+    }
+    write_text(out / gates.SCORES, json.dumps(found, indent=1) + "\n")
+    rows = gates.verdicts(found[gates.SHIPPED], found[gates.UNDISTILLED_MANY]["crispness"])
+    for line in gates.lines(rows):
+        log(line)
 
 
 def _coders(vae: Autoencoder):

@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from jax.sharding import AxisType, Mesh
+from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from dopsd_jax.miniature import optimizer, pool
@@ -119,6 +119,7 @@ def run(
         state, about = load_tree(path, state)
         begin = about["step"]
     mesh = jax.make_mesh((len(jax.devices()),), ("data",), axis_types=(AxisType.Auto,))
+    state = jax.device_put(state, NamedSharding(mesh, P()))  # as the step returns it
     step, scenes, losses, saves = step_function(loss, tx, mesh), None, [], 0
     saved = started = time.monotonic()
     for number in range(begin, steps):
@@ -138,9 +139,14 @@ def run(
                 f"{seconds * (steps - number - 1) / 60:.0f} min left"
             )
             if saves % PROBE_SAVES == 0 or last:
-                probe(state.average, number + 1)
+                probe(_unbound(state.average), number + 1)
             losses, saved, saves = [], time.monotonic(), saves + 1
-    return state.average
+    return _unbound(state.average)
+
+
+def _unbound(parameters: Parameters) -> Parameters:
+    """The same arrays, of no mesh: what uses them need not run on all devices."""
+    return jax.tree.map(lambda a: jnp.asarray(np.asarray(a)), parameters)
 
 
 def _batches(scenes: pool.Pool, source: Source, number: int) -> tuple[pool.Batch, pool.Batch]:

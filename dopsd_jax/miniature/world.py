@@ -51,8 +51,8 @@ PLAIN = 0.75  # share of objects, of finishes and of grounds without a texture
 PAIRS = 0.15  # share of random scenes with two things
 CONTRAST = 0.38  # least RGB distance of colours that touch
 DARK = 0.2  # bodies of which no channel is lighter are plain and flat
-PLACE_JITTER = 1.0  # pixels
-SIZE_JITTER = 0.04
+PLACE_JITTER = 0.5  # pixels
+SIZE_JITTER = 0.02
 RING_HOLE = 0.52  # of the ring's radius
 
 
