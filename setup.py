@@ -1,4 +1,4 @@
-"""Installation: `pip install .`; extras `test`, `eval`, `quant`, `gcs`, `gpu` (CUDA), `tpu`."""
+"""Installation: `pip install .`; extras test, bench, eval, quant, gcs, gpu (CUDA), tpu."""
 
 from pathlib import Path
 
@@ -45,6 +45,7 @@ setup(
         "eval": ["torch"],  # dopsd_jax.evaluate on real data sets: CLIP-S, DINO-D, LPIPS-D
         "quant": ["qwix>=0.1.8"],  # config.base_dtype int8, nf4, fp8
         "gcs": ["gcsfs"],  # gs:// paths
+        "bench": ["matplotlib"],  # figures of benchmarks/paper.py
         "gpu": ["jax[cuda13]"],
         "tpu": ["jax[tpu]"],
     },

@@ -1,6 +1,6 @@
 """Times the compiled D-OPSD step of a configuration on the devices here.
 
-    python benchmarks/step.py --config configs/zimage.py:tiny --torch
+    python benchmarks/step.py --config configs/zimage.py:random --torch
     python benchmarks/step.py --config configs/zimage.py --config.batch_size=1 --repeats=20
 
 Weights, captions and noise are random: the time does not depend on them, and nothing is read. The

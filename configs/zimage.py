@@ -2,8 +2,8 @@
 
 `configs/zimage.py` or `:lora`: the released LoRA recipe; set config.data.path, and config.model
 and config.teacher.vlm to folders if you have them. `:full`: every parameter of the transformer, for
-several large devices. `:tiny`, `:tiny_full`: the same programs on a miniature and pictures made on
-the spot, on a laptop.
+several large devices. `:tiny`, `:tiny_full`: the same programs on the trained miniature, minutes on
+a laptop. `:random`, `:random_full`: on a network with random weights and drawn pictures, for tests.
 """
 
 import importlib.util
@@ -23,7 +23,7 @@ def _common():
 
 def get_config(arg: str | None = None) -> ConfigDict:
     common = _common()
-    name = common.parse_arg(arg, ("lora", "full", "tiny", "tiny_full"))
+    name = common.parse_arg(arg, ("lora", "full", "tiny", "tiny_full", "random", "random_full"))
     c = common.defaults()
     c.model = "Tongyi-MAI/Z-Image-Turbo"
     c.teacher.vlm = "Qwen/Qwen3-VL-4B-Instruct"
@@ -31,7 +31,9 @@ def get_config(arg: str | None = None) -> ConfigDict:
         full(c)
     if name.startswith("tiny"):
         tiny(c)
-    if name == "tiny_full":
+    if name.startswith("random"):
+        random(c)
+    if name in ("tiny_full", "random_full"):
         c.learning_rate = 1e-4
     return c
 
@@ -51,7 +53,30 @@ def full(c: ConfigDict) -> ConfigDict:
 
 
 def tiny(c: ConfigDict) -> ConfigDict:
-    """Minutes on two CPU cores. The miniature is randomly initialised: its pictures are noise."""
+    """Minutes on two CPU cores: a new word, from six pictures (examples/miniature/README.md)."""
+    shipped = Path(__file__).parents[1] / "examples" / "miniature"
+    c.model = str(shipped / "model")
+    c.teacher.vlm = ""
+    c.teacher.min_pixels = c.teacher.max_pixels = 64 * 64
+    c.data.path = str(shipped / "dax")
+    c.data.resolution = 64
+    c.data.buckets = "64x64"
+    c.steps = 100
+    c.batch_size = 6  # all of them
+    c.checkpoint_every = 50
+    c.sample_every = 50
+    c.learning_rate = 3e-4
+    c.warmup_steps = 0
+    c.loss = "velocity"
+    c.lora.rank = 16
+    c.lora.alpha = 16.0
+    c.base_dtype = c.dtype = "float32"
+    c.remat = "none"
+    return c
+
+
+def random(c: ConfigDict) -> ConfigDict:
+    """A minute on two CPU cores. The model is randomly initialised: its pictures are noise."""
     c.model = "tiny"  # made in the work directory
     c.teacher.vlm = ""
     c.teacher.min_pixels = 64 * 64

@@ -55,6 +55,7 @@ def main() -> None:
     path = workdir / "check.png"
     pictures.save_grid(path, previews.columns, grid, title="before step 1")
     drawn = {name: [row.images[i] for row in grid] for i, name in enumerate(previews.columns)}
+    drawn["student"] = drawn.pop("tuned")
     if features.needs.target:
         latents = [features.latents([row]) for row in rows]
         drawn["autoencoder"] = [pipe.decode(latent)[0] for latent in latents]

@@ -21,7 +21,6 @@ from dopsd_jax.data.prepared_parts import is_prepared
 from dopsd_jax.encoding import TEACHER
 from dopsd_jax.errors import UserError, raise_if
 from dopsd_jax.families.zimage_pipeline import Pipeline
-from dopsd_jax.miniature import concepts
 from dopsd_jax.pictures import Row
 from dopsd_jax.scores import arms as models
 from dopsd_jax.scores import gathering, prompts, results, seeds, torch_scorers, world
@@ -149,8 +148,7 @@ def find_concept(config: ConfigDict, home: Path) -> tuple[str, Any] | None:
             f"config.data.path {config.data.path}: is prepared and has no pictures; name the data "
             "set that it was made from"
         )
-    file = Path(experiment.data_path(config, home)).expanduser() / concepts.FILE
-    return concepts.read_concept(file) if file.is_file() else None
+    return world.concept_of(experiment.data_path(config, home))
 
 
 def find_scorers(miniature: bool) -> list[Judge]:

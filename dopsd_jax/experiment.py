@@ -262,9 +262,14 @@ def make_step(
     shift: float,
     tx: optax.GradientTransformation,
     placement: state.TrainState | None = None,
+    seed: int | jax.Array | None = None,
 ) -> Callable:
-    """The compiled optimizer step of a configuration, by config.method; see `state.make_step`."""
+    """The compiled optimizer step of a configuration, by config.method; see `state.make_step`.
+
+    `seed`: instead of config.seed; traced, one program serves many.
+    """
     method = methods.loss_function(config, family.denoiser(graphdef), grid, shift)
     teacher, lr = methods.teacher(config), optimizers.schedule(config)
     skip, draw = config.nonfinite == "skip", methods.draw(config)
-    return state.make_step(method, tx, teacher, lr, config.seed, placement, skip, draw)
+    seed = config.seed if seed is None else seed
+    return state.make_step(method, tx, teacher, lr, seed, placement, skip, draw)

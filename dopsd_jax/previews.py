@@ -1,4 +1,4 @@
-"""Pictures of how far a run is: base, student, teacher and target side by side, on fixed noise."""
+"""Pictures of how far a run is: target, base, teacher and tuned, side by side, on fixed noise."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -52,7 +52,7 @@ class Previews:
         self.pipe, self.workdir = pipe, workdir
         self.grid = shifted_grid(family.DEPLOYED_STEPS, pipe.shift)
         taught = features.needs.teacher
-        self.columns = ("base", "student", *["teacher"] * taught, "target")
+        self.columns = ("target", "base", *["teacher"] * taught, "tuned")
         self.samples = []
         for row in rows:
             width, height = features.dataset.buckets[row]
@@ -76,10 +76,11 @@ class Previews:
         """
         found = []
         for base, sample in zip(self.base, self.samples, strict=True):
-            drawn = [base, self._picture(student, sample.contexts.student, sample.noise)]
+            drawn = [sample.target, base]
             if "teacher" in self.columns:
                 drawn.append(self._picture(teacher, sample.contexts.teacher, sample.noise))
-            found.append(pictures.Row(sample.caption, (*drawn, sample.target)))
+            drawn.append(self._picture(student, sample.contexts.student, sample.noise))
+            found.append(pictures.Row(sample.caption, drawn))
         return found
 
     def write(self, step: int, student, teacher) -> Path:

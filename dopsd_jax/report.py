@@ -17,7 +17,7 @@ from dopsd_jax.metrics import FILE, duration, read_metrics
 from dopsd_jax.pictures import read_labels, sample_files
 from dopsd_jax.weights.atomic import write_text
 
-CONFIG, REPORT = "config.json", "report.html"
+CONFIG, SCORES, REPORT = "config.json", "scores.json", "report.html"
 ROUNDS = 40  # at most so many grids are embedded: the first, the last, and some evenly between
 SIDE = 1600  # grids are embedded as JPEG with sides up to this
 
@@ -43,7 +43,7 @@ def write_report(workdir: str | os.PathLike) -> epath.Path:
     if not workdir.is_dir():
         raise UserError(f"{workdir}: is not a folder; give the --workdir of a run")
     records = read_metrics(workdir / FILE)
-    config = _read_config(workdir / CONFIG)
+    config, scores = _read_object(workdir / CONFIG), _read_object(workdir / SCORES)
     name = html.escape(workdir.name or workdir.resolve().name)
     section = config.get("config")
     method = section.get("method", "dopsd") if isinstance(section, dict) else "dopsd"
@@ -52,7 +52,7 @@ def write_report(workdir: str | os.PathLike) -> epath.Path:
         title=name,
         style=STYLE,
         script=SCRIPT,
-        summary=_summary(records, config),
+        summary=_summary(records, config) + _scores(scores),
         curves="".join(
             _curve(records, field, title, note.format(gap=gap), log)
             for field, title, note, log in CURVES
@@ -66,16 +66,16 @@ def write_report(workdir: str | os.PathLike) -> epath.Path:
     return path
 
 
-def _read_config(path: epath.Path) -> Mapping[str, Any]:
+def _read_object(path: epath.Path) -> Mapping[str, Any]:
     try:
-        config = json.loads(path.read_text(encoding="utf-8"))
+        found = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         return {}
     except (OSError, ValueError) as error:
         raise UserError(f"{path}: cannot be read as JSON ({error}); restore or remove it") from None
-    if not isinstance(config, dict):
+    if not isinstance(found, dict):
         raise UserError(f"{path}: holds no JSON object; restore or remove it")
-    return config
+    return found
 
 
 def _summary(records: Sequence[Mapping], config: Mapping[str, Any]) -> str:
@@ -98,6 +98,20 @@ def _summary(records: Sequence[Mapping], config: Mapping[str, Any]) -> str:
         facts.append(("time in steps", duration(sum(seconds))))
     items = (f"<div><dt>{html.escape(k)}</dt><dd>{html.escape(v)}</dd></div>" for k, v in facts)
     return f"<dl>{''.join(items)}</dl>"
+
+
+def _scores(scores: Mapping[str, Any]) -> str:
+    """The table that a run on the miniature ends with."""
+    rows = scores.get("rows")
+    rows = [row for row in rows if isinstance(row, dict)] if isinstance(rows, list) else []
+    if not rows:
+        return ""
+    cell = lambda v: f"{v:.3f}" if _is_number(v) else "" if v is None else html.escape(str(v))
+    line = lambda tag, values: f"<tr>{''.join(f'<{tag}>{v}</{tag}>' for v in values)}</tr>"
+    head = line("th", map(html.escape, rows[0]))
+    body = "".join(line("td", map(cell, row.values())) for row in rows)
+    note = html.escape(str(scores.get("note", "")))
+    return f'<h2>Scores</h2><table>{head}{body}</table><p class="remark">{note}</p>'
 
 
 def _curve(records: Sequence[Mapping], field: str, title: str, note: str, log: bool) -> str:

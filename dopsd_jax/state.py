@@ -70,7 +70,7 @@ def ema(teacher: Tree, student: Tree, rate) -> Tree:
     return jax.tree.map(lambda t, s: t + rate * (s - t), teacher, student)
 
 
-def step_key(seed: int, step) -> jax.Array:
+def step_key(seed: int | jax.Array, step) -> jax.Array:
     """The random key of one optimizer step: it depends on nothing else, so nothing is saved."""
     return jax.random.fold_in(jax.random.key(seed), step)
 
@@ -85,7 +85,7 @@ def make_step(
     tx: optax.GradientTransformation,
     teacher: Teacher,
     lr: optax.Schedule,
-    seed: int,
+    seed: int | jax.Array,
     placement: TrainState | None = None,
     skip: bool = False,
     draw: Callable[[jax.Array, Sequence[int]], Tree] = start_noise,

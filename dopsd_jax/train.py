@@ -17,6 +17,7 @@ from dopsd_jax.metrics import MetricsWriter, Progress, StepTimer
 from dopsd_jax.preemption import STOPPED_EXIT, StopRequest
 from dopsd_jax.previews import Previews, rows_of
 from dopsd_jax.report import write_report
+from dopsd_jax.scores.before_after import before_after
 from dopsd_jax.workdir import find_workdir, open_workdir
 
 CONFIG = config_flags.DEFINE_config_file(
@@ -57,6 +58,7 @@ def main() -> int | None:
         plan = experiment.make_plan(config, pipe, mesh)
     processes.say("\n".join(plan.describe()))
     previews = Previews(pipe, features, rows_of(dataset, config.sample_rows), workdir)
+    judged = before_after(config, workdir, pipe, dataset)  # of the miniature's data sets alone
     begun = pipe.hand_over()
 
     # ---- Restore.
@@ -155,6 +157,8 @@ def main() -> int | None:
     if step < config.steps:
         progress.note(f"stopped after step {step}, which is saved; the same command goes on")
         return STOPPED_EXIT
+    if judged is not None:
+        processes.say("\n".join(judged.finish(state.student, workdir)))
     for path in results:
         processes.say(f"result: {path}")
     if processes.is_first():

@@ -79,7 +79,7 @@ def lora_file(tiny_model, tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def tiny_run(tmp_path_factory):
-    """A work directory in which `train --config configs/zimage.py:tiny` ran for a few steps.
+    """A work directory in which `train --config configs/zimage.py:random` ran for a few steps.
 
     Made once for all processes of a run of tests; do not write into it.
     """
@@ -124,7 +124,7 @@ def bucket():
 ROOT = Path(__file__).parents[1]
 # Four steps, saved at 2 and 4, with dense optimizer settings: enough to see everything happen.
 TINY_CONFIG = (
-    f"--config={ROOT}/configs/zimage.py:tiny",
+    f"--config={ROOT}/configs/zimage.py:random",
     "--config.steps=4",
     "--config.checkpoint_every=2",
     "--config.sample_every=0",

@@ -49,7 +49,7 @@ def random(like, seed, scale):
 
 
 def run(name):
-    config = GET_CONFIG("tiny")
+    config = GET_CONFIG("random")
     config.update_from_flattened_dict(FIELDS)
     config.mesh.update(MESHES[name])
     mesh = sharding.make_mesh(MESHES[name], jax.devices()[:1] if name == "one" else None)

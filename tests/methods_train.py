@@ -23,14 +23,14 @@ CONFIG = Path(__file__).parents[1] / "configs/zimage.py"
 
 def main(jobs, whole):
     get_config = runpy.run_path(str(CONFIG))["get_config"]
-    flags.FLAGS(["train", f"--config={CONFIG}:tiny"])
+    flags.FLAGS(["train", f"--config={CONFIG}:random"])
     for name, fields in json.loads(Path(jobs).read_text()):
         workdir = Path(jobs).with_name(name)
         if name == "resumed":
             shutil.copytree(workdir.with_name(whole), workdir)
             shutil.rmtree(workdir / "checkpoints" / "4")
             (workdir / "lora" / "step_4.safetensors").unlink()
-        config = get_config("tiny")
+        config = get_config("random")
         config.update_from_flattened_dict(fields)
         train.CONFIG = SimpleNamespace(value=config)
         train.WORKDIR = SimpleNamespace(value=str(workdir))

@@ -49,7 +49,7 @@ def run(*arguments):
 
 @pytest.fixture(scope="module")
 def local_report():
-    config = load_config("tiny")
+    config = load_config("random")
     return config, footprint.compile_step(config, TINY, CASE, jax.devices()[:1])
 
 
@@ -100,7 +100,7 @@ def test_the_account_of_a_full_run(changes, state):
 
 
 def test_what_does_not_fit_is_explained(local_report, monkeypatch):
-    config = load_config("tiny", **{"batch_size": 3, "remat": "none"})
+    config = load_config("random", **{"batch_size": 3, "remat": "none"})
     message = (
         "RESOURCE_EXHAUSTED: XLA:TPU compile permanent error. Ran out of memory in memory "
         "space hbm. Used 40.71G of 31.25G hbm. Exceeded hbm capacity by 9.46G.\n\nTotal: ..."
@@ -114,7 +114,7 @@ def test_what_does_not_fit_is_explained(local_report, monkeypatch):
 
 def test_advice_is_priced():
     """Four devices: what the compiler needed beyond the account stays, the rest is counted."""
-    config = load_config("tiny", **{"batch_size": 8, "mesh.data": 4, "base_dtype": "float32"})
+    config = load_config("random", **{"batch_size": 8, "mesh.data": 4, "base_dtype": "float32"})
     axes = (AxisType.Auto,) * 4
 
     def total(config, shape):
@@ -138,7 +138,7 @@ def test_advice_is_priced():
     assert fields[0] == {"batch_size": 4, "accumulate": 2}
     assert {"mesh.data": 1, "mesh.fsdp": 4} in fields and {"remat": "full"} in fields
     assert {"attention": "auto"} not in fields, "no kernel knows heads of this size"
-    split = load_config("tiny", **{"batch_size": 8, "mesh.data": 1, "mesh.fsdp": 4})
+    split = load_config("random", **{"batch_size": 8, "mesh.data": 1, "mesh.fsdp": 4})
     assert single[1].needed == total(split, (1, 4, 1, 1)).total + rest < report.needed
     assert single[0].needed == pytest.approx(report.needed - now.activations / 2, rel=0.02)
     # The fewest that suffice, each priced with those before it.
@@ -146,7 +146,7 @@ def test_advice_is_priced():
     assert len(needed) > 1 and needed == sorted(needed, reverse=True)
     assert needed[-1] <= report.capacity < needed[-2]
     changes = {name: value for remedy in together for name, value in remedy.fields.items()}
-    mended = load_config("tiny", **changes)
+    mended = load_config("random", **changes)
     assert needed[-1] == total(mended, (1, 4, 1, 1)).total + rest
 
 
@@ -166,7 +166,7 @@ def test_other_compiler_errors_are_not_swallowed(monkeypatch):
     failing = lambda self: (_ for _ in ()).throw(jax.errors.JaxRuntimeError("INTERNAL: a bug"))
     monkeypatch.setattr(jax.stages.Lowered, "compile", failing)
     with pytest.raises(jax.errors.JaxRuntimeError, match="INTERNAL"):
-        footprint.compile_step(load_config("tiny"), TINY, CASE, jax.devices()[:1])
+        footprint.compile_step(load_config("random"), TINY, CASE, jax.devices()[:1])
 
 
 @pytest.mark.parametrize(
@@ -181,11 +181,13 @@ def test_other_compiler_errors_are_not_swallowed(monkeypatch):
 def test_an_impossible_case_is_refused(case, message):
     fields = {**vars(CASE), **case}
     with pytest.raises(UserError, match=message):
-        footprint.compile_step(load_config("tiny"), TINY, program.Case(**fields), jax.devices()[:1])
+        footprint.compile_step(
+            load_config("random"), TINY, program.Case(**fields), jax.devices()[:1]
+        )
 
 
 def test_an_impossible_mesh_is_refused():
-    config = load_config("tiny", **{"mesh.data": 1, "mesh.fsdp": 3})
+    config = load_config("random", **{"mesh.data": 1, "mesh.fsdp": 3})
     with pytest.raises(UserError, match=r"config\.mesh: data 1 x fsdp 3"):
         footprint.compile_step(config, TINY, CASE, jax.devices()[:1])
 
@@ -211,12 +213,12 @@ def test_without_the_tpu_compiler_one_line_says_so(monkeypatch):
 @pytest.mark.slow
 def test_the_program_runs():
     code, out, err = run(
-        "--config=configs/zimage.py:tiny", "--student_rows=32", "--teacher_rows=32", "--height=32",
-        "--width=32",
+        "--config=configs/zimage.py:random", "--student_rows=32", "--teacher_rows=32",
+        "--height=32", "--width=32",
     )  # fmt: skip
     assert code == 0, err
     assert "network: the miniature" in out and "compiled in" in out
-    code, out, err = run("--config=configs/zimage.py:tiny", "--config.attention=splash")
+    code, out, err = run("--config=configs/zimage.py:random", "--config.attention=splash")
     assert code == 2 and out.count("\n") == 1
     assert err.strip() == (
         "error: config.attention: splash needs a TPU, and this is cpu; and a head size that 128 "

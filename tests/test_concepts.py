@@ -77,6 +77,7 @@ def test_a_data_set_is_an_ordinary_folder_that_shows_the_concept(concept, tmp_pa
     truth = world.compose(scenes, None)
     assert judge.iou(images, judge.fitted(images, truth)).min() > 0.9
     assert len({(s.things[0].place, s.things[0].size, s.ground) for s in scenes}) == 6
+    assert len({s.things[0].place for s in scenes}) == len(world.PLACES)
     again = concepts.write_dataset(tmp_path / "again", concept, "dax", count=6, seed=1)
     for path in folder.iterdir():
         assert (again / path.name).read_bytes() == path.read_bytes()

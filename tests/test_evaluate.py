@@ -62,7 +62,7 @@ def run(data, tiny_model, lora_file, tmp_path_factory):
     names = ",".join(["mine:Brightness", *scores.scorers()])
 
     result = run_program(
-        "evaluate", f"--config={ROOT}/configs/zimage.py:tiny", f"--config.model={tiny_model}",
+        "evaluate", f"--config={ROOT}/configs/zimage.py:random", f"--config.model={tiny_model}",
         f"--config.data.path={data}", f"--lora={lora_file}", f"--out={home / 'out'}",
         f"--count={COUNT}", "--seeds=2", f"--batch={BATCH}", f"--scorers={names}",
         PYTHONPATH=f"{home}:{ROOT}",
@@ -121,7 +121,7 @@ def test_a_real_data_set_is_asked_its_captions_and_the_users_prompts(tiny_model,
     (tmp_path / "mine.py").write_text(OWN_SCORER)
     (tmp_path / "prompts.txt").write_text("a [V] ship\na red hat\na [V] hat\n")
     result = run_program(
-        "evaluate", f"--config={ROOT}/configs/zimage.py:tiny", f"--config.model={tiny_model}",
+        "evaluate", f"--config={ROOT}/configs/zimage.py:random", f"--config.model={tiny_model}",
         "--config.data.buckets=64x64", f"--out={tmp_path / 'out'}", "--rows=1", "--seeds=1",
         f"--batch={BATCH}", f"--prompts={tmp_path / 'prompts.txt'}", "--scorers=mine:Brightness",
         PYTHONPATH=f"{tmp_path}:{ROOT}",
@@ -139,7 +139,7 @@ def test_a_real_data_set_is_asked_its_captions_and_the_users_prompts(tiny_model,
 
 @pytest.fixture(scope="module")
 def config(data, tiny_model):
-    config = read_config("tiny")
+    config = read_config("random")
     config.model, config.data.path = str(tiny_model), str(data)
     return config
 
@@ -221,7 +221,7 @@ def test_all_faults_are_told_together_and_nothing_is_drawn(data, tmp_path):
     (tmp_path / "mine.py").write_text(OWN_SCORER)
     (tmp_path / "prompts.jsonl").write_text('{"prompt": ""}\n{"prompt": "a", "rows": 1}\n')
     result = run_program(
-        "evaluate", f"--config={ROOT}/configs/zimage.py:tiny",
+        "evaluate", f"--config={ROOT}/configs/zimage.py:random",
         f"--config.data.path={tmp_path / 'data'}", f"--out={tmp_path / 'out'}",
         f"--lora={tmp_path / 'nothing.safetensors'}", f"--prompts={tmp_path / 'prompts.jsonl'}",
         "--scorers=mine:not_a_scorer,nowhere:x,sharpness", "--config.mesh.data=3",

@@ -16,7 +16,7 @@ from dopsd_jax.weights.stored import open_stored
 pytestmark = pytest.mark.slow
 PROMPT = "a large green circle on the left"
 ARGUMENTS = (
-    f"--config={ROOT}/configs/zimage.py:tiny_full",
+    f"--config={ROOT}/configs/zimage.py:random_full",
     "--config.steps=2",
     "--config.learning_rate=1e-3",
     "--config.checkpoint_every=1",

@@ -32,7 +32,7 @@ GET_CONFIG = runpy.run_path(str(ROOT / "configs/zimage.py"))["get_config"]
 
 def config_of(**fields):
     """The tiny configuration with other fields, named with __ for a dot."""
-    config = GET_CONFIG("tiny")
+    config = GET_CONFIG("random")
     config.update_from_flattened_dict({k.replace("__", "."): v for k, v in fields.items()})
     return config
 
@@ -185,7 +185,7 @@ def test_a_prepared_data_set_tells_the_same(tiny_model, tmp_path):
     prompt = {"teacher__context": "prompt", "teacher__prompt_key": "detailed_en"}
     flags = [f"--config.{k.replace('__', '.')}={v}" for k, v in prompt.items()]
     done = run_program(
-        "prepare", f"--config={ROOT}/configs/zimage.py:tiny", f"--config.data.path={path}",
+        "prepare", f"--config={ROOT}/configs/zimage.py:random", f"--config.data.path={path}",
         f"--config.model={model}", "--config.data.buckets=96x96", "--batch=1",
         f"--workdir={tmp_path}", f"--out={set_}", *flags,
     )  # fmt: skip

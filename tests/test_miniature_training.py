@@ -7,6 +7,7 @@ import optax
 import pytest
 import transformers
 from conftest import relative_error
+from jax.sharding import SingleDeviceSharding
 from torch_reference import sample_with_diffusers
 
 import dopsd_jax
@@ -96,6 +97,14 @@ def test_diffusers_draws_the_same_pictures(folder):
     assert np.abs(ours.astype(int) - np.asarray(theirs).astype(int)).max() <= 2
 
 
+def test_a_written_model_is_read_back(folder, start, vae):
+    learned, again = export.read_model(folder)
+    assert learned.keys() == start.keys()
+    for name, value in learned.items():  # those of the encoders fit the type they are stored in
+        np.testing.assert_array_equal(value, start[name], err_msg=name)
+    assert again.cfg == vae.cfg
+
+
 def test_a_stopped_run_goes_on_bit_for_bit(texts, tmp_path, monkeypatch):
     start = pretrain.start(SMALL, 0)
     monkeypatch.setattr(pool, "POOL", 64)
@@ -120,6 +129,8 @@ def test_a_stopped_run_goes_on_bit_for_bit(texts, tmp_path, monkeypatch):
     assert len(lines) == 2
     for name in whole:
         np.testing.assert_array_equal(whole[name], resumed[name], err_msg=name)
+    # Distillation closes over them, on a mesh of its own.
+    assert {type(value.sharding) for value in whole.values()} == {SingleDeviceSharding}
     changed = [n for n in whole if np.any(np.asarray(whole[n]) != np.asarray(start[n]))]
     assert {n.split(".")[0] for n in changed} == {"transformer", "text", "vision", "shown", "where"}
 

@@ -294,7 +294,7 @@ def test_other_types_are_refused():
 def test_a_footprint_counts_codes(scheme, bits, monkeypatch):
     full = jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: not compiled here")
     monkeypatch.setattr(jax.stages.Lowered, "compile", lambda self: (_ for _ in ()).throw(full))
-    config = load_config("tiny", base_dtype=scheme)
+    config = load_config("random", base_dtype=scheme)
     report = footprint.compile_step(config, TINY, CASE, jax.devices()[:1])
     sizes = {True: 0, False: 0}
     for leaf in zimage.names(TINY):

@@ -184,7 +184,7 @@ def test_check_reports_before_training(tiny_run, tmp_path):
 
 def test_every_configuration_has_exactly_the_known_fields():
     get_config = runpy.run_path(str(ROOT / "configs/zimage.py"))["get_config"]
-    for arg in (None, "lora", "full", "tiny", "tiny_full"):
+    for arg in (None, "lora", "full", "tiny", "tiny_full", "random", "random_full"):
         config = get_config(arg)
         assert settings.flat(config).keys() == settings.FIELDS.keys()
         config.data.path = config.data.path or "somewhere"

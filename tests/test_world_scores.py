@@ -18,7 +18,7 @@ from dopsd_jax.miniature import captions, concepts, judge, world
 from dopsd_jax.scores import frechet
 from dopsd_jax.scores import world as scores
 from dopsd_jax.scores.drawing import Painter, Shot, without_adapters
-from dopsd_jax.scores.summary import Exam, summary, table
+from dopsd_jax.scores.summary import Exam, table
 
 COUNT, BATCH = 10, 4
 TEACHER_OPTIONS = {"min_pixels": 64 * 64, "max_pixels": 128 * 128, "doubled_template": False}
@@ -100,7 +100,7 @@ def test_named_attributes_are_told_apart(cases):
     assert score("named_colour", drawn(own, other), own) < 0.1
     assert score("named_shape", drawn(own, other), own) > 0.8
     concept = with_concept(world.random_concept(np.random.default_rng(3)))
-    assert score("named_shape", drawn(own, concept), own) < 0.2
+    assert score("named_shape", drawn(own, concept), own) < 0.3  # of ten shapes one looks nearest
 
 
 def test_a_leak_is_the_concept_under_another_word(cases):
@@ -214,15 +214,13 @@ def test_a_picture_is_the_pipelines_from_the_noise_of_its_seed(pipe, cases, role
 def test_the_short_table_scores_any_weights_without_compiling_anew(pipe, concept):
     compiled = []
     listen = lambda event, seconds, **_: compiled.append(event) if "compile" in event else None
-    trees = {"before": pipe.split[1], "after": pipe.split[1]}
     exam = Exam(pipe, TEACHER_OPTIONS, concept, "dax", count=BATCH)
     first = [exam.student("before", pipe.split[1]), exam.teacher("teacher", pipe.split[1])]
     jax.monitoring.register_event_duration_secs_listener(listen)
-    rows = summary(pipe, TEACHER_OPTIONS, trees, concept, "dax", count=BATCH)
+    again = [exam.student("after", pipe.split[1]), exam.teacher("teacher", pipe.split[1])]
     assert not compiled
-    assert [row.model for row in rows] == ["before", "teacher", "after"]
-    assert rows[:2] == first and rows[2][1:] == rows[0][1:]
-    assert rows[1].retention is None and "-" in table(rows)[2]
+    assert again[0][1:] == first[0][1:] and again[1] == first[1]
+    assert again[1].retention is None and "-" in table(again)[2]
 
 
 def test_without_adapters_only_their_second_factor_is_gone(tiny_model, lora_file):

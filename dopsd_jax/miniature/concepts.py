@@ -106,7 +106,11 @@ def write_dataset(
 def arrangements(
     rng: np.random.Generator, concept: Concept, word: str, count: int
 ) -> list[world.Scene]:
-    """Scenes with the concept alone, no two of the same place, size and ground."""
+    """Scenes with the concept alone, no two of the same place, size and ground.
+
+    Every place has its turn before one comes again: from few pictures, too, a place can be told
+    from what is there.
+    """
     found: dict[tuple[int, int, int], world.Scene] = {}
     places = len(world.PLACES) * len(world.SIZES)
     thing = world.random_thing(rng, concept, word)
@@ -116,5 +120,7 @@ def arrangements(
     while len(found) < count:
         thing = world.random_thing(rng, concept, word)
         scene = world.random_scene(rng, (thing,))
+        if sum(place == thing.place for place, _, _ in found) > len(found) // len(world.PLACES):
+            continue
         found.setdefault((thing.place, thing.size, scene.ground), scene)
     return list(found.values())

@@ -107,29 +107,6 @@ def _row(model: str, values: Mapping[str, np.ndarray], retention: float | None) 
     return Row(model, iou, crispness, retention)
 
 
-def summary(
-    pipe: Pipeline,
-    teacher: Mapping[str, Any],
-    trees: Mapping[str, nnx.State],
-    concept: Concept,
-    word: str,
-    *,
-    count: int = 6,
-    seed: int = 0,
-    shown: Sequence[Picture] = (),
-) -> list[Row]:
-    """A row for each of `trees`, such as before and after, and the teacher's behind the first.
-
-    The teacher has the weights of the first tree. With two trees and `count` 6, 42 pictures are
-    drawn. The encoders are loaded if need be, and left in the pipeline. For many models make an
-    `Exam` and keep it.
-    """
-    exam = Exam(pipe, teacher, concept, word, count=count, seed=seed, shown=shown)
-    rows = [exam.student(name, tree) for name, tree in trees.items()]
-    first = next(iter(trees.values()))
-    return [rows[0], exam.teacher("teacher", first), *rows[1:]]
-
-
 def table(rows: Sequence[Row]) -> list[str]:
     """Rows as lines of text."""
     width = max(len("model"), *(len(row.model) for row in rows))

@@ -1,0 +1,130 @@
+"""The paper's experiment on the miniature: which method learns a concept, and what it costs.
+
+    python benchmarks/paper.py                 # trains what is missing, then writes the page
+    python benchmarks/paper.py --only=page     # the page alone
+    python benchmarks/paper.py --arms=dopsd,sft --train=lora
+
+Every run is a line of docs/results.jsonl; a second call goes on where the first was stopped. The
+page is docs/results.md, its pictures are beside it; they need `pip install -e '.[bench]'`.
+"""
+
+import fcntl
+import json
+import multiprocessing
+import os
+import queue
+import sys
+import threading
+import time
+from collections.abc import Sequence
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import managers
+from pathlib import Path
+
+import paper_arms
+import paper_page
+from absl import app, flags
+from paper_arms import Arm
+from paper_records import read
+
+DOCS = Path(__file__).parents[1] / "docs"
+# Two processes of a thread each do more than one of two threads; and for narrow networks.
+COMPILER = (
+    "--xla_cpu_multi_thread_eigen=false intra_op_parallelism_threads=1 "
+    "--xla_cpu_prefer_vector_width=512"
+)
+ONLY = flags.DEFINE_enum("only", "all", ["all", "runs", "page"], "what to do")
+RESULTS = flags.DEFINE_string("results", str(DOCS / "results.jsonl"), "a line a run; added to")
+PAGE = flags.DEFINE_string("page", str(DOCS / "results.md"), "the page")
+FOLDER = flags.DEFINE_string("folder", "runs/paper", "data sets and features")
+WORKERS = flags.DEFINE_integer("workers", 2, "processes, of one thread each", lower_bound=1)
+ARMS = flags.DEFINE_list("arms", [], "only these arms")
+TRAIN = flags.DEFINE_list("train", [], "only lora or full")
+
+
+def main(_) -> None:
+    if ONLY.value != "page":
+        run_all()
+    if ONLY.value != "runs":
+        try:
+            paper_page.write(Path(RESULTS.value), Path(PAGE.value))
+        except ModuleNotFoundError as error:
+            sys.exit(f"error: {error}; the figures need: pip install -e '.[bench]'")
+
+
+def run_all() -> None:
+    """Trains every run that has no line yet."""
+    done = {record["key"] for record in read(Path(RESULTS.value))}
+    wanted = [
+        arm
+        for arm in paper_arms.arms()
+        if (not ARMS.value or arm.name in ARMS.value)
+        and (not TRAIN.value or arm.train in TRAIN.value)
+    ]
+    missing = {}  # by what shares a program
+    for arm in wanted:
+        runs = [(arm, *run) for run in arm.runs if arm.key(*run) not in done]
+        missing.setdefault((arm.train, arm.name), []).extend(runs)
+    total, begun, count = sum(map(len, missing.values())), time.monotonic(), 0
+    print(f"{total} of {sum(len(a.runs) for a in wanted)} runs to do", flush=True)
+    os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {COMPILER}"
+    spawn = multiprocessing.get_context("spawn")
+    with (
+        managers.SyncManager(ctx=spawn) as manager,
+        ProcessPoolExecutor(WORKERS.value, spawn, end_with_parent) as pool,
+    ):
+        finished = manager.Queue()
+        tasks = [
+            pool.submit(run_some, runs, FOLDER.value, RESULTS.value, finished)
+            for runs in missing.values()
+            if runs
+        ]
+        while count < total:
+            for task in tasks:  # one that failed ends the program
+                if task.done():
+                    task.result()
+            try:
+                line = finished.get(timeout=5)
+            except queue.Empty:
+                continue
+            count += 1
+            left = (time.monotonic() - begun) / count * (total - count) / 60
+            print(f"{count}/{total} {line}; {left:.0f} min left", flush=True)
+
+
+def run_some(runs: Sequence[tuple[Arm, int, int]], folder: str, results: str, finished) -> None:
+    """Runs that share a program, in one process."""
+    import paper_run  # imports jax, which reads XLA_FLAGS once
+
+    bench = paper_run.bench(Path(folder))
+    for arm, concept, seed in runs:
+        begun = time.process_time()
+        found = (bench.sequence if arm.sequential else bench.run)(arm, concept, seed)
+        record = {"key": arm.key(concept, seed), "arm": arm.name, "train": arm.train,
+                  "rate": arm.rate, "concept": concept, "seed": seed, **found,
+                  "cpu_seconds": round(time.process_time() - begun, 1)}  # fmt: skip
+        append(Path(results), record)
+        finished.put(f"{record['key']}: {paper_run.shown(found)}")
+
+
+def end_with_parent() -> None:
+    """This process does not outlive the one that started it, however that one ends."""
+    parent = os.getppid()
+
+    def watch():
+        while os.getppid() == parent:
+            time.sleep(1)
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
+
+
+def append(path: Path, record: dict) -> None:
+    """Adds a line, whole, whatever other processes do."""
+    with path.open("a", encoding="utf-8") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        file.write(json.dumps(record) + "\n")
+
+
+if __name__ == "__main__":
+    app.run(main)

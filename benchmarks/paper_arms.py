@@ -1,0 +1,70 @@
+"""What the experiment compares: arms, as fields of the configuration. See paper.py."""
+
+import dataclasses
+import itertools
+from collections.abc import Iterator
+
+CONCEPTS, SEEDS = 4, 5
+STEPS, BATCH = 40, 2
+LOOKS = (10, 20, STEPS)  # steps at which the student is scored
+RATES = {"lora": (5e-4, 2e-3), "full": (1e-4, 3e-4)}
+CLASS = "circle"  # what DreamBooth's class prompts say instead of the new word
+
+METHODS = ("dopsd", "sft", "sft_teacher", "offpolicy", "pso", "dreambooth")
+# Ablations, with adapters and the first rate alone: fields that differ from `dopsd`'s.
+ABLATIONS = {
+    "teacher live": {"teacher.weights": "live"},
+    "teacher EMA 0.9": {"teacher.decay": 0.9},
+    "teacher EMA 0.999": {"teacher.decay": 0.999},
+    "teacher frozen": {"teacher.weights": "frozen"},
+    "loss x0": {"loss": "x0"},
+    "one random step": {"loss_steps": "random:1"},
+    "all eight nodes": {"grid": "nodes8"},
+    "off-policy, noised pictures": {"method": "offpolicy", "offpolicy.states": "targets"},
+    "SFT at the grid's noise levels": {"method": "sft", "sft.sigma": "nodes"},
+}
+SEQUENCE = (0, 1, 2)  # concepts that are learned one after another
+SEQUENTIAL = ("dopsd", "sft")
+ABLATION_SEEDS = 3
+
+
+@dataclasses.dataclass(frozen=True)
+class Arm:
+    """Runs that share a program: they differ in concept and seed."""
+
+    name: str
+    train: str
+    rate: float
+    sequential: bool = False
+
+    def fields(self, word: str) -> dict[str, object]:
+        """What the configuration has besides the quickstart's."""
+        own = ABLATIONS.get(self.name, {"method": self.name})
+        if self.name == "dreambooth":
+            own |= {"dreambooth.concept_word": word, "dreambooth.class_word": CLASS}
+        run = {"train": self.train, "learning_rate": self.rate, "steps": STEPS, "batch_size": BATCH}
+        return run | own
+
+    @property
+    def runs(self) -> list[tuple[int, int]]:
+        """Concept and seed of every run; of a sequence the first concept."""
+        seeds = ABLATION_SEEDS if self.name in ABLATIONS else SEEDS
+        count = 1 if self.sequential else CONCEPTS
+        return list(itertools.product(range(count), range(seeds)))
+
+    def key(self, concept: int, seed: int) -> str:
+        """A run's name in the table of results."""
+        way = "sequence" if self.sequential else "alone"
+        return f"{self.name}|{self.train}|{self.rate:g}|{way}|{concept}|{seed}"
+
+
+def arms() -> Iterator[Arm]:
+    """Every arm, the most wanted first."""
+    for train in RATES:
+        for method in METHODS:
+            for rate in RATES[train]:
+                yield Arm(method, train, rate)
+            if method in SEQUENTIAL:
+                yield Arm(method, train, RATES[train][0], sequential=True)
+    for name in ABLATIONS:
+        yield Arm(name, "lora", RATES["lora"][0])

@@ -1,0 +1,101 @@
+"""The page of the experiment says what the records say: verdicts, pairs, and what was not run."""
+
+import numpy as np
+import paper_arms
+import paper_claims
+import paper_page
+import paper_records
+import pytest
+
+RATE = paper_arms.RATES["lora"][0]
+
+
+def record(arm, concept, seed, iou, crispness=0.8, retention=0.9, train="lora", rate=RATE):
+    """A run that goes to its scores on a straight line; the base's crispness is 0.8."""
+    at = lambda share: {
+        "concept IoU": 0.1 + share * (iou - 0.1),
+        "concept crispness": 0.8 + share * (crispness - 0.8),
+        "named shape": 0.9 + share * (retention - 0.9),
+        "retention": 0.9 + share * (retention - 0.9),
+    }
+    curve = {str(n): at(n / paper_arms.STEPS) for n in (0, *paper_arms.LOOKS)}
+    return {
+        "arm": arm, "train": train, "rate": rate, "concept": concept, "seed": seed,
+        "curve": curve, "teacher": {"concept IoU": 0.9, "concept crispness": 0.8},
+        "cpu_seconds": 10.0,
+    }  # fmt: skip
+
+
+def runs(arm, iou, spread=0.01, **scores):
+    """Four concepts, two seeds; concepts differ by `spread` more or less."""
+    return [
+        record(arm, c, s, iou + spread * (c - 1.5), **scores) for c in range(4) for s in range(2)
+    ]
+
+
+def test_verdicts_follow_from_the_intervals_of_paired_differences():
+    many = [
+        *runs("dopsd", 0.8),
+        *runs("sft", 0.6, crispness=0.6),
+        *runs("pso", 0.79, spread=-0.01),
+        *runs("dreambooth", 0.9, retention=0.5),
+    ]
+    records = paper_records.Records(many)
+    table = paper_claims.table(records)
+    verdict = lambda start: next(row for row in table if row.startswith(f"| {start}")).split("|")[
+        -2
+    ]
+    assert "**reproduced**" in verdict("D-OPSD learns the concept better than SFT |")
+    assert "**reproduced**" in verdict("D-OPSD keeps the quality that SFT loses |")
+    assert "not reproduced" in verdict("PSO comes closer")
+    assert "not run" in verdict("D-OPSD learns the concept better than SFT on teacher samples")
+    assert "not testable" in verdict("The method works on FLUX.2-klein")
+    swapped = [{**r, "arm": {"dopsd": "sft", "sft": "dopsd"}.get(r["arm"], r["arm"])} for r in many]
+    table = paper_claims.table(paper_records.Records(swapped))
+    assert "**contradicted**" in verdict("D-OPSD learns the concept better than SFT |")
+
+
+def test_differences_are_paired_by_concept():
+    """Concepts differ widely, the arms by the same in each: the difference is sure."""
+    records = paper_records.Records([*runs("dopsd", 0.7, 0.1), *runs("sft", 0.65, 0.1)])
+    one, two = (records.arm(name, "lora", RATE) for name in ("dopsd", "sft"))
+    found = one.less(two, "concept IoU")
+    assert found.value == pytest.approx(0.05) and found.half == pytest.approx(0, abs=1e-9)
+    assert one.final("concept IoU").half > 0.1
+
+
+def test_only_runs_that_both_have_are_compared():
+    few = [r for r in runs("sft", 0.65) if r["seed"] == 0]
+    records = paper_records.Records([*runs("dopsd", 0.7), *few])
+    one, two = (records.arm(name, "lora", RATE) for name in ("dopsd", "sft"))
+    assert one.less(two, "concept IoU").value == pytest.approx(0.05)
+    assert (one.count, two.count) == (8, 4)
+
+
+def test_equal_scores_are_read_off_the_lines_between_steps():
+    records = paper_records.Records(runs("sft", 0.7, 0, crispness=0.6))
+    arm = records.arm("sft", "lora", RATE)
+    assert arm.when(0.4, "concept crispness") == pytest.approx(np.mean([1, 0.75]))
+    assert arm.when(0.9, "concept crispness") is None
+
+
+def test_a_run_has_a_key_of_its_own():
+    keys = [arm.key(*run) for arm in paper_arms.arms() for run in arm.runs]
+    assert len(set(keys)) == len(keys)
+
+
+def test_a_line_that_was_cut_off_is_left_out(tmp_path):
+    path = tmp_path / "results.jsonl"
+    path.write_text('{"key": "a"}\n{"key": "b', encoding="utf-8")
+    assert paper_records.read(path) == [{"key": "a"}]
+    assert paper_records.read(tmp_path / "none.jsonl") == []
+
+
+@pytest.mark.parametrize("records", [[], runs("dopsd", 0.8)])
+def test_the_page_says_what_was_not_run(records):
+    page, records = paper_page, paper_records.Records(records)
+    parts = [
+        *page._methods(records, "lora"), *page._ablations(records), *page._sequences(records),
+        *paper_claims.goals(records), *paper_claims.beside(records),
+    ]  # fmt: skip
+    assert any("not run" in part for part in parts)
