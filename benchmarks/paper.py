@@ -64,7 +64,7 @@ def run_all() -> None:
     missing = {}  # by what shares a program
     for arm in wanted:
         runs = [(arm, *run) for run in arm.runs if arm.key(*run) not in done]
-        missing.setdefault((arm.train, arm.name), []).extend(runs)
+        missing.setdefault((arm.train, arm.name, arm.sequential), []).extend(runs)
     total, begun, count = sum(map(len, missing.values())), time.monotonic(), 0
     print(f"{total} of {sum(len(a.runs) for a in wanted)} runs to do", flush=True)
     os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {COMPILER}"

@@ -64,7 +64,7 @@ def arms() -> Iterator[Arm]:
         for method in METHODS:
             for rate in RATES[train]:
                 yield Arm(method, train, rate)
-            if method in SEQUENTIAL:
-                yield Arm(method, train, RATES[train][0], sequential=True)
+    for train, method in itertools.product(RATES, SEQUENTIAL):
+        yield Arm(method, train, RATES[train][0], sequential=True)
     for name in ABLATIONS:
         yield Arm(name, "lora", RATES["lora"][0])

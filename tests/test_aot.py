@@ -89,7 +89,7 @@ def test_a_report_reads_well(local_report):
 def test_the_account_of_a_full_run(changes, state):
     """Bytes a parameter, split over eight devices that there need not be."""
     sizes = {"batch_size": 8, "mesh.data": 2, "mesh.fsdp": 4}
-    config = load_config("tiny_full", **sizes, **changes)
+    config = load_config("random_full", **sizes, **changes)
     mesh = AbstractMesh((2, 4, 1, 1), sharding.AXES, axis_types=(AxisType.Auto,) * 4)
     found = account.count(config, program.make_program(config, TINY, CASE, mesh, "cpu"), mesh)
     split = sum(n for kind, n in found.live.items() if kind != "batch")

@@ -100,7 +100,7 @@ def test_equal_contexts_and_weights_give_no_gradient():
     assert optax.tree.norm(gradient) < 1e-5 * optax.tree.norm(usual)
 
 
-def config(*changes, arg="tiny_full"):
+def config(*changes, arg="random_full"):
     c = runpy.run_path(str(ROOT / "configs/zimage.py"))["get_config"](arg)
     c.grid, c.teacher.decay = GRID, 0.9
     for name, value in changes:
