@@ -80,9 +80,11 @@ def run_all() -> None:
             if runs
         ]
         while count < total:
-            for task in tasks:  # one that failed ends the program
-                if task.done():
-                    task.result()
+            failed = next((t.exception() for t in tasks if t.done() and t.exception()), None)
+            if failed:
+                print(f"error: {failed!r}; ends when the runs under way are done", flush=True)
+                pool.shutdown(cancel_futures=True)
+                raise failed
             try:
                 line = finished.get(timeout=5)
             except queue.Empty:

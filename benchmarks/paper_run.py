@@ -4,6 +4,7 @@ The data, the features, the batches, the method and the step are those of `dopsd
 checkpoints, pictures and metrics are left out, and a step is compiled once for all seeds.
 """
 
+import fcntl
 import functools
 import importlib.util
 from collections.abc import Callable, Mapping, Sequence
@@ -56,8 +57,11 @@ class Lesson:
         self.word = captions.NEW_WORDS[number]
         self.concept = world.random_concept(np.random.default_rng([CONCEPT_SEED, number]))
         self.path = folder / f"concept_{number}"
-        if not self.path.exists():
-            concepts.write_dataset(self.path, self.concept, self.word, seed=number)
+        folder.mkdir(parents=True, exist_ok=True)
+        with (folder / "lock").open("w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)  # another process may be about to write it
+            if not self.path.exists():
+                concepts.write_dataset(self.path, self.concept, self.word, seed=number)
 
     def exam(self, pipe: Pipeline, config: ConfigDict) -> Exam:
         """The same prompts and noise for every model: differences between models are paired."""

@@ -5,19 +5,23 @@ d width. Facts: the published checkpoint and diffusers 0.42.1.
 """
 
 import dataclasses
-import functools
 import math
 from collections.abc import Callable, Mapping
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
 from dopsd_jax.errors import raise_if
 from dopsd_jax.models.attention import attention
 from dopsd_jax.models.layers import Dense, RMSNorm, normalize, scan_blocks, sinusoids, stack
+from dopsd_jax.models.zimage_rope import (
+    caption_positions,
+    image_positions,
+    rope_tables,
+    rotate,
+)
 from dopsd_jax.sharding import constrain_batch
 from dopsd_jax.weights.names import Leaf, linear, vector
 
@@ -321,7 +325,7 @@ class ZImage(nnx.Module):
         x = self.caption_embedder(self.caption_norm(features.astype(self.dtype)))
         real = jnp.arange(l) < lengths[:, None]
         x = jnp.where(real[..., None], x, self.caption_pad_token[...].astype(x.dtype))
-        rope = self._rope(_caption_positions(l)[None])
+        rope = self._rope(caption_positions(l)[None])
         padded = padded_length(lengths)
         x = scan_blocks(
             lambda block, x: block(x, rope, padded), self.context_refiner, x, self.remat
@@ -361,7 +365,7 @@ class ZImage(nnx.Module):
             self.x_pad_token[...].astype(self.dtype), (len(x), pads, cfg.dim)
         )
         image = jnp.concatenate([image, pad_rows], axis=1)
-        image_rope = self._rope(_image_positions(rows, columns, pads, padded))
+        image_rope = self._rope(image_positions(rows, columns, pads, padded))
         image_lengths = jnp.full((len(x),), tokens + pads)
         image = scan_blocks(
             lambda block, x: block(x, image_rope, image_lengths, c),
@@ -372,7 +376,7 @@ class ZImage(nnx.Module):
 
         # Image first: what stands behind a caption's own padding is then the end of the row.
         both = jnp.concatenate([constrain_batch(image), caption.astype(self.dtype)], axis=1)
-        caption_rope = self._rope(_caption_positions(caption.shape[1])[None])
+        caption_rope = self._rope(caption_positions(caption.shape[1])[None])
         rope = jax.tree.map(
             lambda i, l: jnp.concatenate([i, jnp.broadcast_to(l, (len(x), *l.shape[1:]))], axis=1),
             image_rope,
@@ -392,48 +396,15 @@ class ZImage(nnx.Module):
         return unpatchify(y, rows, columns, self.cfg.patch)
 
     def _rope(self, positions: Int[Array, "b n 3"]) -> tuple[Array, Array]:
-        tables = rope_tables(self.cfg)
+        tables = rope_tables(self.cfg.rope_theta, self.cfg.axes_dims, self.cfg.axes_lens)
         picked = [jnp.asarray(table)[positions[..., axis]] for axis, table in enumerate(tables)]
         angles = jnp.concatenate(picked, axis=-1)
         return jnp.cos(angles)[:, :, None], jnp.sin(angles)[:, :, None]
 
 
-@functools.cache
-def rope_tables(cfg: ZImageConfig) -> tuple[np.ndarray, ...]:
-    """Angles [position, frequency] of each axis: float64 rounded to float32, as in diffusers."""
-    tables = []
-    for dim, length in zip(cfg.axes_dims, cfg.axes_lens, strict=True):
-        frequencies = 1.0 / cfg.rope_theta ** (np.arange(0, dim, 2, dtype=np.float64) / dim)
-        tables.append(np.outer(np.arange(length, dtype=np.float64), frequencies).astype(np.float32))
-    return tuple(tables)
-
-
-def rotate(x: Float[Array, "b n h d"], rope: tuple[Array, Array]) -> Float[Array, "b n h d"]:
-    """Rotary embedding; adjacent elements are a pair. In float32."""
-    cos, sin = rope
-    even, odd = x[..., 0::2].astype(jnp.float32), x[..., 1::2].astype(jnp.float32)
-    pairs = jnp.stack([even * cos - odd * sin, even * sin + odd * cos], axis=-1)
-    return pairs.reshape(x.shape).astype(x.dtype)
-
-
 def padded_length(lengths: Int[Array, " b"]) -> Int[Array, " b"]:
     """Caption lengths with the learned padding, which is attended to."""
     return (lengths + PAD_MULTIPLE - 1) // PAD_MULTIPLE * PAD_MULTIPLE
-
-
-def _caption_positions(l: int) -> Int[Array, "l 3"]:
-    return jnp.stack([1 + jnp.arange(l), jnp.zeros(l, int), jnp.zeros(l, int)], axis=-1)
-
-
-def _image_positions(
-    rows: int, columns: int, pads: int, padded: Int[Array, " b"]
-) -> Int[Array, "b n 3"]:
-    row, column = jnp.divmod(jnp.arange(rows * columns), columns)
-    frame = jnp.broadcast_to(padded[:, None] + 1, (len(padded), rows * columns))
-    real = jnp.stack(
-        [frame, jnp.broadcast_to(row, frame.shape), jnp.broadcast_to(column, frame.shape)], axis=-1
-    )
-    return jnp.pad(real, ((0, 0), (0, pads), (0, 0)))  # padding tokens stand at (0, 0, 0)
 
 
 def patchify(x: Float[Array, "b h w c"], patch: int) -> Float[Array, "b n p"]:
