@@ -36,8 +36,8 @@ the same for all.
 * **shape**, **retention**: share of ordinary prompts with the right shape; with the right shape and
   colour.
 
-Steps, batch and the adapters' rates were chosen after single runs of `dopsd` and `sft` on the first two
-of these concepts, so that both methods learn within the steps; the full rates without any run.
+Steps, batch and the adapters' rates were chosen after single runs of `dopsd` and `sft` on the first
+two of these concepts, so that both methods learn within the steps; the full rates without any run.
 
 Intervals are Student's t at 95 % over the {CONCEPTS} concepts, seeds averaged: they cover other
 concepts.
