@@ -54,6 +54,13 @@ def main(_) -> None:
 
 def run_all() -> None:
     """Trains every run that has no line yet."""
+    known = {arm.name for arm in paper_arms.arms()}
+    wrong = [f"--arms: {name!r} is not one of {', '.join(sorted(known))}"
+             for name in ARMS.value if name not in known]  # fmt: skip
+    wrong += [f"--train: {name!r} is not lora or full"
+              for name in TRAIN.value if name not in paper_arms.RATES]  # fmt: skip
+    if wrong:
+        sys.exit("\n".join(f"error: {line}" for line in wrong))
     done = {record["key"] for record in read(Path(RESULTS.value))}
     wanted = [
         arm

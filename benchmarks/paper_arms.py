@@ -20,7 +20,7 @@ ABLATIONS = {
     "loss x0": {"loss": "x0"},
     "one random step": {"loss_steps": "random:1"},
     "all eight nodes": {"grid": "nodes8"},
-    "off-policy, noised pictures": {"method": "offpolicy", "offpolicy.states": "targets"},
+    "off-policy on noised pictures": {"method": "offpolicy", "offpolicy.states": "targets"},
     "SFT at the grid's noise levels": {"method": "sft", "sft.sigma": "nodes"},
 }
 SEQUENCE = (0, 1, 2)  # concepts that are learned one after another

@@ -79,7 +79,8 @@ SAMPLES = (  # rows of the paper's Tables 1 and 2 (Z-Image-Turbo), by this exper
 def table(records: Records) -> list[str]:
     """Every claim with its verdict; each method at its better rate."""
     lines = [
-        "Each method at the rate where its concept, crispness and retention sum to more.",
+        "Each method at the rate where its concept, crispness and retention sum to more; where the",
+        "two rates differ, so does how far each has come. The tables below have every rate.",
         "",
         "| claim | in the paper | difference here | verdict |",
         "|---|---|---|---|",
@@ -88,13 +89,17 @@ def table(records: Records) -> list[str]:
         one, two = (records.best(name, claim.train) for name in (claim.more, claim.less))
         found = one.less(two, claim.measure) if one and two else None
         lines.append(
-            f"| {claim.text} | {claim.paper} | {claim.measure}: {_signed(found)} | "
-            f"{_verdict(claim, found)} |"
+            f"| {claim.text} | {claim.paper} | {claim.measure}{_rates(one, two)}: "
+            f"{_signed(found)} | {_verdict(claim, found)} |"
         )
     lines += [
         f"| {text} | {where} | {why} | not testable here |" for text, where, why in UNTESTABLE
     ]
     return lines
+
+
+def _rates(one: Runs | None, two: Runs | None) -> str:
+    return f" at rates {one.rate:g}, {two.rate:g}" if one and two else ""
 
 
 def _verdict(claim: Claim, found: Estimate | None) -> str:

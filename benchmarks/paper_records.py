@@ -35,6 +35,7 @@ class Runs:
         each = [{s for c, s in runs if c == concept} for concept in self.concepts]
         self.seeds = sorted(set.intersection(*each))
         self.count = len(self.concepts) * len(self.seeds)
+        self.rate = next(iter(runs.values()))["rate"]
         self.cost = float(np.mean([run["cpu_seconds"] for run in runs.values()]))
 
     def curve(self, measure: str, step: int) -> np.ndarray:

@@ -170,3 +170,8 @@ def test_a_repository_without_a_model_is_told(tmp_path, monkeypatch):
     _client(monkeypatch, tmp_path / "snapshots" / COMMIT)
     with pytest.raises(UserError, match="none of the files needed"):
         hub.resolve(NAME)
+
+
+def test_a_path_that_is_no_folder_is_a_users_error(tmp_path):
+    with pytest.raises(UserError, match="no such folder"):
+        hub.resolve(tmp_path / "nowhere")

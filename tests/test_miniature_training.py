@@ -1,5 +1,7 @@
 """The miniature's training: what is trained is what is exported, and a stopped run goes on."""
 
+from types import SimpleNamespace
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -21,6 +23,7 @@ from dopsd_jax.miniature import (
     optimizer,
     pool,
     pretrain,
+    train,
     training,
 )
 from dopsd_jax.models.autoencoder import to_uint8
@@ -103,6 +106,15 @@ def test_a_written_model_is_read_back(folder, start, vae):
     for name, value in learned.items():  # those of the encoders fit the type they are stored in
         np.testing.assert_array_equal(value, start[name], err_msg=name)
     assert again.cfg == vae.cfg
+
+
+def test_a_model_of_other_sizes_is_no_start(folder, monkeypatch):
+    learned, vae = export.read_model(folder)
+    start = pretrain.start(SMALL, 0)
+    monkeypatch.setattr(train, "START", SimpleNamespace(value=str(folder)))
+    train._check_sizes(SMALL, start, learned, vae)
+    with pytest.raises(dopsd_jax.errors.UserError, match=r"--start .*other sizes"):
+        train._check_sizes(SMALL, pretrain.start(configs.Size(), 0), learned, vae)
 
 
 def test_a_stopped_run_goes_on_bit_for_bit(texts, tmp_path, monkeypatch):

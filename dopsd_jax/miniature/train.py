@@ -62,6 +62,7 @@ def main() -> None:
         vae = autoencoder.train(out, SEED.value, AUTOENCODER_STEPS.value, log)
     else:
         learned, vae = export.read_model(Path(START.value).expanduser())
+        _check_sizes(size, begun, learned, vae)
         begun |= learned
     encode, decode = _coders(vae)
 
@@ -106,6 +107,18 @@ def main() -> None:
         export.write_model(out / "model", size, few, vae)
     log(f"the model: {out / 'model'}")
     _scores(out, many, measure.sampler, lambda x: decode(encode(x)), log)
+
+
+def _check_sizes(size: configs.Size, begun, learned: optimizer.Parameters, vae: Autoencoder):
+    """Raises `UserError` unless the model of --start has the sizes that are trained here."""
+    shapes = lambda parameters: {name: value.shape for name, value in parameters.items()}
+    wanted = shapes(pretrain.without_heads(begun))
+    cfg = configs.parsed(size, vae.cfg.scaling_factor, vae.cfg.shift_factor)[-1]
+    if shapes(learned) != wanted or vae.cfg != cfg:
+        raise UserError(
+            f"--start {START.value}: is a model of other sizes than miniature/configs.py has; name "
+            "a folder that miniature.train wrote"
+        )
 
 
 def _scores(out: Path, many: optimizer.Parameters, sampler: probe.Sampler, reconstruct, log):

@@ -47,13 +47,14 @@ class Resolved(NamedTuple):
 
 
 def resolve(
-    model: str, revision: str | None = None, patterns: Sequence[str] = PIPELINE
+    model: str | os.PathLike, revision: str | None = None, patterns: Sequence[str] = PIPELINE
 ) -> Resolved:
     """The folder of `model`: a path, or `owner/name[@revision]` on the hub.
 
     A hub model is downloaded into the hub's cache once, and is taken from there when the network is
     away. Raises `UserError`.
     """
+    model = os.fspath(model)  # Python users give a Path, too
     path = Path(model).expanduser()
     if model and path.is_dir():
         return Resolved(path, _recorded_revision(path))
