@@ -9,6 +9,7 @@ page is docs/results.md, its pictures are beside it; they need `pip install -e '
 """
 
 import fcntl
+import functools
 import json
 import multiprocessing
 import os
@@ -71,7 +72,7 @@ def run_all() -> None:
     missing = {}  # by what shares a program
     for arm in wanted:
         runs = [(arm, *run) for run in arm.runs if arm.key(*run) not in done]
-        missing.setdefault((arm.train, arm.name, arm.sequential), []).extend(runs)
+        missing.setdefault((arm.train, arm.name, arm.kind), []).extend(runs)
     total, begun, count = sum(map(len, missing.values())), time.monotonic(), 0
     print(f"{total} of {sum(len(a.runs) for a in wanted)} runs to do", flush=True)
     os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {COMPILER}"
@@ -104,13 +105,18 @@ def run_all() -> None:
 def run_some(runs: Sequence[tuple[Arm, int, int]], folder: str, results: str, finished) -> None:
     """Runs that share a program, in one process."""
     import paper_run  # imports jax, which reads XLA_FLAGS once
+    import paper_states
+    import paper_styles
 
     bench = paper_run.bench(Path(folder))
+    style = functools.partial(paper_styles.run, bench)
+    states = functools.partial(paper_states.run, bench)
+    ways = {"alone": bench.run, "sequence": bench.sequence, "states": states}
     for arm, concept, seed in runs:
         begun = time.process_time()
-        found = (bench.sequence if arm.sequential else bench.run)(arm, concept, seed)
+        found = ways.get(arm.kind, style)(arm, concept, seed)
         record = {"key": arm.key(concept, seed), "arm": arm.name, "train": arm.train,
-                  "rate": arm.rate, "concept": concept, "seed": seed, **found,
+                  "rate": arm.rate, "kind": arm.kind, "concept": concept, "seed": seed, **found,
                   "cpu_seconds": round(time.process_time() - begun, 1)}  # fmt: skip
         append(Path(results), record)
         finished.put(f"{record['key']}: {paper_run.shown(found)}")

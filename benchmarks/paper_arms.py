@@ -26,16 +26,25 @@ ABLATIONS = {
 SEQUENCE = (0, 1, 2)  # concepts that are learned one after another
 SEQUENTIAL = ("dopsd", "sft")
 ABLATION_SEEDS = 3
+# Full fine-tuning on many pictures of a style; see paper_styles.py.
+STYLE_METHODS = ("dopsd", "sft", "offpolicy", "pso")
+STYLE_CAPTIONS = ("whole", "short")
+STYLE_COUNT, STYLE_STEPS, STYLE_BATCH, STYLE_RATE = 4, 60, 4, 3e-4
+STYLE_LOOKS = (15, 30, STYLE_STEPS)
 
 
 @dataclasses.dataclass(frozen=True)
 class Arm:
-    """Runs that share a program: they differ in concept and seed."""
+    """Runs that share a program: they differ in concept and seed.
+
+    kind: `alone`, one concept a run; `sequence`, one after another; of `STYLE_CAPTIONS`, a style;
+      `states`: nothing is trained, see paper_states.py.
+    """
 
     name: str
     train: str
     rate: float
-    sequential: bool = False
+    kind: str = "alone"
 
     def fields(self, word: str) -> dict[str, object]:
         """What the configuration has besides the quickstart's."""
@@ -47,15 +56,18 @@ class Arm:
 
     @property
     def runs(self) -> list[tuple[int, int]]:
-        """Concept and seed of every run; of a sequence the first concept."""
+        """Concept (of a sequence the first; or the style) and seed of every run."""
+        if self.kind in STYLE_CAPTIONS:
+            return [(style, 0) for style in range(STYLE_COUNT)]
+        if self.kind == "states":
+            return [(concept, 0) for concept in range(CONCEPTS)]
         seeds = ABLATION_SEEDS if self.name in ABLATIONS else SEEDS
-        count = 1 if self.sequential else CONCEPTS
+        count = 1 if self.kind == "sequence" else CONCEPTS
         return list(itertools.product(range(count), range(seeds)))
 
     def key(self, concept: int, seed: int) -> str:
         """A run's name in the table of results."""
-        way = "sequence" if self.sequential else "alone"
-        return f"{self.name}|{self.train}|{self.rate:g}|{way}|{concept}|{seed}"
+        return f"{self.name}|{self.train}|{self.rate:g}|{self.kind}|{concept}|{seed}"
 
 
 def arms() -> Iterator[Arm]:
@@ -65,6 +77,9 @@ def arms() -> Iterator[Arm]:
             for rate in RATES[train]:
                 yield Arm(method, train, rate)
     for train, method in itertools.product(RATES, SEQUENTIAL):
-        yield Arm(method, train, RATES[train][0], sequential=True)
+        yield Arm(method, train, RATES[train][0], kind="sequence")
     for name in ABLATIONS:
         yield Arm(name, "lora", RATES["lora"][0])
+    for name, kind in itertools.product(STYLE_METHODS, STYLE_CAPTIONS):
+        yield Arm(name, "full", STYLE_RATE, kind)
+    yield Arm("dopsd", "lora", 0.0, kind="states")

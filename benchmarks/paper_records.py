@@ -5,17 +5,22 @@ from collections import defaultdict
 from pathlib import Path
 
 import numpy as np
-from paper_arms import LOOKS, RATES, SEQUENTIAL
+from paper_arms import RATES, SEQUENTIAL, STYLE_CAPTIONS
 
 from dopsd_jax.scores import statistics
 from dopsd_jax.scores.statistics import Estimate
 
-CONCEPT, CRISP, SHAPE, RETENTION = MEASURES = (
+CONCEPT, CRISP, SHAPE, RETENTION, ORDINARY_CRISP = MEASURES = (
     "concept IoU",
     "concept crispness",
     "named shape",
     "retention",
+    "ordinary crispness",
 )
+RELATIVE = CRISP, ORDINARY_CRISP  # to the base model's
+# Of styles, besides retention: distance to the true pictures, and crispness relative to theirs.
+FID, CRISPNESS = "FID", "crispness"
+STYLE_MEASURES = FID, CRISPNESS, RETENTION
 
 
 def read(path: Path) -> list[dict]:
@@ -24,6 +29,11 @@ def read(path: Path) -> list[dict]:
         return []
     lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
     return [json.loads(line) for line in lines if line.endswith("\n")]
+
+
+def measures(kind: str) -> tuple[str, ...]:
+    """What runs of a kind are scored by."""
+    return STYLE_MEASURES if kind in STYLE_CAPTIONS else MEASURES
 
 
 class Runs:
@@ -35,7 +45,8 @@ class Runs:
         each = [{s for c, s in runs if c == concept} for concept in self.concepts]
         self.seeds = sorted(set.intersection(*each))
         self.count = len(self.concepts) * len(self.seeds)
-        self.rate = next(iter(runs.values()))["rate"]
+        first = next(iter(runs.values()))
+        self.rate, self.steps = first["rate"], sorted(map(int, first["curve"]))
         self.cost = float(np.mean([run["cpu_seconds"] for run in runs.values()]))
 
     def curve(self, measure: str, step: int) -> np.ndarray:
@@ -45,26 +56,25 @@ class Runs:
             [[value(self.runs[c, s], n) for s in self.seeds] for c in self.concepts]
         )
         found = table(step)
-        return found / table(0).mean() if measure == CRISP else found
+        return found / table(0).mean() if measure in RELATIVE else found
 
     def final(self, measure: str) -> Estimate:
         """The mean after the last step."""
-        return statistics.mean(self.curve(measure, LOOKS[-1]))
+        return statistics.mean(self.curve(measure, self.steps[-1]))
 
     def less(self, other: "Runs", measure: str) -> Estimate:
         """This arm's mean less the other's, over the concepts and seeds that both have."""
         pairs = sorted(self.runs.keys() & other.runs.keys())
         one, two = (Runs({p: arm.runs[p] for p in pairs}) for arm in (self, other))
-        last = LOOKS[-1]
+        last = self.steps[-1]
         return statistics.difference(one.curve(measure, last), two.curve(measure, last))
 
     def when(self, level: float, measure: str) -> float | None:
         """The mean of a measure where the mean concept score first reaches `level`, on straight
         lines between the steps that were scored; None if it never does."""
-        steps = (0, *LOOKS)
-        score = [self.curve(CONCEPT, n).mean() for n in steps]
-        other = [self.curve(measure, n).mean() for n in steps]
-        for i in range(1, len(steps)):
+        score = [self.curve(CONCEPT, n).mean() for n in self.steps]
+        other = [self.curve(measure, n).mean() for n in self.steps]
+        for i in range(1, len(score)):
             if score[i - 1] <= level <= score[i]:
                 share = (level - score[i - 1]) / max(score[i] - score[i - 1], 1e-9)
                 return float(other[i - 1] + share * (other[i] - other[i - 1]))
@@ -75,22 +85,30 @@ class Records:
     """All records."""
 
     def __init__(self, records: list[dict]):
-        self._alone: dict[tuple, dict] = defaultdict(dict)
+        self._runs: dict[tuple, dict] = defaultdict(dict)
         self._sequences: dict[tuple, list] = defaultdict(list)
+        self._targets: list[dict] = []
         for record in records:
             name = record["arm"], record["train"], record["rate"]
-            if "rounds" in record:
+            if record["kind"] == "sequence":
                 self._sequences[name].append(record["rounds"])
+            elif record["kind"] == "states":
+                self._targets.append(record["targets"])
             else:
-                self._alone[name][record["concept"], record["seed"]] = record
+                run = record["concept"], record["seed"]
+                self._runs[*name, record["kind"]][run] = record
 
-    def arm(self, name: str, train: str, rate: float) -> Runs | None:
-        found = self._alone.get((name, train, rate))
+    def arm(self, name: str, train: str, rate: float, kind: str = "alone") -> Runs | None:
+        found = self._runs.get((name, train, rate, kind))
         return Runs(found) if found else None
 
-    def any(self, train: str) -> Runs | None:
+    def any(self, train: str, kind: str = "alone") -> Runs | None:
         """The arm with most runs, for what all share."""
-        found = [Runs(runs) for (_, own, _), runs in self._alone.items() if own == train]
+        found = [
+            Runs(runs)
+            for (_, *own, of), runs in self._runs.items()
+            if (own[0], of) == (train, kind)
+        ]
         return max(found, key=lambda arm: arm.count, default=None)
 
     def best(self, name: str, train: str) -> Runs | None:
@@ -99,20 +117,23 @@ class Records:
         total = lambda arm: sum(arm.final(m).value for m in (CONCEPT, CRISP, RETENTION))
         return max((arm for arm in found if arm), key=total, default=None)
 
-    def base(self, train: str) -> list[Estimate]:
-        """The model before training, by `MEASURES`."""
-        arm = self.any(train)
-        return [statistics.mean(arm.curve(measure, 0)) for measure in MEASURES]
+    def base(self, train: str, kind: str = "alone") -> list[Estimate]:
+        """The model before training, by `MEASURES`, or of styles by `STYLE_MEASURES`."""
+        arm = self.any(train, kind)
+        return [statistics.mean(arm.curve(measure, 0)) for measure in measures(kind)]
 
-    def teacher(self, train: str) -> list[Estimate] | None:
-        """What the student can hope for: concept and crispness of the model shown the picture."""
-        arm = self.any(train)
+    def teacher(self, train: str, kind: str = "alone") -> list[Estimate] | None:
+        """What the student can hope for: the model shown the picture, as far as it was scored."""
+        arm = self.any(train, kind)
         if arm is None:
             return None
         firsts = [arm.runs[c, arm.seeds[0]] for c in arm.concepts]
-        table = lambda measure: np.array([[run["teacher"][measure]] for run in firsts])
-        own = np.mean([run["curve"]["0"][CRISP] for run in firsts])
-        return [statistics.mean(table(CONCEPT)), statistics.mean(table(CRISP) / own)]
+        found = []
+        for measure in [m for m in measures(kind) if m in firsts[0]["teacher"]]:
+            table = np.array([[run["teacher"][measure]] for run in firsts])
+            own = np.mean([run["curve"]["0"][measure] for run in firsts])
+            found.append(statistics.mean(table / own if measure in RELATIVE else table))
+        return found
 
     def sequences(self):
         """(method, train, a row of estimates after each concept) for every sequential arm."""
@@ -130,3 +151,18 @@ class Records:
                 row.append(mean([r[k][k][RETENTION] for r in seeds]))
                 rows.append(row)
             yield name, train, rows
+
+    def targets(self):
+        """(whose states, noise level, concept, crispness) of the teacher's estimates; see
+        paper_states.py. Crispness is relative to the base model's pictures."""
+        base = self.any("lora")
+        if not self._targets or base is None:
+            return
+        unit = np.mean([run["curve"]["0"][CRISP] for run in base.runs.values()])
+        for name in self._targets[0]:
+            for k, node in enumerate(self._targets[0][name]):
+                column = lambda m, name=name, k=k: np.array(
+                    [[t[name][k][m]] for t in self._targets]
+                )
+                found = statistics.mean(column(CONCEPT)), statistics.mean(column(CRISP) / unit)
+                yield name, node["sigma"], *found

@@ -100,10 +100,9 @@ class Bench:
         trained.trained(config, pipe.config).attach(pipe.transformer)
         return pipe
 
-    def config(self, number: int, fields: Mapping[str, object]) -> ConfigDict:
-        lesson = self.lesson(number)
+    def config(self, data: Path, fields: Mapping[str, object]) -> ConfigDict:
         return load_config(
-            {"data.path": str(lesson.path), "data.cache": str(self.folder / "features"), **fields}
+            {"data.path": str(data), "data.cache": str(self.folder / "features"), **fields}
         )
 
     def exam(self, number: int, config: ConfigDict) -> Exam:
@@ -128,13 +127,12 @@ class Bench:
 
     def train(
         self,
-        number: int,
         config: ConfigDict,
         seed: int,
         start: nnx.State,
         looks: Mapping[int, Callable[[nnx.State], None]],
     ) -> tuple[nnx.State, list[float]]:
-        """Trains on a concept; returns the student and the losses.
+        """Trains on the configuration's data; returns the student and the losses.
 
         looks: what to do with the student after so many steps.
         """
@@ -163,7 +161,8 @@ class Bench:
 
     def run(self, arm: Arm, number: int, seed: int) -> dict[str, object]:
         """Scores of a concept at `LOOKS`, before training and of its teacher before training."""
-        config = self.config(number, arm.fields(self.lesson(number).word))
+        lesson = self.lesson(number)
+        config = self.config(lesson.path, arm.fields(lesson.word))
         exam, start = self.exam(number, config), self.start(config, seed)
         key = arm.train, number
         if key not in self.before:  # the model without its adapters: the same for every seed
@@ -172,16 +171,17 @@ class Bench:
         curve = {0: base}
         look = {n: lambda student, n=n: curve.update({n: means(exam.values(student))})
                 for n in LOOKS}  # fmt: skip
-        _, losses = self.train(number, config, seed, start, look)
+        _, losses = self.train(config, seed, start, look)
         return {"curve": curve, "teacher": teacher, "loss": [losses[0], losses[-1]]}
 
     def sequence(self, arm: Arm, _: int, seed: int) -> dict[str, object]:
         """Concepts one after another, with one student; after each, the scores of all."""
         student, rounds = None, []
         for number in SEQUENCE:
-            config = self.config(number, arm.fields(self.lesson(number).word))
+            lesson = self.lesson(number)
+            config = self.config(lesson.path, arm.fields(lesson.word))
             student = self.start(config, seed) if student is None else student
-            student, _ = self.train(number, config, seed, student, {})
+            student, _ = self.train(config, seed, student, {})
             exams = [self.exam(other, config) for other in SEQUENCE]
             rounds.append([means(exam.values(student)) for exam in exams])
         return {"rounds": rounds}
@@ -231,9 +231,11 @@ def shown(found: Mapping[str, object]) -> str:
     """A run in a line."""
     if "rounds" in found:
         return "concepts " + ", ".join(f"{s['concept IoU']:.2f}" for s in found["rounds"][-1])
+    if "targets" in found:
+        return "estimates of the teacher"
     last = found["curve"][max(found["curve"])]
-    names = ("concept IoU", "concept crispness", "retention")
-    return ", ".join(f"{name} {last[name]:.3f}" for name in names)
+    names = ("concept IoU", "concept crispness", "FID", "crispness", "retention")
+    return ", ".join(f"{name} {last[name]:.3f}" for name in names if name in last)
 
 
 def _gaussian(key: jax.Array, number: int, like: jax.Array) -> jax.Array:

@@ -17,10 +17,11 @@ def record(arm, concept, seed, iou, crispness=0.8, retention=0.9, train="lora", 
         "concept crispness": 0.8 + share * (crispness - 0.8),
         "named shape": 0.9 + share * (retention - 0.9),
         "retention": 0.9 + share * (retention - 0.9),
+        "ordinary crispness": 0.9,
     }
     curve = {str(n): at(n / paper_arms.STEPS) for n in (0, *paper_arms.LOOKS)}
     return {
-        "arm": arm, "train": train, "rate": rate, "concept": concept, "seed": seed,
+        "arm": arm, "train": train, "rate": rate, "kind": "alone", "concept": concept, "seed": seed,
         "curve": curve, "teacher": {"concept IoU": 0.9, "concept crispness": 0.8},
         "cpu_seconds": 10.0,
     }  # fmt: skip
@@ -96,6 +97,7 @@ def test_the_page_says_what_was_not_run(records):
     page, records = paper_page, paper_records.Records(records)
     parts = [
         *page._methods(records, "lora"), *page._ablations(records), *page._sequences(records),
+        *page._styles(records), *page._equal(records, "lora"), *page._targets(records),
         *paper_claims.goals(records), *paper_claims.beside(records),
     ]  # fmt: skip
     assert any("not run" in part for part in parts)
