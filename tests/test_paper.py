@@ -5,6 +5,7 @@ import paper_arms
 import paper_claims
 import paper_page
 import paper_records
+import paper_styles
 import pytest
 
 RATE = paper_arms.RATES["lora"][0]
@@ -101,3 +102,18 @@ def test_the_page_says_what_was_not_run(records):
         *paper_claims.goals(records), *paper_claims.beside(records),
     ]  # fmt: skip
     assert any("not run" in part for part in parts)
+
+
+@pytest.mark.parametrize("kind", paper_arms.STYLE_CAPTIONS)
+@pytest.mark.parametrize("style", range(paper_arms.STYLE_COUNT))
+def test_captions_of_a_style_never_name_it(style, kind):
+    rng, shown = np.random.default_rng(0), paper_styles.scenes(style, 20, 0)
+    said = [paper_styles.caption(scene, kind, rng) for scene in shown]
+    named = {"flat", "outlined", "outline", "shaded", "softly", "plain", "gradient", "lined"}
+    assert not named & {word for text in said for word in text.split()}
+    places = {"left", "right", "top", "bottom", "middle", "centre"}
+    told = [bool(places & set(text.split())) for text in said]
+    assert all(told) if kind == "whole" else not any(told)
+    asked = paper_styles.scenes(style, 20, 1)
+    assert {(s.finish, s.ground_texture) for s in (*shown, *asked)} == {paper_styles.STYLES[style]}
+    assert shown != asked
