@@ -49,7 +49,7 @@ def test_verdicts_follow_from_the_intervals_of_paired_differences():
     ]
     assert "**reproduced**" in verdict("D-OPSD learns the concept better than SFT |")
     assert "**reproduced**" in verdict("D-OPSD keeps the quality that SFT loses |")
-    assert "not reproduced" in verdict("PSO comes closer")
+    assert "open" in verdict("PSO comes closer")
     assert "not run" in verdict("D-OPSD learns the concept better than SFT on teacher samples")
     assert "not testable" in verdict("The method works on FLUX.2-klein")
     swapped = [{**r, "arm": {"dopsd": "sft", "sft": "dopsd"}.get(r["arm"], r["arm"])} for r in many]
