@@ -62,7 +62,7 @@ def _methods(records: Records, train: str, path: Path) -> None:
 
 def _ablations(records: Records, path: Path) -> None:
     """Concept and crispness over steps."""
-    figure, axes = plt.subplots(1, 2, figsize=(10, 4.2), sharex=True)
+    figure, axes = plt.subplots(1, 2, figsize=(12, 4.2), sharex=True)
     rate, steps = RATES["lora"][0], (0, *LOOKS)
     for name in ("dopsd", "offpolicy", "sft", "sft_teacher", *ABLATIONS):
         arm = records.arm(name, "lora", rate)
@@ -74,7 +74,7 @@ def _ablations(records: Records, path: Path) -> None:
     for axis, label in zip(axes, ("concept", "crispness, relative to the base"), strict=True):
         axis.set_xlabel("steps")
         axis.set_ylabel(label)
-    axes[0].legend(fontsize=7)
+    axes[1].legend(fontsize=7, bbox_to_anchor=(1.02, 1), loc="upper left")
     figure.suptitle(f"Adapters, rate {rate:g}; means of all runs")
     _save(figure, path)
 

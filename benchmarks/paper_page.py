@@ -1,4 +1,4 @@
-"""The page docs/results.md from the records of paper.py: nothing in it is not in a record."""
+"""The page docs/results.md: figures from the records of paper.py, and our reading of them."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -21,6 +21,7 @@ from paper_arms import (
     STYLE_STEPS,
 )
 from paper_records import (
+    CONCEPT,
     CRISP,
     MEASURES,
     ORDINARY_CRISP,
@@ -32,6 +33,7 @@ from paper_records import (
 
 from dopsd_jax.scores.statistics import Estimate
 
+READING = Path(__file__).parent / "paper_reading.md"  # ours, of the tables; not of the records
 LEVEL = 0.6  # concept score at which methods are compared: more than half of them reach it
 
 HEAD = f"""# The paper's experiment at small scale
@@ -72,6 +74,7 @@ def write(results: Path, page: Path) -> None:
         "## The paper's claims\n\n" + "\n".join(paper_claims.table(records)) + "\n",
         "## The goals\n\n" + "\n".join(paper_claims.goals(records)) + "\n",
     ]
+    parts += ["## Why\n\n" + READING.read_text(encoding="utf-8")]
     for train, title in (("lora", "LoRA"), ("full", "Full fine-tuning")):
         parts += [f"## {title}\n\n" + "\n".join(_methods(records, train)) + "\n"]
         parts += [f"![{title}]({names[train]})\n"] if train in names else []
@@ -178,16 +181,18 @@ def _ablations(records: Records) -> list[str]:
     lines = [
         f"Adapters, rate {rate:g}. Differences are from `dopsd` with the same concepts and seeds.",
         "",
-        "| run | concept | crispness | concept, difference | crispness, difference |",
-        "|---|---|---|---|---|",
+        "| run | concept | crispness | retention | concept, difference | crispness, difference "
+        "| retention, difference |",
+        "|---|---|---|---|---|---|---|",
     ]
     own = records.arm("dopsd", "lora", rate)
     for name in ("dopsd", *ABLATIONS):
         arm = records.arm(name, "lora", rate)
-        found = [arm.final(m) if arm else None for m in MEASURES[:2]]
+        compared = CONCEPT, CRISP, RETENTION
+        found = [arm.final(m) if arm else None for m in compared]
         if name != "dopsd":
-            found += [arm.less(own, m) if arm and own else None for m in MEASURES[:2]]
-        cells = [shown(one) for one in found] + [""] * (4 - len(found))
+            found += [arm.less(own, m) if arm and own else None for m in compared]
+        cells = [shown(one) for one in found] + [""] * (6 - len(found))
         lines.append(f"| {name} | {' | '.join(cells)} |")
     return lines
 
