@@ -55,7 +55,7 @@ def _methods(records: Records, train: str, path: Path) -> None:
         axis.set_xlabel("concept: IoU in arrangements that were not shown")
     axes[0].set_ylabel("crispness, relative to the base")
     axes[1].set_ylabel("retention: ordinary prompts right")
-    axes[1].legend(fontsize=7)
+    axes[1].legend(fontsize=7, handlelength=3)
     figure.suptitle(f"After 0, {', '.join(map(str, LOOKS))} steps; means of all runs ({train})")
     _save(figure, path)
 
