@@ -117,3 +117,30 @@ def test_captions_of_a_style_never_name_it(style, kind):
     asked = paper_styles.scenes(style, 20, 1)
     assert {(s.finish, s.ground_texture) for s in (*shown, *asked)} == {paper_styles.STYLES[style]}
     assert shown != asked
+
+
+def test_a_style_is_judged_by_its_own_scores():
+    def style(arm, number, fid):
+        score = {"FID": fid + number, "crispness": 0.8, "retention": 0.9}
+        return {
+            "arm": arm, "train": "full", "rate": paper_arms.STYLE_RATE, "kind": "whole",
+            "concept": number, "seed": 0, "cpu_seconds": 1.0, "teacher": score,
+            "curve": {"0": score, str(paper_arms.STYLE_STEPS): score},
+        }  # fmt: skip
+
+    many = [style(arm, n, fid) for arm, fid in (("dopsd", 4.0), ("sft", 8.0)) for n in range(4)]
+    records = paper_records.Records(many)
+    row = next(r for r in paper_claims.table(records) if r.startswith("| Style: D-OPSD comes cl"))
+    assert "+4.000" in row and "**reproduced**" in row
+    rows = paper_page._styles(records)
+    assert any(r.startswith("| whole | sft | 4 | 9.500") for r in rows)
+    assert records.arm("sft", "full", paper_arms.STYLE_RATE) is None
+
+
+def test_crispness_of_the_teachers_estimates_is_relative_to_the_base():
+    targets = {"on-policy": [{"sigma": 1.0, "concept IoU": 0.5, "concept crispness": 0.4}]}
+    told = {"arm": "dopsd", "train": "lora", "rate": 0.0, "kind": "states", "targets": targets}
+    many = [*runs("dopsd", 0.7), *({**told, "concept": c, "seed": 0} for c in range(4))]
+    ((name, sigma, concept, crisp),) = paper_records.Records(many).targets()
+    assert (name, sigma, concept.value) == ("on-policy", 1.0, pytest.approx(0.5))
+    assert crisp.value == pytest.approx(0.5)
