@@ -42,8 +42,9 @@ Made by `python benchmarks/paper.py` from `docs/results.jsonl`; do not edit. The
 trained miniature of examples/miniature: everything here is about a small network in a drawn world,
 and says nothing about Z-Image-Turbo's 6 billion parameters.
 
-Every run teaches one new concept from six pictures, as the quickstart does: the data, the method
-and the step are those of `dopsd_jax.train` with `configs/zimage.py:tiny`, but {LOOKS[-1]} steps of
+Every run, but for those of a style, teaches a new concept (a sequence: three) from six pictures, as
+the quickstart does: the data, the method and the step are those of `dopsd_jax.train` with
+`configs/zimage.py:tiny`, but {LOOKS[-1]} steps of
 {BATCH} pictures.
 {CONCEPTS} concepts, {SEEDS} seeds each ({ABLATION_SEEDS} in the ablations): the seed draws the
 adapters' start and the training's noise; prompts and noise of the scores are a concept's own and
@@ -55,8 +56,8 @@ the same for all.
 * **crispness, ordinary**: of the edges in those prompts' pictures, relative to the base model's.
 
 Steps, batch and the adapters' rates were chosen after single runs of `dopsd` and `sft` on the first
-two of these concepts, so that both methods learn within the steps; the full rates, 0.001 beside
-them, after one run of each on the first.
+two of these concepts, so that both methods learn within the steps; the rates of full fine-tuning
+after one run of each method on the first at 0.0001, 0.0003 and 0.001.
 
 Intervals are Student's t at 95 % over the {CONCEPTS} concepts, seeds averaged: they cover other
 concepts.

@@ -26,8 +26,7 @@ def run(bench: Bench, _, number: int, seed: int) -> dict[str, object]:
     asked = {"concepts": PROMPTS, "ordinary": 0}
     cases = judged.cases(lesson.concept, lesson.word, **asked, seed=seed)
     prompts = [case.prompt for case in cases]
-    names = ("min_pixels", "max_pixels")
-    seen = {name: config.teacher[name] for name in names}
+    seen = {name: config.teacher[name] for name in ("min_pixels", "max_pixels")}
     shown = pipe.encode_prompt_with_image(
         prompts, [case.source for case in cases], **seen, doubled=config.teacher.doubled_template
     )
