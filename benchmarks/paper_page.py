@@ -57,7 +57,7 @@ the same for all.
 
 Steps, batch and the adapters' rates were chosen after single runs of `dopsd` and `sft` on the first
 two of these concepts, so that both methods learn within the steps; the rates of full fine-tuning
-after one run of each method on the first at 0.0001, 0.0003 and 0.001.
+after one run of each of the two on the first at 0.0001, 0.0003 and 0.001.
 
 Intervals are Student's t at 95 % over the {CONCEPTS} concepts, seeds averaged: they cover other
 concepts.
