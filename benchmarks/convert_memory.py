@@ -23,13 +23,13 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")
 import numpy as np
 
 from dopsd_jax.models.zimage import ZImageConfig, names
-from dopsd_jax.tiny import make_tiny
-from dopsd_jax.weights.account import sources
+from dopsd_jax.random_model import write_random_model
 from dopsd_jax.weights.export import export_diffusers, export_single
 from dopsd_jax.weights.importing import import_model
 from dopsd_jax.weights.progress import ConsoleProgress
 from dopsd_jax.weights.safetensors_write import write_sharded
 from dopsd_jax.weights.tensors import TensorInfo, take
+from dopsd_jax.weights.validation import sources
 
 BOUND = 4 * 2**30
 BLOCK = 1 << 20  # random numbers that are drawn once and repeated
@@ -51,7 +51,7 @@ class Synthetic:
 
 def make_model(folder: Path, layers: int) -> None:
     """The miniature with a full-size transformer."""
-    make_tiny(folder)
+    write_random_model(folder)
     config = ZImageConfig(layers=layers, caption_dim=64)
     shutil.rmtree(folder / "transformer")
     (folder / "transformer").mkdir()

@@ -20,7 +20,7 @@ from paper_records import (
     Records,
 )
 
-from dopsd_jax.scores.statistics import Estimate
+from dopsd_jax.evaluation.statistics import Estimate
 
 
 class Claim(NamedTuple):

@@ -31,7 +31,7 @@ from paper_records import (
     read,
 )
 
-from dopsd_jax.scores.statistics import Estimate
+from dopsd_jax.evaluation.statistics import Estimate
 
 READING = Path(__file__).parent / "paper_reading.md"  # ours, of the tables; not of the records
 LEVEL = 0.6  # concept score at which methods are compared: more than half of them reach it

@@ -7,8 +7,8 @@ from pathlib import Path
 import numpy as np
 from paper_arms import RATES, SEQUENTIAL, STYLE_CAPTIONS
 
-from dopsd_jax.scores import statistics
-from dopsd_jax.scores.statistics import Estimate
+from dopsd_jax.evaluation import statistics
+from dopsd_jax.evaluation.statistics import Estimate
 
 CONCEPT, CRISP, SHAPE, RETENTION, ORDINARY_CRISP = MEASURES = (
     "concept IoU",

@@ -17,15 +17,18 @@ from flax import nnx
 from ml_collections import ConfigDict
 from paper_arms import LOOKS, SEQUENCE, Arm
 
-from dopsd_jax import experiment, methods, optimizers, settings, state, trained
+from dopsd_jax.conditioning.encoding import TEACHER
+from dopsd_jax.conditioning.features import Features
+from dopsd_jax.config import schema
 from dopsd_jax.data.images import open_image
 from dopsd_jax.data.loader import Batches
-from dopsd_jax.encoding import TEACHER
-from dopsd_jax.families import zimage as family
-from dopsd_jax.families.zimage_pipeline import Pipeline
-from dopsd_jax.features import Features
+from dopsd_jax.families.zimage import family
+from dopsd_jax.families.zimage.pipeline import Pipeline
+from dopsd_jax.methods import registry
 from dopsd_jax.miniature import captions, concepts, world
-from dopsd_jax.scores.summary import Exam
+from dopsd_jax.miniature.exam import Exam
+from dopsd_jax.run import build
+from dopsd_jax.training import optimizers, state, trainable
 
 CONFIG = Path(__file__).parents[1] / "configs" / "zimage.py"
 PROMPTS = 12  # of a concept; twice as many ordinary ones. Noise and prompts are a concept's own
@@ -41,7 +44,7 @@ def load_config(fields: Mapping[str, object]) -> ConfigDict:
     spec.loader.exec_module(module)
     config = module.get_config("tiny")
     config.update_from_flattened_dict(dict(fields))
-    settings.check(config)
+    schema.check(config)
     return config
 
 
@@ -65,8 +68,8 @@ class Lesson:
 
     def exam(self, pipe: Pipeline, config: ConfigDict) -> Exam:
         """The same prompts and noise for every model: differences between models are paired."""
-        rows = experiment.open_rows(config, self.path).rows
-        shown = [open_image(row.image, experiment.limits(config)) for row in rows]
+        rows = build.open_rows(config, self.path).rows
+        shown = [open_image(row.image, build.limits(config)) for row in rows]
         return Exam(
             pipe, config.teacher, self.concept, self.word, count=PROMPTS, seed=0, shown=shown
         )
@@ -95,9 +98,9 @@ class Bench:
     def pipe(self, train: str, rank: int) -> Pipeline:
         """The shipped model, with adapters or ready to be trained whole."""
         config = load_config({"train": train, "lora.rank": rank})
-        pipe, _ = experiment.open_pipeline(config, self.folder)
+        pipe, _ = build.open_pipeline(config, self.folder)
         pipe.remat = "unrolled"  # these few narrow layers take nearly twice as long in a scan
-        trained.trained(config, pipe.config).attach(pipe.transformer)
+        trainable.trained(config, pipe.config).attach(pipe.transformer)
         return pipe
 
     def config(self, data: Path, fields: Mapping[str, object]) -> ConfigDict:
@@ -137,8 +140,8 @@ class Bench:
         looks: what to do with the student after so many steps.
         """
         pipe = self.pipe(config.train, config.lora.rank)
-        dataset = experiment.open_data(config, self.folder, pipe.size_multiple)
-        features = Features(pipe, dataset, config, experiment.cache_folder(config, self.folder))
+        dataset = build.open_data(config, self.folder, pipe.size_multiple)
+        features = Features(pipe, dataset, config, build.cache_folder(config, self.folder))
         features.prepare(lambda line: None)
         batches = Batches(
             dataset.rows_by_bucket(),
@@ -148,7 +151,7 @@ class Bench:
             seed=seed,
             draw=config.data.prompt_draw,
         )
-        now = state.create(start, methods.teacher(config), optimizers.optimizer(config))
+        now = state.create(start, registry.teacher(config), optimizers.optimizer(config))
         step, losses = self._step(config, pipe), []
         for n in range(config.steps):
             index = batches.batch(n)
@@ -194,14 +197,14 @@ class Bench:
         known.dreambooth.concept_word = ""  # a matter of the data alone
         key = known.to_json_best_effort()
         if key not in self.steps:
-            grid = family.grid(settings.values(config.grid), pipe.shift)
+            grid = family.grid(schema.values(config.grid), pipe.shift)
             unit, graphdef = optimizers.optimizer(known), pipe.split[0]
             side = config.data.resolution
             latent = (config.batch_size, *pipe.latent_shape(side, side))
 
             def step(rate, seed, now, base, batch, number):
                 tx = _at_rate(unit, rate)
-                inner = experiment.make_step(known, graphdef, grid, pipe.shift, tx, seed=seed)
+                inner = build.make_step(known, graphdef, grid, pipe.shift, tx, seed=seed)
                 return inner(now, base, batch, number, latent=latent)
 
             self.steps[key] = jax.jit(step, donate_argnums=2)

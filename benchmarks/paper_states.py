@@ -10,12 +10,12 @@ import numpy as np
 from paper_records import CONCEPT, CRISP
 from paper_run import PROMPTS, Bench
 
-from dopsd_jax import settings
-from dopsd_jax.families import zimage as family
-from dopsd_jax.families.zimage_pipeline import start_noise
-from dopsd_jax.flow import euler, x0_hat
+from dopsd_jax.common.flow import euler, x0_hat
+from dopsd_jax.config import schema
+from dopsd_jax.families.zimage import family
+from dopsd_jax.families.zimage.pipeline import start_noise
 from dopsd_jax.miniature import judge, render
-from dopsd_jax.scores import world as judged
+from dopsd_jax.miniature import world_scorers as judged
 
 
 def run(bench: Bench, _, number: int, seed: int) -> dict[str, object]:
@@ -31,7 +31,7 @@ def run(bench: Bench, _, number: int, seed: int) -> dict[str, object]:
         prompts, [case.source for case in cases], **seen, doubled=config.teacher.doubled_template
     )
     told = pipe.encode_prompt(prompts)
-    nodes = family.grid(settings.values(config.grid), pipe.shift)
+    nodes = family.grid(schema.values(config.grid), pipe.shift)
     shape = pipe.latent_shape(*cases[0].source.shape[:2])
     found = {}
     for name, mover in (("on-policy", told), ("off-policy", shown)):

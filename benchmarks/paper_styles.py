@@ -17,14 +17,13 @@ from paper_records import CRISPNESS, FID, RETENTION
 from paper_run import Bench, Scores
 from PIL import Image
 
-from dopsd_jax.encoding import STUDENT, TEACHER
-from dopsd_jax.families.zimage_pipeline import Pipeline
-from dopsd_jax.miniature import captions, judge, world
+from dopsd_jax.common.atomic import atomic_folder
+from dopsd_jax.conditioning.encoding import STUDENT, TEACHER
+from dopsd_jax.evaluation.drawing import Painter, Shot
+from dopsd_jax.evaluation.scorer import Case, digest
+from dopsd_jax.families.zimage.pipeline import Pipeline
+from dopsd_jax.miniature import captions, frechet, judge, world
 from dopsd_jax.miniature.world import Scene
-from dopsd_jax.scores import frechet
-from dopsd_jax.scores.drawing import Painter, Shot
-from dopsd_jax.scores.scorer import Case, digest
-from dopsd_jax.weights.atomic import atomic_folder
 
 # Finish of the object, texture of the ground: neither is the base model's own choice.
 STYLES = ((1, 1), (1, 2), (2, 1), (2, 2))

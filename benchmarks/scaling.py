@@ -24,12 +24,13 @@ import jax
 import scaling_table
 from absl import flags
 
-from dopsd_jax import errors, footprint, program, slices
+from dopsd_jax.common import errors
+from dopsd_jax.estimation import abstract_step, compiled_step, tpu_topologies
 
 ROOT = Path(__file__).resolve().parents[1]
 RECORDS = ROOT / "docs" / "scaling.jsonl"
 TABLE = ROOT / "docs" / "scaling.md"
-STEP = program.Case(height=1024, width=1024, rows_student=512, rows_teacher=1024)
+STEP = abstract_step.Case(height=1024, width=1024, rows_student=512, rows_teacher=1024)
 
 CASES = flags.DEFINE_string("cases", "", "only cases whose name matches this pattern")
 COMPILE = flags.DEFINE_enum(
@@ -102,17 +103,17 @@ def make(job: Job, old: dict | None) -> dict | None:
     if old and COMPILE.value == "missing":
         return None
     config = configuration(job)
-    size, _ = program.network_size(config.model, full_size=True)
-    devices = slices.devices(job.topology)
+    size, _ = abstract_step.network_size(config.model, full_size=True)
+    devices = tpu_topologies.devices(job.topology)
     config.batch_size = len(devices)
     if old and COMPILE.value == "changed" and old["versions"] == versions():
-        report, lower = footprint.prepare(config, size, STEP, devices)
-        digest = "" if report.problem else footprint.digest(lower()[0])
+        report, lower = compiled_step.prepare(config, size, STEP, devices)
+        digest = "" if report.problem else compiled_step.digest(lower()[0])
         if digest == old["report"]["digest"]:
             print(f"{job.name}: the program is the same", flush=True)
             return {**old, "checked": commit()}
     print(f"{job.name}: compiling, {time.strftime('%H:%M')}", flush=True)
-    report = footprint.compile_step(config, size, STEP, devices)
+    report = compiled_step.compile_step(config, size, STEP, devices)
     print(f"{job.name}: {'fits' if report.fits else report.problem}", flush=True)
     return {
         "name": job.name,
@@ -150,7 +151,7 @@ def commit() -> str:
     return git("rev-parse", "--short=12", "HEAD") + ("+" if changed else "")
 
 
-def plain(report: footprint.Report) -> dict:
+def plain(report: compiled_step.Report) -> dict:
     """The report as JSON has it, without the list of single arrays."""
     traffic = lambda found: {kind: t._asdict() for kind, t in found.items()}
     fields = {field.name: getattr(report, field.name) for field in dataclasses.fields(report)}

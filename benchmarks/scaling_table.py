@@ -12,7 +12,7 @@ float32 master, an EMA teacher and, unless the name says otherwise, AdamW. One m
 
 Names count **chips**. Google's own names do too for v5e and v6e; for v5p they count TensorCores,
 two a chip: v5p-4 here is its v5p-8, and v5p-64 here its v5p-128.
-`python -m dopsd_jax.aot --topology` takes Google's names, and chips as in `v5p:2x2x1`.
+`python -m dopsd_jax.estimate --topology` takes Google's names, and chips as in `v5p:2x2x1`.
 
 *does not fit* without a peak: what lives through the run is alone more than the chip has, which
 takes no compiler to see, or the compiler found no order of the work that fits (full v5e-8).

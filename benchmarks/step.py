@@ -23,21 +23,19 @@ from absl import flags
 from flax import nnx
 from ml_collections import config_flags
 
-from dopsd_jax import (
-    dopsd,
-    errors,
-    experiment,
-    flops,
-    methods,
-    settings,
-    sharding,
-)
-from dopsd_jax.errors import UserError, raise_if
-from dopsd_jax.families import zimage as family
+from dopsd_jax import dopsd
+from dopsd_jax.common import errors
+from dopsd_jax.common.errors import UserError, raise_if
+from dopsd_jax.config import schema
+from dopsd_jax.estimation import flops
+from dopsd_jax.families.zimage import family
+from dopsd_jax.methods import registry
+from dopsd_jax.methods.flow_matching import Batch
 from dopsd_jax.models import attention, zimage
-from dopsd_jax.points import Batch
-from dopsd_jax.tiny import Size, configs
-from dopsd_jax.trained import trained
+from dopsd_jax.parallel import sharding
+from dopsd_jax.random_model import Size, configs
+from dopsd_jax.run import build
+from dopsd_jax.training.trainable import trained
 
 PUBLISHED = "Tongyi-MAI/Z-Image-Turbo"
 SHIFT = 3.0  # only names a grid here: its values do not change the time
@@ -60,8 +58,8 @@ flags.mark_flag_as_required("config")
 
 def main() -> None:
     config = CONFIG.value
-    config.data.path = config.data.path or experiment.TINY  # no data are read here
-    settings.check(config)
+    config.data.path = config.data.path or build.RANDOM  # no data are read here
+    schema.check(config)
     sizes = transformer_sizes(config.model)
     latent = latent_shape(config, sizes)
     theirs = time_torch(config, sizes, latent) if TORCH.value else None
@@ -71,7 +69,7 @@ def main() -> None:
     kernel = attention.resolve(
         config.attention, jax.default_backend(), jnp.dtype(config.dtype), sizes.head_dim
     )
-    grid = family.grid(settings.values(config.grid), SHIFT)
+    grid = family.grid(schema.values(config.grid), SHIFT)
     device = jax.devices()[0]
     trains = "full" if config.train == "full" else f"LoRA rank {config.lora.rank}"
     facts = {
@@ -104,7 +102,7 @@ def main() -> None:
 
 def transformer_sizes(model: str) -> zimage.ZImageConfig:
     """The architecture that config.model names. Raises `UserError` if that takes a download."""
-    if model == experiment.TINY:
+    if model == build.RANDOM:
         return zimage.ZImageConfig.from_dict(configs.transformer(Size()), "tiny")
     if model.partition("@")[0] == PUBLISHED:
         return zimage.ZImageConfig()
@@ -142,7 +140,7 @@ def image_work(config, sizes, latent, grid, kernel) -> flops.StepWork:
     pad = lambda rows: -(-rows // zimage.PAD_MULTIPLE) * zimage.PAD_MULTIPLE
     return flops.step_work(
         sizes,
-        methods.passes(config, grid),
+        registry.passes(config, grid),
         height=latent[1],
         width=latent[2],
         rows_student=pad(STUDENT.value),
@@ -157,7 +155,7 @@ def image_work(config, sizes, latent, grid, kernel) -> flops.StepWork:
 
 def time_jax(config, sizes, latent, grid, kernel, mesh) -> list[float]:
     """Seconds of each timed step."""
-    plan, _, base = experiment.abstract_plan(config, sizes, kernel, SHIFT, mesh)
+    plan, _, base = build.abstract_plan(config, sizes, kernel, SHIFT, mesh)
     base, student = random_weights(base), random_weights(plan.like.student)
     start, step = plan.begin(student), plan.step
     batch = sharding.put_batch(random_batch(config, sizes, latent), mesh)
@@ -204,7 +202,7 @@ def random_batch(config, sizes: zimage.ZImageConfig, latent) -> Batch:
         padded = jax.tree.map(lambda *parts: np.stack(parts), *groups)
         return padded._replace(features=padded.features.astype(jnp.dtype(config.dtype)))
 
-    needs, student = methods.needs(config), role(STUDENT.value)
+    needs, student = registry.needs(config), role(STUDENT.value)
     target = rng.standard_normal((config.accumulate, *latent), np.float32)
     return Batch(
         dopsd.Contexts(student, role(TEACHER.value) if needs.teacher else None),
@@ -215,7 +213,7 @@ def random_batch(config, sizes: zimage.ZImageConfig, latent) -> Batch:
 
 def time_torch(config, sizes: zimage.ZImageConfig, latent) -> dict:
     """What `torch_step.py` measures, in a process of its own: it has all of the device's memory."""
-    loss, loss_steps = settings.values(config.loss), settings.values(config.loss_steps)
+    loss, loss_steps = schema.values(config.loss), schema.values(config.loss_steps)
     others = {
         "method": "dopsd" if config.method != "dopsd" else "",
         "train": "lora" if config.train == "full" else "",
@@ -236,7 +234,7 @@ def time_torch(config, sizes: zimage.ZImageConfig, latent) -> dict:
         "accumulate": config.accumulate,
         "student_tokens": STUDENT.value,
         "teacher_tokens": TEACHER.value,
-        "sigmas": family.grid(settings.values(config.grid), SHIFT)[:-1],
+        "sigmas": family.grid(schema.values(config.grid), SHIFT)[:-1],
         "loss": loss,
         "loss_steps": None if loss_steps == "all" else loss_steps,
         "teacher": config.teacher.weights,

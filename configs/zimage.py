@@ -77,11 +77,11 @@ def tiny(c: ConfigDict) -> ConfigDict:
 
 def random(c: ConfigDict) -> ConfigDict:
     """A minute on two CPU cores. The model is randomly initialised: its pictures are noise."""
-    c.model = "tiny"  # made in the work directory
+    c.model = "random"  # made in the work directory
     c.teacher.vlm = ""
     c.teacher.min_pixels = 64 * 64
     c.teacher.max_pixels = 128 * 128
-    c.data.path = "tiny"  # drawn in the work directory
+    c.data.path = "random"  # drawn in the work directory
     c.data.resolution = 128
     c.data.buckets = "128x128,144x112"  # few shapes: each is compiled once
     c.steps = 30

@@ -24,7 +24,7 @@ def load_pipeline(
     nf4, fp8 (extra `quant`); None: as in the folder.
     Returns a `families.zimage_pipeline.Pipeline`. Raises `errors.UserError`.
     """
-    from dopsd_jax.families.zimage_pipeline import Pipeline  # jax is imported on use
+    from dopsd_jax.families.zimage.pipeline import Pipeline
     from dopsd_jax.weights import hub
     from dopsd_jax.weights.model_folder import family_of
 

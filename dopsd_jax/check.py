@@ -12,15 +12,21 @@ import numpy as np
 from absl import flags
 from ml_collections import config_flags
 
-from dopsd_jax import errors, experiment, flops, methods, pictures, settings, sharding
+from dopsd_jax.common import errors
+from dopsd_jax.common.flow import euler
+from dopsd_jax.conditioning.encoding import class_prompt
+from dopsd_jax.conditioning.features import Features
+from dopsd_jax.config import schema
 from dopsd_jax.data.dataset import describe
 from dopsd_jax.dopsd import Contexts, Denoiser
-from dopsd_jax.encoding import class_prompt
-from dopsd_jax.families import zimage as family
-from dopsd_jax.features import Features
-from dopsd_jax.flow import euler
-from dopsd_jax.previews import Previews, rows_of
-from dopsd_jax.workdir import find_workdir
+from dopsd_jax.estimation import flops
+from dopsd_jax.families.zimage import family
+from dopsd_jax.methods import registry
+from dopsd_jax.parallel import sharding
+from dopsd_jax.reporting import pictures
+from dopsd_jax.reporting.previews import Previews, rows_of
+from dopsd_jax.run import build
+from dopsd_jax.run.workdir import find_workdir
 
 CONFIG = config_flags.DEFINE_config_file("config", None, "configuration file", lock_config=True)
 WORKDIR = flags.DEFINE_string("workdir", "runs/zimage", "where caches and the picture go")
@@ -29,21 +35,21 @@ NOTHING = 1e-3  # relative gap below which the context changes nothing
 
 def main() -> None:
     config = CONFIG.value
-    settings.check(config, config_flags.get_override_values(flags.FLAGS["config"]))
+    schema.check(config, config_flags.get_override_values(flags.FLAGS["config"]))
     workdir = find_workdir(WORKDIR.value, config)
     mesh = sharding.make_mesh(config.mesh)
-    pipe, _ = experiment.open_pipeline(config, workdir, mesh)
+    pipe, _ = build.open_pipeline(config, workdir, mesh)
     size = pipe.config
     sharding.check(mesh, size, batch_size=config.batch_size)
-    experiment.check_method(config, pipe)
-    dataset = experiment.open_data(config, workdir, pipe.size_multiple)
+    build.check_method(config, pipe)
+    dataset = build.open_data(config, workdir, pipe.size_multiple)
     print("\n".join(describe(dataset, config.batch_size * config.accumulate)), flush=True)
 
-    features = Features(pipe, dataset, config, experiment.cache_folder(config, workdir))
+    features = Features(pipe, dataset, config, build.cache_folder(config, workdir))
     features.prepare()
     teacher = f", teacher {features.teacher_rows} rows" if features.needs.teacher else ""
     print(f"features: student {features.student_rows} rows{teacher}")
-    plan = experiment.make_plan(config, pipe, mesh)
+    plan = build.make_plan(config, pipe, mesh)
     print("\n".join(plan.describe()), flush=True)
     print("\n".join(budget(config, pipe, plan, features)), flush=True)
 
@@ -107,7 +113,7 @@ def budget(config, pipe, plan, features) -> list[str]:
     }
     work = flops.step_work(
         pipe.config,
-        methods.passes(config, plan.grid),
+        registry.passes(config, plan.grid),
         height=h,
         width=w,
         rows_student=features.student_rows,

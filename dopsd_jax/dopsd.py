@@ -17,8 +17,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
-from dopsd_jax.errors import UserError
-from dopsd_jax.flow import euler
+from dopsd_jax.common.errors import UserError
+from dopsd_jax.common.flow import euler
 
 Tree = Any
 

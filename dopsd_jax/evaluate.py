@@ -15,23 +15,27 @@ from typing import Any, TypeVar
 from absl import flags
 from ml_collections import ConfigDict, config_flags
 
-from dopsd_jax import errors, experiment, settings, sharding
+from dopsd_jax.common import errors
+from dopsd_jax.common.atomic import write_text
+from dopsd_jax.common.errors import UserError, raise_if
+from dopsd_jax.conditioning.encoding import TEACHER
+from dopsd_jax.config import schema
 from dopsd_jax.data.images import open_image
 from dopsd_jax.data.prepared_parts import is_prepared
-from dopsd_jax.encoding import TEACHER
-from dopsd_jax.errors import UserError, raise_if
-from dopsd_jax.families.zimage_pipeline import Pipeline
-from dopsd_jax.pictures import Row
-from dopsd_jax.scores import arms as models
-from dopsd_jax.scores import gathering, prompts, results, seeds, torch_scorers, world
-from dopsd_jax.scores.arms import Arm, Student
-from dopsd_jax.scores.drawing import Shot
-from dopsd_jax.scores.gallery import Gallery
-from dopsd_jax.scores.page import page
-from dopsd_jax.scores.results import Score
-from dopsd_jax.scores.scorer import Case, Judge, judges, load_scorers
-from dopsd_jax.weights.atomic import write_text
-from dopsd_jax.workdir import versions
+from dopsd_jax.evaluation import arms as models
+from dopsd_jax.evaluation import gathering, prompts, results, seeds, torch_scorers
+from dopsd_jax.evaluation.arms import Arm, Student
+from dopsd_jax.evaluation.drawing import Shot
+from dopsd_jax.evaluation.gallery import Gallery
+from dopsd_jax.evaluation.page import page
+from dopsd_jax.evaluation.results import Score
+from dopsd_jax.evaluation.scorer import Case, Judge, judges, load_scorers
+from dopsd_jax.families.zimage.pipeline import Pipeline
+from dopsd_jax.miniature import world_scorers
+from dopsd_jax.parallel import sharding
+from dopsd_jax.reporting.pictures import Row
+from dopsd_jax.run import build
+from dopsd_jax.run.workdir import versions
 
 CONFIG = config_flags.DEFINE_config_file("config", None, "configuration file", lock_config=True)
 WORKDIR = flags.DEFINE_string("workdir", None, "a run; its newest result is the student")
@@ -68,7 +72,7 @@ def main() -> None:
             faults.extend(error.problems)
             return None
 
-    attempt(lambda: settings.check(config))
+    attempt(lambda: schema.check(config))
     out = attempt(output_folder)
     raise_if(faults)
     gallery = Gallery(out)
@@ -78,11 +82,11 @@ def main() -> None:
     scorers = attempt(lambda: find_scorers(concept is not None)) or []
     tests = attempt(lambda: prompts.read_prompts(PROMPTS.value)) if PROMPTS.value else []
     mesh = attempt(lambda: sharding.make_mesh(config.mesh))
-    opened = attempt(lambda: experiment.open_pipeline(config, home, mesh, True))
+    opened = attempt(lambda: build.open_pipeline(config, home, mesh, True))
     raise_if(dict.fromkeys(faults))
     pipe, origin = opened
     cases = find_cases(config, home, pipe, concept, tests, scorers)
-    cache = experiment.cache_folder(config, home)
+    cache = build.cache_folder(config, home)
     batch = BATCH.value or (config.batch_size if concept is None else SMALL_BATCH)
     every = models.make_arms(config, pipe, student, cache, batch, mesh)
     every[0].painter.check(cases)
@@ -98,7 +102,7 @@ def main() -> None:
     cells, notes = results.table(scores, [a.name for a in every]), results.notes(scores)
     print("\n".join(["", *results.lines(cells), *notes, ""]))
     facts = {
-        "config": settings.flat(config),
+        "config": schema.flat(config),
         "facts": {**origin, "student": str(student.path) if student else None},
         "pictures": {
             "per_prompt": SEEDS.value,
@@ -148,12 +152,12 @@ def find_concept(config: ConfigDict, home: Path) -> tuple[str, Any] | None:
             f"config.data.path {config.data.path}: is prepared and has no pictures; name the data "
             "set that it was made from"
         )
-    return world.concept_of(experiment.data_path(config, home))
+    return world_scorers.concept_of(build.data_path(config, home))
 
 
 def find_scorers(miniature: bool) -> list[Judge]:
     """Those of --scorers, or all that fit the data set."""
-    own = world.scorers()
+    own = world_scorers.scorers()
     usual = torch_scorers.scorers(
         CLIP.value, DINO.value, VGG.value, LPIPS_WEIGHTS.value, TORCH_DEVICE.value
     )
@@ -174,13 +178,13 @@ def find_cases(
 ) -> list[Case]:
     """The prompts to draw."""
     if concept is None:
-        dataset = experiment.open_data(config, home, pipe.size_multiple)
+        dataset = build.open_data(config, home, pipe.size_multiple)
         return prompts.cases(
             dataset,
             tests,
             rows=ROWS.value,
             class_word=CLASS_WORD.value,
-            limits=experiment.limits(config),
+            limits=build.limits(config),
             scored_text=any("prompt" in scorer.needs for scorer in scorers),
             first_seed=FIRST_SEED.value,
         )
@@ -189,14 +193,14 @@ def find_cases(
             "--prompts: the miniature's are made from its world; leave it out, or --count"
         )
     word, thing = concept
-    rows = experiment.open_rows(config, home).rows
-    return world.cases(
+    rows = build.open_rows(config, home).rows
+    return world_scorers.cases(
         thing,
         word,
         concepts=COUNT.value,
         ordinary=ORDINARY * COUNT.value,
         others=COUNT.value,
-        shown=[open_image(row.image, experiment.limits(config)) for row in rows],
+        shown=[open_image(row.image, build.limits(config)) for row in rows],
         first_seed=FIRST_SEED.value,
     )
 

@@ -26,18 +26,22 @@ from jaxtyping import Int
 from ml_collections import ConfigDict, config_flags
 from PIL import Image
 
-from dopsd_jax import distributed, errors, experiment, methods, processes, settings
+from dopsd_jax.common import errors
+from dopsd_jax.common.atomic import is_remote
+from dopsd_jax.common.errors import UserError
+from dopsd_jax.conditioning.encoding import STUDENT, TEACHER, Encoder
+from dopsd_jax.conditioning.features import DIGESTS, prepared_settings
+from dopsd_jax.config import schema
 from dopsd_jax.data import prepared_parts as parts
 from dopsd_jax.data.dataset import Dataset, describe, measure, spread
 from dopsd_jax.data.rows import Rows
 from dopsd_jax.data.table import Chosen, Row
-from dopsd_jax.encoding import STUDENT, TEACHER, Encoder
-from dopsd_jax.errors import UserError
-from dopsd_jax.families.zimage_pipeline import Pipeline
-from dopsd_jax.features import DIGESTS, prepared_settings
-from dopsd_jax.metrics import duration
-from dopsd_jax.weights.atomic import is_remote
-from dopsd_jax.workdir import find_workdir
+from dopsd_jax.families.zimage.pipeline import Pipeline
+from dopsd_jax.methods import registry
+from dopsd_jax.parallel import cluster, multihost
+from dopsd_jax.reporting.metrics import duration
+from dopsd_jax.run import build
+from dopsd_jax.run.workdir import find_workdir
 
 CONFIG = config_flags.DEFINE_config_file("config", None, "configuration file", lock_config=True)
 WORKDIR = flags.DEFINE_string("workdir", "runs/zimage", "where the caches go")
@@ -56,13 +60,13 @@ def main() -> None:
     config = CONFIG.value
 
     # ---- What is to be made; an earlier preparation must be of the same.
-    with processes.together():
-        settings.check(config)
+    with multihost.together():
+        schema.check(config)
         workdir = find_workdir(WORKDIR.value, config)
         shard, shards = own_share()
         if parts.is_prepared(config.data.path):
             raise UserError(f"config.data.path {config.data.path}: is a prepared data set already")
-        needs = methods.needs(config)
+        needs = registry.needs(config)
         if needs.target or needs.prior:
             raise UserError(
                 f"config.method: {config.method} learns from what a prepared data set does not "
@@ -70,20 +74,20 @@ def main() -> None:
             )
 
     def open_source():
-        pipe, _ = experiment.open_pipeline(config, workdir)
-        rows = experiment.open_rows(config, workdir)
-        root = Path(experiment.data_path(config, workdir)).expanduser()
+        pipe, _ = build.open_pipeline(config, workdir)
+        rows = build.open_rows(config, workdir)
+        root = Path(build.data_path(config, workdir)).expanduser()
         root = root if root.is_dir() else root.parent
         manifest = describe_source(config, workdir, pipe, rows, root)
         out = OUT.value if is_remote(OUT.value) else os.path.expanduser(OUT.value)
         return pipe, rows, root, manifest, open_folder(epath.Path(out), manifest)
 
-    pipe, rows, root, manifest, folder = processes.first_alone(open_source)
+    pipe, rows, root, manifest, folder = multihost.first_alone(open_source)
 
     # ---- This shard's share of it, without what is done. Everything that can be wrong with its
     # rows is found before anything is encoded.
     own = range(shard, manifest.parts, shards)
-    with processes.together():
+    with multihost.together():
         with ThreadPoolExecutor(THREADS) as pool:
             done = pool.map(lambda part: is_done(folder, part, manifest), own)
             todo = [part for part, whole in zip(own, done, strict=True) if not whole]
@@ -93,21 +97,21 @@ def main() -> None:
         if todo:
             numbers = [row for part in todo for row in manifest.rows_of(part)]
             share = Rows(Chosen(rows.rows, numbers), rows.prompt_keys, rows.notes)
-            index = experiment.picture_index(config, workdir, name)
+            index = build.picture_index(config, workdir, name)
             dataset = measure(
                 share,
-                experiment.data_buckets(config, pipe.size_multiple),
-                experiment.limits(config),
+                build.data_buckets(config, pipe.size_multiple),
+                build.limits(config),
                 index=index,
             )
             print("\n".join(describe(dataset, config.batch_size * config.accumulate)), flush=True)
-            keys = experiment.trained_keys(config, dataset.prompt_keys)
+            keys = build.trained_keys(config, dataset.prompt_keys)
             encoder = Encoder(pipe, dataclasses.replace(dataset, prompt_keys=keys), config)
-            kinds = (STUDENT, *[TEACHER] * methods.sees_image(config))
+            kinds = (STUDENT, *[TEACHER] * registry.sees_image(config))
             lengths = encoder.lengths(dict.fromkeys(dataset.captions(), kinds))[:, : parts.ROLES]
 
     # ---- Part by part. Whoever is ready waits for the others.
-    with processes.together():
+    with multihost.together():
         if todo:
             devices = jax.local_devices()
             print(f"{name}: encoding on {len(devices)} devices", flush=True)
@@ -139,8 +143,8 @@ def describe_source(
     config: ConfigDict, workdir: epath.Path, pipe: Pipeline, rows: Rows, root: Path
 ) -> parts.Manifest:
     """What all parts have in common."""
-    buckets = experiment.data_buckets(config, pipe.size_multiple)
-    memo = experiment.cache_folder(config, workdir) / DIGESTS
+    buckets = build.data_buckets(config, pipe.size_multiple)
+    memo = build.cache_folder(config, workdir) / DIGESTS
     made_from = {"buckets": [list(b) for b in buckets]} | prepared_settings(config, pipe, memo)
     source = source_digest(rows.rows, root)
     return parts.Manifest(len(rows.rows), ROWS.value, rows.prompt_keys, source, made_from)
@@ -293,4 +297,4 @@ class Progress:
 
 if __name__ == "__main__":
     flags.mark_flags_as_required(["config", "out"])
-    distributed.run(main)
+    cluster.run(main)

@@ -6,11 +6,11 @@ import jax
 from absl import flags
 
 import dopsd_jax
-from dopsd_jax import errors
-from dopsd_jax.errors import UserError
-from dopsd_jax.families.zimage_pipeline import start_noise
-from dopsd_jax.pictures import save_picture
-from dopsd_jax.weights.atomic import disk_error
+from dopsd_jax.common import errors
+from dopsd_jax.common.atomic import disk_error
+from dopsd_jax.common.errors import UserError
+from dopsd_jax.families.zimage.pipeline import start_noise
+from dopsd_jax.reporting.pictures import save_picture
 
 MODEL = flags.DEFINE_string("model", None, "model folder, converted checkpoint or hub id")
 LORA = flags.DEFINE_string("lora", None, "LoRA file to apply")

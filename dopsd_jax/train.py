@@ -7,18 +7,20 @@ import jax
 from absl import flags
 from ml_collections import config_flags
 
-from dopsd_jax import distributed, experiment, processes, settings, sharding
-from dopsd_jax.checkpoint import Checkpoints
+from dopsd_jax.conditioning.features import Features
+from dopsd_jax.config import schema
 from dopsd_jax.data.dataset import describe
 from dopsd_jax.data.loader import Batches, prefetch
-from dopsd_jax.features import Features
-from dopsd_jax.guards import Guard, write_incident
-from dopsd_jax.metrics import MetricsWriter, Progress, StepTimer
-from dopsd_jax.preemption import STOPPED_EXIT, StopRequest
-from dopsd_jax.previews import Previews, rows_of
-from dopsd_jax.report import write_report
-from dopsd_jax.scores.before_after import before_after
-from dopsd_jax.workdir import find_workdir, open_workdir
+from dopsd_jax.miniature.before_after import before_after
+from dopsd_jax.parallel import cluster, multihost, sharding
+from dopsd_jax.parallel.preemption import STOPPED_EXIT, StopRequest
+from dopsd_jax.reporting.metrics import MetricsWriter, Progress, StepTimer
+from dopsd_jax.reporting.previews import Previews, rows_of
+from dopsd_jax.reporting.run_page import write_report
+from dopsd_jax.run import build
+from dopsd_jax.run.workdir import find_workdir, open_workdir
+from dopsd_jax.training.checkpoint import Checkpoints
+from dopsd_jax.training.nonfinite import Guard, write_incident
 
 CONFIG = config_flags.DEFINE_config_file(
     "config", None, "configuration file, with :argument", lock_config=True
@@ -30,33 +32,33 @@ def main() -> int | None:
     config = CONFIG.value
 
     # ---- Devices, model, data: everything that can be wrong is found here, by all processes.
-    with processes.together():
-        settings.check(config, config_flags.get_override_values(flags.FLAGS["config"]))
+    with multihost.together():
+        schema.check(config, config_flags.get_override_values(flags.FLAGS["config"]))
         workdir = find_workdir(WORKDIR.value, config)
         mesh = sharding.make_mesh(config.mesh)
 
     def open_run():
-        pipe, origin = experiment.open_pipeline(config, workdir, mesh)
+        pipe, origin = build.open_pipeline(config, workdir, mesh)
         sharding.check(mesh, pipe.config, batch_size=config.batch_size)
-        experiment.check_method(config, pipe)
-        dataset = experiment.open_data(config, workdir, pipe.size_multiple)
+        build.check_method(config, pipe)
+        dataset = build.open_data(config, workdir, pipe.size_multiple)
         facts = {"data": dataset.digest(), **origin}
-        open_workdir(workdir, config, facts, write=processes.is_first())
+        open_workdir(workdir, config, facts, write=multihost.is_first())
         return pipe, dataset
 
-    pipe, dataset = processes.first_alone(open_run)
+    pipe, dataset = multihost.first_alone(open_run)
     effective_batch = config.batch_size * config.accumulate
-    processes.say("\n".join(describe(dataset, effective_batch)))
+    multihost.say("\n".join(describe(dataset, effective_batch)))
 
     # ---- What the method learns from: computed once, then the encoders leave.
-    with processes.together():
-        features = Features(pipe, dataset, config, experiment.cache_folder(config, workdir))
-    processes.first_alone(lambda: features.prepare(processes.say))
+    with multihost.together():
+        features = Features(pipe, dataset, config, build.cache_folder(config, workdir))
+    multihost.first_alone(lambda: features.prepare(multihost.say))
 
     # ---- State and step.
     with jax.set_mesh(mesh):
-        plan = experiment.make_plan(config, pipe, mesh)
-    processes.say("\n".join(plan.describe()))
+        plan = build.make_plan(config, pipe, mesh)
+    multihost.say("\n".join(plan.describe()))
     previews = Previews(pipe, features, rows_of(dataset, config.sample_rows), workdir)
     judged = before_after(config, workdir, pipe, dataset)  # of the miniature's data sets alone
     begun = pipe.hand_over()
@@ -68,11 +70,11 @@ def main() -> int | None:
         first, state = 0, plan.begin(begun)
     else:
         first, state = restored
-        processes.say(f"resuming at step {first}")
+        multihost.say(f"resuming at step {first}")
     del begun
-    train_step = processes.begin_together(plan.step)
-    with processes.together():
-        writer = MetricsWriter(workdir, first, write=processes.is_first())
+    train_step = multihost.begin_together(plan.step)
+    with multihost.together():
+        writer = MetricsWriter(workdir, first, write=multihost.is_first())
     guard = Guard(writer.kept)
     results = plan.trained.paths(workdir, config.steps)
 
@@ -102,7 +104,7 @@ def main() -> int | None:
     own = lambda index: index.part(places, config.accumulate)
     load = lambda index: (index.bucket, features.batch(own(index), config.accumulate))
     timer = StepTimer()
-    progress = Progress(config.steps, timer, quiet=not processes.is_first())
+    progress = Progress(config.steps, timer, quiet=not multihost.is_first())
     pending = None
 
     def finish(step: int, metrics) -> None:
@@ -115,14 +117,14 @@ def main() -> int | None:
         fault = guard.fault(record)
         if fault is None:
             return
-        if processes.is_first():
+        if multihost.is_first():
             path = write_incident(workdir, fault, record, batches.batch(step - 1), dataset)
             progress.note(f"step {step}: {fault}; its batch: {path}")
         if guard.must_stop(config.nonfinite):
             kept = int(state.step)  # what is not finite never enters the state
             if kept > 0:
                 save(kept)
-            raise processes.SharedError(guard.advice(step, config.nonfinite, kept))
+            raise multihost.SharedError(guard.advice(step, config.nonfinite, kept))
 
     step = first
     with writer, checkpoints, StopRequest() as stop:
@@ -158,14 +160,14 @@ def main() -> int | None:
         progress.note(f"stopped after step {step}, which is saved; the same command goes on")
         return STOPPED_EXIT
     if judged is not None:
-        processes.say("\n".join(judged.finish(state.student, workdir)))
+        multihost.say("\n".join(judged.finish(state.student, workdir)))
     for path in results:
-        processes.say(f"result: {path}")
-    if processes.is_first():
+        multihost.say(f"result: {path}")
+    if multihost.is_first():
         print(f"report: {write_report(workdir)}", flush=True)
     return None
 
 
 if __name__ == "__main__":
     flags.mark_flag_as_required("config")
-    distributed.run(main)
+    cluster.run(main)

@@ -24,11 +24,11 @@ import numpy as np
 import pytest
 
 import dopsd_jax
-from dopsd_jax import lora
-from dopsd_jax.families.zimage import LORA_PRESETS
-from dopsd_jax.families.zimage_pipeline import lora_layers
+from dopsd_jax.families.zimage.family import LORA_PRESETS
+from dopsd_jax.families.zimage.pipeline import lora_layers
 from dopsd_jax.models import zimage
-from dopsd_jax.tiny import make_tiny
+from dopsd_jax.random_model import write_random_model
+from dopsd_jax.training import lora
 from dopsd_jax.weights.lora_files import LoraModule
 from dopsd_jax.weights.lora_write import write_lora
 
@@ -53,16 +53,16 @@ def relative_error(actual, expected) -> float:
 
 
 @pytest.fixture(scope="session")
-def tiny_model(tmp_path_factory):
+def random_model(tmp_path_factory):
     """The miniature's folder, made once; do not write into it."""
-    return make_tiny(tmp_path_factory.mktemp("tiny") / "model")
+    return write_random_model(tmp_path_factory.mktemp("tiny") / "model")
 
 
 @pytest.fixture(scope="session")
-def lora_file(tiny_model, tmp_path_factory):
+def lora_file(random_model, tmp_path_factory):
     """A strong random adapter of the miniature, as the training program would write it."""
     rng = np.random.default_rng(0)
-    config = dopsd_jax.load_pipeline(str(tiny_model)).config
+    config = dopsd_jax.load_pipeline(str(random_model)).config
     chosen = lora.select(lora.slots(zimage.names(config)), "blocks", LORA_PRESETS)
     modules = {
         path: LoraModule(
@@ -78,18 +78,18 @@ def lora_file(tiny_model, tmp_path_factory):
 
 
 @pytest.fixture(scope="session")
-def tiny_run(tmp_path_factory):
+def random_run(tmp_path_factory):
     """A work directory in which `train --config configs/zimage.py:random` ran for a few steps.
 
     Made once for all processes of a run of tests; do not write into it.
     """
     base = tmp_path_factory.getbasetemp()
     base = base.parent if "PYTEST_XDIST_WORKER" in os.environ else base
-    workdir, output = base / "tiny_run", base / "tiny_run" / "stdout.txt"
-    with open(base / "tiny_run.lock", "w") as lock:
+    workdir, output = base / "random_run", base / "random_run" / "stdout.txt"
+    with open(base / "random_run.lock", "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         if not output.exists():
-            result = run_program("train", *TINY_CONFIG, f"--workdir={workdir}")
+            result = run_program("train", *RANDOM_CONFIG, f"--workdir={workdir}")
             assert result.returncode == 0, result.stderr
             output.write_text(result.stdout)
     return workdir
@@ -123,7 +123,7 @@ def bucket():
 
 ROOT = Path(__file__).parents[1]
 # Four steps, saved at 2 and 4, with dense optimizer settings: enough to see everything happen.
-TINY_CONFIG = (
+RANDOM_CONFIG = (
     f"--config={ROOT}/configs/zimage.py:random",
     "--config.steps=4",
     "--config.checkpoint_every=2",

@@ -13,9 +13,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from dopsd_jax import settings, sharding
+from dopsd_jax.config import schema
+from dopsd_jax.estimation.abstract_step import Case, make_program
 from dopsd_jax.models import zimage
-from dopsd_jax.program import Case, make_program
+from dopsd_jax.parallel import sharding
 
 GET_CONFIG = runpy.run_path(str(Path(__file__).parents[1] / "configs/zimage.py"))["get_config"]
 SIZE = zimage.ZImageConfig(
@@ -53,7 +54,7 @@ def run(name):
     config.update_from_flattened_dict(FIELDS)
     config.mesh.update(MESHES[name])
     mesh = sharding.make_mesh(MESHES[name], jax.devices()[:1] if name == "one" else None)
-    settings.check(config)
+    schema.check(config)
     with jax.set_mesh(mesh):
         program = make_program(config, SIZE, CASE, mesh, "cpu")
         plan, batch = program.plan, random(program.batch, 2, 1.0)

@@ -11,8 +11,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
-from dopsd_jax import distributed, processes, sharding
-from dopsd_jax.errors import UserError
+from dopsd_jax.common.errors import UserError
+from dopsd_jax.parallel import cluster, multihost, sharding
 
 SCENARIO = sys.argv.pop(1)
 
@@ -20,11 +20,11 @@ SCENARIO = sys.argv.pop(1)
 def agree():
     """What the processes say to each other, and what lies on their devices."""
     index = jax.process_index()
-    assert processes.gather({"i": index, "é": "x" * index}) == [
+    assert multihost.gather({"i": index, "é": "x" * index}) == [
         {"i": i, "é": "x" * i} for i in range(jax.process_count())
     ]
     order = []
-    processes.first_alone(lambda: order.append(index))
+    multihost.first_alone(lambda: order.append(index))
     assert order == [index]
     for sizes in (
         {"data": 4, "fsdp": 2},
@@ -39,14 +39,14 @@ def agree():
         placed = sharding.put_batch({k: v[:, own] for k, v in whole.items()}, mesh, 8)
         for name, array in whole.items():
             assert placed[name].shape == array.shape
-            np.testing.assert_array_equal(processes.to_host(placed[name]), array)
+            np.testing.assert_array_equal(multihost.to_host(placed[name]), array)
         assert len(own) == (4 if sizes.keys() & {"data", "fsdp"} else 8)
     # Random numbers do not depend on how they are placed.
     mesh = sharding.make_mesh({"data": -1})
     where = NamedSharding(mesh, PartitionSpec("data"))
     draw = jax.jit(lambda: jax.random.normal(jax.random.key(3), (8, 5)), out_shardings=where)
     np.testing.assert_array_equal(
-        processes.to_host(draw()), np.asarray(jax.random.normal(jax.random.key(3), (8, 5)))
+        multihost.to_host(draw()), np.asarray(jax.random.normal(jax.random.key(3), (8, 5)))
     )
     none_begins_before_all_have_compiled()
     print("agreed", flush=True)
@@ -68,18 +68,18 @@ def none_begins_before_all_have_compiled():
             compiled.append(time.time())
             return lambda x: (time.time(), x)
 
-    run = processes.begin_together(Slow())
+    run = multihost.begin_together(Slow())
     begun, x = run(np.ones(2), size=3)
     run(np.zeros(2), size=3)
     assert (x == 1).all() and len(compiled) == 1, "compiled again for the same shapes"
-    times = processes.gather([begun, *compiled])
+    times = multihost.gather([begun, *compiled])
     assert min(t for t, _ in times) >= max(t for _, t in times)
     run(np.ones(3), size=3)
     assert len(compiled) == 2
 
 
 def refuse():
-    with processes.together():
+    with multihost.together():
         if jax.process_index() == 1:
             raise UserError("config.model: is not on this machine; copy it")
     raise AssertionError("not reached")
@@ -97,4 +97,4 @@ def fail():
 
 if __name__ == "__main__":
     jax.config.update("jax_num_cpu_devices", 4)
-    distributed.run({"agree": agree, "refuse": refuse, "fail": fail}[SCENARIO])
+    cluster.run({"agree": agree, "refuse": refuse, "fail": fail}[SCENARIO])

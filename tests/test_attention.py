@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import pytest
 from conftest import relative_error
 
-from dopsd_jax.errors import UserError
+from dopsd_jax.common.errors import UserError
 from dopsd_jax.models import attention as attention_module
 from dopsd_jax.models.attention import attention, cudnn_attention, resolve, splash_attention
 

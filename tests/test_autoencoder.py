@@ -12,7 +12,7 @@ from conftest import relative_error
 from diffusers import AutoencoderKL
 from flax import nnx
 
-from dopsd_jax.errors import UserError
+from dopsd_jax.common.errors import UserError
 from dopsd_jax.models import autoencoder
 from dopsd_jax.models.autoencoder import Autoencoder, names, to_uint8
 from dopsd_jax.models.autoencoder_config import AutoencoderConfig

@@ -9,11 +9,13 @@ import numpy as np
 import pytest
 from conftest import relative_error
 
-from dopsd_jax import baselines, dopsd, flow, points
+from dopsd_jax import dopsd
+from dopsd_jax.common import flow
+from dopsd_jax.methods import baselines, flow_matching
 
 GRID = (1.0, 0.75, 0.5, 0.0)
 SHAPE = (3, 4, 5, 2)
-LEVELS = points.Levels("logit_normal", 3, GRID, 3.0)
+LEVELS = flow_matching.Levels("logit_normal", 3, GRID, 3.0)
 
 
 def toy_denoiser() -> dopsd.Denoiser:
@@ -48,8 +50,8 @@ def world(seed=0):
     base = {"c": draw(0, 3, 8), "w": draw(1, 2, 8), "v": draw(2, 8, 2)}
     adapters = [{"c": 0.1 * draw(i, 3, 8), "w": 0.1 * draw(i + 1, 2, 8)} for i in (10, 20)]
     contexts = dopsd.Contexts(draw(3, 3, 3), draw(4, 3, 3))
-    batch = points.Batch(contexts, draw(5, *SHAPE), draw(6, 3, 3))
-    return base, *adapters, batch, points.draw(jax.random.key(seed), SHAPE)
+    batch = flow_matching.Batch(contexts, draw(5, *SHAPE), draw(6, 3, 3))
+    return base, *adapters, batch, flow_matching.draw(jax.random.key(seed), SHAPE)
 
 
 def nodes(loss="velocity", loss_steps="all", grid=GRID):
@@ -88,8 +90,8 @@ def equal(a, b):
 
 def flow_matching(student, base, context, x0, keys, levels=LEVELS):
     """E mean( (v(x) - (noise - x0))^2 ), in a python loop."""
-    sigma = levels.draw(points.folded(keys, 0))
-    noise = points.normals(points.folded(keys, 1), levels.samples, x0)
+    sigma = levels.draw(flow_matching.folded(keys, 0))
+    noise = flow_matching.normals(flow_matching.folded(keys, 1), levels.samples, x0)
     errors = []
     for s, n in zip(sigma, noise, strict=True):
         t = s.reshape(-1, 1, 1, 1)
@@ -122,7 +124,7 @@ def test_prior_preservation_adds_the_same_loss_on_pictures_of_the_start():
     data, options = (base, batch, draws), {"levels": LEVELS, "grid": GRID}
     *_, x0 = states(start, base, batch.prior, draws.start)
     own = lambda s: flow_matching(s, base, batch.contexts.student, batch.target, draws.keys)
-    keys = points.folded(draws.keys, 2)
+    keys = flow_matching.folded(draws.keys, 2)
     prior = lambda s: flow_matching(s, base, batch.prior, x0, keys)
     found = run(baselines.dreambooth, student, start, *data, **options, weight=0.7)
     agree(found, lambda s: own(s) + 0.7 * prior(s), student)
@@ -134,9 +136,9 @@ def test_prior_preservation_adds_the_same_loss_on_pictures_of_the_start():
 def test_noise_levels_are_distributed_as_they_say():
     keys = jax.random.split(jax.random.key(0), 4000)
     draw = lambda sigma, samples=2: np.asarray(
-        points.Levels(sigma, samples, GRID, 3.0).draw(keys)
+        flow_matching.Levels(sigma, samples, GRID, 3.0).draw(keys)
     ).astype(float)
-    for sigma in points.LEVELS:
+    for sigma in flow_matching.LEVELS:
         levels = draw(sigma)
         assert levels.shape == (2, 4000) and (levels[0] >= levels[1]).all()
         assert levels.min() >= 0 and levels.max() <= 1
@@ -165,7 +167,7 @@ def test_offpolicy_is_the_loss_on_states_that_are_not_the_students(whose, loss_s
     if whose == "teacher":
         x = states(teacher, base, context, draws.start)
     else:
-        noise = points.normals(draws.keys, len(GRID) - 1, batch.target)
+        noise = flow_matching.normals(draws.keys, len(GRID) - 1, batch.target)
         x = [(1 - s) * batch.target + s * n for s, n in zip(GRID[:-1], noise, strict=True)]
     taught = range(len(GRID) - 1) if every else loss_steps
 
@@ -244,7 +246,7 @@ def test_pso_is_its_formula(negatives, loss_steps):
     every = loss_steps == "all"
     found = run_pso(world(), options, nodes("x0", loss_steps), every)
     *_, lost = states(student if negatives == "student" else start, base, context, draws.start)
-    noise = points.normals(draws.keys, 3, lost)
+    noise = flow_matching.normals(draws.keys, 3, lost)
 
     def loss(student):
         total = []
@@ -306,10 +308,10 @@ def test_memory_grows_by_latents_only():
     keys = jax.eval_shape(lambda: jax.random.split(jax.random.key(0), 64))
 
     def temporaries(count):
-        levels = points.Levels("uniform", count, GRID, 3.0)
-        batch = points.Batch(dopsd.Contexts(context, None), image)
+        levels = flow_matching.Levels("uniform", count, GRID, 3.0)
+        batch = flow_matching.Batch(dopsd.Contexts(context, None), image)
         step = compiled(baselines.sft, levels=levels)
-        lowered = step.lower(student, base, batch, points.Draws(image, keys))
+        lowered = step.lower(student, base, batch, flow_matching.Draws(image, keys))
         return lowered.compile().memory_analysis().temp_size_in_bytes
 
     # What does grow: states, noise and velocities. With the toy's activations it would be 10.

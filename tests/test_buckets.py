@@ -3,8 +3,8 @@ import math
 import numpy as np
 import pytest
 
+from dopsd_jax.common.errors import UserError
 from dopsd_jax.data.buckets import UPSTREAM, Bucket, make_buckets, nearest, parse_buckets
-from dopsd_jax.errors import UserError
 
 
 def test_buckets_at_1024_are_upstreams():

@@ -10,9 +10,9 @@ import ml_dtypes
 import numpy as np
 import pytest
 
+from dopsd_jax.common.errors import UserError
 from dopsd_jax.data.cache import FeatureCache, feature_key
 from dopsd_jax.data.padding import pad_stack, padded_length
-from dopsd_jax.errors import UserError
 
 BASE = {
     "role": "teacher",

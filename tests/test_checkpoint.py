@@ -7,9 +7,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from dopsd_jax import checkpoint
-from dopsd_jax.checkpoint import Checkpoints, flatten
-from dopsd_jax.errors import UserError
+from dopsd_jax.common.errors import UserError
+from dopsd_jax.training import checkpoint
+from dopsd_jax.training.checkpoint import Checkpoints, flatten
 
 
 def state(n):

@@ -10,10 +10,13 @@ import optax
 import pytest
 from flax import nnx
 
-from dopsd_jax import dopsd, sharding, slices, state
-from dopsd_jax.families import zimage as family
-from dopsd_jax.hlo import KINDS, collectives
+from dopsd_jax import dopsd
+from dopsd_jax.estimation import tpu_topologies
+from dopsd_jax.estimation.collectives import KINDS, collectives
+from dopsd_jax.families.zimage import family
 from dopsd_jax.models import zimage
+from dopsd_jax.parallel import sharding
+from dopsd_jax.training import state
 
 pytestmark = [
     pytest.mark.slow,
@@ -34,7 +37,7 @@ TOKENS = 16 * 20
 @functools.cache
 def full_step(chips: int):
     """The compiled step of full fine-tuning on a v5e slice, one image a chip, fsdp over 8 chips."""
-    mesh = sharding.make_mesh({"data": -1, "fsdp": 8}, slices.devices(f"v5e-{chips}"))
+    mesh = sharding.make_mesh({"data": -1, "fsdp": 8}, tpu_topologies.devices(f"v5e-{chips}"))
     sharding.check(mesh, CFG, batch_size=chips)
     build = lambda: zimage.ZImage(CFG, dtype="bfloat16", remat="full", rngs=nnx.Rngs(0))
     graphdef, student, base = nnx.split(nnx.eval_shape(build), nnx.Param, ...)

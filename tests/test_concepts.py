@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from dopsd_jax.common.errors import UserError
 from dopsd_jax.data.rows import load_rows
-from dopsd_jax.errors import UserError
 from dopsd_jax.miniature import concepts, judge, world
 
 

@@ -14,8 +14,7 @@ from safetensors.numpy import load_file, save_file
 from weights_helpers import SMALL, TRANSFORMER, run_python, same_modules, tensors_of
 
 from dopsd_jax.models.zimage import ZImageConfig, names
-from dopsd_jax.tiny import make_tiny
-from dopsd_jax.weights.account import sources
+from dopsd_jax.random_model import write_random_model
 from dopsd_jax.weights.export import export_diffusers, export_single
 from dopsd_jax.weights.importing import import_model
 from dopsd_jax.weights.layouts import Found, in_layout
@@ -25,6 +24,7 @@ from dopsd_jax.weights.safetensors_io import TensorFiles
 from dopsd_jax.weights.safetensors_write import file_order, header_bytes
 from dopsd_jax.weights.stored import open_stored
 from dopsd_jax.weights.tensors import TensorInfo
+from dopsd_jax.weights.validation import sources
 
 DATA = Path(__file__).parent / "data"
 CODES = ("F32", "BF16", "F16")
@@ -32,7 +32,7 @@ CODES = ("F32", "BF16", "F16")
 
 @pytest.fixture(scope="module")
 def tiny(tmp_path_factory):
-    return make_tiny(tmp_path_factory.mktemp("tiny") / "model", size=SMALL)
+    return write_random_model(tmp_path_factory.mktemp("tiny") / "model", size=SMALL)
 
 
 @pytest.fixture(scope="module", params=CODES)

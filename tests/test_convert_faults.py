@@ -15,8 +15,8 @@ from weights_helpers import (
     tensors_of,
 )
 
-from dopsd_jax.errors import UserError
-from dopsd_jax.tiny import make_tiny
+from dopsd_jax.common.errors import UserError
+from dopsd_jax.random_model import write_random_model
 from dopsd_jax.weights import converted
 from dopsd_jax.weights.digest import digest
 from dopsd_jax.weights.export import export_diffusers, export_single
@@ -28,7 +28,7 @@ from dopsd_jax.weights.stored import open_stored, source_digest
 
 @pytest.fixture(scope="module")
 def tiny(tmp_path_factory):
-    return make_tiny(tmp_path_factory.mktemp("tiny") / "model", size=SMALL)
+    return write_random_model(tmp_path_factory.mktemp("tiny") / "model", size=SMALL)
 
 
 # Accounting.
@@ -130,7 +130,7 @@ def test_an_import_goes_on_only_with_its_own_source(tiny, tmp_path):
         import_model(tiny, tmp_path / "cut", progress=Interrupt(3))
     with pytest.raises(UserError, match="another source"):
         import_model(tiny, tmp_path / "cut", dtype="BF16")
-    other = make_tiny(tmp_path / "other", seed=1, size=SMALL)
+    other = write_random_model(tmp_path / "other", seed=1, size=SMALL)
     with pytest.raises(UserError, match="another source"):
         import_model(other, tmp_path / "cut")
     with pytest.raises(UserError, match="interrupted"):

@@ -12,16 +12,16 @@ from safetensors.numpy import save_file
 from weights_helpers import ROOT, SMALL, Interrupt, run_python, tensors_of
 
 from dopsd_jax.models.zimage import ZImageConfig, names
-from dopsd_jax.tiny import make_tiny
+from dopsd_jax.random_model import write_random_model
 from dopsd_jax.weights import converted, importing
-from dopsd_jax.weights.account import sources
 from dopsd_jax.weights.importing import import_model
 from dopsd_jax.weights.safetensors_io import TensorFiles
+from dopsd_jax.weights.validation import sources
 
 
 @pytest.fixture(scope="module")
 def tiny(tmp_path_factory):
-    return make_tiny(tmp_path_factory.mktemp("tiny") / "model", size=SMALL)
+    return write_random_model(tmp_path_factory.mktemp("tiny") / "model", size=SMALL)
 
 
 # Memory.
@@ -57,7 +57,7 @@ def test_memory_stays_in_proportion(tmp_path):
         axes_dims=(16, 16, 16),
         axes_lens=(64, 64, 64),
     )
-    warm, model = (make_tiny(tmp_path / "in" / m, size=SMALL) for m in ("warm", "model"))
+    warm, model = (write_random_model(tmp_path / "in" / m, size=SMALL) for m in ("warm", "model"))
     folder = model / "transformer"
     shutil.rmtree(folder)
     folder.mkdir()

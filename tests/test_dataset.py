@@ -4,13 +4,13 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from dopsd_jax.data import synthetic
+from dopsd_jax.common.errors import UserError
 from dopsd_jax.data.buckets import UPSTREAM, make_buckets
 from dopsd_jax.data.dataset import describe, measure
 from dopsd_jax.data.images import ImageLimits, fit, open_image
 from dopsd_jax.data.loader import Batches
 from dopsd_jax.data.rows import load_rows
-from dopsd_jax.errors import UserError
+from dopsd_jax.random_model import synthetic
 
 
 def write_set(folder, sizes, **fields):

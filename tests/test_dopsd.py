@@ -9,9 +9,11 @@ import numpy as np
 import pytest
 from conftest import relative_error
 
-from dopsd_jax import dopsd, flow, optimizers, state
-from dopsd_jax.errors import UserError
-from dopsd_jax.families import zimage as family
+from dopsd_jax import dopsd
+from dopsd_jax.common import flow
+from dopsd_jax.common.errors import UserError
+from dopsd_jax.families.zimage import family
+from dopsd_jax.training import optimizers, state
 
 GRID = family.grid("nodes4", 3.0)
 SHAPE = (3, 4, 5, 2)

@@ -6,11 +6,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from dopsd_jax.common.errors import UserError
 from dopsd_jax.data.buckets import Bucket
 from dopsd_jax.data.dataset import measure
 from dopsd_jax.data.rows import load_rows
-from dopsd_jax.errors import UserError
-from dopsd_jax.scores import prompts, seeds
+from dopsd_jax.evaluation import prompts, seeds
 
 
 @pytest.fixture

@@ -9,16 +9,17 @@ import pytest
 from conftest import ROOT, run_program
 from PIL import Image
 
-from dopsd_jax import experiment, settings
-from dopsd_jax.errors import UserError
+from dopsd_jax.common.errors import UserError
+from dopsd_jax.config import schema
+from dopsd_jax.evaluation import arms, gathering
+from dopsd_jax.evaluation.arms import Student
+from dopsd_jax.evaluation.drawing import Shot
+from dopsd_jax.evaluation.gallery import Gallery
 from dopsd_jax.miniature import concepts, world
-from dopsd_jax.scores import arms, gathering
-from dopsd_jax.scores import world as scores
-from dopsd_jax.scores.arms import Student
-from dopsd_jax.scores.drawing import Shot
-from dopsd_jax.scores.gallery import Gallery
-from dopsd_jax.tiny import make_tiny
-from dopsd_jax.workdir import open_workdir
+from dopsd_jax.miniature import world_scorers as scores
+from dopsd_jax.random_model import write_random_model
+from dopsd_jax.run import build
+from dopsd_jax.run.workdir import open_workdir
 
 COUNT, BATCH = 2, 4
 
@@ -55,14 +56,14 @@ not_a_scorer = 3
 
 
 @pytest.fixture(scope="module")
-def run(data, tiny_model, lora_file, tmp_path_factory):
+def run(data, random_model, lora_file, tmp_path_factory):
     """The program's output folder after a run with an adapter, and what it printed."""
     home = tmp_path_factory.mktemp("evaluation")
     (home / "mine.py").write_text(OWN_SCORER)
     names = ",".join(["mine:Brightness", *scores.scorers()])
 
     result = run_program(
-        "evaluate", f"--config={ROOT}/configs/zimage.py:random", f"--config.model={tiny_model}",
+        "evaluate", f"--config={ROOT}/configs/zimage.py:random", f"--config.model={random_model}",
         f"--config.data.path={data}", f"--lora={lora_file}", f"--out={home / 'out'}",
         f"--count={COUNT}", "--seeds=2", f"--batch={BATCH}", f"--scorers={names}",
         PYTHONPATH=f"{home}:{ROOT}",
@@ -78,7 +79,7 @@ def test_the_table_the_numbers_and_the_page_agree(run, data):
     assert arms_of("concept IoU") == {"base", "teacher", "student"}
     assert arms_of("leaked concept") == {"base", "student"}
     assert content["facts"]["student"] and "jax" in content["versions"]
-    assert content["config"].keys() == settings.FIELDS.keys()
+    assert content["config"].keys() == schema.FIELDS.keys()
     assert len(content["prompts"]) == 4 * COUNT
     page = (folder / "evaluation.html").read_text()
     for name, score in content["scores"].items():
@@ -116,12 +117,12 @@ def test_scores_are_those_of_the_pictures_that_are_kept(run):
                 assert value == pytest.approx(image.mean() / 255)
 
 
-def test_a_real_data_set_is_asked_its_captions_and_the_users_prompts(tiny_model, tmp_path):
+def test_a_real_data_set_is_asked_its_captions_and_the_users_prompts(random_model, tmp_path):
     """With a scorer of the user's, without a student; every row's class word is not needed."""
     (tmp_path / "mine.py").write_text(OWN_SCORER)
     (tmp_path / "prompts.txt").write_text("a [V] ship\na red hat\na [V] hat\n")
     result = run_program(
-        "evaluate", f"--config={ROOT}/configs/zimage.py:random", f"--config.model={tiny_model}",
+        "evaluate", f"--config={ROOT}/configs/zimage.py:random", f"--config.model={random_model}",
         "--config.data.buckets=64x64", f"--out={tmp_path / 'out'}", "--rows=1", "--seeds=1",
         f"--batch={BATCH}", f"--prompts={tmp_path / 'prompts.txt'}", "--scorers=mine:Brightness",
         PYTHONPATH=f"{tmp_path}:{ROOT}",
@@ -138,9 +139,9 @@ def test_a_real_data_set_is_asked_its_captions_and_the_users_prompts(tiny_model,
 
 
 @pytest.fixture(scope="module")
-def config(data, tiny_model):
+def config(data, random_model):
     config = read_config("random")
-    config.model, config.data.path = str(tiny_model), str(data)
+    config.model, config.data.path = str(random_model), str(data)
     return config
 
 
@@ -151,7 +152,7 @@ def cases(data):
 
 
 def make(config, student, folder):
-    pipe, _ = experiment.open_pipeline(config, folder)
+    pipe, _ = build.open_pipeline(config, folder)
     return arms.make_arms(config, pipe, student, folder / "features", BATCH, None)
 
 
@@ -195,7 +196,7 @@ def test_a_picture_has_another_key_for_whatever_it_depends_on(config, cases, lor
     keys = {arm.key(s) for arm in first for s in shots if arm.name != "teacher" or s.case.source
             is not None}  # fmt: skip
     assert len(keys) == 6 + 4 + 6
-    other = make_tiny(tmp_path / "other", seed=1)
+    other = write_random_model(tmp_path / "other", seed=1)
     whole = make(config, Student(other, True), tmp_path)
     shot = Shot(cases[0], 0)
     assert [arm.key(shot) for arm in whole[:2]] == [arm.key(shot) for arm in first[:2]]

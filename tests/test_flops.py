@@ -8,9 +8,11 @@ import pytest
 from flax import nnx
 from jax.extend.core import jaxprs_in_params
 
-from dopsd_jax import dopsd, flops, lora
-from dopsd_jax.families import zimage as family
+from dopsd_jax import dopsd
+from dopsd_jax.estimation import flops
+from dopsd_jax.families.zimage import family
 from dopsd_jax.models import zimage
+from dopsd_jax.training import lora
 
 FULL = zimage.ZImageConfig()
 TINY = zimage.ZImageConfig(

@@ -12,15 +12,19 @@ import pytest
 from conftest import ROOT, relative_error
 from flax import nnx
 
-from dopsd_jax import dopsd, experiment, optimizers, settings, sharding, state
-from dopsd_jax.checkpoint import Checkpoints
-from dopsd_jax.errors import UserError
-from dopsd_jax.families import zimage as family
-from dopsd_jax.flow import euler
+from dopsd_jax import dopsd
+from dopsd_jax.common.errors import UserError
+from dopsd_jax.common.flow import euler
+from dopsd_jax.config import schema
+from dopsd_jax.families.zimage import family
+from dopsd_jax.methods.flow_matching import Batch
 from dopsd_jax.models import zimage
-from dopsd_jax.points import Batch
+from dopsd_jax.models.names import to_flax
+from dopsd_jax.parallel import sharding
+from dopsd_jax.run import build
+from dopsd_jax.training import optimizers, state
+from dopsd_jax.training.checkpoint import Checkpoints
 from dopsd_jax.weights.live import LiveTensors
-from dopsd_jax.weights.names import to_flax
 
 SIZE = zimage.ZImageConfig(
     dim=48, layers=2, refiner_layers=2, heads=3, channels=4, caption_dim=16,
@@ -114,7 +118,7 @@ def test_a_run_with_teacher_and_optimizer_in_host_memory(tmp_path):
     options = config(("offload", "teacher,optimizer"), ("weight_decay", 0.1), ("adam_eps", 1e-3))
     _, student, _, contexts, _ = world()
     mesh = sharding.make_mesh({"data": 1, "fsdp": 1}, jax.devices()[:1])
-    plan, *_ = experiment.abstract_plan(options, SIZE, "xla", 3.0, mesh)
+    plan, *_ = build.abstract_plan(options, SIZE, "xla", 3.0, mesh)
     now = plan.begin(jax.tree.map(jnp.copy, student))
 
     tx, teacher = optimizers.optimizer(options), student
@@ -260,15 +264,15 @@ def test_parameters_in_training_read_as_tensors_of_the_checkpoint(host):
 )
 def test_settings_that_do_not_go_together_are_all_named(changes, messages):
     with pytest.raises(UserError) as caught:
-        settings.check(config(*changes))
+        schema.check(config(*changes))
     assert len(caught.value.problems) == len(messages)
     for found, wanted in zip(caught.value.problems, messages, strict=True):
         assert found.startswith(wanted)
-    settings.check(config())
+    schema.check(config())
 
 
 def test_what_is_asked_for_and_has_no_effect_is_named():
     asked = {"lora.rank": 4, "steps": 9}
     with pytest.raises(UserError, match=r"config\.lora\.rank: has no effect with config\.train"):
-        settings.check(config(), asked)
-    settings.check(config(arg="random"), asked)
+        schema.check(config(), asked)
+    schema.check(config(arg="random"), asked)

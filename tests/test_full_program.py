@@ -9,7 +9,7 @@ from conftest import ROOT, run_program
 from torch_reference import sample_with_diffusers
 
 import dopsd_jax
-from dopsd_jax.families.zimage_pipeline import start_noise
+from dopsd_jax.families.zimage.pipeline import start_noise
 from dopsd_jax.weights import networks
 from dopsd_jax.weights.stored import open_stored
 
@@ -74,14 +74,14 @@ def test_diffusers_draws_what_we_draw_with_the_delivered_model(full_run):
     tuned = ours(model)
     theirs = sample_with_diffusers(model, [PROMPT], noise)[0].astype(int)
     assert np.abs(tuned - theirs).max() <= 2
-    assert np.abs(tuned - ours(full_run / "tiny_model")).max() > 8
+    assert np.abs(tuned - ours(full_run / "random_model")).max() > 8
 
 
 def test_the_single_file_holds_the_same_network_and_every_tensor_has_moved(full_run):
     model = full_run / "model" / "step_2"
     folder = tensors(model / "transformer")
     single = tensors(model / "transformer", full_run / "model" / "step_2.safetensors")
-    start = tensors(full_run / "tiny_model" / "transformer")
+    start = tensors(full_run / "random_model" / "transformer")
     assert folder.keys() == single.keys() == start.keys()
     for name, array in folder.items():
         np.testing.assert_array_equal(array, single[name], err_msg=name)

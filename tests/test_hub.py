@@ -14,7 +14,7 @@ from huggingface_hub.errors import (
     RevisionNotFoundError,
 )
 
-from dopsd_jax.errors import UserError
+from dopsd_jax.common.errors import UserError
 from dopsd_jax.weights import hub
 
 COMMIT = "f332072aa78be7aecdf3ee76d5c247082da564a6"

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image, ImageCms
 
+from dopsd_jax.common.errors import UserError
 from dopsd_jax.data.buckets import UPSTREAM
 from dopsd_jax.data.images import (
     ImageLimits,
@@ -19,7 +20,6 @@ from dopsd_jax.data.images import (
     inspect_image,
     open_image,
 )
-from dopsd_jax.errors import UserError
 
 WIDTH, HEIGHT = 48, 40
 

@@ -15,7 +15,8 @@ import pytest
 import yaml
 from conftest import ROOT
 
-from dopsd_jax import errors, preemption
+from dopsd_jax.common import errors
+from dopsd_jax.parallel import preemption
 
 LAUNCH = ROOT / "launch"
 SCRIPTS = sorted(LAUNCH.glob("*.sh"))

@@ -6,7 +6,7 @@ import pathlib
 import numpy as np
 import pytest
 
-from dopsd_jax.errors import UserError
+from dopsd_jax.common.errors import UserError
 from dopsd_jax.models.autoencoder import names
 from dopsd_jax.models.autoencoder_config import AutoencoderConfig
 from dopsd_jax.weights.layouts import as_canonical, in_layout, recognise

@@ -7,10 +7,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from dopsd_jax.common.errors import UserError
 from dopsd_jax.data.buckets import Bucket
 from dopsd_jax.data.loader import Batches, prefetch
 from dopsd_jax.data.rows import Row
-from dopsd_jax.errors import UserError
 
 KEYS = ("short_en", "medium_en", "short_zh")
 

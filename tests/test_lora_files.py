@@ -19,7 +19,7 @@ from lora_helpers import (
     torch_transformer,
 )
 
-from dopsd_jax.errors import UserError
+from dopsd_jax.common.errors import UserError
 from dopsd_jax.models.zimage import ZImageConfig
 from dopsd_jax.weights.lora_dialects import STYLES, layers_of, stems
 from dopsd_jax.weights.lora_files import HEADER, read_lora

@@ -24,7 +24,7 @@ from lora_helpers import (
 )
 from safetensors.numpy import load_file
 
-from dopsd_jax.errors import UserError
+from dopsd_jax.common.errors import UserError
 from dopsd_jax.weights.lora_dialects import WRITTEN
 from dopsd_jax.weights.lora_files import HEADER, read_lora
 from dopsd_jax.weights.lora_write import baked, fuse, one_rank, write_lora

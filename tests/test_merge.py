@@ -4,19 +4,19 @@ import numpy as np
 import pytest
 from weights_helpers import SMALL, tensors_of
 
-from dopsd_jax.errors import UserError
+from dopsd_jax.common.errors import UserError
 from dopsd_jax.models.zimage import ZImageConfig, names
-from dopsd_jax.tiny import make_tiny
-from dopsd_jax.weights.account import sources
+from dopsd_jax.random_model import write_random_model
 from dopsd_jax.weights.export import export_diffusers, export_single
 from dopsd_jax.weights.importing import import_model
 from dopsd_jax.weights.lora_files import LoraModule
 from dopsd_jax.weights.safetensors_io import TensorFiles
+from dopsd_jax.weights.validation import sources
 
 
 @pytest.fixture(scope="module")
 def tiny(tmp_path_factory):
-    return make_tiny(tmp_path_factory.mktemp("tiny") / "model", size=SMALL)
+    return write_random_model(tmp_path_factory.mktemp("tiny") / "model", size=SMALL)
 
 
 def _adapters(seed=0, rank=3, scale=0.5):

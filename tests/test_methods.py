@@ -15,13 +15,15 @@ from conftest import ROOT, relative_error, run_program
 from ml_collections import ConfigDict
 from PIL import Image
 
-from dopsd_jax import experiment, methods, settings
+from dopsd_jax.common.errors import UserError
+from dopsd_jax.conditioning.encoding import class_prompt
+from dopsd_jax.conditioning.features import Features
+from dopsd_jax.config import schema
 from dopsd_jax.data.loader import BatchIndex
-from dopsd_jax.data.synthetic import write_folder
-from dopsd_jax.encoding import class_prompt
-from dopsd_jax.errors import UserError
-from dopsd_jax.features import Features
-from dopsd_jax.tiny import Size, make_tiny
+from dopsd_jax.methods import registry
+from dopsd_jax.random_model import Size, write_random_model
+from dopsd_jax.random_model.synthetic import write_folder
+from dopsd_jax.run import build
 from dopsd_jax.weights.safetensors_io import TensorFiles
 
 # What is compiled here runs a few times only.
@@ -64,21 +66,21 @@ def problems_of(call, *args, **kwargs):
     ],
 )
 def test_what_a_method_cannot_use_is_refused(fields, asked, message):
-    (problem,) = problems_of(settings.check, config_of(**fields), [asked] if asked else [])
+    (problem,) = problems_of(schema.check, config_of(**fields), [asked] if asked else [])
     assert message in problem
 
 
 def test_every_field_of_a_method_is_known_and_used_by_some():
-    assert settings.ONLY_FOR.keys() <= settings.FIELDS.keys()
-    assert all(set(names) <= set(settings.METHODS) for names in settings.ONLY_FOR.values())
-    for method in settings.METHODS:
+    assert schema.ONLY_FOR.keys() <= schema.FIELDS.keys()
+    assert all(set(names) <= set(schema.METHODS) for names in schema.ONLY_FOR.values())
+    for method in schema.METHODS:
         config = config_of(method=method, dreambooth__class_word="dog")
-        settings.check(config, [n for n, of in settings.ONLY_FOR.items() if method in of
+        schema.check(config, [n for n, of in schema.ONLY_FOR.items() if method in of
                                 and n != "teacher.prompt_key"])  # fmt: skip
 
 
 def test_only_what_a_method_compares_with_is_kept():
-    weights = lambda **fields: methods.teacher(config_of(**fields)).weights
+    weights = lambda **fields: registry.teacher(config_of(**fields)).weights
     assert weights(method="sft") == "live"
     assert weights(method="pso") == weights(method="dreambooth") == "frozen"
     for method in ("dopsd", "sft_teacher", "offpolicy"):
@@ -105,10 +107,10 @@ def write_rows(folder, *captions):
 def open_features(model, path, workdir, **fields):
     fields = {"model": str(model), "data__path": path, "data__buckets": "96x96", **fields}
     config = config_of(**fields)
-    settings.check(config)
-    pipe, _ = experiment.open_pipeline(config, workdir)
-    dataset = experiment.open_data(config, workdir, pipe.size_multiple)
-    features = Features(pipe, dataset, config, experiment.cache_folder(config, workdir))
+    schema.check(config)
+    pipe, _ = build.open_pipeline(config, workdir)
+    dataset = build.open_data(config, workdir, pipe.size_multiple)
+    features = Features(pipe, dataset, config, build.cache_folder(config, workdir))
     features.prepare(lambda line: None)
     return features
 
@@ -119,9 +121,11 @@ def batch_of(features, rows, caption):
     return features.batch(index, 2)
 
 
-def test_latents_and_class_prompts_are_encoded_once_and_need_no_vision_model(tiny_model, tmp_path):
+def test_latents_and_class_prompts_are_encoded_once_and_need_no_vision_model(
+    random_model, tmp_path
+):
     model = tmp_path / "model"
-    shutil.copytree(tiny_model, model, ignore=shutil.ignore_patterns("vlm"))
+    shutil.copytree(random_model, model, ignore=shutil.ignore_patterns("vlm"))
     path = write_rows(tmp_path / "rows", CAPTIONS, CAPTIONS)
     assert "teacher.vlm" in problems_of(open_features, model, path, tmp_path)[0]
     options = {"method": "dreambooth", "dreambooth__class_word": "dog"}
@@ -152,17 +156,17 @@ def test_latents_and_class_prompts_are_encoded_once_and_need_no_vision_model(tin
     )
 
 
-def test_a_teacher_is_told_another_caption_of_the_row(tiny_model, tmp_path):
+def test_a_teacher_is_told_another_caption_of_the_row(random_model, tmp_path):
     path = write_rows(tmp_path / "rows", CAPTIONS, {**CAPTIONS, "short_en": "a [V]"})
     prompt = {"teacher__context": "prompt", "teacher__prompt_key": "detailed_en"}
-    features = open_features(tiny_model, path, tmp_path, **prompt)
+    features = open_features(random_model, path, tmp_path, **prompt)
     assert features.dataset.prompt_keys == ("short_en",)
     student, teacher = batch_of(features, [0, 1], 0).contexts
     told = features.pipe.student_features(CAPTIONS["detailed_en"])
     assert (teacher.lengths == len(told)).all() and student.lengths[0, 0] < len(told)
     np.testing.assert_allclose(teacher.features[1, 0, : len(told)], told, rtol=1e-5, atol=1e-5)
     # Told its own, it has nothing to tell.
-    own = open_features(tiny_model, path, tmp_path, data__prompt_keys="detailed_en", **prompt)
+    own = open_features(random_model, path, tmp_path, data__prompt_keys="detailed_en", **prompt)
     student, teacher = batch_of(own, [0, 1], 0).contexts
     jax.tree.map(np.testing.assert_array_equal, student, teacher)
 
@@ -178,9 +182,9 @@ def test_the_concepts_word_is_not_looked_for_inside_of_others():
 
 
 @pytest.mark.slow
-def test_a_prepared_data_set_tells_the_same(tiny_model, tmp_path):
+def test_a_prepared_data_set_tells_the_same(random_model, tmp_path):
     """Prepared for a teacher that is told a caption, it holds no pictures for one."""
-    model, set_ = tiny_model, str(tmp_path / "set")
+    model, set_ = random_model, str(tmp_path / "set")
     path = write_rows(tmp_path / "rows", CAPTIONS, {**CAPTIONS, "short_en": "a [V]"})
     prompt = {"teacher__context": "prompt", "teacher__prompt_key": "detailed_en"}
     flags = [f"--config.{k.replace('__', '.')}={v}" for k, v in prompt.items()]
@@ -200,7 +204,7 @@ def test_a_prepared_data_set_tells_the_same(tiny_model, tmp_path):
 
 def test_a_row_without_the_teachers_caption_is_named(tmp_path):
     prompt = {"teacher__context": "prompt", "teacher__prompt_key": "detailed_en"}
-    read = lambda path, **more: experiment.open_rows(
+    read = lambda path, **more: build.open_rows(
         config_of(data__path=path, **prompt, **more), tmp_path
     )
     path = write_rows(tmp_path / "rows", CAPTIONS, {"short_en": "a [V]"}, {"short_en": "b"})
@@ -212,7 +216,7 @@ def test_a_row_without_the_teachers_caption_is_named(tmp_path):
     folder.mkdir()
     assert "has only the key 'caption'" in problems_of(read, str(folder))[0]
     config = config_of(data__path="x", **prompt)
-    (problem,) = problems_of(experiment.trained_keys, config, ("detailed_en",))
+    (problem,) = problems_of(build.trained_keys, config, ("detailed_en",))
     assert "is the only caption key" in problem
 
 
@@ -268,7 +272,7 @@ def runs(tmp_path_factory):
     In `resumed` one of them goes on from its first checkpoint.
     """
     folder, jobs = tmp_path_factory.mktemp("runs"), []
-    model = make_tiny(folder / "model", size=Size(layers=1, refiner_layers=1))
+    model = write_random_model(folder / "model", size=Size(layers=1, refiner_layers=1))
     common = {"model": str(model), "data.path": str(write_folder(folder / "data", count=2))}
     common |= {**LOW, "data.cache": str(folder / "cache")}
     for method, fields in RUNS.items():

@@ -8,8 +8,15 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from dopsd_jax.errors import UserError
-from dopsd_jax.metrics import MetricsWriter, Progress, StepTimer, duration, plain, read_metrics
+from dopsd_jax.common.errors import UserError
+from dopsd_jax.reporting.metrics import (
+    MetricsWriter,
+    Progress,
+    StepTimer,
+    duration,
+    plain,
+    read_metrics,
+)
 
 
 def record(step):

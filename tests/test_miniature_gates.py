@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 import dopsd_jax
-from dopsd_jax.errors import UserError
+from dopsd_jax.common.errors import UserError
 from dopsd_jax.miniature import captions, concepts, gates, world
 
 SHIPPED = Path(__file__).parents[1] / "examples" / "miniature"

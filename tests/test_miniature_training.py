@@ -13,6 +13,7 @@ from jax.sharding import SingleDeviceSharding
 from torch_reference import sample_with_diffusers
 
 import dopsd_jax
+from dopsd_jax.common import errors
 from dopsd_jax.miniature import (
     autoencoder,
     captions,
@@ -27,7 +28,7 @@ from dopsd_jax.miniature import (
     training,
 )
 from dopsd_jax.models.autoencoder import to_uint8
-from dopsd_jax.tiny.tokenizer import QWEN3_TEMPLATE
+from dopsd_jax.random_model.tokenizer import QWEN3_TEMPLATE
 
 SMALL = configs.Size(
     dim=24, layers=1, heads=1, text_dim=24, text_layers=2, vision_dim=32, vision_layers=1
@@ -113,7 +114,7 @@ def test_a_model_of_other_sizes_is_no_start(folder, monkeypatch):
     start = pretrain.start(SMALL, 0)
     monkeypatch.setattr(train, "START", SimpleNamespace(value=str(folder)))
     train._check_sizes(SMALL, start, learned, vae)
-    with pytest.raises(dopsd_jax.errors.UserError, match=r"--start .*other sizes"):
+    with pytest.raises(errors.UserError, match=r"--start .*other sizes"):
         train._check_sizes(SMALL, pretrain.start(configs.Size(), 0), learned, vae)
 
 
@@ -161,7 +162,7 @@ def _once(make, made):
 def test_a_damaged_state_is_named(tmp_path, start, texts):
     path = tmp_path / "state.safetensors"
     path.write_bytes(b"not a state")
-    with pytest.raises(dopsd_jax.errors.UserError, match=r"state\.safetensors.*delete it"):
+    with pytest.raises(errors.UserError, match=r"state\.safetensors.*delete it"):
         training.load_tree(path, {"a": np.zeros(2)})
 
 

@@ -7,6 +7,7 @@ import os
 import pytest
 from PIL import Image
 
+from dopsd_jax.common.errors import UserError
 from dopsd_jax.data import picture_index
 from dopsd_jax.data.buckets import make_buckets, nearest
 from dopsd_jax.data.cache import FeatureCache
@@ -16,7 +17,6 @@ from dopsd_jax.data.picture_index import Infos, PictureIndex
 from dopsd_jax.data.records import KNOWN_KEYS
 from dopsd_jax.data.rows import load_rows
 from dopsd_jax.data.table import Strings, Table
-from dopsd_jax.errors import UserError
 
 BUCKETS = make_buckets(64)
 

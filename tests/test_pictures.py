@@ -4,9 +4,16 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from dopsd_jax import pictures
-from dopsd_jax.errors import UserError
-from dopsd_jax.pictures import Row, grid, read_labels, sample_files, sample_path, save_grid
+from dopsd_jax.common.errors import UserError
+from dopsd_jax.reporting import pictures
+from dopsd_jax.reporting.pictures import (
+    Row,
+    grid,
+    read_labels,
+    sample_files,
+    sample_path,
+    save_grid,
+)
 
 RED, GREEN, BLUE = (255, 0, 0), (0, 255, 0), (0, 0, 255)
 

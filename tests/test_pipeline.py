@@ -16,16 +16,16 @@ from transformers import AutoTokenizer, Qwen3VLForConditionalGeneration
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
 import dopsd_jax
-from dopsd_jax.errors import UserError
-from dopsd_jax.families.zimage_pipeline import start_noise
+from dopsd_jax.common.errors import UserError
+from dopsd_jax.families.zimage.pipeline import start_noise
 from dopsd_jax.weights.safetensors_io import TensorFiles
 
 PROMPTS = ["a red circle", "a large blue star on the left, on a striped grey background"]
 
 
 @pytest.fixture(scope="module")
-def pipe(tiny_model):
-    return dopsd_jax.load_pipeline(str(tiny_model))
+def pipe(random_model):
+    return dopsd_jax.load_pipeline(str(random_model))
 
 
 @pytest.fixture(scope="module")
@@ -37,13 +37,13 @@ def worst(a, b):
     return int(np.abs(a.astype(int) - b.astype(int)).max())
 
 
-def test_images_equal_diffusers_with_and_without_lora(tiny_model, pipe, latents, lora_file):
+def test_images_equal_diffusers_with_and_without_lora(random_model, pipe, latents, lora_file):
     plain = pipe(list(PROMPTS), height=96, width=128, latents=latents)
-    assert worst(plain, sample_with_diffusers(tiny_model, PROMPTS, latents)) <= 2
-    tuned = dopsd_jax.load_pipeline(str(tiny_model), lora=str(lora_file))
+    assert worst(plain, sample_with_diffusers(random_model, PROMPTS, latents)) <= 2
+    tuned = dopsd_jax.load_pipeline(str(random_model), lora=str(lora_file))
     images = tuned(list(PROMPTS), height=96, width=128, latents=latents)
     assert worst(images, plain) > 50, "the adapter changes nothing"
-    assert worst(images, sample_with_diffusers(tiny_model, PROMPTS, latents, lora=lora_file)) <= 2
+    assert worst(images, sample_with_diffusers(random_model, PROMPTS, latents, lora=lora_file)) <= 2
 
 
 def test_a_prompt_in_a_batch_is_the_prompt_alone(pipe, latents):
@@ -68,12 +68,12 @@ def test_velocity_has_the_projects_sign(pipe, latents):
     assert v.dtype == np.float32 and v.shape == latents.shape
 
 
-def test_the_teachers_context_is_qwen3_vl_on_the_models_own_text_encoder(tiny_model, pipe):
+def test_the_teachers_context_is_qwen3_vl_on_the_models_own_text_encoder(random_model, pipe):
     """Against transformers: Qwen3-VL with its language model overwritten (d-opsd.md 5.2 A)."""
     model = Qwen3VLForConditionalGeneration.from_pretrained(
-        tiny_model / "vlm", dtype=torch.float32, local_files_only=True
+        random_model / "vlm", dtype=torch.float32, local_files_only=True
     ).eval()
-    stored = TensorFiles.open(tiny_model / "text_encoder")
+    stored = TensorFiles.open(random_model / "text_encoder")
     tensors = {
         name.removeprefix("model."): torch.tensor(np.float32(stored.read(name)))
         for name in stored.infos
@@ -81,12 +81,12 @@ def test_the_teachers_context_is_qwen3_vl_on_the_models_own_text_encoder(tiny_mo
     }
     missing, unexpected = model.model.language_model.load_state_dict(tensors, strict=False)
     assert not missing and not unexpected
-    settings = json.loads((tiny_model / "vlm" / "preprocessor_config.json").read_text())
+    settings = json.loads((random_model / "vlm" / "preprocessor_config.json").read_text())
     processor = Qwen2VLImageProcessorPil(
         **{k: settings[k] for k in ("patch_size", "merge_size", "temporal_patch_size")},
         image_mean=settings["image_mean"], image_std=settings["image_std"], size=settings["size"],
     )  # fmt: skip
-    tokenizer = AutoTokenizer.from_pretrained(tiny_model / "vlm", local_files_only=True)
+    tokenizer = AutoTokenizer.from_pretrained(random_model / "vlm", local_files_only=True)
     rng = np.random.default_rng(0)
     # Sides that need no resizing: resampling is compared elsewhere.
     images = [rng.integers(0, 256, shape, dtype=np.uint8) for shape in ((96, 128, 3), (128, 64, 3))]
@@ -161,9 +161,9 @@ def test_encoders_leave_memory(pipe):
         (lambda f: (f / "model_index.json").unlink(), "model_index.json"),
     ],
 )
-def test_broken_model_folders_are_named(tiny_model, tmp_path, change, message):
+def test_broken_model_folders_are_named(random_model, tmp_path, change, message):
     folder = tmp_path / "model"
-    shutil.copytree(tiny_model, folder)
+    shutil.copytree(random_model, folder)
     change(folder)
     with pytest.raises(UserError, match=message):
         dopsd_jax.load_pipeline(str(folder))(["a"], height=32, width=32, steps=1)

@@ -9,21 +9,21 @@ import zlib
 import jax
 import numpy as np
 import pytest
-from conftest import TINY_CONFIG, run_program
+from conftest import RANDOM_CONFIG, run_program
 from etils import epath
 from ml_collections import ConfigDict
 from PIL import Image
 from test_processes import free_port, start
 
+from dopsd_jax.common.errors import UserError
+from dopsd_jax.conditioning.encoding import STUDENT, TEACHER, Encoder
 from dopsd_jax.data import prepared_parts as parts
 from dopsd_jax.data.buckets import make_buckets
 from dopsd_jax.data.dataset import measure
 from dopsd_jax.data.prepared import Prepared
 from dopsd_jax.data.rows import load_rows
-from dopsd_jax.data.synthetic import write_folder
-from dopsd_jax.encoding import STUDENT, TEACHER, Encoder
-from dopsd_jax.errors import UserError
-from dopsd_jax.families.zimage_pipeline import Pipeline
+from dopsd_jax.families.zimage.pipeline import Pipeline
+from dopsd_jax.random_model.synthetic import write_folder
 
 SETTINGS = {"buckets": [[64, 64]], "dtype": "float32"}
 CHANNELS = 6
@@ -171,9 +171,9 @@ def test_prepared_data_in_a_store(bucket, tmp_path):
 # --- with the encoders
 
 
-def test_batches_give_what_single_captions_give(tiny_model, tmp_path):
+def test_batches_give_what_single_captions_give(random_model, tmp_path):
     dataset = measure(load_rows(write_folder(tmp_path / "set", count=5)), make_buckets(128)[:2])
-    pipe = Pipeline(tiny_model)
+    pipe = Pipeline(random_model)
     teacher = {"doubled_template": False, "min_pixels": 64 * 64, "max_pixels": 128 * 128}
     encoder = Encoder(pipe, dataset, ConfigDict({"teacher": teacher, "dreambooth": {}}))
     wanted = dict.fromkeys(dataset.captions(), (STUDENT, TEACHER))
@@ -192,13 +192,13 @@ def test_batches_give_what_single_captions_give(tiny_model, tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.multiprocess
-def test_prepared_on_many_devices_and_processes_then_trained_without_encoders(tiny_run, tmp_path):
+def test_prepared_on_many_devices_and_processes_then_trained_without_encoders(random_run, tmp_path):
     """One caption a device, so that the features are bit for bit those that a run itself makes."""
     out, work = tmp_path / "set", tmp_path / "work"
     work.mkdir()
-    for name in ("tiny_model", "tiny_data"):
-        shutil.copytree(tiny_run / name, work / name)
-    common = (*TINY_CONFIG, f"--workdir={work}", f"--out={out}", "--batch=1", "--rows_per_part=5")
+    for name in ("random_model", "random_data"):
+        shutil.copytree(random_run / name, work / name)
+    common = (*RANDOM_CONFIG, f"--workdir={work}", f"--out={out}", "--batch=1", "--rows_per_part=5")
     two_devices = f"{os.environ['XLA_FLAGS']} --xla_force_host_platform_device_count=2"
     first = run_program("prepare", *common, "--shard=0", "--shards=2", XLA_FLAGS=two_devices)
     assert first.returncode == 0, first.stderr
@@ -216,26 +216,26 @@ def test_prepared_on_many_devices_and_processes_then_trained_without_encoders(ti
         parts.part_name(0), parts.part_name(1), parts.MANIFEST,
     ]  # fmt: skip
 
-    shutil.rmtree(work / "tiny_data")
+    shutil.rmtree(work / "random_data")
     shutil.rmtree(work / "features")
     for encoder in ("vlm", "text_encoder"):
-        for weights in (work / "tiny_model" / encoder).glob("*.safetensors"):
+        for weights in (work / "random_model" / encoder).glob("*.safetensors"):
             weights.unlink()
-        shutil.rmtree(work / "tiny_model" / encoder)
+        shutil.rmtree(work / "random_model" / encoder)
     run = run_program(
-        "train", *TINY_CONFIG, f"--config.model={work}/tiny_model", f"--config.data.path={out}",
+        "train", *RANDOM_CONFIG, f"--config.model={work}/random_model", f"--config.data.path={out}",
         f"--workdir={tmp_path}/run", "--config.steps=2",
     )  # fmt: skip
     assert run.returncode == 0, run.stderr
     read = lambda folder: [
         json.loads(x) for x in (folder / "metrics.jsonl").read_text().splitlines()
     ]
-    for ours, theirs in zip(read(tmp_path / "run"), read(tiny_run), strict=False):
+    for ours, theirs in zip(read(tmp_path / "run"), read(random_run), strict=False):
         assert {k: ours[k] for k in ("loss", "gap", "grad_norm")} == {
             k: theirs[k] for k in ("loss", "gap", "grad_norm")
         }
     facts = [
-        json.loads((d / "config.json").read_text())["facts"] for d in (tmp_path / "run", tiny_run)
+        json.loads((d / "config.json").read_text())["facts"] for d in (tmp_path / "run", random_run)
     ]
     assert facts[0]["data"] == facts[1]["data"]
     picture = "samples/step_000002.png"

@@ -13,9 +13,9 @@ import time
 
 import numpy as np
 import pytest
-from conftest import ROOT, TINY_CONFIG, run_program
+from conftest import RANDOM_CONFIG, ROOT, run_program
 
-from dopsd_jax.metrics import read_metrics
+from dopsd_jax.reporting.metrics import read_metrics
 
 SCRIPT = pathlib.Path(__file__).with_name("process_group.py")
 pytestmark = [pytest.mark.slow, pytest.mark.multiprocess]
@@ -105,13 +105,13 @@ BATCH = (
 
 
 @pytest.fixture(scope="module")
-def preempted(tiny_run, tmp_path_factory):
+def preempted(random_run, tmp_path_factory):
     """A run on two processes that SIGTERM to one of them stopped; and their outputs."""
     workdir = tmp_path_factory.mktemp("two") / "run"
-    for name in ("tiny_model", "tiny_data"):
-        shutil.copytree(tiny_run / name, workdir / name)
+    for name in ("random_model", "random_data"):
+        shutil.copytree(random_run / name, workdir / name)
     command = [
-        "-m", "dopsd_jax.train", *TINY_CONFIG, *BATCH, "--config.steps=500",
+        "-m", "dopsd_jax.train", *RANDOM_CONFIG, *BATCH, "--config.steps=500",
         "--config.mesh.fsdp=2", "--config.mesh.context=2", f"--workdir={workdir}",
     ]  # fmt: skip
     port = free_port()
@@ -153,7 +153,7 @@ def test_other_processes_and_meshes_give_the_same_losses(preempted, tmp_path):
         if name == "whole":
             shutil.rmtree(folder / "checkpoints")
         result = run_program(
-            "train", *TINY_CONFIG, *BATCH, f"--config.steps={steps}",
+            "train", *RANDOM_CONFIG, *BATCH, f"--config.steps={steps}",
             f"--config.mesh.tensor={tensor}", f"--workdir={folder}",
             JAX_NUM_CPU_DEVICES=str(devices),
         )  # fmt: skip

@@ -5,8 +5,8 @@ import pathlib
 import jinja2
 import pytest
 
-from dopsd_jax.data.prompts import student_text, teacher_text
-from dopsd_jax.errors import UserError
+from dopsd_jax.common.errors import UserError
+from dopsd_jax.families.zimage.templates import student_text, teacher_text
 
 DATA = pathlib.Path(__file__).parent / "data"
 PROMPTS = [

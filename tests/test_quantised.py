@@ -11,17 +11,20 @@ import pytest
 import qwix
 from conftest import relative_error
 from flax import nnx
-from test_aot import CASE, TINY, load_config, needs_libtpu
+from test_estimate import CASE, TINY, load_config, needs_libtpu
 from test_lora import CFG, choose, noisy
 from weights_helpers import SMALL, TRANSFORMER, run_python, same_modules
 
 import dopsd_jax
-from dopsd_jax import dopsd, footprint, lora, program, settings, slices
-from dopsd_jax.errors import UserError
-from dopsd_jax.families import zimage as family
+from dopsd_jax import dopsd
+from dopsd_jax.common.errors import UserError
+from dopsd_jax.config import schema
+from dopsd_jax.estimation import abstract_step, compiled_step, tpu_topologies
+from dopsd_jax.families.zimage import family
 from dopsd_jax.models import quantised, zimage
 from dopsd_jax.models.layers import Dense, scan_blocks, stack
-from dopsd_jax.tiny import make_tiny
+from dopsd_jax.random_model import write_random_model
+from dopsd_jax.training import lora
 from dopsd_jax.weights.importing import import_model
 from dopsd_jax.weights.load import load_component
 
@@ -215,7 +218,7 @@ def test_a_new_student_is_the_quantised_base(networks):
 def folders(tmp_path_factory):
     """A model as PyTorch stores it, and converted."""
     base = tmp_path_factory.mktemp("quantised")
-    make_tiny(base / "model", size=SMALL)
+    write_random_model(base / "model", size=SMALL)
     import_model(base / "model", base / "converted", part_bytes=60_000)
     return base / "model", base / "converted"
 
@@ -271,20 +274,20 @@ def test_without_qwix_one_line_names_the_extra(monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     config = load_config(**{"base_dtype": "int8", "data.path": "x"})
     for act in (
-        lambda: settings.check(config),
+        lambda: schema.check(config),
         lambda: quantised.quantise_kernel(kernel(), "int8"),
     ):
         with pytest.raises(UserError, match=r"config.base_dtype: .*dopsd_jax\[quant\]") as caught:
             act()
         assert len(caught.value.problems) == 1
-    settings.check(load_config(**{"data.path": "x"}))
+    schema.check(load_config(**{"data.path": "x"}))
 
 
 def test_other_types_are_refused():
     with pytest.raises(
         UserError, match=r"base_dtype: 'int4' is not one of bfloat16, float32, int8"
     ):
-        settings.check(load_config(**{"base_dtype": "int4", "data.path": "x"}))
+        schema.check(load_config(**{"base_dtype": "int4", "data.path": "x"}))
 
 
 # On devices.
@@ -295,7 +298,7 @@ def test_a_footprint_counts_codes(scheme, bits, monkeypatch):
     full = jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: not compiled here")
     monkeypatch.setattr(jax.stages.Lowered, "compile", lambda self: (_ for _ in ()).throw(full))
     config = load_config("random", base_dtype=scheme)
-    report = footprint.compile_step(config, TINY, CASE, jax.devices()[:1])
+    report = compiled_step.compile_step(config, TINY, CASE, jax.devices()[:1])
     sizes = {True: 0, False: 0}
     for leaf in zimage.names(TINY):
         sizes[quantised.is_quantised(leaf.path)] += math.prod(leaf.shape)
@@ -320,11 +323,11 @@ def test_the_tpu_compiler_makes_no_copy_of_the_base():
     size = zimage.ZImageConfig(
         dim=768, layers=12, refiner_layers=1, heads=6, caption_dim=64, axes_dims=(32, 48, 48)
     )
-    case = program.Case(height=128, width=128, rows_student=32, rows_teacher=64)
+    case = abstract_step.Case(height=128, width=128, rows_student=32, rows_teacher=64)
     config = load_config(base_dtype="int8", batch_size=1, **{"lora.rank": 4, "lora.alpha": 8.0})
     with jax.default_matmul_precision("default"):
-        devices = slices.devices("v5e-1")
-        report = footprint.compile_step(config, size, case, devices)
+        devices = tpu_topologies.devices("v5e-1")
+        report = compiled_step.compile_step(config, size, case, devices)
     kernels = [leaf for leaf in zimage.names(size) if quantised.is_quantised(leaf.path)]
     weights = sum(np.prod(leaf.shape) for leaf in kernels)
     assert report.temporaries < weights / 2, "bfloat16 copies would have 2 bytes a weight"

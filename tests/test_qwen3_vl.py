@@ -15,7 +15,7 @@ from flax import nnx
 from test_qwen3 import fast_jit, numpy_state, randomize
 from transformers.vision_utils import get_vision_interpolation_indices_and_weights
 
-from dopsd_jax.errors import UserError
+from dopsd_jax.common.errors import UserError
 from dopsd_jax.models import qwen3
 from dopsd_jax.models.qwen3 import Qwen3, Qwen3Config
 from dopsd_jax.models.qwen3_vl import (

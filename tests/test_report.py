@@ -9,11 +9,11 @@ import re
 import numpy as np
 import pytest
 
-from dopsd_jax.charts import HEIGHT, WIDTH, Series, chart, number
-from dopsd_jax.errors import UserError
-from dopsd_jax.metrics import MetricsWriter
-from dopsd_jax.pictures import Row, sample_path, save_grid
-from dopsd_jax.report import ROUNDS, write_report
+from dopsd_jax.common.errors import UserError
+from dopsd_jax.reporting.charts import HEIGHT, WIDTH, Series, chart, number
+from dopsd_jax.reporting.metrics import MetricsWriter
+from dopsd_jax.reporting.pictures import Row, sample_path, save_grid
+from dopsd_jax.reporting.run_page import ROUNDS, write_report
 
 VOID = {"meta", "img", "input", "line", "polyline", "polygon", "circle", "br"}
 

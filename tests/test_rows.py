@@ -4,9 +4,9 @@ import os
 import pytest
 from PIL import Image
 
+from dopsd_jax.common.errors import UserError
 from dopsd_jax.data.records import UPSTREAM_KEYS
 from dopsd_jax.data.rows import load_rows
-from dopsd_jax.errors import UserError
 
 
 def touch_images(folder, *names):

@@ -11,8 +11,8 @@ import pytest
 from safetensors import safe_open
 from safetensors.numpy import save_file
 
-from dopsd_jax.errors import UserError
-from dopsd_jax.weights import atomic
+from dopsd_jax.common import atomic
+from dopsd_jax.common.errors import UserError
 from dopsd_jax.weights.safetensors_io import TensorFiles, read_header
 from dopsd_jax.weights.safetensors_write import write_safetensors, write_sharded
 from dopsd_jax.weights.tensors import DTYPES, ArrayTensors

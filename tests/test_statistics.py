@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from dopsd_jax.scores import statistics
+from dopsd_jax.evaluation import statistics
 
 
 @pytest.mark.parametrize("freedom", [1, 2, 3, 4, 7, 30, 199])

@@ -6,12 +6,14 @@ import numpy as np
 import pytest
 from etils import epath
 
-from dopsd_jax import checkpoint, experiment, pictures
-from dopsd_jax.errors import UserError
-from dopsd_jax.metrics import MetricsWriter, read_metrics
-from dopsd_jax.report import write_report
-from dopsd_jax.weights.atomic import atomic_file, write_text
-from dopsd_jax.workdir import find_workdir
+from dopsd_jax.common.atomic import atomic_file, write_text
+from dopsd_jax.common.errors import UserError
+from dopsd_jax.reporting import pictures
+from dopsd_jax.reporting.metrics import MetricsWriter, read_metrics
+from dopsd_jax.reporting.run_page import write_report
+from dopsd_jax.run import build
+from dopsd_jax.run.workdir import find_workdir
+from dopsd_jax.training import checkpoint
 
 CONFIG = {"train": "lora", "model": "folder", "data": {"path": "photos", "cache": ""}}
 
@@ -64,12 +66,12 @@ def test_what_needs_a_folder_is_said_at_once(bucket):
     with pytest.raises(UserError, match="features cannot be cached in gs://"):
         find_workdir(f"{bucket}/run", CONFIG)
     with pytest.raises(UserError) as caught:
-        find_workdir(f"{bucket}/run", CONFIG | {"model": "tiny", "train": "full"})
+        find_workdir(f"{bucket}/run", CONFIG | {"model": "random", "train": "full"})
     assert len(caught.value.problems) == 3
 
 
 def test_prepared_data_need_no_folder(bucket):
     write_text(epath.Path(f"{bucket}/set/prepared.json"), "{}")
-    config = experiment.ConfigDict(CONFIG | {"data": {"path": f"{bucket}/set", "cache": ""}})
+    config = build.ConfigDict(CONFIG | {"data": {"path": f"{bucket}/set", "cache": ""}})
     workdir = find_workdir(f"{bucket}/run", config)
-    assert "://" not in str(experiment.cache_folder(config, workdir))
+    assert "://" not in str(build.cache_folder(config, workdir))

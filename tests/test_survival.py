@@ -10,11 +10,11 @@ import time
 
 import numpy as np
 import pytest
-from conftest import ROOT, TINY_CONFIG
+from conftest import RANDOM_CONFIG, ROOT
 from orbax.checkpoint import v1 as ocp
 
-from dopsd_jax.checkpoint import Checkpoints
-from dopsd_jax.metrics import read_metrics
+from dopsd_jax.reporting.metrics import read_metrics
+from dopsd_jax.training.checkpoint import Checkpoints
 from dopsd_jax.weights.safetensors_io import TensorFiles
 
 pytestmark = [pytest.mark.slow, pytest.mark.multiprocess]
@@ -22,7 +22,7 @@ CLOCK = ("seconds", "images_per_second")
 
 
 def launch(workdir, *options):
-    command = [sys.executable, "-m", "dopsd_jax.train", *TINY_CONFIG, f"--workdir={workdir}"]
+    command = [sys.executable, "-m", "dopsd_jax.train", *RANDOM_CONFIG, f"--workdir={workdir}"]
     return subprocess.Popen(
         [*map(str, command), *options], cwd=ROOT, text=True, env=os.environ,
         stdout=subprocess.PIPE, stderr=subprocess.PIPE,
@@ -49,11 +49,11 @@ def numbers(workdir):
     ]
 
 
-def test_a_run_stopped_by_a_signal_and_killed_while_saving_is_the_same_run(tiny_run, tmp_path):
+def test_a_run_stopped_by_a_signal_and_killed_while_saving_is_the_same_run(random_run, tmp_path):
     """Other checkpoints and previews on its way than the one that was left alone."""
     workdir = tmp_path / "run"
-    for name in ("tiny_model", "tiny_data"):
-        shutil.copytree(tiny_run / name, workdir / name)
+    for name in ("random_model", "random_data"):
+        shutil.copytree(random_run / name, workdir / name)
     options = "--config.checkpoint_every=1", "--config.sample_every=3"
 
     # Asked to stop while the first step is compiled.
@@ -78,13 +78,13 @@ def test_a_run_stopped_by_a_signal_and_killed_while_saving_is_the_same_run(tiny_
     process = launch(workdir, *options)
     stdout, stderr = process.communicate(timeout=400)
     assert process.returncode == 0, stderr
-    assert numbers(workdir) == numbers(tiny_run)
+    assert numbers(workdir) == numbers(random_run)
     assert [r["step"] for r in read_metrics(workdir / "metrics.jsonl")] == [1, 2, 3, 4]
-    whole = bits(tiny_run)
+    whole = bits(random_run)
     for name, array in bits(workdir).items():
         np.testing.assert_array_equal(array, whole[name], err_msg=name)
     # Student, teacher, optimizer and step.
-    ours, whole = (ocp.load(w / "checkpoints" / "4") for w in (workdir, tiny_run))
+    ours, whole = (ocp.load(w / "checkpoints" / "4") for w in (workdir, random_run))
     assert {name.partition(".")[0] for name in whole} == {
         "step", "student", "teacher", "opt_state"
     }  # fmt: skip
@@ -93,11 +93,11 @@ def test_a_run_stopped_by_a_signal_and_killed_while_saving_is_the_same_run(tiny_
 
 
 def test_a_gradient_that_is_not_finite_stops_the_run_and_keeps_the_last_good_state(
-    tiny_run, tmp_path
+    random_run, tmp_path
 ):
     workdir = tmp_path / "run"
-    for name in ("tiny_model", "tiny_data", "features"):
-        shutil.copytree(tiny_run / name, workdir / name)
+    for name in ("random_model", "random_data", "features"):
+        shutil.copytree(random_run / name, workdir / name)
     # A learning rate that float32 adapters survive one step of, and no more.
     process = launch(workdir, "--config.learning_rate=1e30", "--config.checkpoint_every=9")
     stdout, stderr = process.communicate(timeout=400)

@@ -20,7 +20,7 @@ from torch_reference import (
     sample_with_diffusers,
 )
 
-from dopsd_jax.tiny import make_tiny
+from dopsd_jax.random_model import write_random_model
 
 LENGTHS = [(5, 37), (40, 33)]  # caption lengths of each sample: student, teacher
 
@@ -215,7 +215,7 @@ def test_training_towards_the_teacher_lowers_the_loss(model, student, teacher):
 
 
 def test_rollout_is_the_pipelines_sampling(tmp_path):
-    folder = make_tiny(tmp_path / "model")
+    folder = write_random_model(tmp_path / "model")
     pipe = ZImagePipeline.from_pretrained(folder, dtype=torch.float32, local_files_only=True)
     pipe.set_progress_bar_config(disable=True)
     rng = np.random.default_rng(0)
@@ -240,7 +240,7 @@ def test_rollout_is_the_pipelines_sampling(tmp_path):
 
 
 def test_sampling_with_a_lora_file_is_sampling_with_merged_weights(tmp_path):
-    folder = make_tiny(tmp_path / "model")
+    folder = write_random_model(tmp_path / "model")
     (weights,) = (folder / "transformer").glob("*.safetensors")
     tensors = load_file(weights)
     model = ZImageTransformer2DModel.from_pretrained(folder / "transformer")

@@ -11,9 +11,9 @@ from PIL import Image
 from safetensors.torch import save_file
 from torch import nn
 
-from dopsd_jax.errors import UserError
-from dopsd_jax.scores import torch_scorers
-from dopsd_jax.scores.scorer import Case, load_scorers
+from dopsd_jax.common.errors import UserError
+from dopsd_jax.evaluation import torch_scorers
+from dopsd_jax.evaluation.scorer import Case, load_scorers
 
 TEXTS = ["a red circle", "a large blue star on the left"]
 
@@ -32,9 +32,9 @@ def cases(pictures):
 
 
 @pytest.fixture(scope="module")
-def clip_folder(tiny_model, tmp_path_factory):
+def clip_folder(random_model, tmp_path_factory):
     folder = tmp_path_factory.mktemp("clip")
-    shutil.copytree(tiny_model / "tokenizer", folder, dirs_exist_ok=True)
+    shutil.copytree(random_model / "tokenizer", folder, dirs_exist_ok=True)
     tokens = len(transformers.AutoTokenizer.from_pretrained(folder))
     shared = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2}
     shared |= {"num_attention_heads": 2}

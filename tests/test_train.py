@@ -10,17 +10,17 @@ import sys
 
 import numpy as np
 import pytest
-from conftest import ROOT, TINY_CONFIG, run_program
+from conftest import RANDOM_CONFIG, ROOT, run_program
 from PIL import Image
 from torch_reference import sample_with_diffusers
 
 import dopsd_jax
-from dopsd_jax import settings
-from dopsd_jax.checkpoint import Checkpoints
-from dopsd_jax.errors import UserError
-from dopsd_jax.families.zimage_pipeline import start_noise
+from dopsd_jax.common.errors import UserError
+from dopsd_jax.config import schema
+from dopsd_jax.families.zimage.pipeline import start_noise
+from dopsd_jax.run.workdir import open_workdir
+from dopsd_jax.training.checkpoint import Checkpoints
 from dopsd_jax.weights.safetensors_io import TensorFiles
-from dopsd_jax.workdir import open_workdir
 
 pytestmark = pytest.mark.slow
 PROMPT = "a large green circle on the left"
@@ -42,34 +42,34 @@ def same_numbers(a, b):
     assert strip(a) == strip(b)
 
 
-def test_a_run_leaves_what_is_promised(tiny_run):
-    rows = records(tiny_run)
+def test_a_run_leaves_what_is_promised(random_run):
+    rows = records(random_run)
     assert [r["step"] for r in rows] == [1, 2, 3, 4]
     wanted = {"step", "loss", "loss_per_step", "gap", "grad_norm", "lr", "seconds"}
     assert all(
         wanted | {"images_per_second"} <= r.keys() and len(r["loss_per_step"]) == 2 for r in rows
     )
     assert all(r["loss"] > 0 and r["grad_norm"] > 0 for r in rows)
-    config = json.loads((tiny_run / "config.json").read_text())
-    assert config["config"].keys() == settings.FIELDS.keys()
+    config = json.loads((random_run / "config.json").read_text())
+    assert config["config"].keys() == schema.FIELDS.keys()
     assert config["config"]["steps"] == 4 and len(config["facts"]["data"]) == 64
     assert "jax" in config["versions"]
     for step in (0, 4):
-        with Image.open(tiny_run / f"samples/step_{step:06d}.png") as picture:
+        with Image.open(random_run / f"samples/step_{step:06d}.png") as picture:
             assert picture.width > picture.height
-    assert {p.name for p in (tiny_run / "lora").iterdir()} == {
+    assert {p.name for p in (random_run / "lora").iterdir()} == {
         "step_2.safetensors",
         "step_4.safetensors",
     }
-    assert "<svg" in (tiny_run / "report.html").read_text()
-    output = (tiny_run / "stdout.txt").read_text()
+    assert "<svg" in (random_run / "report.html").read_text()
+    output = (random_run / "stdout.txt").read_text()
     assert re.search(r"step +4/4 .*loss .*gap .*images/s", output)
     assert "adapters: 49 layers" in output
 
 
-def test_the_exported_lora_gives_diffusers_the_pictures_we_sample(tiny_run, tmp_path):
+def test_the_exported_lora_gives_diffusers_the_pictures_we_sample(random_run, tmp_path):
     """Loaded by diffusers' own load_lora_weights, and merged: the same image from one noise."""
-    model, file = tiny_run / "tiny_model", tiny_run / "lora" / "step_4.safetensors"
+    model, file = random_run / "random_model", random_run / "lora" / "step_4.safetensors"
     result = run_program(
         "sample", f"--model={model}", f"--lora={file}", f"--prompt={PROMPT}", f"--out={tmp_path}",
         "--height=96", "--width=112", "--seed=7",
@@ -91,29 +91,29 @@ def test_the_exported_lora_gives_diffusers_the_pictures_we_sample(tiny_run, tmp_
     assert np.abs(ours - again).max() <= 2
 
 
-def test_a_resumed_run_equals_an_uninterrupted_one_bit_for_bit(tiny_run, tmp_path):
+def test_a_resumed_run_equals_an_uninterrupted_one_bit_for_bit(random_run, tmp_path):
     """Stopped after step 2, with a half-written line and a half-written checkpoint behind it."""
     workdir = tmp_path / "run"
-    shutil.copytree(tiny_run, workdir)
+    shutil.copytree(random_run, workdir)
     shutil.rmtree(workdir / "checkpoints" / "4")
     (workdir / "checkpoints" / "4.orbax-checkpoint-tmp-0").mkdir()
     (workdir / "lora" / "step_4.safetensors").unlink()
     with open(workdir / "metrics.jsonl", "a") as file:
         file.write('{"step": 5, "lo')
-    result = run_program("train", *TINY_CONFIG, f"--workdir={workdir}")
+    result = run_program("train", *RANDOM_CONFIG, f"--workdir={workdir}")
     assert result.returncode == 0, result.stderr
     assert "resuming at step 2" in result.stdout
-    same_numbers(records(workdir), records(tiny_run))
-    ours, whole = (tensors(w / "lora" / "step_4.safetensors") for w in (workdir, tiny_run))
+    same_numbers(records(workdir), records(random_run))
+    ours, whole = (tensors(w / "lora" / "step_4.safetensors") for w in (workdir, random_run))
     assert ours.keys() == whole.keys()
     for name, array in whole.items():
         np.testing.assert_array_equal(ours[name], array, err_msg=name)
 
 
-def test_another_configuration_does_not_touch_the_run(tiny_run):
-    before = (tiny_run / "metrics.jsonl").read_bytes()
+def test_another_configuration_does_not_touch_the_run(random_run):
+    before = (random_run / "metrics.jsonl").read_bytes()
     result = run_program(
-        "train", *TINY_CONFIG, f"--workdir={tiny_run}", "--config.learning_rate=0.5",
+        "train", *RANDOM_CONFIG, f"--workdir={random_run}", "--config.learning_rate=0.5",
         "--config.lora.rank=2",
     )  # fmt: skip
     assert result.returncode == 2
@@ -121,7 +121,7 @@ def test_another_configuration_does_not_touch_the_run(tiny_run):
     assert len([e for e in errors if e.startswith("error: ")]) == 2
     assert "config.learning_rate = 0.001, now 0.5" in result.stderr
     assert "config.lora.rank = 8, now 2" in result.stderr
-    assert (tiny_run / "metrics.jsonl").read_bytes() == before
+    assert (random_run / "metrics.jsonl").read_bytes() == before
 
 
 @pytest.mark.parametrize(
@@ -144,11 +144,11 @@ def test_another_configuration_does_not_touch_the_run(tiny_run):
         (["stray"], ["stray"]),
     ],
 )  # fmt: skip
-def test_bad_input_is_a_clear_line_each_and_no_traceback(tiny_run, tmp_path, arguments, messages):
+def test_bad_input_is_a_clear_line_each_and_no_traceback(random_run, tmp_path, arguments, messages):
     workdir = tmp_path / "run"
-    for name in ("tiny_model", "tiny_data", "features"):
-        shutil.copytree(tiny_run / name, workdir / name)
-    result = run_program("train", *TINY_CONFIG, f"--workdir={workdir}", *arguments)
+    for name in ("random_model", "random_data", "features"):
+        shutil.copytree(random_run / name, workdir / name)
+    result = run_program("train", *RANDOM_CONFIG, f"--workdir={workdir}", *arguments)
     assert result.returncode == 2, result.stdout + result.stderr
     assert "Traceback" not in result.stderr
     lines = [line for line in result.stderr.splitlines() if line.startswith("error: ")]
@@ -167,11 +167,11 @@ def test_an_unknown_configuration_argument_is_named(tmp_path):
     assert "/no/such/config.py" in result.stderr
 
 
-def test_check_reports_before_training(tiny_run, tmp_path):
+def test_check_reports_before_training(random_run, tmp_path):
     workdir = tmp_path / "run"
-    for name in ("tiny_model", "tiny_data", "features"):
-        shutil.copytree(tiny_run / name, workdir / name)
-    result = run_program("check", *TINY_CONFIG, f"--workdir={workdir}")
+    for name in ("random_model", "random_data", "features"):
+        shutil.copytree(random_run / name, workdir / name)
+    result = run_program("check", *RANDOM_CONFIG, f"--workdir={workdir}")
     assert result.returncode == 0, result.stderr
     for words in (
         "data: 8 rows", "bucket 96x96", "adapters: 49 layers, 67,984 parameters",
@@ -186,31 +186,31 @@ def test_every_configuration_has_exactly_the_known_fields():
     get_config = runpy.run_path(str(ROOT / "configs/zimage.py"))["get_config"]
     for arg in (None, "lora", "full", "tiny", "tiny_full", "random", "random_full"):
         config = get_config(arg)
-        assert settings.flat(config).keys() == settings.FIELDS.keys()
+        assert schema.flat(config).keys() == schema.FIELDS.keys()
         config.data.path = config.data.path or "somewhere"
-        settings.check(config)
+        schema.check(config)
 
 
 def test_a_list_may_be_written_on_the_command_line():
-    assert settings.values("1, 0.9,0.5") == (1, 0.9, 0.5)
-    assert settings.values("(0, 2)") == (0, 2)
-    assert settings.values("attention.to_q,feed_forward.w1") == (
+    assert schema.values("1, 0.9,0.5") == (1, 0.9, 0.5)
+    assert schema.values("(0, 2)") == (0, 2)
+    assert schema.values("attention.to_q,feed_forward.w1") == (
         "attention.to_q",
         "feed_forward.w1",
     )
-    assert settings.values("nodes4") == "nodes4"
-    assert settings.values("random:1") == "random:1"
-    assert settings.values("3") == (3,)
+    assert schema.values("nodes4") == "nodes4"
+    assert schema.values("random:1") == "random:1"
+    assert schema.values("3") == (3,)
 
 
-def test_a_caption_longer_than_the_model_takes_is_named_before_training(tiny_run, tmp_path):
+def test_a_caption_longer_than_the_model_takes_is_named_before_training(random_run, tmp_path):
     workdir, photos = tmp_path / "run", tmp_path / "photos"
-    shutil.copytree(tiny_run / "tiny_model", workdir / "tiny_model")
-    shutil.copytree(tiny_run / "tiny_data", photos)
+    shutil.copytree(random_run / "random_model", workdir / "random_model")
+    shutil.copytree(random_run / "random_data", photos)
     for name in ("001", "004"):
         (photos / f"{name}.txt").write_text("word " * 700)
     result = run_program(
-        "train", *TINY_CONFIG, f"--workdir={workdir}", f"--config.data.path={photos}"
+        "train", *RANDOM_CONFIG, f"--workdir={workdir}", f"--config.data.path={photos}"
     )
     assert result.returncode == 2 and "Traceback" not in result.stderr
     for name in ("001", "004"):
@@ -218,16 +218,16 @@ def test_a_caption_longer_than_the_model_takes_is_named_before_training(tiny_run
     assert not (workdir / "metrics.jsonl").exists()
 
 
-def test_a_full_disk_while_saving_loses_nothing(tiny_run, tmp_path):
+def test_a_full_disk_while_saving_loses_nothing(random_run, tmp_path):
     """Files cannot grow past what the first checkpoint took: the next, larger write fails."""
     workdir = tmp_path / "run"
-    shutil.copytree(tiny_run, workdir)
+    shutil.copytree(random_run, workdir)
     shutil.rmtree(workdir / "checkpoints" / "4")
     (workdir / "lora" / "step_4.safetensors").unlink()
     before = (workdir / "lora" / "step_2.safetensors").read_bytes()
     # 390 KiB a file: enough for a LoRA file, too little for a checkpoint.
     command = shlex.join(
-        [sys.executable, "-m", "dopsd_jax.train", *TINY_CONFIG, f"--workdir={workdir}"]
+        [sys.executable, "-m", "dopsd_jax.train", *RANDOM_CONFIG, f"--workdir={workdir}"]
     )
     result = subprocess.run(
         ["bash", "-c", f"ulimit -f 390; exec {command}"],
@@ -238,9 +238,9 @@ def test_a_full_disk_while_saving_loses_nothing(tiny_run, tmp_path):
     assert len(errors) == 1 and "disk is full" in errors[0] and "Traceback" not in result.stderr
     assert (workdir / "lora" / "step_2.safetensors").read_bytes() == before
     assert Checkpoints(workdir / "checkpoints", keep=3).steps == [2]
-    again = run_program("train", *TINY_CONFIG, f"--workdir={workdir}")
+    again = run_program("train", *RANDOM_CONFIG, f"--workdir={workdir}")
     assert again.returncode == 0 and "resuming at step 2" in again.stdout
-    same_numbers(records(workdir), records(tiny_run))
+    same_numbers(records(workdir), records(random_run))
 
 
 def test_a_run_that_has_saved_nothing_may_be_corrected(tmp_path):

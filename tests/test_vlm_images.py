@@ -14,9 +14,9 @@ import numpy as np
 import pytest
 import torch
 
+from dopsd_jax.common.errors import UserError
 from dopsd_jax.data.resample import resize_bicubic
 from dopsd_jax.data.vlm_images import ImageSettings, preprocess
-from dopsd_jax.errors import UserError
 
 DATA = pathlib.Path(__file__).parent / "data"
 REFERENCE = runpy.run_path(str(DATA / "make_vlm_image_reference.py"))
@@ -109,7 +109,7 @@ def test_patches_are_channel_frame_row_column_in_merge_blocks():
             np.testing.assert_array_equal(found[block_row, block, row, column][:, frame], tile)
 
 
-def test_no_program_imports_torch_where_it_is_installed(tiny_model):
+def test_no_program_imports_torch_where_it_is_installed(random_model):
     """It would take seconds of every start, and memory beside the accelerator's."""
     code = """
 import importlib, sys
@@ -128,7 +128,7 @@ tokens = Pipeline(sys.argv[1]).tokenizer("a dog").input_ids
 print(patches.shape, len(tokens) > 1, "torch" in sys.modules)
 """
     root = pathlib.Path(__file__).parents[1]
-    command = [sys.executable, "-c", code, tiny_model]
+    command = [sys.executable, "-c", code, random_model]
     done = subprocess.run(command, cwd=root, capture_output=True, text=True)
     assert done.stdout.split("\n")[-2] == "(8, 1536) True False", done.stderr
 

@@ -9,16 +9,15 @@ from flax import nnx
 from PIL import Image, ImageFilter
 
 import dopsd_jax
-from dopsd_jax.encoding import STUDENT, TEACHER
-from dopsd_jax.errors import UserError
-from dopsd_jax.families import zimage as family
-from dopsd_jax.families.zimage_pipeline import start_noise
-from dopsd_jax.flow import shifted_grid
-from dopsd_jax.miniature import captions, concepts, judge, world
-from dopsd_jax.scores import frechet
-from dopsd_jax.scores import world as scores
-from dopsd_jax.scores.drawing import Painter, Shot, without_adapters
-from dopsd_jax.scores.summary import Exam, table
+from dopsd_jax.common.errors import UserError
+from dopsd_jax.common.flow import shifted_grid
+from dopsd_jax.conditioning.encoding import STUDENT, TEACHER
+from dopsd_jax.evaluation.drawing import Painter, Shot, without_adapters
+from dopsd_jax.families.zimage import family
+from dopsd_jax.families.zimage.pipeline import start_noise
+from dopsd_jax.miniature import captions, concepts, frechet, judge, world
+from dopsd_jax.miniature import world_scorers as scores
+from dopsd_jax.miniature.exam import Exam, table
 
 COUNT, BATCH = 10, 4
 TEACHER_OPTIONS = {"min_pixels": 64 * 64, "max_pixels": 128 * 128, "doubled_template": False}
@@ -184,8 +183,8 @@ def test_cases_follow_from_their_seed_and_say_all_that_is_judged(concept, cases)
 
 
 @pytest.fixture(scope="module")
-def pipe(tiny_model):
-    return dopsd_jax.load_pipeline(str(tiny_model))
+def pipe(random_model):
+    return dopsd_jax.load_pipeline(str(random_model))
 
 
 @pytest.mark.parametrize("role", [STUDENT, TEACHER])
@@ -223,9 +222,9 @@ def test_the_short_table_scores_any_weights_without_compiling_anew(pipe, concept
     assert again[1].retention is None and "-" in table(again)[2]
 
 
-def test_without_adapters_only_their_second_factor_is_gone(tiny_model, lora_file):
+def test_without_adapters_only_their_second_factor_is_gone(random_model, lora_file):
     """Which makes a model the base, bit for bit (see test_lora.py)."""
-    tuned = dopsd_jax.load_pipeline(str(tiny_model), lora=str(lora_file)).split[1]
+    tuned = dopsd_jax.load_pipeline(str(random_model), lora=str(lora_file)).split[1]
     flat, off = (dict(nnx.to_flat_state(t)) for t in (tuned, without_adapters(tuned)))
     assert flat.keys() == off.keys() and {path[-1] for path in flat} == {"a", "b"}
     for path, leaf in flat.items():

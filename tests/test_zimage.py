@@ -9,7 +9,7 @@ from conftest import relative_error
 from diffusers import ZImageTransformer2DModel
 from flax import nnx
 
-from dopsd_jax.errors import UserError
+from dopsd_jax.common.errors import UserError
 from dopsd_jax.models import zimage
 from dopsd_jax.weights.fill import fill
 

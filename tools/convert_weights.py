@@ -7,7 +7,7 @@ from pathlib import Path
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")  # converting needs no accelerator
 
-from dopsd_jax.errors import UserError, report
+from dopsd_jax.common.errors import UserError, report
 from dopsd_jax.weights import hub
 from dopsd_jax.weights.export import export_diffusers, export_single
 from dopsd_jax.weights.importing import import_model

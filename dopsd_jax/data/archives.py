@@ -16,6 +16,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from dopsd_jax.common.errors import UserError
 from dopsd_jax.data.blobs import (
     ARCHIVES,
     RECORDS,
@@ -33,7 +34,6 @@ from dopsd_jax.data.folder import (
     captions_in,
 )
 from dopsd_jax.data.records import KNOWN_KEYS, Collector, captions_of, kind_of
-from dopsd_jax.errors import UserError
 
 COMPRESSED = (".tar.gz", ".tgz", ".tar.bz2", ".tar.xz", ".tar.zst", ".tar.lz4")
 CAPTION_KEY = "caption"

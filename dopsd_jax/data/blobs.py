@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
 
-from dopsd_jax.errors import UserError
+from dopsd_jax.common.errors import UserError
 
 TAR, RECORDS = ".tar", ".array_record"
 # Readers kept open; each thread has its own, since reading moves a position.

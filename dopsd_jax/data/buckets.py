@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from fractions import Fraction
 from typing import NamedTuple
 
-from dopsd_jax.errors import UserError, raise_if
+from dopsd_jax.common.errors import UserError, raise_if
 
 
 class Bucket(NamedTuple):

@@ -17,7 +17,7 @@ import numpy as np
 import safetensors
 import safetensors.numpy
 
-from dopsd_jax.errors import UserError
+from dopsd_jax.common.errors import UserError
 
 FORMAT = 1  # part of every key: raise it when old entries must not be read
 _DTYPES = {

@@ -13,9 +13,9 @@ import numpy as np
 from jaxtyping import UInt8
 from PIL import ExifTags, Image, ImageOps
 
+from dopsd_jax.common.errors import UserError
 from dopsd_jax.data.blobs import Blob
 from dopsd_jax.data.rgb import UnsupportedModeError, mark_sixteen_bits, to_srgb
-from dopsd_jax.errors import UserError
 
 FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "TIFF", "GIF", "AVIF")  # names of Pillow's readers
 CONVERT = "convert it to PNG or JPEG"

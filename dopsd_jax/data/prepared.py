@@ -12,13 +12,13 @@ from etils import epath
 from jaxtyping import Float, UInt8
 from PIL import Image
 
+from dopsd_jax.common.errors import UserError, raise_if
 from dopsd_jax.data import prepared_parts as parts
 from dopsd_jax.data.buckets import Bucket
 from dopsd_jax.data.images import ImageInfo
 from dopsd_jax.data.picture_index import Infos
 from dopsd_jax.data.records import listing
 from dopsd_jax.data.table import Table
-from dopsd_jax.errors import UserError, raise_if
 
 THREADS = 16  # parts are opened at once, for storage that is far away
 AT_ONCE = 64  # parts

@@ -30,8 +30,8 @@ import numpy as np
 from etils import epath
 from jaxtyping import Int
 
-from dopsd_jax.errors import UserError, raise_if
-from dopsd_jax.weights.atomic import atomic_file, is_remote, partials, write_text
+from dopsd_jax.common.atomic import atomic_file, is_remote, partials, write_text
+from dopsd_jax.common.errors import UserError, raise_if
 from dopsd_jax.weights.safetensors_io import FileInfo, parse_header
 from dopsd_jax.weights.safetensors_write import header_bytes
 from dopsd_jax.weights.tensors import CODES, DTYPES, TensorInfo

@@ -7,9 +7,9 @@ import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 
+from dopsd_jax.common.errors import UserError
 from dopsd_jax.data.blobs import Blob
 from dopsd_jax.data.table import Table
-from dopsd_jax.errors import UserError
 
 UPSTREAM_KEYS = tuple(
     f"{length}_{language}"

@@ -14,13 +14,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from dopsd_jax.common.errors import UserError, raise_if
 from dopsd_jax.data.archives import COMPRESSED, read_archives
 from dopsd_jax.data.blobs import ARCHIVES
 from dopsd_jax.data.cache import FeatureCache
 from dopsd_jax.data.folder import IMAGE_SUFFIXES, read_folder
 from dopsd_jax.data.records import Collector, listing, open_failure, read_records
 from dopsd_jax.data.table import Row, Table
-from dopsd_jax.errors import UserError, raise_if
 
 MAX_PROBLEMS = 20
 METADATA = ("metadata.jsonl", "metadata.csv")

@@ -9,12 +9,12 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from dopsd_jax.errors import UserError
-from dopsd_jax.fields import Fields
+from dopsd_jax.common.atomic import atomic_folder, write_text
+from dopsd_jax.common.errors import UserError
+from dopsd_jax.common.json_fields import Fields
 from dopsd_jax.miniature import captions, render, world
 from dopsd_jax.miniature.outlines import ANGLES
 from dopsd_jax.miniature.world import Concept
-from dopsd_jax.weights.atomic import atomic_folder, write_text
 from dopsd_jax.weights.stored import read_json
 
 FILE = "concept.json"

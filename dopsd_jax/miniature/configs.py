@@ -6,8 +6,8 @@ from dopsd_jax.miniature import captions
 from dopsd_jax.miniature.render import SIDE
 from dopsd_jax.models import qwen3, qwen3_vl, zimage
 from dopsd_jax.models.autoencoder_config import AutoencoderConfig
-from dopsd_jax.tiny import configs as random_tiny
-from dopsd_jax.tiny.tokenizer import added_ids
+from dopsd_jax.random_model import configs as random_configs
+from dopsd_jax.random_model.tokenizer import added_ids
 
 MERGES = 400  # pairs that the tokenizer merges: every word of the grammar is one token
 IDS = added_ids(MERGES)
@@ -33,14 +33,14 @@ class Size:
     vision_layers: int = 2
 
 
-_RANDOM = random_tiny.Size()
+_RANDOM = random_configs.Size()
 
 
 def autoencoder(scaling: float = 1.0, shift: float = 0.0) -> dict:
     """vae/config.json: three levels, so a latent has a quarter of the picture's side."""
     widths = [16, 32, 64]
     return {
-        **random_tiny.autoencoder(_RANDOM),
+        **random_configs.autoencoder(_RANDOM),
         "block_out_channels": widths,
         "down_block_types": ["DownEncoderBlock2D"] * len(widths),
         "up_block_types": ["UpDecoderBlock2D"] * len(widths),
@@ -55,7 +55,7 @@ def autoencoder(scaling: float = 1.0, shift: float = 0.0) -> dict:
 def transformer(size: Size) -> dict:
     """transformer/config.json."""
     return {
-        **random_tiny.transformer(_RANDOM),
+        **random_configs.transformer(_RANDOM),
         "all_patch_size": [PATCH],
         "axes_dims": list(size.axes),
         "cap_feat_dim": size.text_dim,
@@ -71,12 +71,12 @@ def transformer(size: Size) -> dict:
 
 def text_encoder(size: Size) -> dict:
     """text_encoder/config.json."""
-    return {**random_tiny.text_encoder(_RANDOM), **_language(size)}
+    return {**random_configs.text_encoder(_RANDOM), **_language(size)}
 
 
 def vlm(size: Size) -> dict:
     """vlm/config.json: its language model has the text encoder's sizes."""
-    base = random_tiny.vlm(_RANDOM)
+    base = random_configs.vlm(_RANDOM)
     text = {**base["text_config"], **_language(size)}
     text["rope_scaling"] = {**text["rope_scaling"], "mrope_section": [4, 4, 4]}
     vision = {
@@ -103,7 +103,7 @@ def vlm(size: Size) -> dict:
 def preprocessor() -> dict:
     """vlm/preprocessor_config.json."""
     return {
-        **random_tiny.PREPROCESSOR,
+        **random_configs.PREPROCESSOR,
         "size": {"longest_edge": SIDE**2, "shortest_edge": SIDE**2},
         "patch_size": IMAGE_PATCH,
         "merge_size": 1,

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array
 
-from dopsd_jax.flow import shifted_grid
+from dopsd_jax.common.flow import shifted_grid
 from dopsd_jax.miniature import networks, optimizer, pool
 from dopsd_jax.miniature.configs import Size
 from dopsd_jax.miniature.optimizer import Parameters

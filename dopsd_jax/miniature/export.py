@@ -9,15 +9,15 @@ import numpy as np
 from flax import nnx
 
 import dopsd_jax
+from dopsd_jax.common.atomic import atomic_folder
 from dopsd_jax.miniature import configs, optimizer
 from dopsd_jax.miniature.configs import Size
 from dopsd_jax.miniature.optimizer import Parameters
 from dopsd_jax.models import autoencoder as vae_model
 from dopsd_jax.models import qwen3, qwen3_vl, zimage
-from dopsd_jax.tiny import configs as random_tiny
-from dopsd_jax.tiny.tokenizer import QWEN3_TEMPLATE, QWEN3_VL_TEMPLATE, write_tokenizer
-from dopsd_jax.weights.atomic import atomic_folder
-from dopsd_jax.weights.names import Leaf, to_torch
+from dopsd_jax.models.names import Leaf, to_torch
+from dopsd_jax.random_model import configs as random_configs
+from dopsd_jax.random_model.tokenizer import QWEN3_TEMPLATE, QWEN3_VL_TEMPLATE, write_tokenizer
 from dopsd_jax.weights.safetensors_write import write_sharded
 from dopsd_jax.weights.tensors import DTYPES, ArrayTensors
 
@@ -41,8 +41,8 @@ def write_model(
     state = nnx.to_flat_state(nnx.split(vae)[1])
     of_vae = {".".join(map(str, path)): var[...] for path, var in state}
     with atomic_folder(folder) as partial:
-        _json(partial / "model_index.json", random_tiny.MODEL_INDEX)
-        _json(partial / "scheduler" / "scheduler_config.json", random_tiny.SCHEDULER)
+        _json(partial / "model_index.json", random_configs.MODEL_INDEX)
+        _json(partial / "scheduler" / "scheduler_config.json", random_configs.SCHEDULER)
         write_words(partial / "tokenizer", QWEN3_TEMPLATE, 131072)
         _network(
             partial / "transformer",

@@ -13,14 +13,14 @@ import numpy as np
 from absl import flags
 
 import dopsd_jax
-from dopsd_jax import errors
-from dopsd_jax.encoding import STUDENT, TEACHER
-from dopsd_jax.errors import UserError
-from dopsd_jax.families.zimage_pipeline import Pipeline
+from dopsd_jax.common import errors
+from dopsd_jax.common.errors import UserError
+from dopsd_jax.conditioning.encoding import STUDENT, TEACHER
+from dopsd_jax.evaluation.drawing import Painter, Shot
+from dopsd_jax.evaluation.scorer import Case
+from dopsd_jax.families.zimage.pipeline import Pipeline
 from dopsd_jax.miniature import captions, judge, render, world
-from dopsd_jax.scores import world as scores
-from dopsd_jax.scores.drawing import Painter, Shot
-from dopsd_jax.scores.scorer import Case
+from dopsd_jax.miniature import world_scorers as scores
 from dopsd_jax.weights.stored import read_json
 
 CONCEPTS, ORDINARY = 24, 96

@@ -10,7 +10,7 @@ from typing import NamedTuple
 import numpy as np
 from jaxtyping import Float, Int, UInt8
 
-from dopsd_jax.data.prompts import student_text, teacher_text
+from dopsd_jax.families.zimage.templates import student_text, teacher_text
 from dopsd_jax.miniature import captions, configs, render, world
 from dopsd_jax.miniature.world import Scene
 

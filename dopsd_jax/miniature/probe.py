@@ -8,11 +8,11 @@ import jax
 import numpy as np
 from PIL import Image
 
-from dopsd_jax.encoding import TEACHER
-from dopsd_jax.flow import shifted_grid
+from dopsd_jax.common.flow import shifted_grid
+from dopsd_jax.conditioning.encoding import TEACHER
+from dopsd_jax.evaluation.scorer import Case
 from dopsd_jax.miniature import captions, judge, networks, optimizer, pool, render, world
 from dopsd_jax.miniature.configs import FACTOR, LATENT_CHANNELS, Size
-from dopsd_jax.scores.scorer import Case
 
 SIDE = render.SIDE // FACTOR
 

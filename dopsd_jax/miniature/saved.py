@@ -9,8 +9,8 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 
-from dopsd_jax.errors import UserError, raise_if
-from dopsd_jax.weights.atomic import atomic_file
+from dopsd_jax.common.atomic import atomic_file
+from dopsd_jax.common.errors import UserError, raise_if
 
 
 def save_tree(path: Path, tree: Any, about: dict | None = None) -> None:

@@ -14,8 +14,9 @@ import transformers
 from absl import flags
 
 import dopsd_jax
-from dopsd_jax import errors
-from dopsd_jax.errors import UserError
+from dopsd_jax.common import errors
+from dopsd_jax.common.atomic import disk_error, write_text
+from dopsd_jax.common.errors import UserError
 from dopsd_jax.miniature import (
     autoencoder,
     configs,
@@ -29,8 +30,7 @@ from dopsd_jax.miniature import (
     training,
 )
 from dopsd_jax.models.autoencoder import Autoencoder, to_uint8
-from dopsd_jax.tiny.tokenizer import QWEN3_TEMPLATE
-from dopsd_jax.weights.atomic import disk_error, write_text
+from dopsd_jax.random_model.tokenizer import QWEN3_TEMPLATE
 
 OUT = flags.DEFINE_string("out", None, "folder for states, logs, pictures and the model")
 START = flags.DEFINE_string(

@@ -10,8 +10,8 @@ from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_ma
 from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float, Int
 
-from dopsd_jax.errors import UserError
-from dopsd_jax.sharding import ambient_mesh, axes_dividing, constrain_batch, sample_axes
+from dopsd_jax.common.errors import UserError
+from dopsd_jax.parallel.sharding import ambient_mesh, axes_dividing, constrain_batch, sample_axes
 
 IMPLEMENTATIONS = ("xla", "cudnn", "splash")
 LANES = 128  # width of a TPU vector register: splash's blocks and head sizes are multiples of it

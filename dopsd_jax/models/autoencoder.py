@@ -14,8 +14,8 @@ from jaxtyping import Array, Float, UInt8
 from dopsd_jax.models.attention import attention
 from dopsd_jax.models.autoencoder_config import AutoencoderConfig
 from dopsd_jax.models.layers import Dense
+from dopsd_jax.models.names import Leaf, Source, linear, vector
 from dopsd_jax.models.tiling import Tiling, run_tiled
-from dopsd_jax.weights.names import Leaf, Source, linear, vector
 
 NORM_EPS = 1e-6
 # Rows of the attention matrix that exist at a time: 1024 of a 2048x2048 image take 0.25 GiB.

@@ -9,7 +9,7 @@ from flax import nnx
 from jaxtyping import Array, Float
 
 from dopsd_jax.models.quantised import QuantisedKernel
-from dopsd_jax.sharding import FREE, constrain_batch, constrain_weights, to_device
+from dopsd_jax.parallel.sharding import FREE, constrain_batch, constrain_weights, to_device
 
 
 class Dense(nnx.Module):

@@ -16,8 +16,8 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float
 
-from dopsd_jax.errors import UserError, raise_if
-from dopsd_jax.sharding import gather_weights
+from dopsd_jax.common.errors import UserError, raise_if
+from dopsd_jax.parallel.sharding import gather_weights
 
 REST = "bfloat16"  # type of what a quantised network keeps whole
 

@@ -14,11 +14,11 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
-from dopsd_jax.fields import Fields
+from dopsd_jax.common.json_fields import Fields
 from dopsd_jax.models import qwen3, qwen3_vl_vision
+from dopsd_jax.models.names import Leaf, Source
 from dopsd_jax.models.qwen3 import Qwen3, Qwen3Config, inverse_frequencies, read_language_fields
 from dopsd_jax.models.qwen3_vl_vision import Qwen3VLVision, Qwen3VLVisionConfig, read_vision_fields
-from dopsd_jax.weights.names import Leaf, Source
 
 AXES = 3  # temporal, row, column
 

@@ -15,11 +15,11 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
-from dopsd_jax.fields import Fields
+from dopsd_jax.common.json_fields import Fields
 from dopsd_jax.models.attention import attention
 from dopsd_jax.models.layers import Dense, LayerNorm, scan_range, stack
+from dopsd_jax.models.names import Leaf, Source, linear, vector
 from dopsd_jax.models.qwen3 import inverse_frequencies, rotate
-from dopsd_jax.weights.names import Leaf, Source, linear, vector
 
 NORM_EPS = 1e-6
 ROPE_THETA = 10000.0

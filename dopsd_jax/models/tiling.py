@@ -11,7 +11,7 @@ import jax
 import numpy as np
 from jaxtyping import Array, Float
 
-from dopsd_jax.errors import UserError, raise_if
+from dopsd_jax.common.errors import UserError, raise_if
 
 
 @dataclasses.dataclass(frozen=True)

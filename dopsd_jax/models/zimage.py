@@ -13,17 +13,12 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
-from dopsd_jax.errors import raise_if
+from dopsd_jax.common.errors import raise_if
 from dopsd_jax.models.attention import attention
 from dopsd_jax.models.layers import Dense, RMSNorm, normalize, scan_blocks, sinusoids, stack
-from dopsd_jax.models.zimage_rope import (
-    caption_positions,
-    image_positions,
-    rope_tables,
-    rotate,
-)
-from dopsd_jax.sharding import constrain_batch
-from dopsd_jax.weights.names import Leaf, linear, vector
+from dopsd_jax.models.names import Leaf, linear, vector
+from dopsd_jax.models.zimage_rope import caption_positions, image_positions, rope_tables, rotate
+from dopsd_jax.parallel.sharding import constrain_batch
 
 MODULATION_DIM = 256  # ADALN_EMBED_DIM; narrower models use their own width
 TIME_HIDDEN = 1024

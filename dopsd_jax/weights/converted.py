@@ -18,11 +18,11 @@ from pathlib import Path
 import numpy as np
 from orbax.checkpoint import v1 as ocp
 
-from dopsd_jax.errors import UserError
-from dopsd_jax.weights.atomic import disk_error, need_space, write_text
+from dopsd_jax.common.atomic import disk_error, need_space, write_text
+from dopsd_jax.common.errors import UserError
+from dopsd_jax.models.names import Leaf, Source, to_flax
 from dopsd_jax.weights.digest import combined_digest, tensor_digest
 from dopsd_jax.weights.layouts import Found
-from dopsd_jax.weights.names import Leaf, Source, to_flax
 from dopsd_jax.weights.progress import SILENT, Progress
 from dopsd_jax.weights.tensors import CODES, DTYPES, Tensors, contiguous, total_bytes
 

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import numpy as np
 
-from dopsd_jax.weights.atomic import write_text
+from dopsd_jax.common.atomic import write_text
 from dopsd_jax.weights.safetensors_io import TensorFiles
 from dopsd_jax.weights.tensors import CODES, Tensors, contiguous
 

@@ -4,8 +4,8 @@ import dataclasses
 from collections.abc import Mapping
 from pathlib import Path
 
-from dopsd_jax.errors import UserError, raise_if
-from dopsd_jax.weights.atomic import atomic_folder, need_space, write_text
+from dopsd_jax.common.atomic import atomic_folder, need_space, write_text
+from dopsd_jax.common.errors import UserError, raise_if
 from dopsd_jax.weights.converted import CONFIG
 from dopsd_jax.weights.layouts import CANONICAL, Found, in_layout
 from dopsd_jax.weights.lora_files import LoraModule

@@ -6,7 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from dopsd_jax.weights.names import Leaf, to_flax
+from dopsd_jax.models.names import Leaf, to_flax
 
 
 def fill(

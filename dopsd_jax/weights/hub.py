@@ -16,8 +16,8 @@ from huggingface_hub.errors import (
     RevisionNotFoundError,
 )
 
-from dopsd_jax.errors import UserError
-from dopsd_jax.weights.atomic import FULL
+from dopsd_jax.common.atomic import FULL
+from dopsd_jax.common.errors import UserError
 from dopsd_jax.weights.stored import read_json
 
 MODEL_MANIFEST = "dopsd_jax.json"  # of a converted model

@@ -4,9 +4,9 @@ import json
 from collections.abc import Mapping
 from pathlib import Path
 
-from dopsd_jax.errors import UserError, raise_if
+from dopsd_jax.common.atomic import disk_error, write_text
+from dopsd_jax.common.errors import UserError, raise_if
 from dopsd_jax.weights import converted
-from dopsd_jax.weights.atomic import disk_error, write_text
 from dopsd_jax.weights.digest import file_stamp
 from dopsd_jax.weights.hub import MODEL_MANIFEST
 from dopsd_jax.weights.model_folder import (

@@ -4,7 +4,7 @@ from collections import Counter
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
-from dopsd_jax.errors import UserError
+from dopsd_jax.common.errors import UserError
 from dopsd_jax.models.zimage import ZImageConfig
 from dopsd_jax.weights import converted
 from dopsd_jax.weights.hub import MODEL_MANIFEST

@@ -8,10 +8,10 @@ names alone.
 import dataclasses
 from collections.abc import Iterable, Mapping, Sequence
 
-from dopsd_jax.errors import UserError
-from dopsd_jax.weights.account import account, sources
-from dopsd_jax.weights.names import Leaf, Source
+from dopsd_jax.common.errors import UserError
+from dopsd_jax.models.names import Leaf, Source
 from dopsd_jax.weights.tensors import Piece, Recipe, Tensors, View
+from dopsd_jax.weights.validation import account, sources
 
 CANONICAL = "diffusers"
 

@@ -7,9 +7,9 @@ convolutions. LDM counts the decoder's levels from the output side.
 import re
 from collections.abc import Sequence
 
-from dopsd_jax.weights.account import sources
+from dopsd_jax.models.names import Leaf, Source
 from dopsd_jax.weights.layouts import Entry, Layout
-from dopsd_jax.weights.names import Leaf, Source
+from dopsd_jax.weights.validation import sources
 
 ORIGINAL = "ldm"
 

@@ -2,9 +2,9 @@
 
 from collections.abc import Sequence
 
-from dopsd_jax.weights.account import sources
+from dopsd_jax.models.names import Leaf, Source
 from dopsd_jax.weights.layouts import Entry, Layout
-from dopsd_jax.weights.names import Leaf, Source
+from dopsd_jax.weights.validation import sources
 
 PREFIXES = ("", "model.diffusion_model.", "diffusion_model.")
 ORIGINAL = "comfyui"

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from dopsd_jax.weights.names import Leaf, to_torch
+from dopsd_jax.models.names import Leaf, to_torch
 from dopsd_jax.weights.tensors import CODES, TensorInfo, take
 
 KEPT_LEAVES = 4  # in host memory: tensors that are fused here are not neighbours in a file

@@ -10,9 +10,9 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from dopsd_jax.errors import UserError
+from dopsd_jax.common.errors import UserError
 from dopsd_jax.models import quantised
-from dopsd_jax.weights.names import Leaf
+from dopsd_jax.models.names import Leaf
 from dopsd_jax.weights.networks import Network
 from dopsd_jax.weights.stored import ConvertedTensors, Stored, host_leaf, open_stored
 from dopsd_jax.weights.tensors import contiguous

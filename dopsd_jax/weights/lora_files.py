@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from dopsd_jax.errors import UserError, raise_if
+from dopsd_jax.common.errors import UserError, raise_if
 from dopsd_jax.weights.lora_dialects import (
     STYLES,
     SUFFIXES,

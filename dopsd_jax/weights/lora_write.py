@@ -7,8 +7,8 @@ from pathlib import Path
 import numpy as np
 from etils import epath
 
-from dopsd_jax.errors import UserError, raise_if
-from dopsd_jax.weights.atomic import disk_error, write_text
+from dopsd_jax.common.atomic import disk_error, write_text
+from dopsd_jax.common.errors import UserError, raise_if
 from dopsd_jax.weights.lora_dialects import WRITTEN, Layers, Target, stem
 from dopsd_jax.weights.lora_files import (
     HEADER,

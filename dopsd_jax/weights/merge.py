@@ -4,7 +4,7 @@ from collections.abc import Mapping
 
 import numpy as np
 
-from dopsd_jax.errors import raise_if
+from dopsd_jax.common.errors import raise_if
 from dopsd_jax.weights.lora_files import LoraModule
 from dopsd_jax.weights.tensors import FLOATS, TensorInfo, Tensors
 

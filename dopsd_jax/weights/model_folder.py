@@ -8,7 +8,7 @@ import shutil
 from collections.abc import Mapping
 from pathlib import Path
 
-from dopsd_jax.errors import UserError
+from dopsd_jax.common.errors import UserError
 from dopsd_jax.weights.hub import MODEL_MANIFEST
 from dopsd_jax.weights.networks import FAMILIES, Network
 from dopsd_jax.weights.stored import read_json

@@ -7,9 +7,9 @@ from typing import Any
 from flax import nnx
 
 from dopsd_jax.models import autoencoder, qwen3, qwen3_vl, zimage
+from dopsd_jax.models.names import Leaf, Source
 from dopsd_jax.weights import layouts_vae, layouts_zimage
 from dopsd_jax.weights.layouts import Layout, canonical, renamed
-from dopsd_jax.weights.names import Leaf, Source
 
 DIFFUSERS_BASE = "diffusion_pytorch_model"
 TRANSFORMERS_BASE = "model"

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import numpy as np
 
-from dopsd_jax.errors import UserError, raise_if
+from dopsd_jax.common.errors import UserError, raise_if
 from dopsd_jax.weights.tensors import DTYPES, TensorInfo
 
 MAX_HEADER = 100_000_000  # the reference implementation's limit

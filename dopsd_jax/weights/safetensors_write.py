@@ -9,8 +9,8 @@ from pathlib import Path
 import numpy as np
 from etils import epath
 
-from dopsd_jax.errors import UserError
-from dopsd_jax.weights.atomic import atomic_file, is_remote, need_space, write_text
+from dopsd_jax.common.atomic import atomic_file, is_remote, need_space, write_text
+from dopsd_jax.common.errors import UserError
 from dopsd_jax.weights.progress import SILENT, Progress
 from dopsd_jax.weights.tensors import CODES, TensorInfo, Tensors, contiguous
 

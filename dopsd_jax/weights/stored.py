@@ -10,15 +10,15 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from dopsd_jax.errors import UserError, raise_if
+from dopsd_jax.common.errors import UserError, raise_if
+from dopsd_jax.models.names import Leaf, to_flax, to_torch
 from dopsd_jax.weights import converted
-from dopsd_jax.weights.account import account, sources
 from dopsd_jax.weights.digest import remembered_digest
 from dopsd_jax.weights.layouts import CANONICAL, Found, as_canonical, recognise
-from dopsd_jax.weights.names import Leaf, to_flax, to_torch
 from dopsd_jax.weights.networks import Network
 from dopsd_jax.weights.safetensors_io import TensorFiles
 from dopsd_jax.weights.tensors import DTYPES, TensorInfo, Tensors, take
+from dopsd_jax.weights.validation import account, sources
 
 AGAIN = "convert the model again"
 KEPT_PARTS = 2  # parts in memory while reading: neighbours share fused parameters

@@ -1,0 +1,125 @@
+"""Files and folders that appear whole or not at all."""
+
+import contextlib
+import errno
+import glob
+import os
+import secrets
+import shutil
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+from etils import epath
+
+from dopsd_jax.common.errors import UserError
+
+FULL = (errno.ENOSPC, errno.EDQUOT)
+
+
+def disk_error(error: OSError, path: str | os.PathLike) -> UserError:
+    """What to tell the user when writing `path` failed."""
+    if error.errno in FULL:
+        return UserError(
+            f"{path}: the disk is full; free some space and run again, nothing was lost"
+        )
+    return UserError(f"{path}: cannot be written ({error.strerror}); check the folder")
+
+
+@contextlib.contextmanager
+def atomic_file(path: str | os.PathLike) -> Iterator:
+    """A binary file that replaces `path` when the block ends well; otherwise the old one stays.
+
+    In an object store (`gs://`) a file appears as it is closed, and there is no rename: there the
+    content waits in a local file until it is whole.
+    """
+    if is_remote(path):
+        with _stored_file(epath.Path(path)) as file:
+            yield file
+        return
+    path = Path(path)
+    partial = path.with_name(f".{path.name}.partial-{os.getpid()}-{secrets.token_hex(4)}")
+    try:
+        with open(partial, "wb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(partial, path)
+        _sync_folder(path.parent)
+    except OSError as error:
+        raise disk_error(error, path) from error
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def partials(name: str) -> str:
+    """A pattern of what `atomic_file` leaves of the file `name` when its process is killed."""
+    return f".{glob.escape(name)}.partial-*"
+
+
+def is_remote(path: str | os.PathLike) -> bool:
+    """Whether a path names an object in a store, such as gs://bucket/run, and not a file."""
+    return "://" in str(path)
+
+
+@contextlib.contextmanager
+def _stored_file(path: epath.Path) -> Iterator:
+    try:
+        with tempfile.TemporaryFile() as file:
+            yield file
+            file.seek(0)
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with path.open("wb") as target:
+                shutil.copyfileobj(file, target, 1 << 22)
+    except OSError as error:
+        raise disk_error(error, path) from error
+
+
+@contextlib.contextmanager
+def atomic_folder(path: str | os.PathLike, *, replace: bool = False) -> Iterator[Path]:
+    """A folder that gets its name when the block ends well.
+
+    Raises `UserError` if that is taken, unless `replace`.
+    """
+    path = Path(path)
+    if not replace and path.exists() and (not path.is_dir() or any(path.iterdir())):
+        raise UserError(f"{path}: already there; give another name, or remove it")
+    partial = path.with_name(f"{path.name}.partial-{os.getpid()}")
+    try:
+        partial.mkdir(parents=True)
+        yield partial
+        if path.exists():
+            shutil.rmtree(path) if replace else path.rmdir()
+        os.replace(partial, path)
+        _sync_folder(path.parent)
+    except OSError as error:
+        raise disk_error(error, path) from error
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def write_text(path: str | os.PathLike, text: str) -> None:
+    """Writes a small text file atomically."""
+    with atomic_file(path) as file:
+        file.write(text.encode())
+
+
+def need_space(folder: str | os.PathLike, nbytes: int) -> None:
+    """Raises `UserError` when the disk that will hold `folder` has not `nbytes` free."""
+    folder = Path(folder).absolute()
+    while not folder.exists():
+        folder = folder.parent
+    free = shutil.disk_usage(folder).free
+    if free < nbytes:
+        raise UserError(
+            f"{folder}: {nbytes / 1e9:.1f} GB are needed, "
+            f"{free / 1e9:.1f} GB are free; free some space"
+        )
+
+
+def _sync_folder(folder: Path) -> None:
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

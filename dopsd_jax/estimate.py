@@ -1,0 +1,127 @@
+"""Compiles a configuration's step for a TPU that is not here: does it fit, and what does it cost?
+
+    python -m dopsd_jax.estimate --config configs/zimage.py[:arg] --topology v5p-8
+
+Nothing is loaded or allocated. The exit status is 1 if the step does not fit.
+"""
+
+import math
+
+import jax
+from absl import flags
+from ml_collections import ConfigDict, config_flags
+
+from dopsd_jax.common import errors
+from dopsd_jax.config import schema
+from dopsd_jax.estimation import abstract_step, compiled_step, flops, remedies, tpu_topologies
+from dopsd_jax.estimation.abstract_step import Case
+from dopsd_jax.estimation.compiled_step import Report
+
+CONFIG = config_flags.DEFINE_config_file(
+    "config", None, "configuration file, with :argument", lock_config=True
+)
+TOPOLOGY = flags.DEFINE_string(
+    "topology", tpu_topologies.LOCAL, "local, or a TPU slice such as v5p-8 or v5p:2x2x1"
+)
+FULL_SIZE = flags.DEFINE_bool("full_size", False, "the published network, not config.model's")
+HEIGHT = flags.DEFINE_integer("height", 0, "pixels; 0: config.data.resolution")
+WIDTH = flags.DEFINE_integer("width", 0, "pixels; 0: config.data.resolution")
+STUDENT_ROWS = flags.DEFINE_integer("student_rows", 512, "caption tokens of the student")
+TEACHER_ROWS = flags.DEFINE_integer("teacher_rows", 1024, "caption tokens of the teacher")
+
+
+def main() -> int:
+    config = CONFIG.value
+    fields = {**config.to_dict(), "data": {**config.data.to_dict(), "path": "not read"}}
+    schema.check(fields, config_flags.get_override_values(flags.FLAGS["config"]))
+    if TOPOLOGY.value != tpu_topologies.LOCAL:
+        jax.config.update("jax_platforms", "cpu")  # whatever else is here is left alone
+    devices = tpu_topologies.devices(TOPOLOGY.value)
+    size, origin = abstract_step.network_size(config.model, FULL_SIZE.value)
+    case = Case(
+        height=HEIGHT.value or config.data.resolution,
+        width=WIDTH.value or config.data.resolution,
+        rows_student=STUDENT_ROWS.value,
+        rows_teacher=TEACHER_ROWS.value,
+    )
+    print(f"network: {origin}, {flops.parameters(size):,} parameters; compiling", flush=True)
+    report = compiled_step.compile_step(config, size, case, devices)
+    print("\n".join(describe(report, config, case)), flush=True)
+    if not report.fits:
+        print("\n".join(remedies.describe(config, size, case, report)))
+    return 0 if report.fits else 1
+
+
+def describe(report: Report, config: ConfigDict, case: Case) -> list[str]:
+    """The report in lines."""
+    devices = math.prod(report.mesh.values())
+    axes = ", ".join(f"{axis} {size}" for axis, size in report.mesh.items())
+    what = f"lora rank {config.lora.rank}" if config.train == "lora" else config.train
+    return [
+        f"{devices} x {report.device_kind}: {axes}",
+        f"{what}, {report.images} images a step of {case.height} x {case.width}, captions of "
+        f"{case.rows_student} and {case.rows_teacher} rows; attention {report.attention}, remat "
+        f"{config.remat}, base {config.base_dtype}",
+        *_memory(report),
+        *_work(report, devices),
+        *_traffic(report),
+        *_verdict(report),
+    ]
+
+
+def _memory(report: Report) -> list[str]:
+    lines = ["memory of one device:"]
+    lines += [f"  {kind:<12}{_size(size)}" for kind, size in report.account.live.items() if size]
+    if report.needed is not None:
+        room = f" of {_size(report.capacity).strip()}" if report.capacity else ""
+        lines.append(f"  {'temporaries':<12}{_size(report.temporaries)}")
+        lines.append(f"  {'peak':<12}{_size(report.needed)}{room}")
+    else:
+        lines.append(f"  {'so far':<12}{_size(report.account.lasting)}, without any temporaries")
+    if report.account.host:
+        held = ", ".join(f"{k} {_size(n).strip()}" for k, n in report.account.host.items())
+        lines.append(f"memory of its host, for this device: {held}")
+    return lines
+
+
+def _work(report: Report, devices: int) -> list[str]:
+    model, executed = (
+        flop * report.images / devices / 1e12 for flop in (report.work.model, report.work.executed)
+    )
+    line = f"work of one device a step: model {model:.4g} TFLOP, executed {executed:.4g}"
+    if rate := flops.peak_rate(report.device_kind):
+        line += f"; {executed * 1e12 / rate:.2f} s at its peak of {rate / 1e12:.4g} TFLOP/s"
+    return [line]
+
+
+def _traffic(report: Report) -> list[str]:
+    if report.sent is None:
+        return []
+    lines = ["results of collectives on one device in a step:"]
+    for kind, traffic in sorted(report.sent.traffic.items()):
+        lines.append(f"  {kind:<20}{traffic.count:6d} times{_size(traffic.bytes)}")
+        if carried := report.activations.get(kind):
+            lines[-1] += f", of which activations {_size(carried.bytes).strip()}"
+    if not report.sent.traffic:
+        lines.append("  nothing")
+    if report.sent.unknown_loops:
+        lines.append(f"  at least: {report.sent.unknown_loops} loops are of unknown length")
+    return lines
+
+
+def _verdict(report: Report) -> list[str]:
+    lines = [f"compiled in {report.seconds:.0f} s"] if report.digest else []
+    if report.fits:
+        return [*lines, "fits" if report.capacity else "compiles; the device's memory is unknown"]
+    room = _size(report.capacity).strip() if report.capacity else "its memory"
+    why = report.problem or f"the peak is {_size(report.needed).strip()}"
+    return [*lines, f"does not fit: {why}, and a device has {room}"]
+
+
+def _size(count: float) -> str:
+    return f"{count / 2**30:9.2f} GiB" if count >= 2**30 else f"{count / 2**20:9.2f} MiB"
+
+
+if __name__ == "__main__":
+    flags.mark_flag_as_required("config")
+    errors.run(main)

@@ -1,0 +1,167 @@
+"""What a configuration's step needs, compiled for devices that need not be here."""
+
+import dataclasses
+import hashlib
+import os
+import re
+import time
+from collections.abc import Callable
+
+import jax
+from ml_collections import ConfigDict
+
+from dopsd_jax.estimation import flops, memory
+from dopsd_jax.estimation.abstract_step import Case, Program, make_program
+from dopsd_jax.estimation.collectives import Collectives, Traffic, activations, collectives
+from dopsd_jax.estimation.memory import Account
+from dopsd_jax.methods import registry
+from dopsd_jax.models import zimage
+from dopsd_jax.parallel import sharding
+
+
+@dataclasses.dataclass(frozen=True)
+class Report:
+    """What the compiler said. Bytes are of one device, FLOP of one image.
+
+    account: what is counted without it. needed: the most memory at one time; None if that is not
+    known. sent: what devices send each other; activations: the part of it that is none of weights
+    and gradients. None if there is no program. problem: why there is none, in the compiler's words.
+    capacity: bytes of a device; None if unknown. digest: of the program before compilation.
+    """
+
+    device_kind: str
+    mesh: dict[str, int]
+    attention: str
+    images: int
+    account: Account
+    work: flops.StepWork
+    capacity: float | None
+    seconds: float = 0.0
+    needed: int | None = None
+    sent: Collectives | None = None
+    activations: dict[str, Traffic] | None = None
+    problem: str | None = None
+    digest: str = ""
+
+    @property
+    def temporaries(self) -> int | None:
+        """What the step needs besides what lives anyway, at its worst moment."""
+        return None if self.needed is None else self.needed - self.account.lasting
+
+    @property
+    def fits(self) -> bool:
+        return self.problem is None and not (self.capacity and self.needed > self.capacity)
+
+
+def compile_step(
+    config: ConfigDict, size: zimage.ZImageConfig, case: Case, devices: list[jax.Device]
+) -> Report:
+    """Compiles the step of `config` on a network of `size`. Nothing is allocated.
+
+    Not if what lives through the run is more than a device holds: that takes no compiler to see.
+    Raises `UserError`: see `program.make_program`.
+    """
+    report, lower = prepare(config, size, case, devices)
+    if report.problem:
+        return report
+    platform, clock = devices[0].platform, time.monotonic()
+    lowered, program = lower()
+    report = dataclasses.replace(report, digest=digest(lowered))
+    try:
+        compiled = lowered.compile()
+    except jax.errors.JaxRuntimeError as error:
+        if "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        needed, problem = _exhausted(str(error))
+        seconds = time.monotonic() - clock
+        return dataclasses.replace(report, seconds=seconds, needed=needed, problem=problem)
+    stats = compiled.memory_analysis()
+    needed = stats.peak_memory_in_bytes
+    if platform != "tpu":  # there the peak leaves temporaries out, and they are one block
+        results = stats.output_size_in_bytes - stats.alias_size_in_bytes
+        needed = stats.argument_size_in_bytes + results + stats.temp_size_in_bytes
+    sent = collectives(compiled.as_text())
+    parts = {n // split for n in case.tokens(size) for split in (1, report.mesh["context"])}
+    return dataclasses.replace(
+        report,
+        seconds=time.monotonic() - clock,
+        needed=needed,
+        sent=sent,
+        activations=activations(sent, parts, _parameter_sizes(program)),
+    )
+
+
+def prepare(
+    config: ConfigDict, size: zimage.ZImageConfig, case: Case, devices: list[jax.Device]
+) -> tuple[Report, Callable[[], tuple[jax.stages.Lowered, Program]]]:
+    """What is known before the compiler is asked, and the step for it; see `compile_step`."""
+    platform, kind = devices[0].platform, devices[0].device_kind
+    mesh = sharding.make_mesh(config.mesh, devices)
+    program = make_program(config, size, case, mesh, platform)
+    held = memory.count(config, program, mesh)
+    capacity = flops.device_memory(kind) or _local_memory(devices[0])
+    problem = None
+    if capacity and held.lasting > capacity:
+        problem = f"what lives through the run takes {held.lasting / 2**30:.2f} GiB by itself"
+    report = Report(
+        device_kind=kind,
+        mesh=dict(mesh.shape),
+        attention=program.attention,
+        images=config.batch_size * config.accumulate,
+        account=held,
+        work=_work(config, size, case, program),
+        capacity=capacity,
+        problem=problem,
+    )
+
+    def lower():
+        with jax.set_mesh(mesh):
+            arguments = program.plan.like, program.base, program.batch
+            return program.plan.step.lower(*arguments, 0, latent=program.latent), program
+
+    return report, lower
+
+
+def digest(lowered: jax.stages.Lowered) -> str:
+    """Of the program that the compiler is given: the same program compiles to the same step."""
+    return hashlib.sha256(lowered.as_text().encode()).hexdigest()
+
+
+def _work(config, size, case: Case, program: Program) -> flops.StepWork:
+    return flops.step_work(
+        size,
+        registry.passes(config, program.plan.grid),
+        height=case.latent[0],
+        width=case.latent[1],
+        rows_student=case.rows_student,
+        rows_teacher=case.rows_teacher,
+        chosen=program.plan.trained.chosen,
+        rank=config.lora.rank,
+        full=config.train == "full",
+        remat=config.remat,
+        flash=program.attention != "xla",
+    )
+
+
+def _parameter_sizes(program: Program) -> set[int]:
+    """Numbers of elements of every parameter, and of a layer of it."""
+    leaves = jax.tree.leaves((program.plan.like.student, program.base))
+    layers = {leaf.size // leaf.shape[0] for leaf in leaves if leaf.ndim > 2}
+    return layers | {leaf.size for leaf in leaves}
+
+
+def _local_memory(device: jax.Device) -> float | None:
+    """Bytes that a device of this machine lets programs use; None if it does not tell."""
+    if device.platform == "cpu":
+        host = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+        return host / jax.local_device_count()  # virtual devices share it
+    return (device.memory_stats() or {}).get("bytes_limit")
+
+
+def _exhausted(message: str) -> tuple[int | None, str]:
+    """Bytes needed, if it says so, and the sentence of the compiler's message about them."""
+    line = " ".join(message.split())
+    if used := re.search(r"Used ([\d.]+)([KMGT]?) of [\d.]+\w? \w+", line):
+        return int(float(used[1]) * 1024 ** " KMGT".index(used[2] or " ")), used[0]
+    found = re.search(r"Ran out of memory.*?(?=\. |\.?$)", line)
+    return None, found[0] if found else line[:300]

@@ -1,0 +1,101 @@
+"""Memory of one device during a step, counted from shapes: without a compiler, without arrays."""
+
+import math
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import AbstractMesh, Mesh
+from ml_collections import ConfigDict
+
+from dopsd_jax.estimation.abstract_step import Program
+from dopsd_jax.families.zimage import family
+from dopsd_jax.parallel.sharding import BATCH_AXES
+
+HOST = "pinned_host"
+STUDENT = {"lora": "adapters", "full": "master"}  # what config.train's parameters are called
+
+
+class Account(NamedTuple):
+    """Bytes of one device.
+
+    live: what lives as long as the run, by kind. host: the same of what lies in its host's memory.
+    gradient: of one micro-batch, for all that is trained. activations: kept by the student's
+    forward pass for its backward pass.
+    """
+
+    live: dict[str, int]
+    host: dict[str, int]
+    gradient: int
+    activations: int
+
+    @property
+    def lasting(self) -> int:
+        return sum(self.live.values())
+
+    @property
+    def total(self) -> int:
+        """A lower bound of what the step needs: there are other temporaries.
+
+        At its worst moment it either holds a sum of gradients, the next one and activations, or it
+        updates: with the gradient and with what comes from the host's memory for that.
+        """
+        teach = 2 * self.gradient + self.activations
+        update = self.gradient + sum(self.host.values())
+        return self.lasting + max(teach, update)
+
+
+def count(config: ConfigDict, program: Program, mesh: Mesh | AbstractMesh) -> Account:
+    """The account of a program on one device of `mesh`."""
+    like = program.plan.like
+    kinds = {
+        "base": program.base,
+        STUDENT[config.train]: like.student,
+        "teacher": like.teacher,
+        "optimizer": like.opt_state,
+        "batch": program.batch,
+    }
+    return Account(
+        live={kind: _bytes(tree) for kind, tree in kinds.items()},
+        host={kind: held for kind, tree in kinds.items() if (held := _bytes(tree, host=True))},
+        gradient=_bytes(like.student),
+        activations=_activations(config, program, mesh),
+    )
+
+
+def _bytes(tree, host: bool = False) -> int:
+    """Bytes of `tree` on one device: in its own memory, or in that of its host."""
+    return sum(
+        math.prod(x.sharding.shard_shape(x.shape)) * jax.dtypes.itemsize_bits(x.dtype) // 8
+        for x in jax.tree.leaves(tree)
+        if (x.sharding.memory_kind == HOST) == host
+    )
+
+
+def _activations(config: ConfigDict, program: Program, mesh: Mesh | AbstractMesh) -> int:
+    """What jax keeps of one forward pass of a device's samples, split over the context axis."""
+    samples = math.prod(mesh.shape[axis] for axis in BATCH_AXES)
+    rows = max(program.latent[0] // samples, 1)
+    bare = lambda tree: jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), tree)
+    student, base = bare(program.plan.like.student), bare(program.base)
+    context = jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct((rows, *x.shape[2:]), x.dtype),
+        program.batch.contexts.student,
+    )
+    noise = jax.ShapeDtypeStruct((rows, *program.latent[1:]), jnp.float32)
+    net = family.denoiser(program.graphdef)
+
+    def kept(student, base, noise, context):
+        hoisted = net.hoist(student, base, context)
+        velocity = lambda s, h: net.velocity(s, base, noise, jnp.float32(1), context, h)
+        return jax.vjp(velocity, student, hoisted)[1]
+
+    residuals = jax.tree.leaves(jax.eval_shape(kept, student, base, noise, context))
+    weights = {(x.shape, x.dtype) for x in jax.tree.leaves((student, base))}
+    total = sum(
+        math.prod(x.shape) * jax.dtypes.itemsize_bits(x.dtype) // 8
+        for x in residuals
+        if (x.shape, x.dtype) not in weights
+    )
+    pictures = 2 if config.method == "pso" else 1  # a pair is compared
+    return pictures * total // mesh.shape["context"]

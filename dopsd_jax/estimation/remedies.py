@@ -1,0 +1,171 @@
+"""What to change when a step does not fit: every remedy is priced, none is recited.
+
+A remedy's price is the account of the changed configuration, counted from shapes, and what the
+compiler needed beyond the account of the present one.
+"""
+
+import math
+from collections.abc import Iterator, Mapping
+from typing import Any, NamedTuple
+
+from jax.sharding import AbstractMesh, AxisType
+from ml_collections import ConfigDict
+
+from dopsd_jax.common.errors import UserError
+from dopsd_jax.config import schema
+from dopsd_jax.estimation import memory
+from dopsd_jax.estimation.abstract_step import Case, make_program
+from dopsd_jax.estimation.compiled_step import Report
+from dopsd_jax.methods import registry
+from dopsd_jax.models.zimage import ZImageConfig
+from dopsd_jax.parallel import sharding
+
+LARGEST = 1024  # devices; more are not asked for
+WORTH = 0.01  # share of the memory that a remedy must save to be named
+
+
+class Remedy(NamedTuple):
+    """fields: of the configuration, changed. why: what it does. needed: bytes of a device then."""
+
+    fields: dict[str, Any]
+    why: str
+    needed: int
+
+    @property
+    def flags(self) -> str:
+        return " ".join(f"--config.{name}={value}" for name, value in self.fields.items())
+
+
+class Pricing:
+    """The memory of a configuration that is like `config` but for some fields."""
+
+    def __init__(self, config: ConfigDict, size: ZImageConfig, case: Case, report: Report):
+        self.config, self.size, self.case = config, size, case
+        self.platform = "tpu" if report.device_kind.startswith("TPU") else "gpu"
+        if report.device_kind == "cpu":
+            self.platform = "cpu"
+        self.devices = math.prod(report.mesh.values())
+        # What the compiler needs and shapes do not tell; unknown if it never came to that.
+        self.rest = 0 if report.needed is None else report.needed - report.account.total
+        self.prices: dict[tuple, int] = {}
+
+    def needed(self, fields: Mapping[str, Any], devices: int | None = None) -> int:
+        """Bytes of one device. Raises `UserError` for a configuration that cannot be."""
+        devices = devices or self.devices
+        key = devices, *sorted(fields.items())
+        if key not in self.prices:
+            self.prices[key] = self._count(fields, devices) + self.rest
+        return self.prices[key]
+
+    def _count(self, fields: Mapping[str, Any], devices: int) -> int:
+        config = self.config.copy_and_resolve_references()
+        config.update_from_flattened_dict(fields)
+        shape = sharding.mesh_shape(config.mesh, devices)
+        types = (AxisType.Auto,) * len(shape)
+        mesh = AbstractMesh(shape, sharding.AXES, axis_types=types)
+        program = make_program(config, self.size, self.case, mesh, self.platform)
+        return memory.count(config, program, mesh).total
+
+
+def advise(
+    config: ConfigDict, size: ZImageConfig, case: Case, report: Report
+) -> tuple[list[Remedy], list[Remedy], int | None]:
+    """(what helps by itself, what fits together, the devices on which it would fit).
+
+    Remedies stand in the order of what they cost in speed or exactness, the cheapest first; those
+    that save nothing are left out. Together: the fewest of them, in that order; empty if not even
+    all of them suffice. Devices: with everything split over them; None if that is no remedy.
+    """
+    pricing = Pricing(config, size, case, report)
+    now = pricing.needed({})
+    single, chain, fields, best = [], [], {}, now
+    for changed, why in _changes(config, report):
+        try:
+            alone = pricing.needed(changed)
+            together = pricing.needed({**fields, **changed}) if fields else alone
+        except UserError:  # this network or mesh cannot
+            continue
+        if now - alone > WORTH * now:
+            single.append(Remedy(changed, why, alone))
+        if best > report.capacity and best - together > WORTH * now:
+            fields |= changed
+            best = together
+            chain.append(Remedy(changed, why, together))
+    return single, chain if best <= report.capacity else [], _devices(config, report, pricing)
+
+
+def describe(config: ConfigDict, size: ZImageConfig, case: Case, report: Report) -> list[str]:
+    """`advise` in lines."""
+    single, chain, devices = advise(config, size, case, report)
+    gib = lambda count: f"{count / 2**30:8.2f} GiB"
+    least = "about" if report.needed is not None else "at least"
+    lines = [f"what to change, and what a device would need then ({least}, counted from shapes):"]
+    for remedy in single:
+        verdict = "" if remedy.needed > report.capacity else ": fits"
+        lines.append(f"  {gib(remedy.needed)}  {remedy.flags}: {remedy.why}{verdict}")
+    if len(chain) > 1:
+        flags = " ".join(remedy.flags for remedy in chain)
+        lines.append(f"  {gib(chain[-1].needed)}  together: {flags}: fits")
+    if devices:
+        lines.append(
+            f"  or {devices} devices: --config.mesh.data=1 --config.mesh.fsdp=-1 "
+            f"--config.batch_size={_rows(config, report) * devices}"
+        )
+    if not single and not devices:
+        lines = ["no field of the configuration makes it fit; use devices with more memory, or"]
+        lines.append("  smaller --config.data.resolution or --config.lora.rank")
+    return lines
+
+
+def _changes(config: ConfigDict, report: Report) -> Iterator[tuple[dict[str, Any], str]]:
+    """Fields to change and what for; the cheapest first."""
+    rows = report.mesh["data"] * report.mesh["fsdp"]
+    if config.batch_size > rows:
+        times = config.accumulate * config.batch_size // rows
+        yield (
+            {"batch_size": rows, "accumulate": times},
+            "the same images a step, one at a time on a device",
+        )
+    if report.attention == "xla" and not report.device_kind.startswith("cpu"):
+        yield {"attention": "auto"}, "a kernel that does not keep the probabilities"
+    if report.mesh["data"] > 1:
+        yield {"mesh.data": 1, "mesh.fsdp": rows}, f"weights split over {rows} devices"
+    if config.train == "lora" and config.base_dtype == "float32":
+        yield {"base_dtype": "bfloat16"}, "frozen weights of two bytes"
+    if config.remat != "full":
+        yield {"remat": "full"}, "activations computed again instead of kept"
+    if config.train == "lora" and config.base_dtype in ("float32", "bfloat16"):
+        yield {"base_dtype": "int8"}, "frozen weights of one byte"
+    if config.moments_dtype == "float32" and config.optimizer == "adamw":
+        yield {"moments_dtype": "bfloat16"}, "the optimizer's moments of two bytes"
+    held = schema.names(config.offload)
+    kept = ("teacher",) if registry.teacher(config).weights != "live" else ()
+    for names in dict.fromkeys((kept, (*kept, "optimizer"))):
+        if not set(names) <= set(held):
+            both = ",".join(dict.fromkeys((*held, *names)))
+            yield {"offload": both}, "kept in the host's memory between uses"
+    if config.optimizer == "adamw":
+        yield {"optimizer": "adafactor"}, "no moments but rows and columns of the second"
+
+
+def _rows(config: ConfigDict, report: Report) -> int:
+    """Images of a device in a micro-batch."""
+    return max(config.batch_size // (report.mesh["data"] * report.mesh["fsdp"]), 1)
+
+
+def _devices(config: ConfigDict, report: Report, pricing: Pricing) -> int | None:
+    """The fewest devices, doubling from those there are, on which the step fits if it is split."""
+    devices, before = 2 * pricing.devices, math.inf
+    while devices <= LARGEST:
+        fields = {"mesh.data": 1, "mesh.fsdp": devices, "mesh.context": 1, "mesh.tensor": 1}
+        fields["batch_size"] = _rows(config, report) * devices
+        try:
+            needed = pricing.needed(fields, devices)
+        except UserError:  # so many do not divide the network
+            return None
+        if needed <= report.capacity:
+            return devices
+        if before - needed < WORTH * needed:  # what is left is not split
+            return None
+        devices, before = 2 * devices, needed
+    return None

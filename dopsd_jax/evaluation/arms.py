@@ -1,0 +1,141 @@
+"""Who is compared: the base model, the teacher, the student."""
+
+import hashlib
+import json
+import re
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from flax import nnx
+from jax.sharding import Mesh
+from ml_collections import ConfigDict
+
+from dopsd_jax.common.atomic import is_remote
+from dopsd_jax.common.errors import UserError, raise_if
+from dopsd_jax.conditioning.encoding import STUDENT, TEACHER
+from dopsd_jax.conditioning.features import DIGESTS
+from dopsd_jax.config.schema import flat
+from dopsd_jax.data.cache import FeatureCache
+from dopsd_jax.evaluation.drawing import Painter, Shot, without_adapters
+from dopsd_jax.evaluation.gallery import key
+from dopsd_jax.families.zimage.pipeline import Pipeline, lora_layers
+from dopsd_jax.run.workdir import CONFIG
+from dopsd_jax.weights import lora_files, networks
+from dopsd_jax.weights.stored import open_stored, read_json, source_digest
+
+
+class Student(NamedTuple):
+    """What a run delivered: a LoRA file, or (`whole`) a model folder."""
+
+    path: Path
+    whole: bool
+
+
+class Arm(NamedTuple):
+    """One model in the comparison.
+
+    role: STUDENT sees the prompt, TEACHER the source picture as well. weights: their digest.
+    trained: loads them, as `painter.pipe.sample` takes them.
+    """
+
+    name: str
+    role: int
+    painter: Painter
+    weights: str
+    trained: Callable[[], nnx.State]
+
+    def key(self, shot: Shot) -> str:
+        """What a picture depends on."""
+        pipe, case = self.painter.pipe, shot.case
+        types = [str(pipe.dtype), str(pipe.base_dtype)]
+        size, grid = [case.height, case.width], list(self.painter.grid)
+        return key(self.weights, self.painter.key(case, self.role), shot.seed, size, grid, types)
+
+
+def of_run(workdir: str, config: ConfigDict) -> Student:
+    """The newest result of a run. Raises `UserError` if the run has another model or none yet."""
+    if is_remote(workdir):
+        raise UserError(f"--workdir {workdir}: copy its lora/ here and name a file with --lora")
+    folder = Path(workdir).expanduser()
+    recorded, _ = read_json(folder / CONFIG) if (folder / CONFIG).exists() else (None, "")
+    if not isinstance(recorded, dict) or not isinstance(recorded.get("config"), Mapping):
+        raise UserError(f"--workdir {workdir}: holds no run ({CONFIG} is missing or no run's)")
+    now = flat(config)
+    raise_if(
+        f"--workdir {workdir}: its run has config.{name} = {recorded['config'].get(name)!r}, here "
+        f"it is {now[name]!r}; set it to the run's"
+        for name in ("model", "train", "teacher.vlm")
+        if recorded["config"].get(name) != now[name]
+    )
+    whole = config.train == "full"
+    where, pattern = ("model", r"step_(\d+)") if whole else ("lora", r"step_(\d+)\.safetensors")
+    found = {
+        int(match[1]): path
+        for path in (folder / where).glob("step_*")
+        if (match := re.fullmatch(pattern, path.name))
+    }
+    if not found:
+        what = "model folder (config.export must have diffusers)" if whole else "LoRA file"
+        raise UserError(f"--workdir {workdir}: has no {what} in {where}/ yet; train further")
+    return Student(found[max(found)], whole)
+
+
+def make_arms(
+    config: ConfigDict,
+    pipe: Pipeline,
+    student: Student | None,
+    cache: Path,
+    batch: int,
+    mesh: Mesh | None,
+) -> list[Arm]:
+    """Base and teacher, both with the weights of config.model, and the student if there is one.
+
+    cache: folder of encoder features. Raises `UserError` for a student that does not fit the model.
+    """
+    memo, kept = cache / DIGESTS, FeatureCache(cache)
+    painter = Painter(pipe, config.teacher, batch, mesh, kept, pipe.encoder_digest(memo))
+    base = _digest(pipe, memo)
+    if student is None or student.whole:
+        own = lambda: pipe.split[1]
+    else:
+        file = lora_files.read_lora(student.path, lora_layers(pipe.config))
+        if not file.modules:
+            raise UserError(f"{student.path}: adapts nothing")
+        pipe.lora_file = student.path
+        own = lambda: without_adapters(pipe.split[1])
+    arms = [
+        Arm("base", STUDENT, painter, base, own),
+        Arm("teacher", TEACHER, painter, base, own),
+    ]
+    if student is None:
+        return arms
+    if not student.whole:
+        with open(student.path, "rb") as content:
+            adapters = hashlib.file_digest(content, "sha256").hexdigest()
+        tuned = lambda: pipe.split[1]
+        return [*arms, Arm("student", STUDENT, painter, key(base, adapters), tuned)]
+    other = Pipeline(
+        student.path,
+        vlm=pipe.vlm_folder,
+        dtype=config.dtype,
+        base_dtype=config.base_dtype,
+        attention=pipe.attention,
+        remat=pipe.remat,
+        sharding_for=pipe.sharding_for,
+        trained=pipe.trained,
+    )
+    if other.config != pipe.config:
+        raise UserError(f"{student.path}: its transformer has other sizes than {pipe.folder}'s")
+    painter = Painter(other, config.teacher, batch, mesh, kept, other.encoder_digest(memo))
+    whole = lambda: other.split[1]
+    return [*arms, Arm("student", STUDENT, painter, _digest(other, memo), whole)]
+
+
+def _digest(pipe: Pipeline, memo: Path) -> str:
+    """Of what makes a picture out of features: transformer, autoencoder, scheduler."""
+    parts: list[Any] = [pipe.shift]
+    for name in ("transformer", "vae"):
+        stored = open_stored(pipe.folder / name, networks.ZIMAGE[name])
+        parts += [source_digest(stored, pipe.folder / name, memo), stored.config_text]
+    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()

@@ -1,0 +1,190 @@
+"""Pictures of cases: many at once, by the deployed sampler, from the same noise for every model."""
+
+import functools
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, NamedTuple, Protocol
+
+import jax
+import numpy as np
+from flax import nnx
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from dopsd_jax.common.errors import UserError, raise_if
+from dopsd_jax.common.flow import shifted_grid
+from dopsd_jax.conditioning.encoding import STUDENT, TEACHER
+from dopsd_jax.conditioning.features import ROWS
+from dopsd_jax.data import vlm_images
+from dopsd_jax.data.cache import feature_key
+from dopsd_jax.data.padding import pad_stack, padded_length
+from dopsd_jax.evaluation.scorer import Case, Picture, digest
+from dopsd_jax.evaluation.seeds import picture_seed
+from dopsd_jax.families.zimage import family
+from dopsd_jax.families.zimage.family import Context
+from dopsd_jax.families.zimage.pipeline import Pipeline, start_noise
+from dopsd_jax.parallel import multihost
+from dopsd_jax.parallel.sharding import BATCH_AXES
+
+ROLES = {STUDENT: "student", TEACHER: "teacher"}
+DECODED_PIXELS = 1 << 21  # of pictures that are decoded together: two at 1024 x 1024
+MAX_FAULTS = 20
+
+
+class Shot(NamedTuple):
+    """Picture `number`, from 0, of a case."""
+
+    case: Case
+    number: int
+
+    @property
+    def seed(self) -> int:
+        return picture_seed(self.case.seed, self.number)
+
+
+class Kept(Protocol):
+    """Where features are kept: `data.cache.FeatureCache`, or `Memory`."""
+
+    def put(self, key: str, arrays: Mapping[str, np.ndarray]) -> None: ...
+
+    def load(self, key: str) -> dict[str, np.ndarray]: ...
+
+    def missing(self, keys: Sequence[str]) -> list[str]: ...
+
+    def shapes(self, key: str) -> dict[str, tuple[int, ...]] | None: ...
+
+
+class Memory(dict):
+    """Features that nobody asks for tomorrow."""
+
+    put, load = dict.__setitem__, dict.__getitem__
+
+    def missing(self, keys: Sequence[str]) -> list[str]:
+        return [key for key in dict.fromkeys(keys) if key not in self]
+
+    def shapes(self, key: str) -> dict[str, tuple[int, ...]]:
+        return {name: array.shape for name, array in self[key].items()}
+
+
+class Painter:
+    """Draws cases, as the student (from the prompt) or as the teacher (shown the source as well).
+
+    Args:
+      teacher: config.teacher: what the vision tower sees.
+      batch: pictures drawn together. Every shape is compiled once.
+      mesh: devices that share a batch; a multiple of their number is drawn.
+      kept, encoder: where features are kept, and the digest of the encoders they are of.
+    """
+
+    def __init__(
+        self,
+        pipe: Pipeline,
+        teacher: Mapping[str, Any],
+        batch: int,
+        mesh: Mesh | None = None,
+        kept: Kept | None = None,
+        encoder: str = "",
+    ):
+        self.pipe, self.mesh = pipe, mesh
+        self.options = {
+            "min_pixels": teacher["min_pixels"],
+            "max_pixels": teacher["max_pixels"],
+            "doubled": teacher["doubled_template"],
+        }
+        places = 1 if mesh is None else math.prod(mesh.shape[axis] for axis in BATCH_AXES)
+        self.batch = -(-batch // places) * places
+        self.kept, self.encoder = Memory() if kept is None else kept, encoder
+        self.grid = shifted_grid(family.DEPLOYED_STEPS, pipe.shift)
+        self.rows = {STUDENT: 0, TEACHER: 0}
+
+    def key(self, case: Case, role: int) -> str:
+        """Where the features of a case are kept."""
+        if role == STUDENT:
+            return feature_key(role="student", prompt=case.prompt, encoder=self.encoder, options={})
+        return feature_key(
+            role="teacher",
+            prompt=case.prompt,
+            encoder=self.encoder,
+            options=self.options,
+            image=digest(case.source),
+            crop="as it is",
+        )
+
+    def check(self, cases: Sequence[Case]) -> None:
+        """Raises `UserError` with every prompt and every size that the model cannot take."""
+        bounds = self.options["min_pixels"], self.options["max_pixels"]
+        settings, faults = self.pipe.image_settings(*bounds), []
+        for case in cases:
+            try:
+                self.pipe.latent_shape(case.height, case.width)
+                self.pipe.student_tokens(case.prompt)
+                if case.source is not None:
+                    where = f"the picture shown with {case.prompt[:60]!r}"
+                    grid = vlm_images.grid_of(settings, *case.source.shape[:2], where)
+                    self.pipe.teacher_tokens(case.prompt, grid, self.options["doubled"])
+            except UserError as error:
+                faults += error.problems
+        raise_if(dict.fromkeys(faults), MAX_FAULTS)
+
+    def encode(self, cases: Sequence[Case], role: int) -> Iterator[int]:
+        """Computes the features that are not kept yet; yields how many are still to do."""
+        keys = {self.key(case, role): case for case in cases}
+        missing = self.kept.missing(list(keys))
+        for done, key in enumerate(missing):
+            yield len(missing) - done
+            case = keys[key]
+            if role == STUDENT:
+                features = self.pipe.student_features(case.prompt)
+            else:
+                features = self.pipe.teacher_features(case.prompt, case.source, **self.options)
+            self.kept.put(key, {"features": features})
+        # One length for all, so that contexts have one shape.
+        longest = max((self.kept.shapes(key)["features"][0] for key in keys), default=1)
+        limit = self.pipe.student_limit if role == STUDENT else self.pipe.teacher_limit
+        self.rows[role] = max(self.rows[role], padded_length(longest, ROWS, limit))
+
+    def draw(
+        self, trained: nnx.State, shots: Sequence[Shot], role: int
+    ) -> Iterator[tuple[Shot, Picture]]:
+        """The pictures, batch by batch; `encode` has been run for their cases."""
+        by_size: dict[tuple[int, int], list[Shot]] = {}
+        for shot in shots:
+            by_size.setdefault((shot.case.height, shot.case.width), []).append(shot)
+        for (height, width), own in by_size.items():
+            shape = self.pipe.latent_shape(height, width)
+            for first in range(0, len(own), self.batch):
+                some = own[first : first + self.batch]
+                filled = some + [some[-1]] * (self.batch - len(some))
+                latents = self._latents(trained, filled, role, shape)[: len(some)]
+                yield from zip(some, self._decoded(latents, height * width), strict=True)
+
+    def _latents(self, trained, shots: Sequence[Shot], role: int, shape) -> np.ndarray:
+        features = [self.kept.load(self.key(s.case, role))["features"] for s in shots]
+        context = Context(*pad_stack(features, self.rows[role]))
+        noise = _noise(np.array([shot.seed for shot in shots], np.uint32), shape)
+        if self.mesh is None:
+            return multihost.to_host(self.pipe.sample(trained, noise, context, self.grid))
+        place = NamedSharding(self.mesh, PartitionSpec(BATCH_AXES))
+        with jax.set_mesh(self.mesh):
+            noise, context = jax.device_put((noise, context), place)
+            return multihost.to_host(self.pipe.sample(trained, noise, context, self.grid))
+
+    def _decoded(self, latents: np.ndarray, pixels: int) -> Iterator[Picture]:
+        together = max(1, min(self.batch, DECODED_PIXELS // pixels))
+        for first in range(0, len(latents), together):
+            some = latents[first : first + together]
+            filled = np.concatenate([some, np.repeat(some[-1:], together - len(some), 0)])
+            yield from self.pipe.decode(filled)[: len(some)]
+
+
+@functools.partial(jax.jit, static_argnames="shape")
+def _noise(seeds, shape):
+    return jax.vmap(lambda seed: start_noise(seed, 1, shape)[0])(seeds)
+
+
+def without_adapters(trained: nnx.State) -> nnx.State:
+    """Adapters that add nothing: the base model in the graph of an adapted one."""
+    flat = [
+        (path, leaf.replace(leaf[...] * 0) if path[-1] == "b" else leaf)
+        for path, leaf in nnx.to_flat_state(trained)
+    ]
+    return nnx.from_flat_state(flat)

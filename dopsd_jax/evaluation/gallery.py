@@ -1,0 +1,107 @@
+"""What an evaluation keeps in its folder, so that a second call does only what is missing.
+
+pictures/<key>.png   the key says all that a picture depends on: weights, prompt, noise, size
+values.jsonl         {"key", "value"}: what a scorer said of a picture
+"""
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from dopsd_jax.common.atomic import atomic_file, disk_error
+from dopsd_jax.common.errors import UserError
+from dopsd_jax.evaluation.drawing import ROLES, Shot
+from dopsd_jax.evaluation.scorer import Judge, Picture, digest
+from dopsd_jax.reporting.pictures import save_picture
+
+FORMAT = 1  # part of every key: raise it when old pictures or values must not be used
+
+
+def key(*parts: Any) -> str:
+    """sha256 of what something was made from, as JSON has it."""
+    return hashlib.sha256(json.dumps([FORMAT, *parts], sort_keys=True).encode()).hexdigest()
+
+
+class Gallery:
+    """The folder of an evaluation. Raises `UserError` if it cannot be made."""
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+        try:
+            (folder / "pictures").mkdir(parents=True, exist_ok=True)
+        except FileExistsError:
+            raise UserError(f"--out {folder}: is a file; name a folder") from None
+        except OSError as error:
+            raise disk_error(error, folder) from error
+        self.values = Values(folder / "values.jsonl")
+
+    def path(self, name: str) -> Path:
+        return self.folder / "pictures" / f"{name}.png"
+
+    def has(self, name: str, shot: Shot) -> bool:
+        """Whether a picture is there; one that is damaged is removed, and a line says so."""
+        path = self.path(name)
+        try:
+            with Image.open(path) as image:
+                size = image.size
+                image.verify()
+            if size == (shot.case.width, shot.case.height):
+                return True
+            fault = f"is {size[0]}x{size[1]}"
+        except FileNotFoundError:
+            return False
+        except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+            fault = str(error)
+        print(f"{path}: damaged ({fault}); it is drawn again", flush=True)
+        path.unlink()
+        return False
+
+    def put(self, name: str, image: Picture, shot: Shot, model: str, role: int) -> None:
+        about = {"prompt": shot.case.prompt, "seed": str(shot.seed), "model": model}
+        save_picture(self.path(name), image, about | {"context": ROLES[role]})
+
+    def picture(self, name: str) -> Picture:
+        with Image.open(self.path(name)) as image:
+            return np.asarray(image.convert("RGB"))
+
+
+class Values:
+    """Numbers by key, in a file of lines that survives being cut off."""
+
+    def __init__(self, path: Path):
+        self.path = path
+        self._known: dict[str, float] = {}
+        content = path.read_bytes() if path.exists() else b""
+        whole = content[: content.rfind(b"\n") + 1]
+        for number, line in enumerate(whole.splitlines(), 1):
+            try:
+                record = json.loads(line)
+                self._known[record["key"]] = float(record["value"])
+            except (ValueError, KeyError, TypeError):
+                raise UserError(f"{path}:{number}: is no value; remove the line") from None
+        if whole != content:
+            with atomic_file(path) as file:
+                file.write(whole)
+
+    def get(self, name: str) -> float | None:
+        return self._known.get(name)
+
+    def put(self, values: dict[str, float]) -> None:
+        lines = [json.dumps({"key": k, "value": v}) + "\n" for k, v in values.items()]
+        try:
+            with open(self.path, "a", encoding="utf-8") as file:
+                file.writelines(lines)
+        except OSError as error:
+            raise disk_error(error, self.path) from error
+        self._known |= values
+
+
+def value_key(scorer: Judge, picture: str, shot: Shot) -> str:
+    """What a scorer's value depends on."""
+    case = shot.case
+    source = "" if case.source is None else digest(case.source)
+    return key(scorer.identity, scorer.name, picture, case.text, source, case.truth_digest)

@@ -1,0 +1,129 @@
+"""The work of an evaluation: draws what is missing, has it judged, and keeps both."""
+
+import time
+from collections.abc import Sequence
+
+import numpy as np
+
+from dopsd_jax.common.errors import UserError
+from dopsd_jax.conditioning.encoding import TEACHER
+from dopsd_jax.evaluation import results
+from dopsd_jax.evaluation.arms import Arm
+from dopsd_jax.evaluation.drawing import Shot
+from dopsd_jax.evaluation.gallery import Gallery, value_key
+from dopsd_jax.evaluation.results import Score
+from dopsd_jax.evaluation.scorer import Case, Judge, Scorer, SetScorer, judges
+from dopsd_jax.reporting.metrics import duration
+
+REPORT_SECONDS = 5.0
+SCORED_TOGETHER = 16
+
+
+def shots_of(arm: Arm, cases: Sequence[Case], seeds: int) -> list[Shot]:
+    """The pictures that a model is asked for, prompt by prompt; a teacher needs a source."""
+    drawn = [case for case in cases if arm.role != TEACHER or case.source is not None]
+    return [Shot(case, number) for case in drawn for number in range(seeds)]
+
+
+def draw(arms: Sequence[Arm], cases: Sequence[Case], seeds: int, gallery: Gallery) -> None:
+    """Draws the pictures that are not kept yet.
+
+    All encoding comes first, and an encoder or a transformer leaves after its last use, so that
+    no more than one is in memory with another.
+    """
+    missing = {
+        arm.name: [s for s in shots_of(arm, cases, seeds) if not gallery.has(arm.key(s), s)]
+        for arm in arms
+    }
+    busy = [arm for arm in arms if missing[arm.name]]
+    last = {id(arm.painter): arm for arm in busy}
+    for arm in busy:
+        ticker = Ticker(f"encoding for {arm.name}")
+        asked = {id(shot.case): shot.case for shot in missing[arm.name]}
+        for left in arm.painter.encode(list(asked.values()), arm.role):
+            ticker.tick(left)
+        if last[id(arm.painter)] is arm:
+            arm.painter.pipe.release_encoders()
+    for arm in busy:
+        ticker, left = Ticker(f"drawing {arm.name}"), len(missing[arm.name])
+        for shot, image in arm.painter.draw(arm.trained(), missing[arm.name], arm.role):
+            gallery.put(arm.key(shot), image, shot, arm.name, arm.role)
+            left -= 1
+            ticker.tick(left)
+        if last[id(arm.painter)] is arm:
+            arm.painter.pipe.release_transformer()
+
+
+def judge(
+    scorer: Judge, arms: Sequence[Arm], cases: Sequence[Case], seeds: int, gallery: Gallery
+) -> Score:
+    """What a scorer says of every model. Raises `UserError` for a scorer that gives no numbers."""
+    judged = [case for case in cases if judges(scorer, case)]
+    own = {arm.name: shots_of(arm, judged, seeds) for arm in arms}
+    asked = [arm for arm in arms if len(own[arm.name]) == len(judged) * seeds]
+    if not isinstance(scorer, SetScorer):
+        values = {a.name: _values(scorer, a, own[a.name], gallery) for a in asked}
+        return results.score(scorer, {k: v.reshape(-1, seeds) for k, v in values.items()})
+    features = {a.name: _features(scorer, a, own[a.name], gallery) for a in asked}
+    shaped = {k: v.reshape(len(judged), seeds, -1) for k, v in features.items()}
+    found = results.set_score(scorer, shaped, scorer.reference(judged), scorer.floor(judged))
+    if not np.isfinite([x.value for x in found.arms.values()] + [found.floor]).all():
+        raise UserError(f"scorer {scorer.name}: its distance is not a finite number")
+    return found
+
+
+def _values(scorer: Scorer, arm: Arm, shots: Sequence[Shot], gallery: Gallery) -> np.ndarray:
+    """Those that are kept are not asked for again."""
+    names = {shot: arm.key(shot) for shot in shots}
+    keys = {shot: value_key(scorer, names[shot], shot) for shot in shots}
+    todo = [shot for shot in shots if gallery.values.get(keys[shot]) is None]
+    ticker, left = Ticker(f"scoring {arm.name}: {scorer.name}"), len(todo)
+    for some in _of_one_size(todo):
+        images = [gallery.picture(names[shot]) for shot in some]
+        values = np.asarray(scorer(images, [shot.case for shot in some]), np.float64)
+        if values.shape != (len(some),) or not np.isfinite(values).all():
+            raise UserError(
+                f"scorer {scorer.name}: gave {values.tolist()} for {len(some)} pictures; it must "
+                "give a finite number for each"
+            )
+        gallery.values.put({keys[s]: float(v) for s, v in zip(some, values, strict=True)})
+        left -= len(some)
+        ticker.tick(left)
+    return np.array([gallery.values.get(keys[shot]) for shot in shots])
+
+
+def _features(scorer: SetScorer, arm: Arm, shots: Sequence[Shot], gallery: Gallery) -> np.ndarray:
+    found = []
+    for some in _of_one_size(shots):
+        images = [gallery.picture(arm.key(shot)) for shot in some]
+        found.append(scorer.features(images, [shot.case for shot in some]))
+    return np.concatenate(found)
+
+
+def _of_one_size(shots: Sequence[Shot]) -> list[list[Shot]]:
+    """Neighbours of one size, a few at a time, in order."""
+    found: list[list[Shot]] = []
+    size = lambda shot: (shot.case.height, shot.case.width)
+    for shot in shots:
+        if found and len(found[-1]) < SCORED_TOGETHER and size(found[-1][0]) == size(shot):
+            found[-1].append(shot)
+        else:
+            found.append([shot])
+    return found
+
+
+class Ticker:
+    """A line now and then: how much is left, and for how long."""
+
+    def __init__(self, what: str):
+        self.what, self.start, self.shown = what, time.monotonic(), time.monotonic()
+        self.most = 0
+
+    def tick(self, left: int) -> None:
+        """Tells that `left` pieces are still to do."""
+        now = time.monotonic()
+        self.most = max(self.most, left + 1)
+        if now - self.shown > REPORT_SECONDS:
+            rest = duration((now - self.start) / (self.most - left) * left)
+            print(f"{self.what}: {left} to do, {rest} left", flush=True)
+            self.shown = now

@@ -1,0 +1,96 @@
+"""evaluation.html: one page, without any other file, with the table and the pictures."""
+
+import base64
+import html
+import io
+from collections.abc import Mapping, Sequence
+
+from PIL import Image
+
+from dopsd_jax.reporting.pictures import Row
+from dopsd_jax.reporting.run_page import STYLE
+
+CELL = 320  # pixels: larger pictures are embedded smaller
+SHOWN = 60  # prompts; the others' pictures are in the folder
+
+
+def page(
+    title: str,
+    cells: Sequence[Sequence[str]],
+    notes: Sequence[str],
+    columns: Sequence[str],
+    rows: Sequence[Row],
+    facts: Mapping[str, str],
+) -> str:
+    """The page: the table of scores, a row of pictures a prompt, and what it was made from."""
+    head, *body = cells
+    line = lambda tag, row: "".join(f"<{tag}>{html.escape(cell)}</{tag}>" for cell in row)
+    remarks = "".join(f'<p class="remark">{html.escape(note)}</p>' for note in notes)
+    left_out = len(rows) - SHOWN
+    if left_out > 0:
+        remarks_below = f'<p class="remark">{left_out} further prompts are not shown here.</p>'
+    else:
+        remarks_below = ""
+    return PAGE.format(
+        style=STYLE + OWN_STYLE,
+        title=html.escape(title),
+        head=line("th", head),
+        body="".join(f"<tr>{line('td', row)}</tr>" for row in body),
+        notes=remarks,
+        columns=line("th", columns),
+        rows="".join(_row(row) for row in rows[:SHOWN]),
+        more=remarks_below,
+        facts="".join(
+            f"<tr><th>{html.escape(name)}</th><td>{html.escape(value)}</td></tr>"
+            for name, value in facts.items()
+        ),
+    )
+
+
+def _row(row: Row) -> str:
+    cells = "".join(f"<td>{_image(image)}</td>" for image in row.images)
+    caption = html.escape(row.caption.encode("utf-8", "replace").decode())
+    return f'<tr>{cells}</tr><tr><td colspan="{len(row.images)}">{caption}</td></tr>'
+
+
+def _image(image) -> str:
+    if image is None:
+        return "none"
+    picture = Image.fromarray(image)
+    small = max(picture.size) <= CELL // 2  # shown enlarged, so without losses
+    picture.thumbnail((CELL, CELL), Image.Resampling.LANCZOS)
+    encoded = io.BytesIO()
+    picture.save(encoded, "PNG" if small else "JPEG", **({} if small else {"quality": 88}))
+    data = base64.b64encode(encoded.getvalue()).decode()
+    kind = "png" if small else "jpeg"
+    return f'<img loading="lazy" src="data:image/{kind};base64,{data}" alt="">'
+
+
+OWN_STYLE = """
+.pictures td { width: 25%; border: 0; padding: .2rem; } .pictures img { width: 100%; }
+.pictures td[colspan] { color: var(--faint); padding-bottom: 1rem; }
+.scores td { white-space: nowrap; } .scroll { overflow-x: auto; }
+"""
+
+PAGE = """<!doctype html>
+<html lang="en">
+<head>
+<meta charset="utf-8">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<title>{title}</title>
+<style>{style}</style>
+</head>
+<body>
+<h1>{title}</h1>
+<div class="scroll"><table class="scores"><tr>{head}</tr>{body}</table></div>
+<p class="remark">Mean ± half the width of the 95 % interval over prompts; differences are within
+prompts, on the same noise.</p>
+{notes}
+<h2>Pictures</h2>
+<table class="pictures"><tr>{columns}</tr>{rows}</table>
+{more}
+<h2>Settings</h2>
+<table>{facts}</table>
+</body>
+</html>
+"""

@@ -1,0 +1,162 @@
+"""The cases of a real data set: its own captions, and test prompts from a file.
+
+After upstream's small-set protocol: for at most four rows a picture of the row's caption, which is
+compared with the row's own picture, and pictures of test prompts. Upstream lets a vision-language
+model reword the caption and write the tests; here both are the user's.
+"""
+
+import json
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from dopsd_jax.common.errors import UserError, raise_if
+from dopsd_jax.data.dataset import Dataset, spread
+from dopsd_jax.data.folder import captions_in
+from dopsd_jax.data.images import ImageLimits, fit, open_image
+from dopsd_jax.evaluation.scorer import Case, Picture
+from dopsd_jax.evaluation.seeds import ROW, case_seed
+
+TRAINING, TEST = "training", "test"
+PLACEHOLDER = "[V]"
+STYLE = re.compile(re.escape(PLACEHOLDER) + r"\s+style\b", re.IGNORECASE)
+KEYS = ("prompt", "row", "class_name")
+MAX_FAULTS = 20
+
+
+class Test(dict):
+    """One test prompt: `prompt`, `where` it stands, and perhaps `row` and `class_name`."""
+
+
+def read_prompts(path: str | Path) -> list[Test]:
+    """Test prompts: one a line of a text file, or objects of a .jsonl file.
+
+    A .jsonl object has `prompt`, and may have `row` (of the data set, from 0: whose picture the
+    teacher is shown) and `class_name` (in place of `[V]` when the text is scored). Raises
+    `UserError` with every fault.
+    """
+    path = Path(path).expanduser()
+    try:
+        content = path.read_bytes()
+    except OSError as error:
+        raise UserError(f"--prompts {path}: cannot be read ({error.strerror})") from None
+    lines, fault = captions_in(content, lines=False)
+    if fault:
+        raise UserError(f"--prompts {path}: {fault}")
+    found, faults = [], []
+    for number, line in enumerate(lines[0].splitlines(), 1):
+        if not line.strip():
+            continue
+        where = f"{path}:{number}"
+        test = {"prompt": line.strip()} if path.suffix.lower() != ".jsonl" else _parsed(line)
+        faults += [f"{where}: {fault}" for fault in _faults(test)]
+        if isinstance(test, dict):
+            found.append(Test(test, where=where))
+    raise_if(faults, MAX_FAULTS)
+    return found
+
+
+def _parsed(line: str) -> object:
+    try:
+        return json.loads(line)
+    except (ValueError, RecursionError):
+        return None
+
+
+def _faults(test: object) -> list[str]:
+    if not isinstance(test, dict):
+        return ["is not a JSON object"]
+    faults = [f"{key!r} is unknown; there are {', '.join(KEYS)}" for key in test.keys() - set(KEYS)]
+    prompt, row, name = (test.get(key) for key in KEYS)
+    if not isinstance(prompt, str) or not prompt.strip():
+        faults.append("has no text under 'prompt'")
+    if row is not None and (type(row) is not int or row < 0):
+        faults.append(f"'row' is {row!r}; it must be a whole number from 0")
+    if name is not None and (not isinstance(name, str) or not name.strip()):
+        faults.append(f"'class_name' is {name!r}; it must be text")
+    return faults
+
+
+def cases(
+    dataset: Dataset,
+    tests: Sequence[Mapping],
+    *,
+    rows: int,
+    class_word: str = "",
+    limits: ImageLimits | None = None,
+    scored_text: bool = True,
+    first_seed: int = 30,
+) -> list[Case]:
+    """Each chosen row's first caption, and the test prompts; sizes are the rows' buckets.
+
+    rows: at most so many, spread over the data set; tests without a row take them in turn.
+    class_word: replaces `[V]` where neither the test nor the row's record has a class.
+    scored_text: whether a scorer reads texts; only then a class must be known. Raises `UserError`
+    with every test of a row that there is not, and every text whose class is not known.
+    """
+    chosen = spread(len(dataset.rows), rows)
+    faults = [
+        f"{t['where']}: row {t['row']}, but the data set has {len(dataset.rows)}, from 0"
+        for t in tests
+        if t.get("row") is not None and t["row"] >= len(dataset.rows)
+    ]
+    raise_if(faults, MAX_FAULTS)
+    first = [dataset.caption(row, dataset.prompt_keys) for row in chosen]
+    asked = [
+        (TRAINING, row, dataset.rows[row].captions[i][1], dataset.rows[row].where, None)
+        for row, i in first
+    ]
+    for i, test in enumerate(tests):
+        row = chosen[i % len(chosen)] if test.get("row") is None else test["row"]
+        asked.append((TEST, row, test["prompt"], test["where"], test.get("class_name")))
+    style = any(STYLE.search(prompt) for _, _, prompt, _, _ in asked)
+    classes = class_names([dataset.rows[row].where for _, row, *_ in asked])
+    sources: dict[int, Picture] = {}
+    counts: dict[int, int] = {}
+    found = []
+    for kind, row, prompt, where, name in asked:
+        name = name or classes.get(dataset.rows[row].where) or class_word
+        if PLACEHOLDER in prompt and not name and scored_text:
+            faults.append(
+                f"{where}: has {PLACEHOLDER}, and no class to score it as; give --class_word"
+            )
+        number = None
+        if kind == TEST:
+            number = counts[row] = counts.get(row, -1) + 1
+            number %= ROW - 1  # beyond, the noise of the next row would be used
+        if row not in sources:
+            bucket = dataset.buckets[row]
+            sources[row] = fit(open_image(dataset.rows[row].image, limits), *bucket)
+        width, height = dataset.buckets[row]
+        text = with_class(prompt, name, style) if name else prompt
+        seed = case_seed(first_seed, row, number)
+        found.append(Case(kind, prompt, text, height, width, seed, sources[row]))
+    raise_if(faults, MAX_FAULTS)
+    return found
+
+
+def with_class(prompt: str, name: str, style: bool) -> str:
+    """The prompt as it is scored: `[V]` becomes the class name, or in a set of a style
+    `<class> style` (upstream's rule: a set is of a style if a text says `[V] style`)."""
+    if style:
+        prompt = STYLE.sub(lambda _: PLACEHOLDER, prompt)
+        name = f"{name} style"
+    return prompt.replace(PLACEHOLDER, name)
+
+
+def class_names(wheres: Sequence[str]) -> dict[str, str]:
+    """`class_name` of rows that stand in a .jsonl file, by where they stand (`FILE:LINE`)."""
+    wanted: dict[str, dict[int, str]] = {}
+    for where in wheres:
+        file, _, line = where.rpartition(":")
+        if file.lower().endswith(".jsonl") and line.isdigit():
+            wanted.setdefault(file, {})[int(line)] = where
+    found = {}
+    for file, by_line in wanted.items():
+        with open(file, encoding="utf-8-sig") as lines:
+            for number, line in enumerate(lines, 1):
+                if number in by_line:
+                    name = json.loads(line).get("class_name")
+                    if isinstance(name, str) and name.strip():
+                        found[by_line[number]] = name.strip()
+    return found

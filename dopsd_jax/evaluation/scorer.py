@@ -1,0 +1,163 @@
+"""What a scorer is, and which there are.
+
+A scorer judges pictures one by one, or a set of pictures as a whole. Everybody can bring their own:
+`--scorers=package.module:attribute` names a scorer, or a function without arguments that makes one.
+"""
+
+import hashlib
+import importlib
+import inspect
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol, runtime_checkable
+
+import numpy as np
+from jaxtyping import Float, UInt8
+
+from dopsd_jax.common.errors import UserError, raise_if
+
+Picture = UInt8[np.ndarray, "H W 3"]
+BETTER, NEEDS = ("higher", "lower"), ("prompt", "source")
+
+
+@dataclass(frozen=True, eq=False)
+class Case:
+    """One prompt, and what pictures of it are compared with.
+
+    kind: which scorers it is for: of real data sets `training` (a row's own caption) and `test`;
+      of the miniature `concept`, `ordinary` and `other`.
+    prompt: what is drawn. text: what is scored, with the class word in place of a placeholder.
+    seed: of the first picture's noise.
+    source: the picture that the teacher is shown, and that likeness is measured to.
+    truth: what the miniature's judge compares with, a `miniature.world.Scene`.
+    truth_digest: names it.
+    """
+
+    kind: str
+    prompt: str
+    text: str
+    height: int
+    width: int
+    seed: int
+    source: Picture | None = None
+    truth: Any = None
+    truth_digest: str = ""
+
+
+def digest(image: Picture) -> str:
+    """sha256 of a picture's size and pixels."""
+    size = repr(image.shape).encode()
+    return hashlib.sha256(size + np.ascontiguousarray(image).tobytes()).hexdigest()
+
+
+@runtime_checkable
+class Scorer(Protocol):
+    """Judges pictures one by one.
+
+    name: of the row in the tables. better: `higher` or `lower`.
+    kinds: the kinds of cases it judges; empty: all.
+    needs: what it looks at besides the picture: `prompt` (`Case.text`), `source`.
+    identity: names weights and settings; values are kept under it and reused.
+    """
+
+    name: str
+    better: str
+    kinds: Sequence[str]
+    needs: Sequence[str]
+    identity: str
+
+    def __call__(self, images: Sequence[Picture], cases: Sequence[Case]) -> Sequence[float]:
+        """A finite number for each picture; `cases[i]` is the one that `images[i]` was drawn for.
+
+        All pictures of a call have the same size.
+        """
+
+
+@runtime_checkable
+class SetScorer(Protocol):
+    """Judges a set of pictures by comparing the distribution of features with a reference's.
+
+    The other members are those of `Scorer`. `floor`: what the figure is for real pictures in place
+    of samples, given the cases; printed beside it.
+    """
+
+    name: str
+    better: str
+    kinds: Sequence[str]
+    needs: Sequence[str]
+    identity: str
+
+    def features(
+        self, images: Sequence[Picture], cases: Sequence[Case]
+    ) -> Float[np.ndarray, "n d"]:
+        """Of each picture."""
+
+    def reference(self, cases: Sequence[Case]) -> Float[np.ndarray, "n d"]:
+        """Features of one real picture for each case."""
+
+    def distance(self, a: Float[np.ndarray, "n d"], b: Float[np.ndarray, "m d"]) -> float:
+        """Between two sets of features."""
+
+    def floor(self, cases: Sequence[Case]) -> float:
+        """The distance of other real pictures to the reference."""
+
+
+Judge = Scorer | SetScorer
+MEMBERS = ("name", "better", "kinds", "needs", "identity")
+
+
+def judges(scorer: Judge, case: Case) -> bool:
+    """Whether a scorer says anything about pictures of a case."""
+    wanted = not scorer.kinds or case.kind in scorer.kinds
+    return wanted and (case.source is not None or "source" not in scorer.needs)
+
+
+def load_scorers(names: Sequence[str], known: dict[str, Callable[[], Judge]]) -> list[Judge]:
+    """The scorers that `names` are of: some of `known`, or `module:attribute` of the user's.
+
+    Raises `UserError` with every name that is of none, and every scorer that is incomplete.
+    """
+    found: list[Judge] = []
+    faults: list[str] = []
+    for name in names:
+        try:
+            if name in known:
+                found.append(known[name]())
+            elif ":" in name:
+                found.append(_users(name))
+            else:
+                faults.append(
+                    f"--scorers: {name!r} is not one of {', '.join(known)}, or module:attribute"
+                )
+        except UserError as error:
+            faults += error.problems
+    doubled = {s.name for s in found if [o.name for o in found].count(s.name) > 1}
+    faults += [f"--scorers: two of them are called {name!r}" for name in sorted(doubled)]
+    raise_if(faults)
+    return found
+
+
+def _users(where: str) -> Judge:
+    module, _, attribute = where.partition(":")
+    try:
+        scorer = importlib.import_module(module)
+        for part in attribute.split("."):
+            scorer = getattr(scorer, part)
+    except (ImportError, ValueError, AttributeError) as error:
+        raise UserError(f"--scorers={where}: cannot be imported ({error})") from None
+    if inspect.isclass(scorer) or inspect.isfunction(scorer):
+        scorer = scorer()
+    lacking = [name for name in MEMBERS if not hasattr(scorer, name)]
+    if not isinstance(scorer, SetScorer) and not callable(scorer):
+        lacking.append("__call__(images, cases)")
+    if lacking:
+        raise UserError(f"--scorers={where}: is no scorer, it has no {', '.join(lacking)}")
+    for name in ("name", "identity"):
+        if not isinstance(getattr(scorer, name), str):
+            raise UserError(f"--scorers={where}: `{name}` is no text but {getattr(scorer, name)!r}")
+    if scorer.better not in BETTER:
+        raise UserError(f"--scorers={where}: `better` is {scorer.better!r}, not higher or lower")
+    unknown = [need for need in scorer.needs if need not in NEEDS]
+    if unknown:
+        raise UserError(f"--scorers={where}: it needs {unknown[0]!r}; it can have {NEEDS}")
+    return scorer

@@ -1,0 +1,119 @@
+"""The miniature's scores in short: few pictures, cheap enough to be asked for again and again."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+from flax import nnx
+from jaxtyping import Float
+
+from dopsd_jax.conditioning.encoding import STUDENT, TEACHER
+from dopsd_jax.evaluation.drawing import Painter, Shot
+from dopsd_jax.evaluation.scorer import Picture
+from dopsd_jax.families.zimage.pipeline import Pipeline
+from dopsd_jax.miniature import judge, render, world_scorers
+from dopsd_jax.miniature.world import Concept
+from dopsd_jax.miniature.world_scorers import CONCEPT, ORDINARY
+
+ORDINARY_EACH = 2  # ordinary prompts for each one of the concept
+
+
+class Row(NamedTuple):
+    """One model: mean IoU of the concept, crispness of its pictures relative to the renderer's,
+    and share of ordinary prompts whose shape and colour are both right. None: not asked."""
+
+    model: str
+    concept: float
+    crispness: float
+    retention: float | None
+
+
+class Exam:
+    """A few fixed prompts about a concept. Made once, it scores any number of weights.
+
+    Contexts are computed here; afterwards the encoders may leave. Every call draws pictures of the
+    same shapes, so after the first nothing is compiled.
+
+    Args:
+      teacher: config.teacher.
+      count: prompts of the concept; twice as many ordinary ones are drawn.
+      seed: of prompts and noise. shown: pictures of the data set; their arrangements are not asked.
+    """
+
+    def __init__(
+        self,
+        pipe: Pipeline,
+        teacher: Mapping[str, Any],
+        concept: Concept,
+        word: str,
+        *,
+        count: int = 6,
+        seed: int = 0,
+        shown: Sequence[Picture] = (),
+    ):
+        asked = {"concepts": count, "ordinary": ORDINARY_EACH * count}
+        cases = world_scorers.cases(concept, word, **asked, seed=seed, shown=shown)
+        self.concept = [case for case in cases if case.kind == CONCEPT]
+        self.ordinary = [case for case in cases if case.kind == ORDINARY]
+        self.painter = Painter(pipe, teacher, batch=count)
+        for role, own in ((STUDENT, cases), (TEACHER, self.concept)):
+            for _ in self.painter.encode(own, role):
+                pass
+
+    def student(self, model: str, trained: nnx.State) -> Row:
+        """Scores weights that see the prompt alone: `trained` as `pipe.split` has it."""
+        found = self.values(trained)
+        right = found["named shape"] * found["named colour"]
+        return _row(model, found, float(right.mean()))
+
+    def teacher(self, model: str, trained: nnx.State) -> Row:
+        """Scores weights that see the true picture as well: what the student can hope for."""
+        return _row(model, self.values(trained, TEACHER), None)
+
+    def values(self, trained: nnx.State, role: int = STUDENT) -> dict[str, Float[np.ndarray, " n"]]:
+        """Each prompt's score by the metrics' names; the prompts of the concept alone for TEACHER.
+
+        Of two models drawn by one exam they belong together pair by pair.
+        """
+        images = self._draw(trained, self.concept, role)
+        truth = world_scorers.fitted(images, [case.truth for case in self.concept])
+        found = {
+            "concept IoU": judge.iou(images, truth),
+            "concept crispness": judge.crispness(images) / judge.crispness(render.render(truth)),
+        }
+        if role == TEACHER:
+            return found
+        images = self._draw(trained, self.ordinary, role)
+        scenes, seen = [case.truth for case in self.ordinary], judge.see(images)
+        for attribute in ("shape", "colour"):
+            found[f"named {attribute}"] = np.array(
+                [
+                    getattr(one, attribute) == getattr(scene.things[0], attribute)
+                    for one, scene in zip(seen, scenes, strict=True)
+                ],
+                float,
+            )
+        found["ordinary crispness"] = world_scorers.crispness(images, scenes)
+        return found
+
+    def _draw(self, trained, cases, role) -> np.ndarray:
+        shots = [Shot(case, 0) for case in cases]
+        return np.stack([image for _, image in self.painter.draw(trained, shots, role)])
+
+
+def _row(model: str, values: Mapping[str, np.ndarray], retention: float | None) -> Row:
+    iou, crispness = (float(values[f"concept {name}"].mean()) for name in ("IoU", "crispness"))
+    return Row(model, iou, crispness, retention)
+
+
+def table(rows: Sequence[Row]) -> list[str]:
+    """Rows as lines of text."""
+    width = max(len("model"), *(len(row.model) for row in rows))
+    shown = lambda value: "     -" if value is None else f"{value:6.3f}"
+    lines = [f"{'model':{width}}  concept  crispness  retention"]
+    lines += [
+        f"{r.model:{width}}  {shown(r.concept):>7}  {shown(r.crispness):>9}  "
+        f"{shown(r.retention):>9}"
+        for r in rows
+    ]
+    return lines

@@ -1,0 +1,117 @@
+"""Many processes that run one program: how they agree, begin and end together."""
+
+import contextlib
+import json
+import os
+import sys
+from collections.abc import Callable, Iterator
+from typing import Any, TypeVar
+
+import jax
+import numpy as np
+from jax.experimental import multihost_utils
+
+from dopsd_jax.common.errors import UserError
+
+T = TypeVar("T")
+
+
+class SharedError(UserError):
+    """A `UserError` that every process raises at the same place."""
+
+
+def is_first() -> bool:
+    """Whether this process writes what the run writes once."""
+    return jax.process_index() == 0
+
+
+def say(text: str) -> None:
+    """Prints a line, once for all processes."""
+    if is_first():
+        print(text, flush=True)
+
+
+def gather(value: Any) -> list[Any]:
+    """`value`, anything JSON can hold, of every process, in order. All must call it."""
+    if jax.process_count() == 1:
+        return [value]
+    text = np.frombuffer(json.dumps(value).encode(), np.uint8)
+    sizes = np.ravel(multihost_utils.process_allgather(np.array([len(text)], np.int32)))
+    padded = np.zeros(sizes.max(), np.uint8)
+    padded[: len(text)] = text
+    rows = np.reshape(multihost_utils.process_allgather(padded), (len(sizes), -1))
+    return [json.loads(bytes(row[:n])) for row, n in zip(rows, sizes, strict=True)]
+
+
+@contextlib.contextmanager
+def together() -> Iterator[None]:
+    """A block that all processes run: a `UserError` in one of them is raised in every one.
+
+    At its end they wait for each other, so what one wrote inside is there for all afterwards.
+    """
+    problems: list[str] = []
+    try:
+        yield
+    except SharedError:
+        raise
+    except UserError as error:
+        if jax.process_count() == 1:
+            raise
+        problems = list(error.problems)
+    found = gather(problems)
+    if any(found):
+        # The same fault everywhere, such as a wrong field, is said once.
+        raise SharedError(*dict.fromkeys(problem for each in found for problem in each))
+
+
+def first_alone(action: Callable[[], T]) -> T:
+    """`action()`, of process 0 while the others wait, then of the others.
+
+    For what process 0 leaves for all, such as a cache in a shared folder.
+    """
+    with together():
+        if is_first():
+            result = action()
+    with together():
+        if not is_first():
+            result = action()
+    return result
+
+
+def begin_together(jitted: Callable) -> Callable:
+    """`jitted`, a function over the devices of all processes, begun by none before all have it.
+
+    Whose program is compiled first would wait for the others inside of it, and the libraries that
+    connect devices do that for half a minute (gloo) or ten (NCCL); but compiling takes long, and of
+    the processes that share a cache of programs not every one need find them there. All call it,
+    with arrays of the same shapes; what is static goes by name.
+    """
+    programs = {}
+
+    def call(*args, **static):
+        if jax.process_count() == 1:
+            return jitted(*args, **static)
+        leaves, tree = jax.tree.flatten(args)
+        key = tree, tuple(map(jax.typeof, leaves)), tuple(sorted(static.items()))
+        if key not in programs:
+            with together():
+                programs[key] = jitted.lower(*args, **static).compile()
+        return programs[key](*args)
+
+    return call
+
+
+def to_host(array: jax.Array) -> np.ndarray:
+    """The whole of an array that may lie on the devices of several processes. All must call it."""
+    if array.is_fully_addressable or array.is_fully_replicated:
+        return np.asarray(array)
+    return multihost_utils.process_allgather(array, tiled=True)
+
+
+def leave(status: int, line: str = "") -> None:
+    """Ends this process at once: an orderly end waits for the others, which may never come."""
+    if line:
+        print(line, file=sys.stderr)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(status)

@@ -1,0 +1,94 @@
+"""Pictures of how far a run is: target, base, teacher and tuned, side by side, on fixed noise."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import jax
+import numpy as np
+
+from dopsd_jax.common.errors import UserError
+from dopsd_jax.common.flow import shifted_grid
+from dopsd_jax.conditioning.features import Features
+from dopsd_jax.data.dataset import Dataset, spread
+from dopsd_jax.dopsd import Contexts
+from dopsd_jax.families.zimage import family
+from dopsd_jax.families.zimage.pipeline import Pipeline, start_noise
+from dopsd_jax.parallel import multihost
+from dopsd_jax.reporting import pictures
+
+NOISE_SEED = 2026  # not the training seed: the noise of the grids is no training noise
+
+
+class Sample(NamedTuple):
+    """One row of the grids."""
+
+    caption: str
+    contexts: Contexts
+    noise: jax.Array
+    target: np.ndarray
+
+
+def rows_of(dataset: Dataset, count: int) -> list[int]:
+    """Rows to look at: spread over the data set, the same ones in every program."""
+    if dataset.features is None:
+        return spread(len(dataset.rows), count)
+    shown = dataset.features.shown
+    if len(shown) < min(count, len(dataset.rows)):
+        raise UserError(
+            f"config.sample_rows: {count}, but {dataset.features.folder} kept the pictures of "
+            f"{len(shown)} rows; lower it"
+        )
+    return [shown[i] for i in spread(len(shown), count)]
+
+
+class Previews:
+    """Grids of a few rows of the data set, with the deployed sampler; the same noise every time.
+
+    The base model's pictures are drawn here and kept: make it before the pipeline hands its weights
+    over to training.
+    """
+
+    def __init__(self, pipe: Pipeline, features: Features, rows: Sequence[int], workdir: Path):
+        self.pipe, self.workdir = pipe, workdir
+        self.grid = shifted_grid(family.DEPLOYED_STEPS, pipe.shift)
+        taught = features.needs.teacher
+        self.columns = ("target", "base", *["teacher"] * taught, "tuned")
+        self.samples = []
+        for row in rows:
+            width, height = features.dataset.buckets[row]
+            shape = pipe.latent_shape(height, width)
+            noise = start_noise(NOISE_SEED, row + 1, shape)[row:]
+            _, i = caption = features.dataset.caption(row, features.dataset.prompt_keys)
+            contexts, text = features.contexts([caption]), features.dataset.rows[row].captions[i][1]
+            self.samples.append(Sample(text, contexts, noise, features.image(row)))
+        # Before training the trained part is the base model's: adapters add nothing yet.
+        base = pipe.split[1]
+        self.base = [self._picture(base, s.contexts.student, s.noise) for s in self.samples]
+
+    def _picture(self, trained, context, noise) -> np.ndarray:
+        latents = self.pipe.sample(trained, noise, context, self.grid)
+        return self.pipe.decode(multihost.to_host(latents))[0]
+
+    def rows(self, student, teacher) -> list[pictures.Row]:
+        """The pictures of every sample, in the order of `columns`.
+
+        `teacher` draws only for methods that ask a teacher in its own context.
+        """
+        found = []
+        for base, sample in zip(self.base, self.samples, strict=True):
+            drawn = [sample.target, base]
+            if "teacher" in self.columns:
+                drawn.append(self._picture(teacher, sample.contexts.teacher, sample.noise))
+            drawn.append(self._picture(student, sample.contexts.student, sample.noise))
+            found.append(pictures.Row(sample.caption, drawn))
+        return found
+
+    def write(self, step: int, student, teacher) -> Path:
+        """Writes the grid of a step; returns its path. Every process calls it, the first writes."""
+        path = pictures.sample_path(self.workdir, step)
+        title = f"step {step}, {len(self.grid) - 1} forwards"
+        rows = self.rows(student, teacher)
+        if multihost.is_first():
+            pictures.save_grid(path, self.columns, rows, title=title)
+        return path

@@ -1,0 +1,299 @@
+"""report.html: one page, without any other file, about a run."""
+
+import base64
+import html
+import io
+import json
+import os
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from etils import epath
+from PIL import Image
+
+from dopsd_jax.common.atomic import write_text
+from dopsd_jax.common.errors import UserError
+from dopsd_jax.reporting.charts import Series, chart, number
+from dopsd_jax.reporting.metrics import FILE, duration, read_metrics
+from dopsd_jax.reporting.pictures import read_labels, sample_files
+
+CONFIG, SCORES, REPORT = "config.json", "scores.json", "report.html"
+ROUNDS = 40  # at most so many grids are embedded: the first, the last, and some evenly between
+SIDE = 1600  # grids are embedded as JPEG with sides up to this
+
+# Methods whose gap is that of student and teacher; others compare with pictures (docs/methods.md).
+BESIDE_TEACHER = ("dopsd", "offpolicy")
+# Field, title, note, and whether a logarithmic axis suits it.
+CURVES = (
+    ("loss", "Loss", "mean over noise levels", True),
+    ("loss_per_step", "Loss per denoising step", "first to last", True),
+    ("gap", "Gap", "{gap}, root mean square", True),
+    ("grad_norm", "Gradient norm", "before clipping", True),
+    ("lr", "Learning rate", "", False),
+    ("images_per_second", "Throughput", "images per second", False),
+)
+
+
+def write_report(workdir: str | os.PathLike) -> epath.Path:
+    """Writes `workdir`/report.html from metrics.jsonl, samples/ and config.json; returns its path.
+
+    What is not there yet is said to be missing. Raises `UserError` for broken files.
+    """
+    workdir = epath.Path(workdir)
+    if not workdir.is_dir():
+        raise UserError(f"{workdir}: is not a folder; give the --workdir of a run")
+    records = read_metrics(workdir / FILE)
+    config, scores = _read_object(workdir / CONFIG), _read_object(workdir / SCORES)
+    name = html.escape(workdir.name or workdir.resolve().name)
+    section = config.get("config")
+    method = section.get("method", "dopsd") if isinstance(section, dict) else "dopsd"
+    gap = "student and teacher" if method in BESIDE_TEACHER else "velocity and noise - picture"
+    page = PAGE.format(
+        title=name,
+        style=STYLE,
+        script=SCRIPT,
+        summary=_summary(records, config) + _scores(scores),
+        curves="".join(
+            _curve(records, field, title, note.format(gap=gap), log)
+            for field, title, note, log in CURVES
+        ),
+        samples=_samples(sample_files(workdir)),
+        config=_config(config),
+    )
+    path = workdir / REPORT
+    # Prompts may hold halves of surrogate pairs, which no file can.
+    write_text(path, page.encode("utf-8", "replace").decode())
+    return path
+
+
+def _read_object(path: epath.Path) -> Mapping[str, Any]:
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return {}
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path}: cannot be read as JSON ({error}); restore or remove it") from None
+    if not isinstance(found, dict):
+        raise UserError(f"{path}: holds no JSON object; restore or remove it")
+    return found
+
+
+def _summary(records: Sequence[Mapping], config: Mapping[str, Any]) -> str:
+    if not records:
+        return "<p>No step has been recorded yet.</p>"
+    last = records[-1]
+    section = config.get("config")
+    total = section.get("steps") if isinstance(section, dict) else None
+    facts = [("step", f"{last['step']} of {total}" if total else str(last["step"]))]
+    for field, label in (("loss", "last loss"), ("gap", "last gap"), ("lr", "learning rate")):
+        if _is_number(last.get(field)):
+            facts.append((label, number(last[field])))
+    rates = sorted(
+        r["images_per_second"] for r in records if _is_number(r.get("images_per_second"))
+    )
+    if rates:
+        facts.append(("images/s, median", number(rates[len(rates) // 2])))
+    seconds = [r["seconds"] for r in records if _is_number(r.get("seconds"))]
+    if seconds:
+        facts.append(("time in steps", duration(sum(seconds))))
+    items = (f"<div><dt>{html.escape(k)}</dt><dd>{html.escape(v)}</dd></div>" for k, v in facts)
+    return f"<dl>{''.join(items)}</dl>"
+
+
+def _scores(scores: Mapping[str, Any]) -> str:
+    """The table that a run on the miniature ends with."""
+    rows = scores.get("rows")
+    rows = [row for row in rows if isinstance(row, dict)] if isinstance(rows, list) else []
+    if not rows:
+        return ""
+    cell = lambda v: f"{v:.3f}" if _is_number(v) else "" if v is None else html.escape(str(v))
+    line = lambda tag, values: f"<tr>{''.join(f'<{tag}>{v}</{tag}>' for v in values)}</tr>"
+    head = line("th", map(html.escape, rows[0]))
+    body = "".join(line("td", map(cell, row.values())) for row in rows)
+    note = html.escape(str(scores.get("note", "")))
+    return f'<h2>Scores</h2><table>{head}{body}</table><p class="remark">{note}</p>'
+
+
+def _curve(records: Sequence[Mapping], field: str, title: str, note: str, log: bool) -> str:
+    """The chart of one field; a field that holds lists has a curve for each element."""
+    found = [(record["step"], record[field]) for record in records if field in record]
+    steps = [step for step, _ in found]
+    width = max((len(value) for _, value in found if isinstance(value, list)), default=0)
+    if not width:
+        values = [value if _is_number(value) else None for _, value in found]
+        return chart(title, note, [Series(title, steps, values)], log=log)
+    series = []
+    for i in range(width):
+        column = [v[i] if isinstance(v, list) and i < len(v) else None for _, v in found]
+        values = [value if _is_number(value) else None for value in column]
+        # A step outside loss_steps is null throughout: it has no curve, rather than a gap.
+        if any(value is not None for value in values):
+            series.append(Series(str(i + 1), steps, values))
+    return chart(title, note, series, log=log)
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def _samples(files: Sequence[tuple[int, epath.Path]]) -> str:
+    if not files:
+        return "<p>No samples have been drawn yet.</p>"
+    shown = files
+    if len(files) > ROUNDS:
+        last = len(files) - 1
+        shown = [files[round(i * last / (ROUNDS - 1))] for i in range(ROUNDS)]
+    rounds = "".join(_round(step, path) for step, path in shown)
+    left_out = len(files) - len(shown)
+    remark = f"<p class='remark'>{left_out} further rounds are in samples/.</p>" if left_out else ""
+    slider = (
+        f'<label hidden id="pick">step <output></output><input type="range" min="0" '
+        f'max="{len(shown) - 1}" value="{len(shown) - 1}" aria-label="round of samples"></label>'
+    )
+    return f'{slider if len(shown) > 1 else ""}<div id="rounds">{rounds}</div>{remark}'
+
+
+def _round(step: int, path: epath.Path) -> str:
+    try:
+        with path.open("rb") as file, Image.open(file) as image:
+            labels = read_labels(image)
+            picture = image.convert("RGB")
+    except (OSError, Image.DecompressionBombError) as error:
+        text = html.escape(f"step {step}: {path.name} cannot be read ({error})")
+        return f'<section data-step="{step}"><p class="remark">{text}</p></section>'
+    picture.thumbnail((SIDE, 4 * SIDE), Image.Resampling.LANCZOS)
+    encoded = io.BytesIO()
+    picture.save(encoded, "JPEG", quality=88)
+    data = base64.b64encode(encoded.getvalue()).decode()
+    columns = ", ".join(labels.columns) if labels else "samples"
+    alt = html.escape(f"{columns} at step {step}")
+    captions = ""
+    if labels and any(labels.captions):
+        items = "".join(f"<li>{html.escape(text)}</li>" for text in labels.captions)
+        captions = f"<details><summary>prompts in full</summary><ol>{items}</ol></details>"
+    return (
+        f'<section data-step="{step}"><h3>step {step}</h3>'
+        f'<img loading="lazy" width="{picture.width}" height="{picture.height}" alt="{alt}" '
+        f'src="data:image/jpeg;base64,{data}">{captions}</section>'
+    )
+
+
+def _config(config: Mapping[str, Any]) -> str:
+    if not config:
+        return "<p>There is no config.json.</p>"
+    tables, loose = [], {}
+    for section, values in config.items():
+        if isinstance(values, dict):
+            tables.append(_table(section, dict(_flat(values))))
+        else:
+            loose[section] = values
+    if loose:
+        tables.append(_table("other", loose))
+    return "".join(tables)
+
+
+def _flat(values: Mapping[str, Any], prefix: str = "") -> list[tuple[str, Any]]:
+    pairs = []
+    for name, value in values.items():
+        if isinstance(value, dict) and value:
+            pairs += _flat(value, f"{prefix}{name}.")
+        else:
+            pairs.append((prefix + name, value))
+    return pairs
+
+
+def _table(name: str, values: Mapping[str, Any]) -> str:
+    rows = "".join(
+        f"<tr><th>{html.escape(key)}</th><td>{html.escape(_text(value))}</td></tr>"
+        for key, value in values.items()
+    )
+    is_open = " open" if name == "config" else ""
+    return (
+        f"<details{is_open}><summary>{html.escape(name)}</summary><table>{rows}</table></details>"
+    )
+
+
+def _text(value: Any) -> str:
+    return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+
+
+STYLE = """
+:root { color-scheme: light dark; --back: #fff; --ink: #1c1c1e; --faint: #63636b; --line: #dcdce1;
+  --accent: #2563c9; --card: #f6f6f8; --series: 42%; }
+@media (prefers-color-scheme: dark) { :root { --back: #141416; --ink: #e9e9ec; --faint: #a0a0aa;
+  --line: #36363c; --accent: #74a7ff; --card: #1d1d21;
+  --series: 62%; } }
+* { box-sizing: border-box; }
+body { margin: 0 auto; max-width: 1240px; padding: 1.5rem; background: var(--back);
+  color: var(--ink); font: 15px/1.5 system-ui, sans-serif; }
+h1 { font-size: 1.5rem; margin: 0 0 1rem; overflow-wrap: anywhere; }
+h2 { font-size: 1.15rem; margin: 2.2rem 0 .8rem; }
+h3 { font-size: 1rem; margin: 1rem 0 .4rem; }
+dl { display: flex; flex-wrap: wrap; gap: .6rem 2.2rem; margin: 0; }
+dt, .remark, .legend { color: var(--faint); font-size: .85rem; }
+dd { margin: 0; font-size: 1.15rem; font-variant-numeric: tabular-nums; }
+#curves { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 380px), 1fr));
+  gap: 1rem; }
+figure { margin: 0; padding: .8rem; background: var(--card); border-radius: 8px; min-width: 0; }
+figcaption { font-size: .9rem; color: var(--faint); }
+figcaption b { color: var(--ink); }
+svg { display: block; width: 100%; height: auto; }
+svg text { font-size: 11.5px; fill: var(--faint); font-variant-numeric: tabular-nums; }
+svg .y { text-anchor: end; } svg .x { text-anchor: middle; }
+svg .grid { stroke: var(--line); } svg .axis { stroke: var(--faint); }
+svg polyline { fill: none; stroke: currentColor; stroke-width: 1.8; stroke-linejoin: round; }
+svg polygon { fill: currentColor; opacity: .22; } svg circle { fill: currentColor; }
+.legend { display: flex; flex-wrap: wrap; gap: .2rem .9rem; margin: .2rem 0 0; }
+.legend i { display: inline-block; width: .8em; height: .8em; border-radius: 2px;
+  margin-right: .35em; vertical-align: -.05em; }
+.remark { margin: .3rem 0 0; }
+#pick { display: flex; align-items: center; gap: .8rem; position: sticky; top: 0; z-index: 1;
+  background: var(--back); padding: .5rem 0; } #pick[hidden] { display: none; }
+#pick:not([hidden]) + #rounds h3 { display: none; }
+#pick input { flex: 1; } #pick output { min-width: 5ch; font-variant-numeric: tabular-nums; }
+img { max-width: 100%; height: auto; border-radius: 6px; display: block; }
+details { margin: .5rem 0; } summary { cursor: pointer; }
+table { border-collapse: collapse; width: 100%; font-size: .88rem; margin: .4rem 0 1rem; }
+th, td { text-align: left; font-weight: normal; padding: .18rem .6rem .18rem 0; vertical-align: top;
+  border-bottom: 1px solid var(--line); }
+th { color: var(--faint); white-space: nowrap; width: 1%; }
+td { font-family: ui-monospace, monospace; overflow-wrap: anywhere; }
+"""
+
+# Without scripts all rounds stand one below the other.
+SCRIPT = """
+const pick = document.getElementById("pick");
+if (pick) {
+  const rounds = [...document.querySelectorAll("#rounds section")];
+  const input = pick.querySelector("input"), output = pick.querySelector("output");
+  const show = () => rounds.forEach((round, i) => {
+    round.hidden = i != input.value;
+    if (!round.hidden) output.value = round.dataset.step;
+  });
+  input.oninput = show;
+  pick.hidden = false;
+  show();
+}
+"""
+
+PAGE = """<!doctype html>
+<html lang="en">
+<head>
+<meta charset="utf-8">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<title>{title}</title>
+<style>{style}</style>
+</head>
+<body>
+<h1>{title}</h1>
+{summary}
+<h2>Curves</h2>
+<div id="curves">{curves}</div>
+<h2>Samples</h2>
+{samples}
+<h2>Settings</h2>
+{config}
+<script>{script}</script>
+</body>
+</html>
+"""

@@ -1,0 +1,279 @@
+"""What a configuration means: its model, its data, its step. Shared by all programs."""
+
+import dataclasses
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax import nnx
+from jax.sharding import Mesh
+from ml_collections import ConfigDict
+
+from dopsd_jax import dopsd
+from dopsd_jax.common.atomic import is_remote
+from dopsd_jax.common.errors import UserError
+from dopsd_jax.config import schema
+from dopsd_jax.data.buckets import Bucket, make_buckets, parse_buckets
+from dopsd_jax.data.cache import FeatureCache
+from dopsd_jax.data.dataset import Dataset, measure
+from dopsd_jax.data.images import ImageLimits
+from dopsd_jax.data.picture_index import PictureIndex
+from dopsd_jax.data.prepared import Prepared
+from dopsd_jax.data.prepared_parts import is_prepared
+from dopsd_jax.data.rows import Rows, load_rows
+from dopsd_jax.families.zimage import family
+from dopsd_jax.families.zimage.pipeline import Pipeline
+from dopsd_jax.methods import registry
+from dopsd_jax.models import attention, quantised, zimage
+from dopsd_jax.parallel import sharding
+from dopsd_jax.random_model import write_random_model
+from dopsd_jax.random_model.synthetic import write_folder
+from dopsd_jax.training import optimizers, state
+from dopsd_jax.training.trainable import VARIABLES, Trained, trained
+from dopsd_jax.weights import hub
+
+BUCKETS = "buckets (config.data.resolution, config.data.buckets)"
+RANDOM = "random"  # config.model, config.data.path: made in the work directory
+
+
+class Plan(NamedTuple):
+    """The step of a configuration.
+
+    like: shapes, types and placement of the training state; nothing is allocated for it.
+    begin: the state before step 1, from the trained part of the network, which it takes over.
+    step: the compiled optimizer step; see `state.make_step`.
+    """
+
+    grid: tuple[float, ...]
+    trained: Trained
+    like: state.TrainState
+    begin: Callable[[nnx.State], state.TrainState]
+    step: Callable
+
+    def describe(self) -> list[str]:
+        """What is trained, in a few lines."""
+        lines = self.trained.describe(self.like.student)
+        return [*lines, "grid: " + ", ".join(f"{sigma:.4f}" for sigma in self.grid)]
+
+
+def open_pipeline(
+    config: ConfigDict, workdir: Path, mesh: Mesh | None = None, vlm_needed: bool | None = None
+) -> tuple[Pipeline, dict]:
+    """The model of config.model and what to record of its origin; nothing is loaded yet.
+
+    `vlm_needed`: whether a teacher is shown pictures; None: as config.method says.
+    """
+    if config.model == RANDOM:
+        folder = workdir / "random_model"
+        if not (folder / "vlm" / "preprocessor_config.json").exists():
+            write_random_model(folder)
+        model, vlm = hub.Resolved(folder, None), hub.Resolved(folder / "vlm", None)
+    else:
+        model = hub.resolve(config.model)
+        vlm = hub.Resolved(model.path / "vlm", model.revision)
+        # Where no picture is encoded, the model of a hub id is not downloaded for it.
+        shown = registry.sees_image(config) if vlm_needed is None else vlm_needed
+        encodes = shown and not is_prepared(config.data.path)
+        here = Path(config.teacher.vlm).expanduser().is_dir()
+        if config.teacher.vlm and (here or encodes):
+            vlm = hub.resolve(config.teacher.vlm, patterns=hub.ROOT)
+        elif encodes and not vlm.path.is_dir():
+            raise UserError(
+                f"config.teacher.vlm: is empty and {vlm.path} does not exist; name the folder or "
+                "hub id of Qwen3-VL-4B-Instruct"
+            )
+    place = None
+    if mesh is not None:
+        place = lambda path, shape: jax.NamedSharding(
+            mesh, sharding.parameter_spec(path, shape, mesh)
+        )
+    pipe = Pipeline(
+        model.path,
+        vlm=vlm.path,
+        dtype=config.dtype,
+        base_dtype=config.base_dtype,
+        attention="xla",
+        remat=config.remat,
+        sharding_for=place,
+        trained=VARIABLES[config.train],
+    )
+    dtype, size = jnp.dtype(config.dtype), pipe.config.head_dim
+    pipe.attention = attention.resolve(config.attention, jax.default_backend(), dtype, size)
+    return pipe, {"model_revision": model.revision, "vlm_revision": vlm.revision}
+
+
+def open_data(config: ConfigDict, workdir: Path, step: int) -> Dataset:
+    """The data set of config.data: every row checked, every new picture opened once.
+
+    `step`: what sides of images must be a multiple of.
+    """
+    buckets = data_buckets(config, step)
+    if is_prepared(config.data.path):
+        keys, told = schema.names(config.data.prompt_keys), registry.teacher_key(config)
+        keys += (told,) if keys and told else ()
+        prepared = Prepared(config.data.path, keys or None)
+        prepared.check({"buckets": [list(b) for b in buckets]}, {"buckets": BUCKETS})
+        notes = (f"{config.data.path}: prepared; no picture and no encoder is read",)
+        dataset = Dataset(
+            prepared.rows,
+            prepared.infos,
+            tuple(prepared.buckets),
+            prepared.prompt_keys,
+            notes,
+            prepared,
+        )
+    else:
+        rows, index = open_rows(config, workdir), picture_index(config, workdir)
+        dataset = measure(rows, buckets, limits(config), index=index)
+    return dataclasses.replace(dataset, prompt_keys=trained_keys(config, dataset.prompt_keys))
+
+
+def trained_keys(config: ConfigDict, found: tuple[str, ...]) -> tuple[str, ...]:
+    """The keys of the captions that the student is told, of those that the rows have.
+
+    Without config.data.prompt_keys the teacher's is none of them: there is nothing to learn where
+    both are told the same.
+    """
+    told, asked = registry.teacher_key(config), schema.names(config.data.prompt_keys)
+    if told is not None and told not in found:
+        raise UserError(
+            f"config.teacher.prompt_key: {told!r} is not a caption key of {config.data.path}, "
+            f"which has {', '.join(found)}"
+        )
+    keys = tuple(key for key in found if (key in asked if asked else key != told))
+    if not keys:
+        raise UserError(
+            f"config.teacher.prompt_key: {told!r} is the only caption key that every row has, so "
+            "student and teacher would be told the same; name the student's in "
+            "config.data.prompt_keys"
+        )
+    return keys
+
+
+def data_buckets(config: ConfigDict, step: int) -> tuple[Bucket, ...]:
+    """The sizes that pictures are cut to."""
+    sizes = schema.names(config.data.buckets)
+    return parse_buckets(sizes, step) if sizes else make_buckets(config.data.resolution, step)
+
+
+def open_rows(config: ConfigDict, workdir: Path) -> Rows:
+    """The rows of config.data; their pictures are not opened."""
+    data = config.data
+    return load_rows(
+        data_path(config, workdir),
+        schema.names(data.prompt_keys) or None,
+        caption_extension=data.caption_extension,
+        caption_lines=data.caption_lines,
+        data_root=data.root or None,
+        cache=FeatureCache(cache_folder(config, workdir)),
+        teacher_key=registry.teacher_key(config),
+    )
+
+
+def data_path(config: ConfigDict, workdir: Path) -> str | Path:
+    """Where the data set is; the drawn one is made."""
+    made = config.data.path == RANDOM
+    return write_folder(workdir / "random_data") if made else config.data.path
+
+
+def limits(config: ConfigDict) -> ImageLimits:
+    """What pictures must keep to."""
+    return ImageLimits(max_pixels=config.data.max_pixels)
+
+
+def cache_folder(config: ConfigDict, workdir: Path) -> Path:
+    """Where features and indices are kept."""
+    if not config.data.cache and is_remote(workdir):
+        # Prepared data: what is left to keep is little and soon made anew.
+        return Path("~/.cache/dopsd_jax").expanduser()
+    return Path(config.data.cache or workdir / "features").expanduser()
+
+
+def picture_index(config: ConfigDict, workdir: Path, name: str = "") -> PictureIndex:
+    """What earlier starts found out about the pictures."""
+    where = Path(config.data.path).expanduser().absolute()
+    return PictureIndex(FeatureCache(cache_folder(config, workdir)), f"{where} {name}")
+
+
+def check_method(config: ConfigDict, pipe: Pipeline) -> None:
+    """Raises `UserError` for a grid, a loss, targets or a LoRA file that do not fit the model."""
+    grid = family.grid(schema.values(config.grid), pipe.shift)
+    loss, loss_steps = schema.values(config.loss), schema.values(config.loss_steps)
+    dopsd.make_nodes(grid, loss, loss_steps, jax.random.key(0))
+    trained(config, pipe.config).check()
+
+
+def make_plan(config: ConfigDict, pipe: Pipeline, mesh: Mesh) -> Plan:
+    """The training step around the pipeline's transformer, which is loaded."""
+    what = trained(config, pipe.config)
+    what.attach(pipe.transformer)
+    graphdef, student, _ = pipe.split
+    return _plan(config, what, graphdef, student, pipe.shift, mesh)
+
+
+def abstract_plan(
+    config: ConfigDict, size: zimage.ZImageConfig, attention: str, shift: float, mesh: Mesh
+) -> tuple[Plan, nnx.GraphDef, nnx.State]:
+    """`make_plan` for a network that is not loaded, with its graph and base: shapes, placements.
+
+    `attention`: a resolved name of `attention.IMPLEMENTATIONS`; `shift`: the scheduler's.
+    """
+    what = trained(config, size)
+
+    def build():
+        network = zimage.ZImage(
+            size, dtype=config.dtype, attention=attention, remat=config.remat, rngs=nnx.Rngs(0)
+        )
+        if config.base_dtype in quantised.SCHEMES:
+            quantised.quantised(network, config.base_dtype)
+        what.attach(network)
+        return network
+
+    graphdef, student, base = nnx.split(nnx.eval_shape(build), what.variables, ...)
+    stored = jnp.dtype(quantised.stored_type(config.base_dtype))
+    cast = lambda leaf: leaf.replace(jax.ShapeDtypeStruct(leaf.shape, stored))
+    flat = [(p, cast(v) if type(v) is nnx.Param else v) for p, v in nnx.to_flat_state(base)]
+    base = nnx.from_flat_state(flat)
+    plan = _plan(config, what, graphdef, student, shift, mesh)
+    return plan, graphdef, sharding.abstract(base, sharding.state_shardings(base, mesh))
+
+
+def _plan(config, what: Trained, graphdef, student, shift: float, mesh: Mesh) -> Plan:
+    grid = family.grid(schema.values(config.grid), shift)
+    teacher = registry.teacher(config)
+    tx = optimizers.optimizer(config)
+    create = lambda student: state.create(student, teacher, tx)
+    like = jax.eval_shape(create, student)
+    placement = state.offload(
+        sharding.state_shardings(like, mesh), like, schema.names(config.offload)
+    )
+    jitted = jax.jit(create, out_shardings=placement, donate_argnums=0)
+    step = make_step(config, graphdef, grid, shift, tx, placement)
+
+    def begin(student: nnx.State) -> state.TrainState:
+        return jitted(jax.device_put(what.start(student), placement.student))
+
+    return Plan(grid, what, sharding.abstract(like, placement), begin, step)
+
+
+def make_step(
+    config: ConfigDict,
+    graphdef: nnx.GraphDef,
+    grid: tuple[float, ...],
+    shift: float,
+    tx: optax.GradientTransformation,
+    placement: state.TrainState | None = None,
+    seed: int | jax.Array | None = None,
+) -> Callable:
+    """The compiled optimizer step of a configuration, by config.method; see `state.make_step`.
+
+    `seed`: instead of config.seed; traced, one program serves many.
+    """
+    method = registry.loss_function(config, family.denoiser(graphdef), grid, shift)
+    teacher, lr = registry.teacher(config), optimizers.schedule(config)
+    skip, draw = config.nonfinite == "skip", registry.draw(config)
+    seed = config.seed if seed is None else seed
+    return state.make_step(method, tx, teacher, lr, seed, placement, skip, draw)

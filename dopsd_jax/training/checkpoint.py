@@ -1,0 +1,235 @@
+"""Training state on disk, through orbax: saved in the background, proven, restored to any mesh.
+
+    checkpoints/1500/               an orbax checkpoint, which appears whole
+    checkpoints/1500/digests.0.json sha256 of the files, written last, one file a process
+
+Orbax notices a damaged index, but hands out flipped bits of an array as they are. So every file is
+hashed after the save and compared before a restore; each process takes its share of the files. A
+checkpoint without all its digests was cut off, and does not count.
+"""
+
+import concurrent.futures
+import contextlib
+import hashlib
+import json
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+import jax
+from etils import epath
+from orbax.checkpoint import v1 as ocp
+
+from dopsd_jax.common.atomic import is_remote, write_text
+from dopsd_jax.common.errors import UserError
+from dopsd_jax.parallel import multihost
+
+Tree = Any
+# How the storage library words a full disk, a quota and a limit on file sizes.
+_FULL = ("No space left", "RESOURCE_EXHAUSTED", "Disk quota", "File too large")
+_DIGESTS, _CHUNK, _THREADS = "digests", 1 << 22, 4
+
+
+class Checkpoints:
+    """The checkpoints of a run, one folder a step: the newest `keep`, and every `every`-th step.
+
+    What is older is removed only when a newer one is proven to be whole. With many processes all
+    of them call every method, and `folder` is on storage they share.
+    """
+
+    def __init__(self, folder: epath.PathLike, keep: int, every: int = 0):
+        self.folder = epath.Path(folder)
+        if not is_remote(folder):
+            self.folder = self.folder.resolve()
+        self.keep, self.every = keep, every
+        self._saving: tuple[int, concurrent.futures.Future] | None = None
+        self._good: set[int] = set()  # found to be whole by this object
+        self._bad: set[int] = set()  # found to be damaged
+        self._threads = concurrent.futures.ThreadPoolExecutor(1)
+
+    @property
+    def steps(self) -> list[int]:
+        """Steps that are saved whole, oldest first."""
+        return [step for step in self._folders() if _digest_files(self.folder / str(step))]
+
+    def _folders(self) -> list[int]:
+        if not self.folder.exists():
+            return []
+        return sorted(int(path.name) for path in self.folder.iterdir() if path.name.isdigit())
+
+    def save(self, step: int, state: Tree) -> None:
+        """Starts to save; first waits until the save before is done.
+
+        Raises `UserError` when the disk is full; what was saved earlier stays.
+        """
+        self.wait()
+        if step in self._good:
+            return
+        with multihost.together(), self._storage():
+            if multihost.is_first():
+                self.folder.mkdir(parents=True, exist_ok=True)
+                self._clear(step)  # it was cut off, or found damaged
+        with self._storage():
+            response = ocp.save_async(self.folder / str(step), flatten(state))
+        self._saving = step, self._threads.submit(self._prove, step, response)
+
+    def _prove(self, step: int, response) -> None:
+        response.result()
+        folder, index = self.folder / str(step), jax.process_index()
+        own = _files(folder)[index :: jax.process_count()]
+        content = {"processes": jax.process_count(), "files": _digests(folder, own)}
+        write_text(folder / f"{_DIGESTS}.{index}.json", json.dumps(content, indent=1) + "\n")
+
+    def wait(self) -> None:
+        """Returns when nothing is being saved any more; then removes what is not to be kept."""
+        if self._saving is None:
+            return
+        (step, future), self._saving = self._saving, None
+        with multihost.together(), self._storage():
+            future.result()
+        self._good.add(step)
+        self._bad.discard(step)
+        with multihost.together(), self._storage():
+            if multihost.is_first():
+                self._prune()
+
+    def close(self) -> None:
+        """Waits for the last save."""
+        self.wait()
+        self._threads.shutdown()
+
+    def __enter__(self) -> "Checkpoints":
+        return self
+
+    def __exit__(self, kind, error, traceback) -> None:
+        # A save under way is finished, whatever happened; but not by waiting for processes that
+        # know of no error, and wait elsewhere.
+        if error is None or jax.process_count() == 1 or isinstance(error, multihost.SharedError):
+            self.close()
+
+    def restore(self, like: Tree, report: Callable = multihost.say) -> tuple[int, Tree] | None:
+        """The newest state that is whole, with its step; None if nothing was saved yet.
+
+        `like`: arrays, real or abstract, of the state's structure and with its shardings. A
+        checkpoint that was cut off or damaged is named in a line to `report`, and the one before is
+        taken. Raises `UserError` if all are damaged or hold another kind of state.
+        """
+        with multihost.together(), self._storage():
+            if multihost.is_first() and self.folder.exists():
+                for path in self.folder.glob("*.orbax-checkpoint-tmp*"):
+                    path.rmtree()
+        folders = multihost.gather(self._folders())[0]
+        proven = multihost.gather(self.steps)[0]
+        for step in reversed(folders):
+            reason = "its save was cut off"
+            if step in proven:
+                with multihost.together(), self._storage():
+                    faults = self._faults(step)
+                faults = [f for found in multihost.gather(faults) for f in found]
+                reason = faults[0] if faults else None
+            if reason is None:
+                try:
+                    flat = ocp.load(self.folder / str(step), flatten(like))
+                except (OSError, ValueError, KeyError, ocp.errors.InvalidLayoutError) as error:
+                    reason = str(error).strip().partition("\n")[0][:200]
+                else:
+                    self._good.add(step)
+                    names = flatten(like)
+                    leaves = [flat[name] for name in names]
+                    return step, jax.tree.unflatten(jax.tree.structure(like), leaves)
+            self._bad.add(step)
+            report(
+                f"{self.folder / str(step)}: cannot be restored ({reason}); trying the one before"
+            )
+        if proven:
+            raise multihost.SharedError(
+                f"{self.folder}: none of the checkpoints {proven} can be read and fits the "
+                "configuration; use another --workdir, or move them away to start anew"
+            )
+        return None
+
+    def _faults(self, step: int) -> list[str]:
+        """What is wrong with this process's share of a checkpoint's files."""
+        folder = self.folder / str(step)
+        wanted = {}
+        for path in _digest_files(folder):
+            try:
+                wanted |= {str(k): str(v) for k, v in json.loads(path.read_text())["files"].items()}
+            except (OSError, ValueError, KeyError, AttributeError, TypeError):
+                return [f"{path.name} is damaged"]
+        present = _files(folder)
+        faults = [f"{name} is missing" for name in sorted(wanted.keys() - set(present))]
+        faults += [f"{name} has no digest" for name in present if name not in wanted]
+        own = present[jax.process_index() :: jax.process_count()]
+        if faults:
+            return faults
+        found = _digests(folder, own)
+        return [f"{name} was damaged" for name in own if found[name] != wanted[name]]
+
+    def _prune(self) -> None:
+        newest = [step for step in self.steps if step not in self._bad][-self.keep :]
+        for step in self._folders():
+            regular = self.every and step % self.every == 0 and step not in self._bad
+            if step not in newest and not regular:
+                self._clear(step)
+
+    def _clear(self, step: int) -> None:
+        folder = self.folder / str(step)
+        # In this order: what is left when this is cut off does not pass for a checkpoint.
+        for path in folder.glob(f"{_DIGESTS}.*.json"):
+            path.unlink()
+        if folder.exists():
+            folder.rmtree()
+
+    @contextlib.contextmanager
+    def _storage(self) -> Iterator[None]:
+        try:
+            yield
+        except (OSError, ValueError, RuntimeError) as error:
+            if any(word in str(error) for word in _FULL):
+                saved = self.steps
+                raise UserError(
+                    f"{self.folder}: the disk is full; free some space and run the same command, "
+                    f"it goes on from step {saved[-1] if saved else 0}"
+                ) from error
+            raise
+
+
+def flatten(tree: Tree) -> Mapping[str, Any]:
+    """Leaves by their path in the tree, in the tree's order."""
+    leaves = jax.tree_util.tree_flatten_with_path(tree)[0]
+    return {jax.tree_util.keystr(path, simple=True, separator="."): leaf for path, leaf in leaves}
+
+
+def _digest_files(folder: epath.Path) -> list[epath.Path]:
+    """The files of digests of a checkpoint; none if it has not all of them."""
+    paths = sorted(folder.glob(f"{_DIGESTS}.*.json"))
+    for path in paths:
+        with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
+            return paths if len(paths) == json.loads(path.read_text())["processes"] else []
+    return paths  # damaged, which is found when they are compared
+
+
+def _files(folder: epath.Path) -> list[str]:
+    """Names of a checkpoint's files, below its folder, in order.
+
+    Without digests, nor what they are written to first: another process may be at it just now.
+    """
+    names, root = [], None
+    for top, _, files in folder.walk():
+        root = root or top  # of a store, `walk` gives paths without gs://
+        names += [(top / name).relative_to(root).as_posix() for name in files]
+    return sorted(name for name in names if not name.startswith((f"{_DIGESTS}.", f".{_DIGESTS}.")))
+
+
+def _digests(folder: epath.Path, names: Sequence[str]) -> dict[str, str]:
+    """sha256 of each file; read piece by piece, several files at once."""
+
+    def digest(name: str) -> str:
+        content = hashlib.sha256()
+        with (folder / name).open("rb") as file:
+            while chunk := file.read(_CHUNK):
+                content.update(chunk)
+        return content.hexdigest()
+
+    with concurrent.futures.ThreadPoolExecutor(_THREADS) as pool:
+        return dict(zip(names, pool.map(digest, names), strict=True))

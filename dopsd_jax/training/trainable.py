@@ -1,0 +1,182 @@
+"""What a run trains, by config.train: adapters beside the frozen network, or the whole network.
+
+Either way there is a `student`, a tree of float32 parameters, and a `base` that never changes; the
+method and the step know no more than that.
+"""
+
+import dataclasses
+import shutil
+from collections import Counter
+from collections.abc import Mapping
+from pathlib import Path
+from typing import ClassVar, Protocol
+
+import jax
+from flax import nnx
+from ml_collections import ConfigDict
+
+from dopsd_jax.config import schema
+from dopsd_jax.families.zimage import family
+from dopsd_jax.families.zimage.pipeline import lora_layers
+from dopsd_jax.models import zimage
+from dopsd_jax.training import lora
+from dopsd_jax.training.lora import Slot
+from dopsd_jax.weights import lora_files
+from dopsd_jax.weights.export import export_diffusers, export_single
+from dopsd_jax.weights.live import LiveTensors
+from dopsd_jax.weights.lora_write import write_lora
+from dopsd_jax.weights.progress import ConsoleProgress
+
+
+class Trained(Protocol):
+    """One value of config.train.
+
+    variables: type of the network's variables that are trained; all others are the base.
+    chosen: the adapted layers, if there are adapters.
+    """
+
+    variables: ClassVar[type[nnx.Variable]]
+    chosen: Mapping[str, Slot]
+
+    def attach(self, network: zimage.ZImage) -> None:
+        """Gives a network the variables that are trained, where it has none yet."""
+
+    def check(self) -> None:
+        """Raises `UserError` for files that the start needs and that do not fit."""
+
+    def start(self, student: nnx.State) -> nnx.State:
+        """The student before step 1, from the network's own. Raises `UserError`."""
+
+    def describe(self, student: nnx.State) -> list[str]:
+        """What is trained, in a few lines; `student` may be abstract."""
+
+    def due(self, step: int) -> bool:
+        """Whether a checkpoint of this step comes with something to deliver."""
+
+    def paths(self, workdir: Path, step: int) -> list[Path]:
+        """What `deliver` writes."""
+
+    def deliver(self, model: Path, workdir: Path, step: int, student: nnx.State) -> None:
+        """Writes what the run is for. `model`: the folder trained from. Every process calls it."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Adapters:
+    """LoRA on the layers that config.lora.targets names; the file loads in diffusers, ComfyUI."""
+
+    config: ConfigDict
+    network: zimage.ZImageConfig
+    chosen: Mapping[str, Slot]
+    variables: ClassVar = nnx.LoRAParam
+
+    @property
+    def scale(self) -> float:
+        return self.config.lora.alpha / self.config.lora.rank
+
+    def attach(self, network: zimage.ZImage) -> None:
+        options, key = self.config.lora, jax.random.key(self.config.seed)
+        lora.attach(network, self.chosen, options.rank, options.alpha, key)
+
+    def check(self) -> None:
+        if self.config.lora.init_from:
+            lora_files.read_lora(self.config.lora.init_from, lora_layers(self.network))
+
+    def start(self, student: nnx.State) -> nnx.State:
+        path = self.config.lora.init_from
+        if not path:
+            return student
+        file = lora_files.read_lora(path, lora_layers(self.network))
+        return lora.load(student, self.chosen, file.modules, self.scale, path)
+
+    def describe(self, student: nnx.State) -> list[str]:
+        lines = [f"adapters: {len(self.chosen)} layers, {_count(student):,} parameters"]
+        return lines + _table(Counter(map(_kind, self.chosen)))
+
+    def due(self, step: int) -> bool:
+        return True
+
+    def paths(self, workdir: Path, step: int) -> list[Path]:
+        return [workdir / "lora" / f"step_{step}.safetensors"]
+
+    def deliver(self, model: Path, workdir: Path, step: int, student: nnx.State) -> None:
+        if jax.process_index() == 0:
+            (path,) = self.paths(workdir, step)
+            path.parent.mkdir(parents=True, exist_ok=True)
+            modules = lora.export(student, self.chosen, self.scale)
+            write_lora(path, modules, lora_layers(self.network))
+
+
+@dataclasses.dataclass(frozen=True)
+class Network:
+    """Every parameter of the transformer; a whole model comes out."""
+
+    config: ConfigDict
+    network: zimage.ZImageConfig
+    variables: ClassVar = nnx.Param
+    chosen: ClassVar[Mapping[str, Slot]] = {}
+
+    def attach(self, network: zimage.ZImage) -> None:
+        pass
+
+    def check(self) -> None:
+        pass
+
+    def start(self, student: nnx.State) -> nnx.State:
+        return student
+
+    def describe(self, student: nnx.State) -> list[str]:
+        parts: Counter[str] = Counter()
+        for path, leaf in nnx.to_flat_state(student):
+            parts[str(path[0])] += leaf.size
+        lines = [f"the whole transformer: {_count(student):,} parameters in float32"]
+        return lines + _table(parts)
+
+    def due(self, step: int) -> bool:
+        every = self.config.export_every
+        return step == self.config.steps or bool(every and step % every == 0)
+
+    def paths(self, workdir: Path, step: int) -> list[Path]:
+        path = workdir / "model" / f"step_{step}"
+        names = {"diffusers": path, "comfyui": path.with_name(f"{path.name}.safetensors")}
+        return [names[name] for name in schema.names(self.config.export)]
+
+    def deliver(self, model: Path, workdir: Path, step: int, student: nnx.State) -> None:
+        tensors = LiveTensors(student, zimage.names(self.network), self.config.export_dtype)
+        write, written = jax.process_index() == 0, self.paths(workdir, step)
+        options = {"transformer": tensors, "write": write, "progress": ConsoleProgress()}
+        if write:
+            (workdir / "model").mkdir(exist_ok=True)
+        for path in written:
+            if path.suffix:
+                export_single(model, path, **options)
+            else:
+                export_diffusers(model, path, replace=True, **options)
+        if write:  # only the newest stays: each has the size of the model
+            for old in (workdir / "model").glob("step_*"):
+                if old not in written:
+                    shutil.rmtree(old) if old.is_dir() else old.unlink()
+
+
+VARIABLES = {"lora": Adapters.variables, "full": Network.variables}
+
+
+def trained(config: ConfigDict, network: zimage.ZImageConfig) -> Trained:
+    """What config.train names. Raises `UserError` for targets that the network has not."""
+    if config.train == "full":
+        return Network(config, network)
+    targets = schema.values(config.lora.targets)
+    chosen = lora.select(lora.slots(zimage.names(network)), targets, family.LORA_PRESETS)
+    return Adapters(config, network, chosen)
+
+
+def _count(tree) -> int:
+    return sum(x.size for x in jax.tree.leaves(tree))
+
+
+def _kind(path: str) -> str:
+    return ".".join(part for part in path.split(".") if not part.isdigit())
+
+
+def _table(counts: Counter) -> list[str]:
+    width = max(len(f"{n:,}") for n in counts.values())
+    return [f"  {number:>{max(width, 4)},} {name}" for name, number in sorted(counts.items())]

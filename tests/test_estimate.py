@@ -1,0 +1,405 @@
+"""The step compiles for devices that are not here, at its true size, and says what it needs."""
+
+import importlib.util
+import json
+import os
+import pathlib
+import subprocess
+import sys
+
+import jax
+import jax.numpy as jnp
+import pytest
+from flax import nnx
+from jax.sharding import AbstractMesh, AxisType
+
+from dopsd_jax import estimate
+from dopsd_jax.common.errors import UserError
+from dopsd_jax.estimation import (
+    abstract_step,
+    collectives,
+    compiled_step,
+    flops,
+    memory,
+    remedies,
+    tpu_topologies,
+)
+from dopsd_jax.models import attention, zimage
+from dopsd_jax.parallel import sharding
+
+ROOT = pathlib.Path(__file__).parents[1]
+TINY = zimage.ZImageConfig(
+    dim=32, layers=2, refiner_layers=1, heads=2, caption_dim=8, axes_dims=(4, 6, 6)
+)
+CASE = abstract_step.Case(height=32, width=48, rows_student=32, rows_teacher=64)
+PUBLISHED = zimage.ZImageConfig()
+FULL_SIZE = abstract_step.Case(height=1024, width=1024, rows_student=512, rows_teacher=1024)
+GIB, CPU = 2**30, {"JAX_PLATFORMS": "cpu"}
+
+needs_libtpu = pytest.mark.skipif(
+    importlib.util.find_spec("libtpu") is None, reason="the TPU compiler, libtpu, is not installed"
+)
+
+
+def load_config(name=None, **changes):
+    spec = importlib.util.spec_from_file_location("config", ROOT / "configs" / "zimage.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    config = module.get_config(name)
+    config.update_from_flattened_dict(changes)
+    return config
+
+
+def run(*arguments):
+    """The program: (exit status, stdout, stderr)."""
+    command, env = [sys.executable, "-m", "dopsd_jax.estimate", *arguments], os.environ | CPU
+    done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True)
+    return done.returncode, done.stdout, done.stderr
+
+
+@pytest.fixture(scope="module")
+def local_report():
+    config = load_config("random")
+    return config, compiled_step.compile_step(config, TINY, CASE, jax.devices()[:1])
+
+
+def test_a_report_counts_what_the_state_holds(local_report):
+    config, report = local_report
+    net = nnx.eval_shape(lambda: zimage.ZImage(TINY, rngs=nnx.Rngs(0)))
+    parameters = sum(x.size for x in jax.tree.leaves(nnx.state(net)))
+    scales = 7 * 4 * (TINY.layers + 2 * TINY.refiner_layers)  # float32, one a layer and part
+    live = report.account.live
+    assert live["base"] == 4 * parameters + scales
+    assert live["adapters"] == live["teacher"] > 0
+    assert live["optimizer"] == 2 * live["adapters"] + 2 * 4  # and two counters
+    rows = CASE.rows_student + CASE.rows_teacher
+    assert live["batch"] == 4 * config.batch_size * (rows * TINY.caption_dim + 2)
+    assert report.temporaries > 0
+    assert report.needed == sum(live.values()) + report.temporaries
+    assert report.fits and report.sent == collectives.Collectives({}, 0, {})
+
+
+def test_a_report_reads_well(local_report):
+    config, report = local_report
+    text = "\n".join(estimate.describe(report, config, CASE))
+    assert "1 x cpu: data 1, fsdp 1, context 1, tensor 1" in text
+    assert "lora rank 8, 2 images a step of 32 x 48, captions of 32 and 64 rows" in text
+    assert text.endswith("fits")
+
+
+@pytest.mark.parametrize(
+    ("changes", "state"),
+    [
+        ({}, 4 * 4),  # master, teacher, two moments, of four bytes
+        ({"moments_dtype": "bfloat16"}, 4 + 4 + 2 + 2),
+        ({"teacher.weights": "live"}, 4 + 2 * 4),
+        ({"offload": "teacher,optimizer"}, 4),
+    ],
+)
+def test_the_account_of_a_full_run(changes, state):
+    """Bytes a parameter, split over eight devices that there need not be."""
+    sizes = {"batch_size": 8, "mesh.data": 2, "mesh.fsdp": 4}
+    config = load_config("random_full", **sizes, **changes)
+    mesh = AbstractMesh((2, 4, 1, 1), sharding.AXES, axis_types=(AxisType.Auto,) * 4)
+    found = memory.count(config, abstract_step.make_program(config, TINY, CASE, mesh, "cpu"), mesh)
+    split = sum(n for kind, n in found.live.items() if kind != "batch")
+    # Vectors are not split.
+    assert state * flops.parameters(TINY) / 4 <= split < 1.5 * state * flops.parameters(TINY) / 4
+    held = sum(found.host.values())
+    assert held / split == pytest.approx(3 if "offload" in changes else 0, rel=0.01)
+
+
+def test_what_does_not_fit_is_explained(local_report, monkeypatch):
+    config = load_config("random", **{"batch_size": 3, "remat": "none"})
+    message = (
+        "RESOURCE_EXHAUSTED: XLA:TPU compile permanent error. Ran out of memory in memory "
+        "space hbm. Used 40.71G of 31.25G hbm. Exceeded hbm capacity by 9.46G.\n\nTotal: ..."
+    )
+    failing = lambda self: (_ for _ in ()).throw(jax.errors.JaxRuntimeError(message))
+    monkeypatch.setattr(jax.stages.Lowered, "compile", failing)
+    report = compiled_step.compile_step(config, TINY, CASE, jax.devices()[:1])
+    assert not report.fits and report.needed == int(40.71 * GIB)
+    assert any(
+        "Used 40.71G of 31.25G hbm" in line for line in estimate.describe(report, config, CASE)
+    )
+
+
+def test_advice_is_priced():
+    """Four devices: what the compiler needed beyond the account stays, the rest is counted."""
+    config = load_config("random", **{"batch_size": 8, "mesh.data": 4, "base_dtype": "float32"})
+    axes = (AxisType.Auto,) * 4
+
+    def total(config, shape):
+        mesh = AbstractMesh(shape, sharding.AXES, axis_types=axes)
+        return memory.count(
+            config, abstract_step.make_program(config, TINY, CASE, mesh, "tpu"), mesh
+        )
+
+    now, rest = total(config, (4, 1, 1, 1)), 12345
+    report = compiled_step.Report(
+        device_kind="TPU v6 lite",
+        mesh={"data": 4, "fsdp": 1, "context": 1, "tensor": 1},
+        attention="xla",
+        images=8,
+        account=now,
+        work=flops.StepWork(1, 1),
+        capacity=now.lasting + now.activations / 10,
+        needed=now.total + rest,
+        problem="Used too much",
+    )
+    single, together, _ = remedies.advise(config, TINY, CASE, report)
+    fields = [remedy.fields for remedy in single]
+    assert fields[0] == {"batch_size": 4, "accumulate": 2}
+    assert {"mesh.data": 1, "mesh.fsdp": 4} in fields and {"remat": "full"} in fields
+    assert {"attention": "auto"} not in fields, "no kernel knows heads of this size"
+    split = load_config("random", **{"batch_size": 8, "mesh.data": 1, "mesh.fsdp": 4})
+    assert single[1].needed == total(split, (1, 4, 1, 1)).total + rest < report.needed
+    assert single[0].needed == pytest.approx(report.needed - now.activations / 2, rel=0.02)
+    # The fewest that suffice, each priced with those before it.
+    needed = [remedy.needed for remedy in together]
+    assert len(needed) > 1 and needed == sorted(needed, reverse=True)
+    assert needed[-1] <= report.capacity < needed[-2]
+    changes = {name: value for remedy in together for name, value in remedy.fields.items()}
+    mended = load_config("random", **changes)
+    assert needed[-1] == total(mended, (1, 4, 1, 1)).total + rest
+
+
+def test_hopeless_runs_are_told_how_many_devices_they_need(monkeypatch):
+    """Full fine-tuning on one v6e chip: no compiler is needed to see that it does not fit."""
+    config = load_config("full", batch_size=1)
+    failing = lambda self: pytest.fail("compiled")
+    monkeypatch.setattr(jax.stages.Lowered, "compile", failing)
+    monkeypatch.setattr(flops, "device_memory", lambda kind: 31.25 * GIB)
+    report = compiled_step.compile_step(config, PUBLISHED, FULL_SIZE, jax.devices()[:1])
+    assert report.problem == "what lives through the run takes 91.72 GiB by itself"
+    lines = "\n".join(remedies.describe(config, PUBLISHED, FULL_SIZE, report))
+    assert "at least" in lines and "or 8 devices: --config.mesh.data=1" in lines
+
+
+def test_other_compiler_errors_are_not_swallowed(monkeypatch):
+    failing = lambda self: (_ for _ in ()).throw(jax.errors.JaxRuntimeError("INTERNAL: a bug"))
+    monkeypatch.setattr(jax.stages.Lowered, "compile", failing)
+    with pytest.raises(jax.errors.JaxRuntimeError, match="INTERNAL"):
+        compiled_step.compile_step(load_config("random"), TINY, CASE, jax.devices()[:1])
+
+
+@pytest.mark.parametrize(
+    ("case", "message"),
+    [
+        ({"height": 40}, "--height: 40 must be a multiple of 16, from 16 to 8192"),
+        ({"width": 8208}, "--width: 8208 must be a multiple of 16"),
+        ({"rows_student": 33}, "--student_rows: 33 must be a multiple of 32, from 32 to 1504"),
+        ({"rows_teacher": 1536}, "--teacher_rows: 1536 must be a multiple of 32"),
+    ],
+)
+def test_an_impossible_case_is_refused(case, message):
+    fields = {**vars(CASE), **case}
+    with pytest.raises(UserError, match=message):
+        compiled_step.compile_step(
+            load_config("random"), TINY, abstract_step.Case(**fields), jax.devices()[:1]
+        )
+
+
+def test_an_impossible_mesh_is_refused():
+    config = load_config("random", **{"mesh.data": 1, "mesh.fsdp": 3})
+    with pytest.raises(UserError, match=r"config\.mesh: data 1 x fsdp 3"):
+        compiled_step.compile_step(config, TINY, CASE, jax.devices()[:1])
+
+
+def test_sizes_come_from_the_folder_or_are_the_published_ones(tmp_path):
+    published = zimage.ZImageConfig()
+    assert abstract_step.network_size("Tongyi-MAI/Z-Image-Turbo", False)[0] == published
+    assert abstract_step.network_size(str(tmp_path), True)[0] == published
+    with pytest.raises(UserError, match="no such file"):
+        abstract_step.network_size(str(tmp_path), False)
+    (tmp_path / "transformer").mkdir()
+    (tmp_path / "transformer" / "config.json").write_text(json.dumps(TINY.to_dict()))
+    assert abstract_step.network_size(str(tmp_path), False)[0] == TINY
+    assert abstract_step.network_size("random", False)[0].dim < 512
+
+
+def test_without_the_tpu_compiler_one_line_says_so(monkeypatch):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(UserError, match="needs the TPU compiler, libtpu, which this Python does"):
+        tpu_topologies.devices("v5p:2x2x1")
+
+
+@pytest.mark.slow
+def test_the_program_runs():
+    code, out, err = run(
+        "--config=configs/zimage.py:random", "--student_rows=32", "--teacher_rows=32",
+        "--height=32", "--width=32",
+    )  # fmt: skip
+    assert code == 0, err
+    assert "network: the miniature" in out and "compiled in" in out
+    code, out, err = run("--config=configs/zimage.py:random", "--config.attention=splash")
+    assert code == 2 and out.count("\n") == 1
+    assert err.strip() == (
+        "error: config.attention: splash needs a TPU, and this is cpu; and a head size that 128 "
+        "divides, and the model's is 16; set config.attention to auto or xla"
+    )
+
+
+MODULE = """HloModule jit_step, entry_computation_layout={()->f32[]}
+
+%sum (a: f32[], b: f32[]) -> f32[] {
+  ROOT %add = f32[] add(%a, %b)
+}
+
+%inner_body (p: (s32[], bf16[4,8])) -> (s32[], bf16[4,8]) {
+  %gather = bf16[4,8]{1,0:T(8,128)} all-gather(%x), channel_id=1, dimensions={0}
+  ROOT %t = (s32[], /*index=1*/bf16[4,8]{1,0}) tuple(%i, %gather)
+}
+
+%inner_condition (p: (s32[], bf16[4,8])) -> pred[] {
+  %constant.3 = s32[]{:T(128)} constant(3), metadata={stack_frame_id=9}
+  ROOT %lt = pred[]{:T(512)} compare(%i, %constant.3), direction=LT
+}
+
+%outer_body (p: (s32[], f32[10])) -> (s32[], f32[10]) {
+  %w = (s32[], bf16[4,8]{1,0}) while(%init), condition=%inner_condition, body=%inner_body
+  %r = (f32[10]{0}, f32[2,5]{1,0}) all-reduce(%y, %z), channel_id=2, to_apply=%sum
+  ROOT %t2 = (s32[], f32[10]{0}) tuple(%i, %q)
+}
+
+%outer_condition (p: (s32[], f32[10])) -> pred[] {
+  ROOT %c = pred[] fusion(%i), kind=kLoop, calls=%compare
+}
+
+%compare (i: s32[]) -> pred[] {
+  ROOT %lt2 = pred[] compare(%i, %n), direction=LT
+}
+
+ENTRY %main (a: f32[10]) -> f32[] {
+  %w2 = (s32[], f32[10]{0}) while(%init2), condition=%outer_condition, body=%outer_body%KNOWN%
+  %s = (bf16[2,8]{1,0}, bf16[4,8]{1,0}) all-gather-start(%u), channel_id=3, dimensions={0}
+  %d = bf16[4,8]{1,0} all-gather-done(%s)
+  %m = (f32[6]{0}, f32[6]{0}, u32[]{:S(2)}, u32[]{:S(2)}) collective-permute-start(%v)
+  ROOT %out = f32[] constant(0)
+}
+"""
+
+
+def test_collectives_are_counted_as_often_as_they_run():
+    known = ', backend_config={"known_trip_count":{"n":"5"}}'
+    found = collectives.collectives(MODULE.replace("%KNOWN%", known))
+    assert found.unknown_loops == 0
+    assert found.traffic == {
+        "all-gather": collectives.Traffic(5 * 3 + 1, (5 * 3 + 1) * 64),
+        "all-reduce": collectives.Traffic(5, 5 * 80),
+        "collective-permute": collectives.Traffic(1, 24),
+    }
+
+
+def test_a_fused_reduce_scatter_is_no_all_reduce():
+    """As a TPU writes it: the all-reduce in the fusion is never done whole."""
+    found = collectives.collectives("""
+%all-reduce-scatter.4 (input.5: bf16[16,64]) -> bf16[16,16] {
+  %all-reduce.3 = bf16[16,64]{1,0} all-reduce(%input.5), channel_id=1, to_apply=%sum
+  ROOT %slice = bf16[16,16]{1,0} dynamic-slice(%all-reduce.3, %a, %b)
+}
+
+ENTRY %main (a: bf16[16,64]) -> bf16[16,16] {
+  ROOT %f = bf16[16,16]{1,0} fusion(%a), kind=kCustom, calls=%all-reduce-scatter.4
+}
+""")
+    assert found.traffic == {"reduce-scatter": collectives.Traffic(1, 2 * 16 * 16)}
+    assert found.arrays == {
+        collectives.Carried("reduce-scatter", "bf16", (16, 16)): collectives.Traffic(1, 2 * 16 * 16)
+    }
+
+
+def test_activations_are_known_by_their_tokens():
+    t = collectives.Traffic(2, 100)
+    arrays = {
+        collectives.Carried("all-gather", "bf16", (4, 512, 96)): t,
+        collectives.Carried("all-gather", "bf16", (2, 256, 96)): t,  # half of the tokens
+        collectives.Carried("all-gather", "f32", (1, 512, 8)): t,  # a parameter of that width
+        collectives.Carried("all-reduce", "f32", (96, 64)): t,
+    }
+    sent = collectives.Collectives({}, 0, arrays)
+    assert collectives.activations(sent, {512, 256}, {512 * 8}) == {
+        "all-gather": collectives.Traffic(4, 200)
+    }
+    assert collectives.activations(sent, {64}, {96 * 64}) == {}
+
+
+def test_a_loop_of_unknown_length_is_told():
+    found = collectives.collectives(MODULE.replace("%KNOWN%", ""))
+    assert found.unknown_loops == 1
+    assert found.traffic["all-gather"].count == 3 + 1
+
+
+def test_the_text_of_no_program_is_refused():
+    with pytest.raises(ValueError, match="no entry"):
+        collectives.collectives("nothing")
+
+
+@pytest.fixture
+def v5p():
+    # The products of bfloat16 that splash is made of know no higher precision.
+    with jax.default_matmul_precision("default"):
+        yield tpu_topologies.devices("v5p:2x2x1")
+
+
+@needs_libtpu
+@pytest.mark.tpu_aot
+@pytest.mark.parametrize("causal", [False, True])
+def test_splash_compiles_for_tpu(v5p, causal):
+    """The sizes of Z-Image and, causal and grouped, of its text encoder; odd lengths."""
+    n, heads, groups = (200, 8, 2) if causal else (4608 + 32, 30, 30)
+    place = jax.sharding.SingleDeviceSharding(v5p[0])
+    abstract = lambda h: jax.ShapeDtypeStruct((1, n, h, 128), jnp.bfloat16, sharding=place)
+    lengths = jax.ShapeDtypeStruct((1,), jnp.int32, sharding=place)
+
+    def loss(q, k, v, lengths):
+        y = attention.attention(q, k, v, lengths=lengths, causal=causal, implementation="splash")
+        return jnp.sum(y.astype(jnp.float32))
+
+    arrays = abstract(heads), abstract(groups), abstract(groups), lengths
+    lowered = jax.jit(jax.grad(loss, argnums=(0, 1, 2))).lower(*arrays)
+    text = lowered.as_text()
+    assert text.count("tpu_custom_call") >= 2, "forward and backward kernel"
+    compiled = lowered.compile()
+    # The probabilities alone would take 4 n^2 bytes a head.
+    assert causal or compiled.memory_analysis().temp_size_in_bytes < 4 * n**2 * heads / 3
+
+
+def compile_full_size(devices, **changes):
+    """The published network, 1024 x 1024, K = 4, rank 64, an image a chip: a few minutes."""
+    config = load_config(batch_size=len(devices), **changes)
+    assert (config.remat, config.base_dtype, config.lora.rank) == ("full", "bfloat16", 64)
+    case = abstract_step.Case(height=1024, width=1024, rows_student=512, rows_teacher=1024)
+    size, _ = abstract_step.network_size(config.model, full_size=True)
+    report = compiled_step.compile_step(config, size, case, devices)
+    print("\n".join(estimate.describe(report, config, case)))
+    assert report.attention == "splash"
+    return report
+
+
+@needs_libtpu
+@pytest.mark.tpu_aot
+@pytest.mark.slow
+def test_the_full_size_step_fits_a_v5p(v5p):
+    report = compile_full_size(v5p, **{"mesh.data": -1})
+    assert report.account.live["adapters"] == 4 * 158_760_960
+    assert report.account.live["base"] >= 2 * 6_154_908_736
+    assert report.fits
+    assert 15 * GIB < report.needed < 19 * GIB
+    # Only gradients of adapters cross the network, K times, in the type of activations.
+    assert set(report.sent.traffic) == {"all-reduce"}
+    assert report.sent.traffic["all-reduce"].bytes < 4 * 2 * 158_760_960 * 1.01
+
+
+@needs_libtpu
+@pytest.mark.tpu_aot
+@pytest.mark.slow
+def test_fsdp_gathers_weights_and_no_activations(v5p):
+    report = compile_full_size(v5p, **{"mesh.data": 1, "mesh.fsdp": -1})
+    assert 0.25 <= report.account.live["base"] / (2 * 6_154_908_736) < 0.26
+    assert report.needed < 11 * GIB
+    traffic = report.sent.traffic
+    # A layer's weights for the teacher, the student, the student again and its backward pass.
+    assert traffic["all-gather"].bytes < 4 * 4 * 2 * 6_154_908_736
+    moved = sum(traffic[kind].bytes for kind in traffic.keys() - {"all-gather", "all-reduce"})
+    assert moved < GIB / 4
