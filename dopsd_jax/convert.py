@@ -1,0 +1,173 @@
+"""Moves weights between PyTorch folders, single files, converted checkpoints and LoRA files.
+
+python -m dopsd_jax.convert COMMAND ...; from a clone also python tools/convert_weights.py.
+"""
+
+import argparse
+import os
+import sys
+from pathlib import Path
+
+os.environ.setdefault("JAX_PLATFORMS", "cpu")  # converting needs no accelerator
+
+from dopsd_jax.common.errors import UserError, report
+from dopsd_jax.weights import hub
+from dopsd_jax.weights.export import export_diffusers, export_single
+from dopsd_jax.weights.importing import import_model
+from dopsd_jax.weights.inspection import inspect, layers_for
+from dopsd_jax.weights.lora_dialects import WRITTEN
+from dopsd_jax.weights.lora_files import LoraModule, read_lora
+from dopsd_jax.weights.lora_write import write_lora
+from dopsd_jax.weights.progress import ConsoleProgress, size
+from dopsd_jax.weights.safetensors_write import MAX_SHARD
+
+TYPES = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}
+EXAMPLES = """examples:
+  %(prog)s import Tongyi-MAI/Z-Image-Turbo zimage-converted
+  %(prog)s import z_image_turbo_bf16.safetensors zimage-converted --base Tongyi-MAI/Z-Image-Turbo
+  %(prog)s export zimage-converted zimage-diffusers --format diffusers
+  %(prog)s export zimage-converted zimage.safetensors --format comfyui --dtype bfloat16
+  %(prog)s merge zimage-converted style.safetensors zimage-style --format diffusers
+  %(prog)s lora style.safetensors style-kohya.safetensors --to K
+  %(prog)s inspect zimage-converted
+"""
+
+
+def parser(program: str) -> argparse.ArgumentParser:
+    top = argparse.ArgumentParser(
+        program,
+        description=__doc__.splitlines()[0],
+        epilog=EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    commands = top.add_subparsers(dest="command", required=True)
+
+    def add(name: str, run, text: str) -> argparse.ArgumentParser:
+        command = commands.add_parser(name, help=text, description=text)
+        command.set_defaults(run=run)
+        return command
+
+    p = add("import", run_import, "Turn a PyTorch model into a converted checkpoint.")
+    p.add_argument("source", help="model folder, hub id (owner/name[@revision]) or single file")
+    p.add_argument("out", type=Path, help="new folder; or that of an interrupted import, to go on")
+    p.add_argument("--base", help="with a single file: the model of all other parts")
+    p.add_argument("--vae", type=Path, help="single file to take the autoencoder from")
+    p.add_argument("--text-encoder", type=Path, help="single file to take the text encoder from")
+    p.add_argument("--vlm", help="folder or hub id of the vision-language model, to import it too")
+    p.add_argument("--dtype", choices=TYPES, help="store in this type; default: as it is")
+
+    p = add("export", run_export, "Write a model as a diffusers folder or a ComfyUI single file.")
+    _add_export(p)
+    p.add_argument("--lora", type=Path, help="LoRA file to merge into the transformer")
+
+    p = add("merge", run_export, "Merge a LoRA into a model's transformer and write the model.")
+    _add_export(p, before_out="lora")
+
+    p = add("lora", run_lora, "Rewrite a LoRA file in another dialect.")
+    p.add_argument("source", type=Path, help="LoRA file, or folder that PEFT saved")
+    p.add_argument("out", type=Path, help="new file (dialect Q: folder)")
+    p.add_argument("--to", choices=WRITTEN, default="D", help=(
+        "D diffusers and ComfyUI (default), Cs/Cn diffusion_model. with split/fused attention, "
+        "K kohya, Q PEFT folder"
+    ))  # fmt: skip
+    p.add_argument("--model", type=Path, help="model it is for; default: the published Z-Image")
+    p.add_argument("--dtype", choices=TYPES, help="default: as the source file has it")
+
+    p = add("inspect", run_inspect, "Say what a file or folder is, and what is wrong with it.")
+    p.add_argument("path", type=Path, help="model, network folder, single file or LoRA")
+    p.add_argument("--model", type=Path, help="for a lone file: the model it belongs to")
+    return top
+
+
+def _add_export(p: argparse.ArgumentParser, before_out: str | None = None) -> None:
+    p.add_argument("model", help="converted model, Hugging Face folder or hub id")
+    if before_out:
+        p.add_argument(before_out, type=Path, help="LoRA file, or folder that PEFT saved")
+    p.add_argument("out", type=Path, help="new folder (diffusers) or file (comfyui)")
+    p.add_argument("--format", choices=("diffusers", "comfyui"), default="diffusers")
+    p.add_argument("--strength", type=float, default=1.0, help="factor on the LoRA (default 1)")
+    p.add_argument("--dtype", choices=TYPES, help="write in this type; default: as it is")
+    p.add_argument(
+        "--max-shard-gb", type=float, default=MAX_SHARD / 1e9, help="default %(default)g"
+    )
+
+
+def run_import(args: argparse.Namespace) -> None:
+    files = {"vae": args.vae, "text_encoder": args.text_encoder}
+    single = Path(args.source).is_file()
+    if single and not args.base:
+        raise UserError(
+            f"{args.source}: is one file; name the model of all other parts with --base"
+        )
+    if args.base and not single:
+        raise UserError(f"{args.source}: --base goes with a single file, which this is not")
+    if single:
+        files["transformer"] = Path(args.source)
+    files = {name: file for name, file in files.items() if file is not None}
+    wanted = [
+        pattern
+        for pattern in hub.PIPELINE
+        if not any(pattern == f"{name}/*.safetensors" for name in files)
+    ]
+    model = args.base or args.source
+    folder, revision = hub.resolve(model, patterns=wanted)
+    vlm = hub.resolve(args.vlm, patterns=hub.ROOT).path if args.vlm else None
+    import_model(
+        folder,
+        args.out,
+        described=model,
+        revision=revision,
+        files=files,
+        vlm=vlm,
+        dtype=TYPES.get(args.dtype),
+        progress=ConsoleProgress(),
+    )
+    print(f"{args.out}: imported")
+
+
+def run_export(args: argparse.Namespace) -> None:
+    model = hub.resolve(args.model).path
+    if not args.max_shard_gb > 0:
+        raise UserError(f"--max-shard-gb {args.max_shard_gb}: must be above 0")
+    lora = None
+    if args.lora is not None:
+        modules = read_lora(args.lora, layers_for(model)).modules
+        lora = {n: LoraModule(m.a, m.b, m.scale * args.strength) for n, m in modules.items()}
+    dtype, progress = TYPES.get(args.dtype), ConsoleProgress()
+    if args.format == "diffusers":
+        shard = int(args.max_shard_gb * 1e9)
+        export_diffusers(
+            model, args.out, lora=lora, dtype=dtype, max_shard=shard, progress=progress
+        )
+    else:
+        export_single(model, args.out, lora=lora, dtype=dtype, progress=progress)
+    print(f"{args.out}: written" + (f", {len(lora)} layers merged" if lora else ""))
+
+
+def run_lora(args: argparse.Namespace) -> None:
+    if args.out.resolve() == args.source.resolve():
+        raise UserError(f"{args.out}: is the source; give another name")
+    layers = layers_for(args.model)
+    lora = read_lora(args.source, layers)
+    dtype = TYPES.get(args.dtype, lora.dtype)
+    kept = {k: v for k, v in lora.metadata.items() if k.startswith(("modelspec.", "ss_"))}
+    write_lora(args.out, lora.modules, layers, args.to, dtype, kept)
+    written = args.out.stat().st_size if args.out.is_file() else None
+    print(
+        f"{args.out}: {len(lora.modules)} layers, dialect {lora.dialect} -> {args.to}"
+        + (f", {size(written)}" if written else "")
+    )
+
+
+def run_inspect(args: argparse.Namespace) -> None:
+    for line in inspect(args.path, args.model):
+        print(line)
+
+
+def main(program: str = "python -m dopsd_jax.convert") -> None:
+    args = parser(program).parse_args()
+    sys.exit(report(lambda: args.run(args)))
+
+
+if __name__ == "__main__":
+    main()
