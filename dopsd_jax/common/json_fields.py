@@ -1,10 +1,12 @@
 """Reading the fields of a configuration file, gathering every fault before reporting."""
 
-import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from dopsd_jax.common.errors import raise_if
+
+MOST = 2**31 - 1  # of any size
+REQUIRED: Any = object()  # the default of a field that must be there
 
 
 class Fields:
@@ -36,43 +38,62 @@ class Fields:
             return None
         return self.json[name]
 
-    def count(self, name: str) -> int:
-        """A positive whole number."""
-        value = self.require(name, "a positive whole number")
-        if value is not None and not _is_count(value):
-            self.problem(f"field {name} is {value!r}; it must be a positive whole number")
-        return value if _is_count(value) else 0
+    def value(
+        self, name: str, kind: str, good: Callable[[Any], bool], default: Any = REQUIRED
+    ) -> Any:
+        """The value if it is `good`, else `default`; `kind` says in words what is.
+
+        Without a default the field must be there, and None stands for one that is wrong. With one
+        it may be missing, but not wrong: a null is as if it were missing.
+        """
+        found = self.json.get(name)
+        if found is None and default is not REQUIRED:
+            return default
+        found = self.require(name, kind)
+        if found is None:
+            return None
+        if not good(found):
+            self.problem(f"field {name} is {found!r}; it must be {kind}")
+            return None if default is REQUIRED else default
+        return found
+
+    def text(self, name: str, default: Any = REQUIRED) -> str:
+        """A string; "" where it is wrong."""
+        return self.value(name, "a string", lambda v: isinstance(v, str), default) or ""
+
+    def flag(self, name: str, default: Any = REQUIRED) -> bool:
+        """True or false; false where it is wrong."""
+        return bool(self.value(name, "true or false", lambda v: isinstance(v, bool), default))
+
+    def table(self, name: str, default: Any = REQUIRED) -> Mapping[str, Any]:
+        """A JSON object; empty where it is wrong."""
+        good = lambda v: isinstance(v, Mapping)
+        return self.value(name, "a JSON object", good, default) or {}
+
+    def count(self, name: str, most: int = MOST, default: Any = REQUIRED) -> int:
+        """A whole number from 1 to `most`; 0 where it is wrong."""
+        kind = "a positive whole number" + ("" if most == MOST else f" up to {most}")
+        return self.value(name, kind, lambda v: _is_count(v, 1, most), default) or 0
 
     def counts(self, name: str, length: int | None = None, least: int = 1) -> tuple[int, ...]:
         """A list of whole numbers, none below `least`."""
         kind = f"a list of {'' if length is None else f'{length} '}whole numbers from {least}"
-        value = self.require(name, kind)
-        good = (
-            isinstance(value, Sequence)
-            and not isinstance(value, str)
-            and all(_is_count(v, least) for v in value)
-            and length in (None, len(value))
+        good = lambda v: (
+            isinstance(v, list | tuple)
+            and all(_is_count(x, least) for x in v)
+            and length in (None, len(v))
         )
-        if value is not None and not good:
-            self.problem(f"field {name} is {value!r}; it must be {kind}")
-        return tuple(value) if good else ()
+        return tuple(self.value(name, kind, good) or ())
 
-    def positive(self, name: str) -> float:
-        """A number above zero."""
-        value = self.require(name, "a positive number")
-        good = _is_number(value) and value > 0
-        if value is not None and not good:
-            self.problem(f"field {name} is {value!r}; it must be a positive number")
-        return float(value) if good else 0.0
+    def positive(self, name: str, default: Any = REQUIRED) -> float:
+        """A finite number above zero; 0 where it is wrong."""
+        good = lambda v: is_number(v) and v > 0
+        return float(self.value(name, "a positive number", good, default) or 0)
 
     def numbers(self, name: str, length: int) -> tuple[float, ...]:
-        """A list of `length` numbers."""
-        kind = f"a list of {length} numbers"
-        value = self.require(name, kind)
-        good = isinstance(value, list) and len(value) == length and all(map(_is_number, value))
-        if value is not None and not good:
-            self.problem(f"field {name} is {value!r}; it must be {kind}")
-        return tuple(map(float, value)) if good else ()
+        """A list of `length` finite numbers."""
+        good = lambda v: isinstance(v, list) and len(v) == length and all(map(is_number, v))
+        return tuple(map(float, self.value(name, f"a list of {length} numbers", good) or ()))
 
     def only(self, name: str, *allowed: Any, required: bool = False) -> None:
         """Notes a problem unless the field has one of the supported values (or is absent)."""
@@ -85,17 +106,17 @@ class Fields:
 
     def part(self, name: str) -> "Fields":
         """An object inside this one; its problems are noted here."""
-        value = self.require(name, "a JSON object")
-        if value is not None and not isinstance(value, Mapping):
-            self.problem(f"field {name} is {value!r}; it must be a JSON object")
-        inner = Fields(value if isinstance(value, Mapping) else {}, f"{self.where}: {name}")
+        inner = Fields(self.table(name), f"{self.where}: {name}")
         inner.problems = self.problems
         return inner
 
 
-def _is_count(value: Any, least: int = 1) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value >= least
+def is_number(value: Any) -> bool:
+    """Whether a value is a finite number: JSON's true is none, and Python's reader takes NaN."""
+    if not isinstance(value, int | float) or isinstance(value, bool):
+        return False
+    return abs(value) < 1e308  # also a whole number that no float holds
 
 
-def _is_number(value: Any) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+def _is_count(value: Any, least: int = 1, most: int = MOST) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and least <= value <= most

@@ -13,6 +13,7 @@ from ml_collections import ConfigDict
 
 from dopsd_jax.common.atomic import is_remote
 from dopsd_jax.common.errors import UserError, raise_if
+from dopsd_jax.common.json_files import read_json
 from dopsd_jax.conditioning.encoding import STUDENT, TEACHER
 from dopsd_jax.conditioning.features import DIGESTS
 from dopsd_jax.config.schema import flat
@@ -22,7 +23,7 @@ from dopsd_jax.evaluation.gallery import key
 from dopsd_jax.families.zimage.pipeline import Pipeline, lora_layers
 from dopsd_jax.run.workdir import CONFIG
 from dopsd_jax.weights import lora_files, networks
-from dopsd_jax.weights.stored import open_stored, read_json, source_digest
+from dopsd_jax.weights.stored import open_stored, source_digest
 
 
 class Student(NamedTuple):

@@ -15,11 +15,11 @@ import numpy as np
 from PIL import Image
 
 from dopsd_jax.common.errors import UserError, raise_if
+from dopsd_jax.common.json_files import read_json
 from dopsd_jax.evaluation.prompts import TEST, TRAINING
 from dopsd_jax.evaluation.scorer import Case, Judge, Picture
 from dopsd_jax.weights import hub
 from dopsd_jax.weights.safetensors_io import TensorFiles
-from dopsd_jax.weights.stored import read_json
 
 # Upstream's code names LAION-2B as its default weights, its paper's table was made with DFN-5B.
 CLIP = "laion/CLIP-ViT-H-14-laion2B-s32B-b79K"

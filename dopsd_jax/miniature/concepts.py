@@ -12,10 +12,10 @@ from PIL import Image
 from dopsd_jax.common.atomic import atomic_folder, write_text
 from dopsd_jax.common.errors import UserError
 from dopsd_jax.common.json_fields import Fields
+from dopsd_jax.common.json_files import read_json
 from dopsd_jax.miniature import captions, render, world
 from dopsd_jax.miniature.outlines import ANGLES
 from dopsd_jax.miniature.world import Concept
-from dopsd_jax.weights.stored import read_json
 
 FILE = "concept.json"
 _FIELDS = ("word", *(field.name for field in dataclasses.fields(Concept)))
@@ -43,7 +43,7 @@ def read_concept(path: str | os.PathLike) -> tuple[str, Concept]:
         raise UserError(f"{path}: no such file; it says what a word of the miniature stands for")
     if path.stat().st_size > _MOST_BYTES:
         raise UserError(f"{path}: has {path.stat().st_size} bytes; a concept has about 2000")
-    fields = Fields(read_json(path)[0], str(path))
+    fields = Fields(read_json(path, finite=False)[0], str(path))
     for name in fields.json.keys() - set(_FIELDS):
         fields.problem(f"field {name} is unknown; there are {', '.join(_FIELDS)}")
     word = fields.require("word", "a word")

@@ -15,13 +15,13 @@ from absl import flags
 import dopsd_jax
 from dopsd_jax.common import errors
 from dopsd_jax.common.errors import UserError
+from dopsd_jax.common.json_files import read_json
 from dopsd_jax.conditioning.encoding import STUDENT, TEACHER
 from dopsd_jax.evaluation.drawing import Painter, Shot
 from dopsd_jax.evaluation.scorer import Case
 from dopsd_jax.families.zimage.pipeline import Pipeline
 from dopsd_jax.miniature import captions, judge, render, world
 from dopsd_jax.miniature import world_scorers as scores
-from dopsd_jax.weights.stored import read_json
 
 CONCEPTS, ORDINARY = 24, 96
 SEED = 20011  # of concepts and prompts: none is of the training

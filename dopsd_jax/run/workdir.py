@@ -10,9 +10,9 @@ from etils import epath
 
 from dopsd_jax.common.atomic import is_remote, write_text
 from dopsd_jax.common.errors import UserError, raise_if
+from dopsd_jax.common.json_files import read_json
 from dopsd_jax.config.schema import flat
 from dopsd_jax.data.prepared_parts import is_prepared
-from dopsd_jax.weights.stored import read_json
 
 CONFIG = "config.json"
 # What may change when a run goes on: everything else changes what is trained.

@@ -18,7 +18,7 @@ from huggingface_hub.errors import (
 
 from dopsd_jax.common.atomic import FULL
 from dopsd_jax.common.errors import UserError
-from dopsd_jax.weights.stored import read_json
+from dopsd_jax.common.json_files import read_json
 
 MODEL_MANIFEST = "dopsd_jax.json"  # of a converted model
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+(@[\w./-]+)?", re.ASCII)

@@ -5,6 +5,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from dopsd_jax.common.errors import UserError
+from dopsd_jax.common.json_files import read_json
 from dopsd_jax.models.zimage import ZImageConfig
 from dopsd_jax.weights import converted
 from dopsd_jax.weights.hub import MODEL_MANIFEST
@@ -15,7 +16,7 @@ from dopsd_jax.weights.model_folder import INDEX, family_of, is_converted_model
 from dopsd_jax.weights.networks import FAMILIES, VLM, ZIMAGE, Network
 from dopsd_jax.weights.progress import size
 from dopsd_jax.weights.safetensors_io import TensorFiles
-from dopsd_jax.weights.stored import Stored, open_stored, read_config, read_json
+from dopsd_jax.weights.stored import Stored, open_stored, read_config
 from dopsd_jax.weights.tensors import TensorInfo
 
 

@@ -9,9 +9,9 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from dopsd_jax.common.errors import UserError
+from dopsd_jax.common.json_files import read_json
 from dopsd_jax.weights.hub import MODEL_MANIFEST
 from dopsd_jax.weights.networks import FAMILIES, Network
-from dopsd_jax.weights.stored import read_json
 
 INDEX = "model_index.json"
 PIPELINE_FAMILIES = {"ZImagePipeline": "zimage"}

@@ -4,7 +4,6 @@ Format: https://huggingface.co/docs/safetensors (8 bytes header length, JSON hea
 """
 
 import dataclasses
-import json
 import os
 import struct
 from collections.abc import Mapping
@@ -13,9 +12,13 @@ from pathlib import Path
 import numpy as np
 
 from dopsd_jax.common.errors import UserError, raise_if
+from dopsd_jax.common.file_kinds import FIRST_BYTES, kind_of
+from dopsd_jax.common.files import open_regular
+from dopsd_jax.common.json_files import parse_json, read_json
 from dopsd_jax.weights.tensors import DTYPES, TensorInfo
 
-MAX_HEADER = 100_000_000  # the reference implementation's limit
+MAX_HEADER = 16 << 20  # bytes; real ones take one or two, and parsed they take 30 times as much
+MAX_AXES = 16
 AGAIN = "download or copy the file again"
 INDEX_SUFFIX = ".safetensors.index.json"
 # File names that diffusers and transformers look for.
@@ -42,16 +45,11 @@ class Header:
 def read_header(path: str | os.PathLike) -> Header:
     """Header of one file. Raises `UserError` naming every fault."""
     path = Path(path)
-    try:
-        with open(path, "rb") as file:
-            size = os.fstat(file.fileno()).st_size
-            return parse_header(path, size, file)
-    except IsADirectoryError:
-        raise UserError(f"{path}: is a folder, not a safetensors file; name the file") from None
-    except FileNotFoundError:
-        raise UserError(f"{path}: no such file; check the path") from None
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read ({error.strerror}); check its rights") from None
+    with open_regular(path) as file:
+        try:
+            return parse_header(path, os.fstat(file.fileno()).st_size, file)
+        except OSError as error:
+            raise UserError(f"{path}: cannot be read ({error.strerror}); {AGAIN}") from None
 
 
 def parse_header(path: Path, size: int, file) -> Header:
@@ -60,19 +58,17 @@ def parse_header(path: Path, size: int, file) -> Header:
         raise UserError(f"{path}: the file is empty (0 bytes); {AGAIN}")
     if size < 8:
         raise UserError(f"{path}: {size} bytes are too few for a safetensors file; {AGAIN}")
-    (length,) = struct.unpack("<Q", file.read(8))
+    first = file.read(8)
+    (length,) = struct.unpack("<Q", first)
     if length > MAX_HEADER:
-        raise UserError(f"{path}: not a safetensors file (header length {length}); {AGAIN}")
+        kind = kind_of(first + file.read(FIRST_BYTES))
+        what = kind or f"not a safetensors file (header length {length}); {AGAIN}"
+        raise UserError(f"{path}: {what}")
     if 8 + length > size:
         raise UserError(
             f"{path}: truncated: the header takes {length} bytes, the file has {size - 8}; {AGAIN}"
         )
-    try:
-        entries = json.loads(file.read(length).decode("utf-8"), object_pairs_hook=_unique_pairs)
-    except _DuplicateName as error:
-        raise UserError(f"{path}: the header names {error} twice; {AGAIN}") from None
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"{path}: the header is not valid JSON ({error}); {AGAIN}") from None
+    entries = parse_json(file.read(length), f"{path}: the header", AGAIN)
     if not isinstance(entries, dict):
         raise UserError(f"{path}: the header is not a JSON object; {AGAIN}")
     metadata = entries.pop("__metadata__", None)
@@ -93,24 +89,14 @@ def parse_header(path: Path, size: int, file) -> Header:
     return Header(tensors, metadata, size)
 
 
-class _DuplicateName(ValueError):
-    pass
-
-
-def _unique_pairs(pairs):
-    table = dict(pairs)
-    if len(table) < len(pairs):
-        names = [name for name, _ in pairs]
-        raise _DuplicateName(", ".join(repr(n) for n in sorted(set(names)) if names.count(n) > 1))
-    return table
-
-
 def _is_strings(table) -> bool:
     return isinstance(table, dict) and all(isinstance(v, str) for v in table.values())
 
 
 def _is_sizes(values) -> bool:
-    return isinstance(values, list) and all(type(v) is int and 0 <= v < 2**63 for v in values)
+    if not isinstance(values, list) or len(values) > MAX_AXES:
+        return False
+    return all(type(v) is int and 0 <= v < 2**63 for v in values)
 
 
 def _entry_fault(entry) -> str | None:
@@ -163,7 +149,7 @@ class TensorFiles:
     def open(cls, path: str | os.PathLike) -> "TensorFiles":
         """Opens a file, or a folder with one file or an index. Raises `UserError`."""
         path = Path(path)
-        if not path.is_dir():
+        if not os.path.isdir(path):
             return cls(str(path), {path: read_header(path)})
         index = _find_index(path)
         if index is not None:
@@ -251,7 +237,7 @@ def _sharded_headers(index: Path) -> dict[Path, Header]:
         if Path(shard).name != shard or shard in ("", ".", "..") or "\\" in shard:
             faults.append(f"{index}: shard {shard!r} is not a plain file name; {AGAIN}")
             continue
-        if not (folder / shard).is_file():
+        if not os.path.isfile(folder / shard):
             faults.append(f"{folder / shard}: missing, but {index.name} names it; download it")
             continue
         try:
@@ -274,12 +260,7 @@ def _sharded_headers(index: Path) -> dict[Path, Header]:
 
 
 def _read_index(index: Path) -> dict[str, str]:
-    try:
-        content = json.loads(index.read_text(encoding="utf-8"), object_pairs_hook=_unique_pairs)
-    except _DuplicateName as error:
-        raise UserError(f"{index}: names {error} twice; {AGAIN}") from None
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"{index}: not valid JSON ({error}); {AGAIN}") from None
+    content, _ = read_json(index, again=AGAIN)
     weight_map = content.get("weight_map") if isinstance(content, dict) else None
     if not _is_strings(weight_map) or not weight_map:
         raise UserError(f"{index}: has no table weight_map of tensor and file names; {AGAIN}")

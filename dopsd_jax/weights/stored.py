@@ -1,7 +1,6 @@
 """A network's weights on disk in any form we read: Hugging Face folder, file, converted."""
 
 import hashlib
-import json
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -11,6 +10,7 @@ import jax
 import numpy as np
 
 from dopsd_jax.common.errors import UserError, raise_if
+from dopsd_jax.common.json_files import read_json
 from dopsd_jax.models.names import Leaf, to_flax, to_torch
 from dopsd_jax.weights import converted
 from dopsd_jax.weights.digest import remembered_digest
@@ -49,19 +49,6 @@ def read_config(path: Path, network: Network) -> tuple[Any, str]:
     """The network's configuration and the file's text. Raises `UserError`."""
     content, text = read_json(path)
     return network.read_config(content, str(path)), text
-
-
-def read_json(path: Path) -> tuple[Any, str]:
-    """Content and text of a JSON file. Raises `UserError`."""
-    try:
-        text = path.read_bytes().decode("utf-8")
-        return json.loads(text), text
-    except FileNotFoundError:
-        raise UserError(f"{path}: no such file; download the whole model folder") from None
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read ({error.strerror})") from None
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"{path}: not valid JSON ({error}); download it again") from None
 
 
 def open_stored(folder: Path, network: Network, weights: Path | None = None) -> Stored:

@@ -17,6 +17,7 @@ from jaxtyping import Array, Float, UInt8
 from dopsd_jax import dopsd
 from dopsd_jax.common.errors import UserError, raise_if
 from dopsd_jax.common.flow import shifted_grid
+from dopsd_jax.common.json_files import read_json
 from dopsd_jax.data import vlm_images
 from dopsd_jax.families.zimage import encoders as encoders
 from dopsd_jax.families.zimage import family
@@ -29,7 +30,7 @@ from dopsd_jax.training import lora
 from dopsd_jax.weights import lora_files, networks
 from dopsd_jax.weights.load import load_component
 from dopsd_jax.weights.lora_dialects import Layers, layers_of
-from dopsd_jax.weights.stored import open_stored, read_config, read_json, source_digest
+from dopsd_jax.weights.stored import open_stored, read_config, source_digest
 
 STUDENT_TOKENS = 512  # the pipeline's max_sequence_length
 TEACHER_TOKENS = 1024  # upstream's cut; longer ones are refused here

@@ -1,0 +1,74 @@
+"""Reads files that others wrote: a folder, a device or a file without end is refused first."""
+
+import os
+import stat
+from typing import BinaryIO
+
+from etils import epath
+
+from dopsd_jax.common.atomic import is_remote
+from dopsd_jax.common.errors import UserError
+
+MAX_TEXT = 16 << 20  # bytes of a configuration: parsed JSON takes up to 30 times as much memory
+
+
+def open_regular(path: str | os.PathLike, advice: str = "check the path") -> BinaryIO:
+    """Opens a file for reading. Raises `UserError` unless it is a regular file.
+
+    The kind is looked at before the file is opened: opening a FIFO would wait for a writer.
+    `advice` says what to do about a file that is missing.
+    """
+    try:
+        mode = os.stat(path).st_mode
+        if stat.S_ISDIR(mode):
+            raise UserError(f"{path}: is a folder, a file is needed; name the file")
+        if not stat.S_ISREG(mode):
+            raise UserError(f"{path}: is a device or a pipe, not a file; name a file")
+        return open(path, "rb")
+    except (FileNotFoundError, NotADirectoryError):
+        raise UserError(f"{path}: no such file; {advice}") from None
+    except ValueError:  # a zero byte in the name
+        raise UserError(f"{path}: is not a file name; {advice}") from None
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror}); check its rights") from None
+
+
+def read_bytes(
+    path: str | os.PathLike, limit: int = MAX_TEXT, advice: str = "check the path"
+) -> bytes:
+    """Content of a regular file of at most `limit` bytes. Raises `UserError`."""
+    try:
+        if is_remote(path):
+            content = epath.Path(path).read_bytes()
+        else:
+            with open_regular(path, advice) as file:
+                size = os.fstat(file.fileno()).st_size
+                # The size is not enough: a file may grow, and one of /proc announces nothing.
+                content = b"" if size > limit else file.read(limit + 1)
+                size = max(size, len(content))
+            if size > limit:
+                raise UserError(
+                    f"{path}: is larger than {limit >> 20} MiB; is this the right file?"
+                )
+        return content
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such file; {advice}") from None
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror or error})") from None
+
+
+def read_text(
+    path: str | os.PathLike, limit: int = MAX_TEXT, advice: str = "check the path"
+) -> str:
+    """A text file in UTF-8, with or without a byte order mark. Raises `UserError`."""
+    return decode(read_bytes(path, limit, advice), str(path))
+
+
+def decode(content: bytes, where: str) -> str:
+    """Text of bytes in UTF-8. Raises `UserError` naming `where` and the first wrong byte."""
+    try:
+        return content.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise UserError(
+            f"{where}: is not UTF-8 text (byte {error.start}); save it as UTF-8"
+        ) from None

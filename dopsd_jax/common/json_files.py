@@ -1,0 +1,99 @@
+"""Reads JSON that others wrote: strict, with limits, every fault one line.
+
+Python's own reader takes more than JSON is and stops at nothing: NaN, names given twice, numbers
+that become infinite, text nested until the stack is full. All of these are refused here.
+"""
+
+import json
+import math
+import os
+from typing import Any
+
+from dopsd_jax.common.errors import UserError
+from dopsd_jax.common.file_kinds import kind_of
+from dopsd_jax.common.files import MAX_TEXT, read_bytes
+
+MAX_DEPTH = 64
+MAX_DIGITS = 40  # of a whole number
+DOWNLOAD = "download it again"
+
+
+def read_json(
+    path: str | os.PathLike,
+    *,
+    limit: int = MAX_TEXT,
+    again: str = DOWNLOAD,
+    missing: str = "download the whole model folder",
+    finite: bool = True,
+) -> tuple[Any, str]:
+    """Content and text of a JSON file of at most `limit` bytes. Raises `UserError`.
+
+    `again` says how to get a good file, `missing` what to do when it is not there. `finite` False
+    leaves NaN and infinity to a caller that checks every number and tells all faults at once.
+    """
+    content = read_bytes(path, limit, missing)
+    return parse_json(content, str(path), again, finite), content.decode("utf-8-sig")
+
+
+def parse_json(content: str | bytes, where: str, again: str = DOWNLOAD, finite: bool = True) -> Any:
+    """What JSON text says. Raises `UserError` with `where` in front and `again` behind.
+
+    Bytes are UTF-8, with or without a byte order mark.
+    """
+    try:
+        text = content.decode("utf-8-sig") if isinstance(content, bytes) else content
+        found = json.loads(text, object_pairs_hook=_unique_pairs, parse_int=_whole_number)
+        _check(found, finite)
+        return found
+    except _Refused as error:
+        raise UserError(f"{where}: {error}; {again}") from None
+    except (ValueError, RecursionError) as error:
+        kind = kind_of(content) if isinstance(content, bytes) else None
+        raise UserError(f"{where}: {kind or f'not valid JSON ({error}); {again}'}") from None
+
+
+class _Refused(ValueError):
+    """JSON by the grammar, but nothing that can be meant."""
+
+
+def _unique_pairs(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    table = dict(pairs)
+    if len(table) < len(pairs):
+        seen: set[str] = set()
+        twice = {name for name, _ in pairs if name in seen or seen.add(name)}
+        raise _Refused(f"names {', '.join(map(repr, sorted(twice)[:3]))} twice")
+    return table
+
+
+def _whole_number(text: str) -> int:
+    if len(text) > MAX_DIGITS:
+        raise _Refused(f"holds a number of {len(text)} digits")
+    return int(text)
+
+
+def _check(content: Any, finite: bool) -> None:
+    """Raises `_Refused` for what is too deep, not finite or not writable as text."""
+    todo = [("the top", content, 0)]
+    while todo:
+        name, value, depth = todo.pop()
+        if depth > MAX_DEPTH:
+            raise _Refused("not valid JSON (nested too deeply)")
+        if isinstance(value, dict):
+            for key in value:
+                _check_text(key)
+            todo += [(key, inner, depth + 1) for key, inner in value.items()]
+        elif isinstance(value, list):
+            todo += [(name, inner, depth + 1) for inner in value]
+        elif finite and isinstance(value, float) and not math.isfinite(value):
+            raise _Refused(f"field {name} is {value}, not a finite number")
+        elif isinstance(value, str):
+            _check_text(value)
+
+
+def _check_text(text: str) -> None:
+    if text.isascii():
+        return
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError:
+        raise _Refused(f"{text[:60]!a} holds half a character") from None
