@@ -1,18 +1,40 @@
 """Installation: `pip install .`; extras test, bench, eval, quant, gcs, gpu (CUDA), tpu."""
 
+import re
 from pathlib import Path
 
 from setuptools import find_packages, setup
 
+HERE = Path(__file__).parent
+# Folders beside the package that an installation has inside it; config/find.py finds both.
+SHIPPED = {"dopsd_jax.configs": "configs", "dopsd_jax.examples": "examples"}
+
 setup(
     name="dopsd_jax",
-    version="0.1.0",
+    version=re.search('__version__ = "(.+)"', (HERE / "dopsd_jax/__init__.py").read_text())[1],
     description="D-OPSD: tunes few-step image models without losing the few steps, in JAX/Flax",
-    long_description=Path(__file__).with_name("README.md").read_text(encoding="utf-8"),
+    long_description=(HERE / "README.md").read_text(encoding="utf-8"),
     long_description_content_type="text/markdown",
+    author="dopsd_jax developers",
     license="Apache-2.0",
+    license_files=["LICENSE"],
+    classifiers=[
+        "Development Status :: 4 - Beta",
+        "Intended Audience :: Science/Research",
+        "Programming Language :: Python :: 3.11",
+        "Programming Language :: Python :: 3.12",
+        "Programming Language :: Python :: 3.13",
+        "Topic :: Scientific/Engineering :: Artificial Intelligence",
+        "Typing :: Typed",
+    ],
     python_requires=">=3.11",
-    packages=find_packages(include=["dopsd_jax", "dopsd_jax.*"]),
+    packages=[*find_packages(include=["dopsd_jax", "dopsd_jax.*"]), *SHIPPED],
+    package_dir=SHIPPED,
+    package_data={
+        "dopsd_jax": ["py.typed"],
+        "dopsd_jax.examples": ["miniature/**/*"],
+    },
+    entry_points={"console_scripts": ["dopsd-jax = dopsd_jax.__main__:main"]},
     install_requires=[
         "jax>=0.10.2,<0.13",
         "flax>=0.12.8; python_version < '3.12'",
@@ -41,6 +63,9 @@ setup(
             "peft==0.21.2",
             "accelerate",
             "qwix>=0.1.8",
+            "hypothesis>=6",
+            "beartype>=0.22",  # checks the shapes in the annotations: tests/conftest.py
+            "ruff==0.17.6",  # as .pre-commit-config.yaml and .ci/run have it
         ],
         "eval": ["torch"],  # dopsd_jax.evaluate on real data sets: CLIP-S, DINO-D, LPIPS-D
         "quant": ["qwix>=0.1.8"],  # config.base_dtype int8, nf4, fp8
