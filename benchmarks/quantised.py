@@ -16,9 +16,9 @@ from absl import app, flags
 from flax import nnx
 
 from dopsd_jax import dopsd
+from dopsd_jax.adapters import lora
 from dopsd_jax.families.zimage import family
 from dopsd_jax.models import quantised, zimage
-from dopsd_jax.training import lora
 
 HEADS = flags.DEFINE_integer("heads", 10, "of 128; the published network has 30", lower_bound=1)
 LAYERS = flags.DEFINE_integer("layers", 6, "the published network has 30", lower_bound=1)

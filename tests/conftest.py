@@ -24,11 +24,11 @@ import numpy as np
 import pytest
 
 import dopsd_jax
+from dopsd_jax.adapters import lora
 from dopsd_jax.families.zimage.family import LORA_PRESETS
 from dopsd_jax.families.zimage.pipeline import lora_layers
 from dopsd_jax.models import zimage
 from dopsd_jax.random_model import write_random_model
-from dopsd_jax.training import lora
 from dopsd_jax.weights.lora_files import LoraModule
 from dopsd_jax.weights.lora_write import write_lora
 

@@ -15,12 +15,13 @@ import numpy as np
 from flax import nnx
 
 from dopsd_jax import dopsd
+from dopsd_jax.adapters import lora
 from dopsd_jax.estimation.collectives import collectives
 from dopsd_jax.families.zimage import family
 from dopsd_jax.models import zimage
 from dopsd_jax.models.attention import attention, per_device, splash_attention
 from dopsd_jax.parallel import sharding
-from dopsd_jax.training import lora, optimizers, state
+from dopsd_jax.training import optimizers, state
 
 CFG = zimage.ZImageConfig(
     dim=96, layers=2, refiner_layers=0, heads=4, caption_dim=16, axes_dims=(8, 8, 8)

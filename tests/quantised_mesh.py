@@ -9,10 +9,10 @@ import numpy as np
 from flax import nnx
 from mesh_step import CFG, batch
 
+from dopsd_jax.adapters import lora
 from dopsd_jax.families.zimage import family
 from dopsd_jax.models import quantised, zimage
 from dopsd_jax.parallel import sharding
-from dopsd_jax.training import lora
 
 MESHES = ({"fsdp": 8}, {"data": 2, "fsdp": 2, "tensor": 2})
 

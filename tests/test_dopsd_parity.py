@@ -11,9 +11,10 @@ from conftest import relative_error
 from flax import nnx
 
 from dopsd_jax import dopsd
+from dopsd_jax.adapters import lora
 from dopsd_jax.families.zimage import family
 from dopsd_jax.models import zimage
-from dopsd_jax.training import lora, optimizers, state
+from dopsd_jax.training import optimizers, state
 from dopsd_jax.weights.fill import fill
 from dopsd_jax.weights.lora_files import LoraModule
 

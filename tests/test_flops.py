@@ -9,10 +9,10 @@ from flax import nnx
 from jax.extend.core import jaxprs_in_params
 
 from dopsd_jax import dopsd
+from dopsd_jax.adapters import lora
 from dopsd_jax.estimation import flops
 from dopsd_jax.families.zimage import family
 from dopsd_jax.models import zimage
-from dopsd_jax.training import lora
 
 FULL = zimage.ZImageConfig()
 TINY = zimage.ZImageConfig(

@@ -7,11 +7,11 @@ import pytest
 from conftest import relative_error
 from flax import nnx
 
+from dopsd_jax.adapters import lora
 from dopsd_jax.common.errors import UserError
 from dopsd_jax.families.zimage.family import LORA_PRESETS, Context, denoiser
 from dopsd_jax.models import zimage
 from dopsd_jax.models.names import to_flax
-from dopsd_jax.training import lora
 
 CFG = zimage.ZImageConfig(
     dim=48, layers=3, refiner_layers=2, heads=3, channels=4, caption_dim=20, axes_dims=(4, 6, 6),

@@ -17,6 +17,7 @@ from weights_helpers import SMALL, TRANSFORMER, run_python, same_modules
 
 import dopsd_jax
 from dopsd_jax import dopsd
+from dopsd_jax.adapters import lora
 from dopsd_jax.common.errors import UserError
 from dopsd_jax.config import schema
 from dopsd_jax.estimation import abstract_step, compiled_step, tpu_topologies
@@ -24,7 +25,6 @@ from dopsd_jax.families.zimage import family
 from dopsd_jax.models import quantised, zimage
 from dopsd_jax.models.layers import Dense, scan_blocks, stack
 from dopsd_jax.random_model import write_random_model
-from dopsd_jax.training import lora
 from dopsd_jax.weights.importing import import_model
 from dopsd_jax.weights.load import load_component
 

@@ -15,11 +15,12 @@ from flax import nnx
 from jax.sharding import AbstractMesh, PartitionSpec
 from weights_helpers import run_python
 
+from dopsd_jax.adapters import lora
 from dopsd_jax.common.errors import UserError
 from dopsd_jax.families.zimage import family
 from dopsd_jax.models import zimage
 from dopsd_jax.parallel import sharding
-from dopsd_jax.training import lora, state
+from dopsd_jax.training import state
 
 SCRIPT = pathlib.Path(__file__).with_name("mesh_step.py")
 

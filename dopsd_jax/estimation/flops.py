@@ -10,9 +10,9 @@ import re
 from collections.abc import Iterable, Mapping
 from typing import NamedTuple
 
+from dopsd_jax.adapters.lora import Slot
 from dopsd_jax.models import zimage
 from dopsd_jax.models.zimage import PAD_MULTIPLE, ZImageConfig
-from dopsd_jax.training.lora import Slot
 
 # Dense bfloat16 rate of one device in FLOP/s, and its memory in bytes as the compiler sees it; by
 # a pattern in jax's `device_kind`. NVIDIA's and Google's data sheets; a TPU7x chip is two devices.

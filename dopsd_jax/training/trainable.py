@@ -15,12 +15,12 @@ import jax
 from flax import nnx
 from ml_collections import ConfigDict
 
+from dopsd_jax.adapters import lora
+from dopsd_jax.adapters.lora import Slot
 from dopsd_jax.config import schema
 from dopsd_jax.families.zimage import family
 from dopsd_jax.families.zimage.pipeline import lora_layers
 from dopsd_jax.models import zimage
-from dopsd_jax.training import lora
-from dopsd_jax.training.lora import Slot
 from dopsd_jax.weights import lora_files
 from dopsd_jax.weights.export import export_diffusers, export_single
 from dopsd_jax.weights.live import LiveTensors

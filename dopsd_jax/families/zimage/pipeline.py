@@ -15,6 +15,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Float, UInt8
 
 from dopsd_jax import dopsd
+from dopsd_jax.adapters import lora
 from dopsd_jax.common.errors import UserError, raise_if
 from dopsd_jax.common.flow import shifted_grid
 from dopsd_jax.common.json_files import read_json
@@ -26,7 +27,6 @@ from dopsd_jax.models import quantised, qwen3, qwen3_vl, zimage
 from dopsd_jax.models.autoencoder import Autoencoder, to_uint8
 from dopsd_jax.models.tiling import Tiling
 from dopsd_jax.parallel import multihost, sharding
-from dopsd_jax.training import lora
 from dopsd_jax.weights import lora_files, networks
 from dopsd_jax.weights.load import load_component
 from dopsd_jax.weights.lora_dialects import Layers, layers_of
