@@ -1,5 +1,7 @@
 """Samples: python -m dopsd_jax.sample --model PATH [--lora FILE] --prompt "..." --out DIR"""
 
+import itertools
+import sys
 from pathlib import Path
 
 import jax
@@ -10,17 +12,18 @@ from dopsd_jax.common import errors
 from dopsd_jax.common.atomic import disk_error
 from dopsd_jax.common.errors import UserError
 from dopsd_jax.families.zimage.pipeline import start_noise
+from dopsd_jax.reporting.metrics import StepTimer, duration
 from dopsd_jax.reporting.pictures import save_picture
 
 MODEL = flags.DEFINE_string("model", None, "model folder, converted checkpoint or hub id")
 LORA = flags.DEFINE_string("lora", None, "LoRA file to apply")
 PROMPT = flags.DEFINE_multi_string("prompt", None, "what to draw; may be given several times")
 OUT = flags.DEFINE_string("out", None, "folder for the pictures")
-HEIGHT = flags.DEFINE_integer("height", 1024, "pixels", lower_bound=1)
-WIDTH = flags.DEFINE_integer("width", 1024, "pixels", lower_bound=1)
-STEPS = flags.DEFINE_integer("steps", None, "forwards; default: the deployed 8", lower_bound=1)
-SEED = flags.DEFINE_integer("seed", 0, "of the first picture of a prompt", lower_bound=0)
-COUNT = flags.DEFINE_integer("count", 1, "pictures a prompt, with seeds from --seed", lower_bound=1)
+HEIGHT = flags.DEFINE_integer("height", None, "pixels; default: the model's own size", 1)
+WIDTH = flags.DEFINE_integer("width", None, "pixels; default: the model's own size", 1)
+STEPS = flags.DEFINE_integer("steps", None, "forwards; default: the deployed 8", 1, 1000)
+SEED = flags.DEFINE_integer("seed", 0, "of the first picture of a prompt", 0, 2**32 - 1)
+COUNT = flags.DEFINE_integer("count", 1, "pictures a prompt, with seeds from --seed", 1, 10**6)
 DTYPE = flags.DEFINE_enum(
     "dtype", "auto", ["auto", "float32", "bfloat16"], "of activations; auto: float32 on CPU only"
 )
@@ -32,7 +35,8 @@ def main() -> None:
     if dtype == "auto":
         dtype = "float32" if jax.default_backend() == "cpu" else "bfloat16"
     pipe = dopsd_jax.load_pipeline(MODEL.value, dtype=dtype, lora=LORA.value)
-    shape = pipe.latent_shape(HEIGHT.value, WIDTH.value)
+    height, width = HEIGHT.value or pipe.own_size, WIDTH.value or pipe.own_size
+    shape = pipe.latent_shape(height, width)
     for prompt in PROMPT.value:  # all faults before the first picture
         pipe.student_tokens(prompt)
     try:
@@ -41,20 +45,36 @@ def main() -> None:
         raise UserError(f"--out {out}: is a file; name a folder") from None
     except OSError as error:
         raise disk_error(error, out) from error
-    for number, prompt in enumerate(PROMPT.value):
-        for seed in range(SEED.value, SEED.value + COUNT.value):
-            image = pipe(
-                [prompt],
-                height=HEIGHT.value,
-                width=WIDTH.value,
-                steps=STEPS.value,
-                latents=start_noise(seed, 1, shape),
-            )[0]
-            path = out / f"{number:03d}_seed{seed}.png"
-            save_picture(
-                path, image, {"prompt": prompt, "seed": str(seed), "lora": LORA.value or ""}
-            )
-            print(path, flush=True)
+    seeds = range(SEED.value, SEED.value + COUNT.value)
+    todo = [(n, prompt, seed) for n, prompt in enumerate(PROMPT.value) for seed in seeds]
+    print(
+        f"{MODEL.value}: {len(todo)} pictures of {width}x{height} pixels, {dtype} on "
+        f"{jax.default_backend()}; the first one takes longer, it compiles the sampler",
+        flush=True,
+    )
+    timer = StepTimer()
+    for done, (number, prompt, seed) in enumerate(todo, 1):
+        image = pipe(
+            [prompt],
+            height=height,
+            width=width,
+            steps=STEPS.value,
+            latents=start_noise(seed, 1, shape),
+        )[0]
+        path = unused(out / f"{number:03d}_seed{seed}.png")
+        save_picture(path, image, {"prompt": prompt, "seed": str(seed), "lora": LORA.value or ""})
+        timer.tick()
+        left = (len(todo) - done) * (timer.typical or 0)
+        print(f"{path}  {done} of {len(todo)}" + (f", {duration(left)} left" if left else ""))
+        sys.stdout.flush()
+
+
+def unused(path: Path) -> Path:
+    """The path, or with a number where an earlier picture has that name: none is overwritten."""
+    names = itertools.chain(
+        [path], (path.with_stem(f"{path.stem}_{n}") for n in itertools.count(2))
+    )
+    return next(name for name in names if not name.exists())
 
 
 if __name__ == "__main__":

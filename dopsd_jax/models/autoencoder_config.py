@@ -15,8 +15,7 @@ ABSENT_MEANS = {
     "use_post_quant_conv": True,
     "mid_block_add_attention": True,
 }
-# Say nothing about the network: the default tile size, and the type a pipeline runs it in.
-IGNORED = ("sample_size", "force_upcast")
+IGNORED = ("force_upcast",)  # the type that a pipeline runs it in: nothing about the network
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,6 +33,7 @@ class AutoencoderConfig:
     use_quant_conv: bool = True
     use_post_quant_conv: bool = True
     mid_block_add_attention: bool = True
+    sample_size: int = 1024  # pixels a side, of the pictures that the model was made for
 
     @property
     def factor(self) -> int:
@@ -65,6 +65,7 @@ class AutoencoderConfig:
             latent_channels=fields.count("latent_channels"),
             scaling_factor=fields.positive("scaling_factor"),
             shift_factor=_shift(fields),
+            sample_size=fields.count("sample_size", default=cls.sample_size),
             **{name: _flag(fields, name) for name in ABSENT_MEANS},
         )
         _check_unknown(fields)

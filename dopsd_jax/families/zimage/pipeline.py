@@ -352,6 +352,11 @@ class Pipeline:
         """What both sides of an image must be multiples of."""
         return self.vae_config.factor * self.config.patch
 
+    @property
+    def own_size(self) -> int:
+        """Pixels a side of the pictures that the model was made for."""
+        return self.vae_config.sample_size
+
     def latent_shape(self, height: int, width: int) -> tuple[int, int, int]:
         """[h, w, c] of an image's latent. Raises `UserError` for a side the model cannot make."""
         factor, multiple = self.vae_config.factor, self.size_multiple
@@ -371,18 +376,19 @@ class Pipeline:
         self,
         prompts: Sequence[str],
         *,
-        height: int = 1024,
-        width: int = 1024,
+        height: int | None = None,
+        width: int | None = None,
         steps: int | None = None,
         seed: int = 0,
         latents: Float[Array, "b h w c"] | None = None,
     ) -> UInt8[np.ndarray, "b H W 3"]:
         """Images of the prompts by the few-step sampler, without guidance.
 
-        `steps`: forwards; None: the deployed 8. `latents`: start noise, float32; None: drawn from
-        `seed`, image i of any batch from (seed, i).
+        `height`, `width`: pixels; None: `own_size`. `steps`: forwards; None: the deployed 8.
+        `latents`: start noise, float32; None: drawn from `seed`, image i of any batch from
+        (seed, i).
         """
-        shape = self.latent_shape(height, width)
+        shape = self.latent_shape(height or self.own_size, width or self.own_size)
         if latents is None:
             latents = start_noise(seed, len(prompts), shape)
         elif jnp.shape(latents) != (len(prompts), *shape):

@@ -1,0 +1,55 @@
+"""The program `sample`: what it draws without being told sizes, and what it never does."""
+
+import re
+
+import pytest
+from conftest import ROOT, run_program
+from PIL import Image
+
+MINIATURE = ROOT / "examples" / "miniature" / "model"
+PROMPT = "a large red heart on the left on a white background"
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    """Two runs of the same command, and their pictures after the first."""
+    out = tmp_path_factory.mktemp("sample")
+    command = ("sample", f"--model={MINIATURE}", f"--prompt={PROMPT}", f"--out={out}", "--count=3")
+    first = run_program(*command)
+    assert first.returncode == 0, first.stderr
+    early = {path.name: path.read_bytes() for path in out.iterdir()}
+    second = run_program(*command, "--steps=2")
+    assert second.returncode == 0, second.stderr
+    return out, first.stdout, early
+
+
+def test_without_sizes_the_model_draws_its_own(runs):
+    out, said, early = runs
+    assert sorted(early) == [f"000_seed{seed}.png" for seed in range(3)]
+    with Image.open(out / "000_seed0.png") as picture:
+        assert picture.size == (64, 64)
+    assert "3 pictures of 64x64 pixels, float32 on cpu" in said
+
+
+def test_progress_leaves_compilation_out(runs):
+    _, said, _ = runs
+    lines = said.splitlines()
+    assert len(lines) == 4
+    assert lines[1].endswith("000_seed0.png  1 of 3")  # nothing is known yet
+    assert re.search(r"000_seed1.png  2 of 3, \d+ s left$", lines[2])
+    assert lines[3].endswith("000_seed2.png  3 of 3")
+
+
+def test_earlier_pictures_are_never_overwritten(runs):
+    out, _, early = runs
+    assert {name: (out / name).read_bytes() for name in early} == early
+    assert len(list(out.iterdir())) == 6
+    assert (out / "000_seed1_2.png").read_bytes() != early["000_seed1.png"]
+
+
+@pytest.mark.parametrize("option", ["--steps=1000000000", "--seed=4294967296", "--count=10000000"])
+def test_numbers_out_of_range_are_one_line(option, tmp_path):
+    result = run_program("sample", "--model=x", "--prompt=y", f"--out={tmp_path}", option)
+    assert result.returncode == 2
+    (line,) = result.stderr.splitlines()
+    assert line.startswith("error: ") and option[2:6] in line
