@@ -14,13 +14,14 @@ from dopsd_jax.data.loader import Batches, prefetch
 from dopsd_jax.miniature.before_after import before_after
 from dopsd_jax.parallel import cluster, multihost, sharding
 from dopsd_jax.parallel.preemption import STOPPED_EXIT, StopRequest
+from dopsd_jax.reporting.incidents import write_incident
 from dopsd_jax.reporting.metrics import MetricsWriter, Progress, StepTimer
 from dopsd_jax.reporting.previews import Previews, rows_of
 from dopsd_jax.reporting.run_page import write_report
 from dopsd_jax.run import build
 from dopsd_jax.run.workdir import find_workdir, open_workdir
 from dopsd_jax.training.checkpoint import Checkpoints
-from dopsd_jax.training.nonfinite import Guard, write_incident
+from dopsd_jax.training.nonfinite import Guard
 
 CONFIG = config_flags.DEFINE_config_file(
     "config", None, "configuration file, with :argument", lock_config=True
@@ -111,7 +112,9 @@ def main() -> int | None:
         metrics = jax.device_get(metrics)
         seconds = timer.tick()
         speed = {"seconds": seconds, "images_per_second": effective_batch / seconds}
-        record = {"step": step, **metrics, **guard.look(metrics), **speed}
+        verdict = guard.look(metrics)
+        del metrics["finite"]  # the verdict names what was not
+        record = {"step": step, **metrics, **verdict, **speed}
         writer.write(record)
         progress.update(step, metrics["loss"], metrics["gap"], effective_batch)
         fault = guard.fault(record)
@@ -124,7 +127,7 @@ def main() -> int | None:
             kept = int(state.step)  # what is not finite never enters the state
             if kept > 0:
                 save(kept)
-            raise multihost.SharedError(guard.advice(step, config.nonfinite, kept))
+            raise multihost.SharedError(guard.advice(record, config.nonfinite, kept))
 
     step = first
     with writer, checkpoints, StopRequest() as stop:

@@ -21,7 +21,7 @@ from dopsd_jax.families.zimage import family
 from dopsd_jax.models import zimage
 from dopsd_jax.models.attention import attention, per_device, splash_attention
 from dopsd_jax.parallel import sharding
-from dopsd_jax.training import optimizers, state
+from dopsd_jax.training import optimizers, state, train_step
 
 CFG = zimage.ZImageConfig(
     dim=96, layers=2, refiner_layers=0, heads=4, caption_dim=16, axes_dims=(8, 8, 8)
@@ -107,7 +107,7 @@ def run(name, mode, graphdef, student, base):
         train = jax.device_put(train, placement)
         base = jax.device_put(base, sharding.state_shardings(base, mesh))
         placed = sharding.put_batch(batch(), mesh)
-        step = state.make_step(method, tx, teacher, optimizers.schedule(config), 0, placement)
+        step = train_step.make_step(method, tx, teacher, optimizers.schedule(config), 0, placement)
         compiled = step.lower(train, base, placed, latent=LATENT).compile()
         for _ in range(STEPS):  # the second one refuses a state that lies elsewhere than the first
             train, metrics = compiled(train, base, placed)

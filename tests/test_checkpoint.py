@@ -134,6 +134,32 @@ def test_a_save_that_was_cut_off_does_not_count(pair, tmp_path):
     assert not list(folder.glob("*tmp*"))
 
 
+def test_folders_renamed_into_each_other_are_found(pair, tmp_path):
+    """Each is whole, but holds the state of another step."""
+    folder = tmp_path / "run"
+    shutil.copytree(pair, folder)
+    (folder / "2").rename(folder / "3")
+    (step, found), said = restored(folder)
+    assert step == 1 and found["step"] == 1
+    assert len(said) == 1 and "3: cannot be restored (it holds step 2" in said[0]
+    (folder / "1").rename(folder / "2")
+    with pytest.raises(UserError, match="none of the checkpoints") as error:
+        restored(folder)
+    assert len(error.value.problems) == 1
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf])
+def test_a_state_that_is_not_finite_is_never_used(tmp_path, bad):
+    saved(tmp_path, (1,))
+    spoilt = state(2)
+    spoilt["student"]["a"] = spoilt["student"]["a"].at[3, 4].set(bad)
+    checkpoints = Checkpoints(tmp_path, keep=3)
+    checkpoints.save(2, spoilt)
+    checkpoints.close()
+    (step, _), said = restored(tmp_path)
+    assert step == 1 and len(said) == 1 and "not finite" in said[0]
+
+
 def test_one_processs_digests_are_not_enough(pair, tmp_path):
     folder = tmp_path / "run"
     shutil.copytree(pair, folder)

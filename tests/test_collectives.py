@@ -16,7 +16,7 @@ from dopsd_jax.estimation.collectives import KINDS, collectives
 from dopsd_jax.families.zimage import family
 from dopsd_jax.models import zimage
 from dopsd_jax.parallel import sharding
-from dopsd_jax.training import state
+from dopsd_jax.training import state, train_step
 
 pytestmark = [
     pytest.mark.slow,
@@ -50,7 +50,7 @@ def full_step(chips: int):
 
     start = jax.eval_shape(lambda s: state.create(s, teacher, tx), student)
     placement = sharding.state_shardings(start, mesh)
-    step = state.make_step(method, tx, teacher, optax.constant_schedule(1e-4), 0, placement)
+    step = train_step.make_step(method, tx, teacher, optax.constant_schedule(1e-4), 0, placement)
     place = sharding.batch_sharding(mesh)
     array = lambda dtype, *shape: jax.ShapeDtypeStruct((1, chips, *shape), dtype, sharding=place)
     contexts = dopsd.Contexts(

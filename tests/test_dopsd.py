@@ -13,7 +13,7 @@ from dopsd_jax import dopsd
 from dopsd_jax.common import flow
 from dopsd_jax.common.errors import UserError
 from dopsd_jax.families.zimage import family
-from dopsd_jax.training import optimizers, state
+from dopsd_jax.training import optimizers, state, train_step
 
 GRID = family.grid("nodes4", 3.0)
 SHAPE = (3, 4, 5, 2)
@@ -202,7 +202,7 @@ def run_steps(teacher, count=5, config=CONFIG, micro=1, loss_steps="all"):
         the_nodes = dopsd.make_nodes(GRID, "x0", loss_steps, key)
         return dopsd.loss_and_gradient(net, student, target, base, contexts, noise, the_nodes)
 
-    step = state.make_step(method, tx, teacher, optimizers.schedule(config), seed=3)
+    step = train_step.make_step(method, tx, teacher, optimizers.schedule(config), seed=3)
     batch = jax.tree.map(lambda x: jnp.stack([x] * micro), contexts)
     now, history = state.create(student, teacher, tx), []
     for _ in range(count):

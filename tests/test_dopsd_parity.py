@@ -14,7 +14,7 @@ from dopsd_jax import dopsd
 from dopsd_jax.adapters import lora
 from dopsd_jax.families.zimage import family
 from dopsd_jax.models import zimage
-from dopsd_jax.training import optimizers, state
+from dopsd_jax.training import optimizers, state, train_step
 from dopsd_jax.weights.fill import fill
 from dopsd_jax.weights.lora_files import LoraModule
 
@@ -107,7 +107,7 @@ def test_three_optimizer_steps_equal_pytorch(name):
         every = loss_steps == "all"
         return dopsd.loss_and_gradient(net, student, teacher, base, contexts, noise, nodes, every)
 
-    step = state.make_step(method, tx, role, optimizers.schedule(config), SEED)
+    step = train_step.make_step(method, tx, role, optimizers.schedule(config), SEED)
     ours = state.create(take(student), role, tx)
     if settings.teacher != "live":
         ours = ours._replace(teacher=take(teacher))

@@ -15,7 +15,7 @@ from flax import nnx
 from dopsd_jax import dopsd
 from dopsd_jax.families.zimage import family
 from dopsd_jax.models import zimage
-from dopsd_jax.training import optimizers, state
+from dopsd_jax.training import optimizers, state, train_step
 from dopsd_jax.weights.fill import fill
 from dopsd_jax.weights.live import LiveTensors
 
@@ -131,7 +131,7 @@ def test_three_optimizer_steps_of_every_parameter_equal_pytorch(name):
     def method(student, teacher, base, contexts, noise, key):
         return dopsd.loss_and_gradient(net, student, teacher, base, contexts, noise, nodes)
 
-    step = state.make_step(method, tx, role, optimizers.schedule(config), SEED)
+    step = train_step.make_step(method, tx, role, optimizers.schedule(config), SEED)
     now = state.create(student, role, tx)
     for i, (loss, gradients, norm) in enumerate(expected):
         group = captions[i * count : (i + 1) * count]

@@ -13,26 +13,28 @@ from dopsd_jax.data.buckets import Bucket
 from dopsd_jax.data.loader import BatchIndex
 from dopsd_jax.data.rows import Row
 from dopsd_jax.dopsd import Losses
-from dopsd_jax.training import state
+from dopsd_jax.reporting.incidents import write_incident
+from dopsd_jax.training import state, train_step
 from dopsd_jax.training.nonfinite import (
     MAX_SKIPPED,
     SPIKE_MIN,
     Guard,
     Spikes,
     finite,
-    write_incident,
+    nonfinite_parts,
 )
 
 
-def toy_step(skip):
+def toy_step(skip, decay=0.5, rate=0.1, scale=1.0):
     """A step whose gradient is its batch, around two numbers; and the state before it."""
 
     def method(student, teacher, base, batch, noise, key):
         gradient = jnp.broadcast_to(batch, student.shape)
         return Losses(jnp.sum(batch * 0 + 1), jnp.ones(1), jnp.ones(1)), gradient
 
-    tx, teacher = optax.adam(0.1), state.Teacher(decay=0.5)
-    step = state.make_step(method, tx, teacher, lambda step: 0.1, 0, skip=skip)
+    tx = optax.chain(optax.scale(scale), optax.adam(rate))
+    teacher = state.Teacher(decay=decay)
+    step = train_step.make_step(method, tx, teacher, lambda step: 0.1, 0, skip=skip)
     return step, state.create(jnp.ones(2), teacher, tx)
 
 
@@ -69,6 +71,30 @@ def test_a_skipped_step_changes_the_count_alone():
     same(skipped._replace(step=0), left_out._replace(step=0))
 
 
+@pytest.mark.parametrize(
+    ("part", "options"),
+    [
+        ("student", {"rate": np.inf}),
+        ("teacher", {"decay": np.nan}),
+        ("optimizer", {"scale": 1e25}),  # its square is infinite: the second moment
+    ],
+)
+@pytest.mark.parametrize("skip", [False, True])
+def test_a_step_that_makes_a_state_that_is_not_finite_is_refused(part, options, skip):
+    """Loss and gradient are finite; the new state is not."""
+    step, start = toy_step(skip, **options)
+    before = jax.tree.map(np.array, start)
+    after, (metrics,) = run(step, start, [1.0])
+    found = nonfinite_parts(metrics)
+    assert part in found and not {"loss", "gradient"} & set(found)
+    assert after.step == skip
+    same(after._replace(step=0), before._replace(step=0))
+    record = {"step": 1, "loss": 1.0, "grad_norm": 1.0, "nonfinite": found}
+    guard = Guard([record])
+    assert guard.skipped == guard.in_a_row == 1 and part in guard.fault(record)
+    assert part in guard.advice(record, "stop", 0)
+
+
 def test_without_faults_the_guard_changes_nothing():
     a, _ = run(*toy_step(False), [1.0, -2.0, 3.0])
     b, _ = run(*toy_step(True), [1.0, -2.0, 3.0], [None] * 3)
@@ -89,9 +115,8 @@ def test_skipped_steps_are_counted_and_too_many_in_a_row_end_the_run():
         assert not guard.must_stop("skip")
         assert guard.look(record(6 + n, np.nan))["skipped"] == 3 + n
     assert guard.must_stop("skip")
-    assert "not finite" in guard.advice(15, "skip", 14) and "step 14" in guard.advice(
-        15, "skip", 14
-    )
+    advice = guard.advice(record(15, np.nan), "skip", 14)
+    assert "not finite" in advice and "step 14" in advice
 
 
 def test_a_spike_is_far_above_the_losses_of_before():

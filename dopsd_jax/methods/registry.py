@@ -73,7 +73,7 @@ def passes(config: Config, grid: tuple[float, ...]) -> Passes:
 
 
 def draw(config: Config) -> Callable:
-    """What is random about the samples of a step; see `state.make_step`."""
+    """What is random about the samples of a step; see `train_step.make_step`."""
     return state.start_noise if config["method"] == "dopsd" else flow_matching.draw
 
 
@@ -81,7 +81,7 @@ def loss_function(config: Config, net: Denoiser, grid: tuple[float, ...], shift:
     """(student, teacher, base, batch, draws, key) -> (losses, gradient), by config.method.
 
     `batch`: a `points.Batch` with what `needs` says. `draws`: what `draw` draws. `shift`: the
-    model's. See `state.make_step`.
+    model's. See `train_step.make_step`.
     """
     loss, loss_steps = schema.values(config["loss"]), schema.values(config["loss_steps"])
     every = loss_steps == "all"

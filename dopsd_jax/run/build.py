@@ -31,7 +31,7 @@ from dopsd_jax.models import attention, quantised, zimage
 from dopsd_jax.parallel import sharding
 from dopsd_jax.random_model import write_random_model
 from dopsd_jax.random_model.synthetic import write_folder
-from dopsd_jax.training import optimizers, state
+from dopsd_jax.training import optimizers, state, train_step
 from dopsd_jax.training.trainable import VARIABLES, Trained, trained
 from dopsd_jax.weights import hub
 
@@ -44,7 +44,7 @@ class Plan(NamedTuple):
 
     like: shapes, types and placement of the training state; nothing is allocated for it.
     begin: the state before step 1, from the trained part of the network, which it takes over.
-    step: the compiled optimizer step; see `state.make_step`.
+    step: the compiled optimizer step; see `train_step.make_step`.
     """
 
     grid: tuple[float, ...]
@@ -268,7 +268,7 @@ def make_step(
     placement: state.TrainState | None = None,
     seed: int | jax.Array | None = None,
 ) -> Callable:
-    """The compiled optimizer step of a configuration, by config.method; see `state.make_step`.
+    """The compiled optimizer step of a configuration, by config.method; see `train_step.make_step`.
 
     `seed`: instead of config.seed; traced, one program serves many.
     """
@@ -276,4 +276,4 @@ def make_step(
     teacher, lr = registry.teacher(config), optimizers.schedule(config)
     skip, draw = config.nonfinite == "skip", registry.draw(config)
     seed = config.seed if seed is None else seed
-    return state.make_step(method, tx, teacher, lr, seed, placement, skip, draw)
+    return train_step.make_step(method, tx, teacher, lr, seed, placement, skip, draw)

@@ -1,11 +1,15 @@
 """Training state on disk, through orbax: saved in the background, proven, restored to any mesh.
 
     checkpoints/1500/               an orbax checkpoint, which appears whole
-    checkpoints/1500/digests.0.json sha256 of the files, written last, one file a process
+    checkpoints/1500/digests.0.json the step and the files' sha256, written last, one a process
 
-Orbax notices a damaged index, but hands out flipped bits of an array as they are. So every file is
+Orbax notices a damaged index, but returns flipped bits of an array as they are. So every file is
 hashed after the save and compared before a restore; each process takes its share of the files. A
-checkpoint without all its digests was cut off, and does not count.
+checkpoint without all its digests was cut off, and does not count. The step is in the digests: a
+folder that was renamed is found. What is restored is finite: a state with NaN is never used.
+
+Orbax's own retention would remove an old checkpoint once the new one is written; here an old one
+goes only after the new one's digests are.
 """
 
 import concurrent.futures
@@ -22,6 +26,8 @@ from orbax.checkpoint import v1 as ocp
 from dopsd_jax.common.atomic import is_remote, write_text
 from dopsd_jax.common.errors import UserError
 from dopsd_jax.parallel import multihost
+from dopsd_jax.parallel.sharding import to_device
+from dopsd_jax.training.state import all_finite
 
 Tree = Any
 # How the storage library words a full disk, a quota and a limit on file sizes.
@@ -76,7 +82,8 @@ class Checkpoints:
         response.result()
         folder, index = self.folder / str(step), jax.process_index()
         own = _files(folder)[index :: jax.process_count()]
-        content = {"processes": jax.process_count(), "files": _digests(folder, own)}
+        content = {"step": step, "processes": jax.process_count()}
+        content["files"] = _digests(folder, own)
         write_text(folder / f"{_DIGESTS}.{index}.json", json.dumps(content, indent=1) + "\n")
 
     def wait(self) -> None:
@@ -106,12 +113,12 @@ class Checkpoints:
         if error is None or jax.process_count() == 1 or isinstance(error, multihost.SharedError):
             self.close()
 
-    def restore(self, like: Tree, report: Callable = multihost.say) -> tuple[int, Tree] | None:
+    def restore(self, abstract: Tree, report: Callable = multihost.say) -> tuple[int, Tree] | None:
         """The newest state that is whole, with its step; None if nothing was saved yet.
 
-        `like`: arrays, real or abstract, of the state's structure and with its shardings. A
-        checkpoint that was cut off or damaged is named in a line to `report`, and the one before is
-        taken. Raises `UserError` if all are damaged or hold another kind of state.
+        `abstract`: arrays, real or abstract, of the state's structure and with its shardings. A
+        checkpoint that was cut off, damaged or renamed is named in a line to `report`, and the one
+        before is taken. Raises `UserError` if all are damaged or hold another kind of state.
         """
         with multihost.together(), self._storage():
             if multihost.is_first() and self.folder.exists():
@@ -127,15 +134,18 @@ class Checkpoints:
                 faults = [f for found in multihost.gather(faults) for f in found]
                 reason = faults[0] if faults else None
             if reason is None:
+                names = flatten(abstract)
                 try:
-                    flat = ocp.load(self.folder / str(step), flatten(like))
+                    flat = ocp.load(self.folder / str(step), names)
                 except (OSError, ValueError, KeyError, ocp.errors.InvalidLayoutError) as error:
                     reason = str(error).strip().partition("\n")[0][:200]
                 else:
-                    self._good.add(step)
-                    names = flatten(like)
                     leaves = [flat[name] for name in names]
-                    return step, jax.tree.unflatten(jax.tree.structure(like), leaves)
+                    # One by one: parts of the state may lie in the host's memory for lack of room.
+                    if all([bool(_finite(leaf)) for leaf in leaves]):
+                        self._good.add(step)
+                        return step, jax.tree.unflatten(jax.tree.structure(abstract), leaves)
+                    reason = "it holds numbers that are not finite"
             self._bad.add(step)
             report(
                 f"{self.folder / str(step)}: cannot be restored ({reason}); trying the one before"
@@ -153,7 +163,10 @@ class Checkpoints:
         wanted = {}
         for path in _digest_files(folder):
             try:
-                wanted |= {str(k): str(v) for k, v in json.loads(path.read_text())["files"].items()}
+                content = json.loads(path.read_text())
+                wanted |= {str(k): str(v) for k, v in content["files"].items()}
+                if content["step"] != step:
+                    return [f"it holds step {content['step']}: the folder was renamed"]
             except (OSError, ValueError, KeyError, AttributeError, TypeError):
                 return [f"{path.name} is damaged"]
         present = _files(folder)
@@ -192,6 +205,11 @@ class Checkpoints:
                     f"it goes on from step {saved[-1] if saved else 0}"
                 ) from error
             raise
+
+
+@jax.jit
+def _finite(leaf: jax.Array) -> jax.Array:
+    return all_finite(to_device(leaf))
 
 
 def flatten(tree: Tree) -> Mapping[str, Any]:

@@ -1,10 +1,9 @@
-"""Steps that went wrong: a loss or gradient that is not finite, and a loss far above the usual.
+"""Steps that went wrong: numbers that are not finite, and a loss far above the usual.
 
-What is not finite never enters the state: the compiled step refuses it (`state.make_step`). Here
-the run learns of it, one step later, and writes down which batch it was.
+What is not finite never enters the state: the compiled step refuses it (`train_step.make_step`).
+Here the run learns of it, one step later.
 """
 
-import json
 import math
 import statistics
 from collections import deque
@@ -12,15 +11,10 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
-from etils import epath
 
-from dopsd_jax.common.atomic import write_text
-from dopsd_jax.data.dataset import Dataset
-from dopsd_jax.data.loader import BatchIndex
-from dopsd_jax.reporting.metrics import plain
-
-FOLDER = "incidents"
-MAX_SKIPPED = 10  # steps in a row without a finite gradient: then it is not the batch
+FOLDER = "incidents"  # of the work directory: one file for each such step
+PARTS = ("loss", "gradient", "student", "teacher", "optimizer")  # what must be finite in a step
+MAX_SKIPPED = 10  # refused steps in a row: then it is not the batch
 SPIKE_WINDOW, SPIKE_MIN = 100, 20  # losses compared with; as many are needed at least
 SPIKE_DEVIATIONS = 8.0
 
@@ -53,15 +47,25 @@ class Spikes:
         return spike
 
 
+def nonfinite_parts(metrics: Mapping[str, Any]) -> list[str]:
+    """Which of `PARTS` were not finite in a step, by its metrics or its line in metrics.jsonl."""
+    if "finite" in metrics:
+        return [part for part, ok in zip(PARTS, metrics["finite"], strict=True) if not ok]
+    if "nonfinite" in metrics:
+        return list(metrics["nonfinite"])
+    values = {"loss": metrics["loss"], "gradient": metrics["grad_norm"]}
+    return [part for part, x in values.items() if x is None or not math.isfinite(x)]
+
+
 def finite(metrics: Mapping[str, Any]) -> bool:
-    """Whether a step's loss and gradient were: the question the compiled step asks too."""
-    return all(x is not None and math.isfinite(x) for x in (metrics["loss"], metrics["grad_norm"]))
+    """Whether all of a step was: the question the compiled step asks too."""
+    return not nonfinite_parts(metrics)
 
 
 class Guard:
     """Follows a run's metrics. `records`: those of the steps before, so that a resumed run agrees.
 
-    skipped: steps without a finite gradient so far; in_a_row: how many of the last ones.
+    skipped: refused steps so far; in_a_row: how many of the last ones.
     """
 
     def __init__(self, records: Sequence[Mapping[str, Any]] = ()):
@@ -71,62 +75,43 @@ class Guard:
         self.in_a_row = len(bad) - 1 - max((i for i, b in enumerate(bad) if not b), default=-1)
 
     def look(self, metrics: Mapping[str, Any]) -> dict[str, Any]:
-        """What a step's record says beyond its metrics: `skipped` so far, and `spike`."""
-        bad = not finite(metrics)
-        self.skipped += bad
+        """What a step's record says beyond its metrics: `skipped` so far, and `spike`.
+
+        Of a refused step also `nonfinite`, the parts that were not finite.
+        """
+        bad = nonfinite_parts(metrics)
+        self.skipped += bool(bad)
         self.in_a_row = self.in_a_row + 1 if bad else 0
-        return {"skipped": self.skipped, "spike": self.spikes.add(float(metrics["loss"]))}
+        found = {"skipped": self.skipped, "spike": self.spikes.add(float(metrics["loss"]))}
+        return found | {"nonfinite": bad} if bad else found
 
     def fault(self, record: Mapping[str, Any]) -> str | None:
         """What was wrong with the step just looked at, if anything."""
         if self.in_a_row:
-            return f"the loss is {record['loss']}, its gradient's norm {record['grad_norm']}"
+            return (
+                f"not finite: {', '.join(nonfinite_parts(record))} (the loss is {record['loss']}, "
+                f"its gradient's norm {record['grad_norm']})"
+            )
         return f"the loss, {record['loss']:.5g}, is a spike" if record["spike"] else None
 
     def must_stop(self, nonfinite: str) -> bool:
         """Whether the run ends here; `nonfinite`: the field of the configuration."""
         return self.in_a_row > (0 if nonfinite == "stop" else MAX_SKIPPED - 1)
 
-    def advice(self, step: int, nonfinite: str, kept: int) -> str:
+    def advice(self, record: Mapping[str, Any], nonfinite: str, kept: int) -> str:
         """The line that such a run ends with; `kept`: the step that was saved."""
+        step, parts = record["step"], nonfinite_parts(record)
+        if {"loss", "gradient"} & set(parts):
+            what = "its loss or gradient is not finite"
+        else:
+            what = f"it makes numbers that are not finite in the {' and the '.join(parts)}"
         saved = f"the good state after step {kept} is saved" if kept else "nothing was trained yet"
         if nonfinite == "stop":
             todo = "set config.nonfinite=skip to go on without such steps"
         else:
             todo = f"{self.in_a_row} steps in a row were skipped"
         return (
-            f"step {step}: its loss or gradient is not finite, and was not applied; {saved}; see "
+            f"step {step}: {what}, and was not applied; {saved}; see "
             f"{FOLDER}/step_{step}.json for its batch; {todo}, or start anew with a lower "
             "config.learning_rate"
         )
-
-
-def write_incident(
-    workdir: epath.Path, why: str, metrics: Mapping[str, Any], batch: BatchIndex, dataset: Dataset
-) -> epath.Path:
-    """Writes incidents/step_N.json: which rows, files and captions the step saw; returns its path.
-
-    `metrics`: the step's record, with `step`.
-    """
-    samples = []
-    for row, key, caption in zip(batch.rows, batch.prompt_keys, batch.captions, strict=True):
-        content = dataset.rows[row]
-        samples.append(
-            {
-                "row": content.where,
-                "image": str(content.image),
-                "prompt_key": key,
-                "caption": content.captions[caption][1],
-            }
-        )
-    step = metrics["step"]
-    record = {
-        "why": why,
-        "metrics": {name: plain(value) for name, value in metrics.items()},
-        "size": list(batch.bucket),
-        "samples": samples,
-    }
-    path = workdir / FOLDER / f"step_{step}.json"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    write_text(path, json.dumps(record, indent=1, ensure_ascii=False) + "\n")
-    return path

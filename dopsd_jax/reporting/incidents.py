@@ -1,0 +1,44 @@
+"""incidents/step_N.json: the batch of a step that went wrong."""
+
+import json
+from collections.abc import Mapping
+from typing import Any
+
+from etils import epath
+
+from dopsd_jax.common.atomic import write_text
+from dopsd_jax.data.dataset import Dataset
+from dopsd_jax.data.loader import BatchIndex
+from dopsd_jax.reporting.metrics import plain
+from dopsd_jax.training.nonfinite import FOLDER
+
+
+def write_incident(
+    workdir: epath.Path, why: str, metrics: Mapping[str, Any], batch: BatchIndex, dataset: Dataset
+) -> epath.Path:
+    """Writes incidents/step_N.json: which rows, files and captions the step saw; returns its path.
+
+    `metrics`: the step's record, with `step`.
+    """
+    samples = []
+    for row, key, caption in zip(batch.rows, batch.prompt_keys, batch.captions, strict=True):
+        content = dataset.rows[row]
+        samples.append(
+            {
+                "row": content.where,
+                "image": str(content.image),
+                "prompt_key": key,
+                "caption": content.captions[caption][1],
+            }
+        )
+    step = metrics["step"]
+    record = {
+        "why": why,
+        "metrics": {name: plain(value) for name, value in metrics.items()},
+        "size": list(batch.bucket),
+        "samples": samples,
+    }
+    path = workdir / FOLDER / f"step_{step}.json"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_text(path, json.dumps(record, indent=1, ensure_ascii=False) + "\n")
+    return path
