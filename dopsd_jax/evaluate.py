@@ -35,6 +35,7 @@ from dopsd_jax.miniature import world_scorers
 from dopsd_jax.parallel import sharding
 from dopsd_jax.reporting.pictures import Row
 from dopsd_jax.run import build
+from dopsd_jax.run.lock import exclusive_run
 from dopsd_jax.run.workdir import versions
 
 CONFIG = config_flags.DEFINE_config_file("config", None, "configuration file", lock_config=True)
@@ -61,20 +62,37 @@ ORDINARY = 2  # ordinary prompts for each one of the concept
 T = TypeVar("T")
 
 
-def main() -> None:
-    config, faults = CONFIG.value, []
+class Attempts:
+    """Runs what may fail and keeps the problems, so that all are told together."""
 
-    # ---- Everything that can be wrong is found before anything is drawn, and told together.
-    def attempt(action: Callable[[], T]) -> T | None:
+    def __init__(self):
+        self.problems: list[str] = []
+
+    def __call__(self, action: Callable[[], T]) -> T | None:
         try:
             return action()
         except UserError as error:
-            faults.extend(error.problems)
+            self.problems.extend(error.problems)
             return None
 
-    attempt(lambda: schema.check(config))
+    def end(self) -> None:
+        """Raises `UserError` with all problems so far, if there are any."""
+        raise_if(dict.fromkeys(self.problems))
+
+
+def main() -> None:
+    attempt = Attempts()
+    attempt(lambda: schema.check(CONFIG.value))
     out = attempt(output_folder)
-    raise_if(faults)
+    attempt.end()
+    with exclusive_run(out, "evaluation"):
+        evaluate(CONFIG.value, out)
+
+
+def evaluate(config: ConfigDict, out: Path) -> None:
+    """Draws, scores and writes the evaluation to `out`."""
+    # ---- Everything that can be wrong is found before anything is drawn, and told together.
+    attempt = Attempts()
     gallery = Gallery(out)
     student = attempt(lambda: find_student(config))
     home = Path(WORKDIR.value).expanduser() if WORKDIR.value else out
@@ -83,7 +101,7 @@ def main() -> None:
     tests = attempt(lambda: prompts.read_prompts(PROMPTS.value)) if PROMPTS.value else []
     mesh = attempt(lambda: sharding.make_mesh(config.mesh))
     opened = attempt(lambda: build.open_pipeline(config, home, mesh, True))
-    raise_if(dict.fromkeys(faults))
+    attempt.end()
     pipe, origin = opened
     cases = find_cases(config, home, pipe, concept, tests, scorers)
     cache = build.cache_folder(config, home)

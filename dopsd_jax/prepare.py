@@ -6,6 +6,7 @@ ones with `--shard=i --shards=n`, which need not know of each other. The same co
 where it was stopped. See docs/data.md.
 """
 
+import contextlib
 import dataclasses
 import hashlib
 import io
@@ -41,6 +42,7 @@ from dopsd_jax.methods import registry
 from dopsd_jax.parallel import cluster, multihost
 from dopsd_jax.reporting.metrics import duration
 from dopsd_jax.run import build
+from dopsd_jax.run.lock import exclusive
 from dopsd_jax.run.workdir import find_workdir
 
 CONFIG = config_flags.DEFINE_config_file("config", None, "configuration file", lock_config=True)
@@ -73,14 +75,27 @@ def main() -> None:
                 "hold; train with the pictures themselves"
             )
 
+    out = epath.Path(OUT.value if is_remote(OUT.value) else os.path.expanduser(OUT.value))
+    with contextlib.ExitStack() as stack:
+        with multihost.together():
+            # Other shards may be at work in the same folder: each has a lock of its own.
+            file = f"lock-{shard}-of-{shards}.json"
+            stack.enter_context(exclusive(out, "preparation", file=file))
+        prepare(config, workdir, out, shard, shards)
+
+
+def prepare(
+    config: ConfigDict, workdir: epath.Path, out: epath.Path, shard: int, shards: int
+) -> None:
+    """Writes one shard's parts to `out`."""
+
     def open_source():
         pipe, _ = build.open_pipeline(config, workdir)
         rows = build.open_rows(config, workdir)
         root = Path(build.data_path(config, workdir)).expanduser()
         root = root if root.is_dir() else root.parent
         manifest = describe_source(config, workdir, pipe, rows, root)
-        out = OUT.value if is_remote(OUT.value) else os.path.expanduser(OUT.value)
-        return pipe, rows, root, manifest, open_folder(epath.Path(out), manifest)
+        return pipe, rows, root, manifest, open_folder(out, manifest)
 
     pipe, rows, root, manifest, folder = multihost.first_alone(open_source)
 

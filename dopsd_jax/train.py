@@ -5,7 +5,8 @@ Run the same command again to resume. What it writes is described in README.md.
 
 import jax
 from absl import flags
-from ml_collections import config_flags
+from etils import epath
+from ml_collections import ConfigDict, config_flags
 
 from dopsd_jax.conditioning.features import Features
 from dopsd_jax.config import schema
@@ -19,9 +20,11 @@ from dopsd_jax.reporting.metrics import MetricsWriter, Progress, StepTimer
 from dopsd_jax.reporting.previews import Previews, rows_of
 from dopsd_jax.reporting.run_page import write_report
 from dopsd_jax.run import build
+from dopsd_jax.run.lock import exclusive_run
 from dopsd_jax.run.workdir import find_workdir, open_workdir
 from dopsd_jax.training.checkpoint import Checkpoints
 from dopsd_jax.training.nonfinite import Guard
+from dopsd_jax.training.results import Results
 
 CONFIG = config_flags.DEFINE_config_file(
     "config", None, "configuration file, with :argument", lock_config=True
@@ -31,11 +34,17 @@ WORKDIR = flags.DEFINE_string("workdir", "runs/zimage", "folder of the run; an o
 
 def main() -> int | None:
     config = CONFIG.value
-
-    # ---- Devices, model, data: everything that can be wrong is found here, by all processes.
     with multihost.together():
         schema.check(config, config_flags.get_override_values(flags.FLAGS["config"]))
         workdir = find_workdir(WORKDIR.value, config)
+    with exclusive_run(workdir, "training"):
+        return train(config, workdir)
+
+
+def train(config: ConfigDict, workdir: epath.Path) -> int | None:
+    """Trains in `workdir`, which no other process uses; returns the exit status."""
+    # ---- Devices, model, data: everything that can be wrong is found here, by all processes.
+    with multihost.together():
         mesh = sharding.make_mesh(config.mesh)
 
     def open_run():
@@ -62,29 +71,31 @@ def main() -> int | None:
     multihost.say("\n".join(plan.describe()))
     previews = Previews(pipe, features, rows_of(dataset, config.sample_rows), workdir)
     judged = before_after(config, workdir, pipe, dataset)  # of the miniature's data sets alone
-    begun = pipe.hand_over()
+    initial = pipe.hand_over()
 
     # ---- Restore.
     checkpoints = Checkpoints(workdir / "checkpoints", config.keep_checkpoints, config.keep_every)
     restored = checkpoints.restore(plan.like)
     if restored is None:
-        first, state = 0, plan.begin(begun)
+        first, state = 0, plan.begin(initial)
     else:
         first, state = restored
         multihost.say(f"resuming at step {first}")
-    del begun
+    del initial
     train_step = multihost.begin_together(plan.step)
     with multihost.together():
         writer = MetricsWriter(workdir, first, write=multihost.is_first())
     guard = Guard(writer.kept)
-    results = plan.trained.paths(workdir, config.steps)
+    results = Results(workdir, {name: config[name] for name in ("export_weights", "export_dtype")})
 
-    def deliver(step: int) -> None:
-        plan.trained.deliver(pipe.folder, workdir, step, getattr(state, config.export_weights))
+    def export(step: int) -> None:
+        weights = getattr(state, config.export_weights)
+        plan.trained.export(pipe.folder, workdir, step, weights)
+        results.record(plan.trained.export_paths(workdir, step))
 
     def save(step: int) -> None:
-        if plan.trained.due(step):  # first: who resumes at a checkpoint finds it there
-            deliver(step)
+        if plan.trained.is_export_step(step):  # first: who resumes at a checkpoint finds it there
+            export(step)
         writer.flush()
         checkpoints.save(step, state)
 
@@ -133,8 +144,6 @@ def main() -> int | None:
     with writer, checkpoints, StopRequest() as stop:
         if first == 0:
             show(0)
-        if first == config.steps and not all(p.exists() for p in results):
-            deliver(first)  # asked for after the run was done
         timer.skip()
         for n, (bucket, batch) in prefetch(batches, load, first, config.steps):
             latent = (config.batch_size, *pipe.latent_shape(bucket.height, bucket.width))
@@ -145,16 +154,14 @@ def main() -> int | None:
                 finish(*pending)
             pending = step, _ = n + 1, metrics
             stopped, last = stop.reached(step), step == config.steps
-            due = [
-                every and step % every == 0
-                for every in (config.checkpoint_every, config.sample_every)
-            ]
-            if last or stopped or any(due):
+            save_now = last or stopped or is_due(step, config.checkpoint_every)
+            show_now = last or (is_due(step, config.sample_every) and not stopped)
+            if save_now or show_now:
                 finish(*pending)
                 pending = None
-                if last or stopped or due[0]:
+                if save_now:
                     save(step)
-                if last or (due[1] and not stopped):
+                if show_now:
                     show(step)
                 timer.skip()
             if stopped and not last:
@@ -164,11 +171,21 @@ def main() -> int | None:
         return STOPPED_EXIT
     if judged is not None:
         multihost.say("\n".join(judged.finish(state.student, workdir)))
-    for path in results:
+    final = plan.trained.export_paths(workdir, step)
+    faults = results.faults(final)
+    if faults:
+        multihost.say("\n".join(f"{fault}; it is written again" for fault in faults))
+        export(step)
+    for path in final:
         multihost.say(f"result: {path}")
     if multihost.is_first():
         print(f"report: {write_report(workdir)}", flush=True)
     return None
+
+
+def is_due(step: int, every: int) -> bool:
+    """Whether `step` is an `every`-th one; 0 is never."""
+    return bool(every) and step % every == 0
 
 
 if __name__ == "__main__":

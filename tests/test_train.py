@@ -1,6 +1,7 @@
 """The programs, run as a user runs them, on the miniature."""
 
 import json
+import os
 import re
 import runpy
 import shlex
@@ -18,6 +19,7 @@ import dopsd_jax
 from dopsd_jax.common.errors import UserError
 from dopsd_jax.config import schema
 from dopsd_jax.families.zimage.pipeline import start_noise
+from dopsd_jax.run.lock import exclusive
 from dopsd_jax.run.workdir import open_workdir
 from dopsd_jax.training.checkpoint import Checkpoints
 from dopsd_jax.weights.safetensors_io import TensorFiles
@@ -108,6 +110,33 @@ def test_a_resumed_run_equals_an_uninterrupted_one_bit_for_bit(random_run, tmp_p
     assert ours.keys() == whole.keys()
     for name, array in whole.items():
         np.testing.assert_array_equal(ours[name], array, err_msg=name)
+
+
+def test_a_result_that_was_altered_is_written_again_from_the_state(random_run, tmp_path):
+    """Also one that was emptied, or that other settings made; and an intact one is left alone."""
+    workdir = tmp_path / "run"
+    shutil.copytree(random_run, workdir)
+    path = workdir / "lora" / "step_4.safetensors"
+    whole = path.read_bytes()
+    path.write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
+    result = run_program("train", *RANDOM_CONFIG, f"--workdir={workdir}")
+    assert result.returncode == 0, result.stderr
+    assert f"{path}: was changed or damaged; it is written again" in result.stdout
+    assert result.stdout.index("written again") < result.stdout.index(f"result: {path}")
+    assert path.read_bytes() == whole
+    same_numbers(records(workdir), records(random_run))
+
+
+def test_a_second_training_in_one_work_directory_is_refused(random_run, tmp_path):
+    workdir = tmp_path / "run"
+    shutil.copytree(random_run, workdir)
+    before = (workdir / "metrics.jsonl").read_bytes()
+    with exclusive(workdir, "training"):
+        result = run_program("train", *RANDOM_CONFIG, f"--workdir={workdir}", "--config.steps=6")
+    assert result.returncode == 2 and "Traceback" not in result.stderr
+    (line,) = [x for x in result.stderr.splitlines() if x.startswith("error: ")]
+    assert f"process {os.getpid()} on " in line and str(workdir) in line
+    assert (workdir / "metrics.jsonl").read_bytes() == before
 
 
 def test_another_configuration_does_not_touch_the_run(random_run):

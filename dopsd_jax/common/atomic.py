@@ -4,6 +4,7 @@ import contextlib
 import errno
 import glob
 import os
+import re
 import secrets
 import shutil
 import tempfile
@@ -55,6 +56,18 @@ def atomic_file(path: str | os.PathLike) -> Iterator:
 def partials(name: str) -> str:
     """A pattern of what `atomic_file` leaves of the file `name` when its process is killed."""
     return f".{glob.escape(name)}.partial-*"
+
+
+def remove_leftovers(folder: Path) -> None:
+    """Removes what writers that were killed left in `folder` and in the folders directly in it.
+
+    Only for a folder in which no other process is writing.
+    """
+    pattern = re.compile(r"\..+\.partial-\d+-[0-9a-f]{8}|.+\.partial-\d+")
+    for place in (folder, *(path for path in folder.iterdir() if path.is_dir())):
+        for path in list(place.iterdir()):
+            if pattern.fullmatch(path.name):
+                shutil.rmtree(path) if path.is_dir() else path.unlink()
 
 
 def is_remote(path: str | os.PathLike) -> bool:

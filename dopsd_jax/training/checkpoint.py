@@ -14,9 +14,8 @@ goes only after the new one's digests are.
 
 import concurrent.futures
 import contextlib
-import hashlib
 import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import jax
@@ -25,6 +24,7 @@ from orbax.checkpoint import v1 as ocp
 
 from dopsd_jax.common.atomic import is_remote, write_text
 from dopsd_jax.common.errors import UserError
+from dopsd_jax.common.file_digests import file_digests, files_below
 from dopsd_jax.parallel import multihost
 from dopsd_jax.parallel.sharding import to_device
 from dopsd_jax.training.state import all_finite
@@ -32,7 +32,7 @@ from dopsd_jax.training.state import all_finite
 Tree = Any
 # How the storage library words a full disk, a quota and a limit on file sizes.
 _FULL = ("No space left", "RESOURCE_EXHAUSTED", "Disk quota", "File too large")
-_DIGESTS, _CHUNK, _THREADS = "digests", 1 << 22, 4
+_DIGESTS = "digests"
 
 
 class Checkpoints:
@@ -83,7 +83,7 @@ class Checkpoints:
         folder, index = self.folder / str(step), jax.process_index()
         own = _files(folder)[index :: jax.process_count()]
         content = {"step": step, "processes": jax.process_count()}
-        content["files"] = _digests(folder, own)
+        content["files"] = file_digests(folder, own)
         write_text(folder / f"{_DIGESTS}.{index}.json", json.dumps(content, indent=1) + "\n")
 
     def wait(self) -> None:
@@ -175,7 +175,7 @@ class Checkpoints:
         own = present[jax.process_index() :: jax.process_count()]
         if faults:
             return faults
-        found = _digests(folder, own)
+        found = file_digests(folder, own)
         return [f"{name} was damaged" for name in own if found[name] != wanted[name]]
 
     def _prune(self) -> None:
@@ -232,22 +232,5 @@ def _files(folder: epath.Path) -> list[str]:
 
     Without digests, nor what they are written to first: another process may be at it just now.
     """
-    names, root = [], None
-    for top, _, files in folder.walk():
-        root = root or top  # of a store, `walk` gives paths without gs://
-        names += [(top / name).relative_to(root).as_posix() for name in files]
-    return sorted(name for name in names if not name.startswith((f"{_DIGESTS}.", f".{_DIGESTS}.")))
-
-
-def _digests(folder: epath.Path, names: Sequence[str]) -> dict[str, str]:
-    """sha256 of each file; read piece by piece, several files at once."""
-
-    def digest(name: str) -> str:
-        content = hashlib.sha256()
-        with (folder / name).open("rb") as file:
-            while chunk := file.read(_CHUNK):
-                content.update(chunk)
-        return content.hexdigest()
-
-    with concurrent.futures.ThreadPoolExecutor(_THREADS) as pool:
-        return dict(zip(names, pool.map(digest, names), strict=True))
+    own = (f"{_DIGESTS}.", f".{_DIGESTS}.")
+    return [name for name in files_below(folder) if not name.startswith(own)]

@@ -50,14 +50,17 @@ class Trained(Protocol):
     def describe(self, student: nnx.State) -> list[str]:
         """What is trained, in a few lines; `student` may be abstract."""
 
-    def due(self, step: int) -> bool:
-        """Whether a checkpoint of this step comes with something to deliver."""
+    def is_export_step(self, step: int) -> bool:
+        """Whether a checkpoint of this step comes with an export."""
 
-    def paths(self, workdir: Path, step: int) -> list[Path]:
-        """What `deliver` writes."""
+    def export_paths(self, workdir: Path, step: int) -> list[Path]:
+        """What `export` writes."""
 
-    def deliver(self, model: Path, workdir: Path, step: int, student: nnx.State) -> None:
-        """Writes what the run is for. `model`: the folder trained from. Every process calls it."""
+    def export(self, model: Path, workdir: Path, step: int, student: nnx.State) -> None:
+        """Writes the trained weights for other programs to load. Every process calls it.
+
+        `model`: the folder trained from.
+        """
 
 
 @dataclasses.dataclass(frozen=True)
@@ -92,22 +95,22 @@ class Adapters:
         lines = [f"adapters: {len(self.chosen)} layers, {_count(student):,} parameters"]
         return lines + _table(Counter(map(_kind, self.chosen)))
 
-    def due(self, step: int) -> bool:
+    def is_export_step(self, step: int) -> bool:
         return True
 
-    def paths(self, workdir: Path, step: int) -> list[Path]:
+    def export_paths(self, workdir: Path, step: int) -> list[Path]:
         return [workdir / "lora" / f"step_{step}.safetensors"]
 
-    def deliver(self, model: Path, workdir: Path, step: int, student: nnx.State) -> None:
+    def export(self, model: Path, workdir: Path, step: int, student: nnx.State) -> None:
         if jax.process_index() == 0:
-            (path,) = self.paths(workdir, step)
+            (path,) = self.export_paths(workdir, step)
             path.parent.mkdir(parents=True, exist_ok=True)
             modules = lora.export(student, self.chosen, self.scale)
             write_lora(path, modules, lora_layers(self.network))
 
 
 @dataclasses.dataclass(frozen=True)
-class Network:
+class FullNetwork:
     """Every parameter of the transformer; a whole model comes out."""
 
     config: ConfigDict
@@ -131,18 +134,18 @@ class Network:
         lines = [f"the whole transformer: {_count(student):,} parameters in float32"]
         return lines + _table(parts)
 
-    def due(self, step: int) -> bool:
+    def is_export_step(self, step: int) -> bool:
         every = self.config.export_every
         return step == self.config.steps or bool(every and step % every == 0)
 
-    def paths(self, workdir: Path, step: int) -> list[Path]:
+    def export_paths(self, workdir: Path, step: int) -> list[Path]:
         path = workdir / "model" / f"step_{step}"
         names = {"diffusers": path, "comfyui": path.with_name(f"{path.name}.safetensors")}
         return [names[name] for name in schema.names(self.config.export)]
 
-    def deliver(self, model: Path, workdir: Path, step: int, student: nnx.State) -> None:
+    def export(self, model: Path, workdir: Path, step: int, student: nnx.State) -> None:
         tensors = LiveTensors(student, zimage.names(self.network), self.config.export_dtype)
-        write, written = jax.process_index() == 0, self.paths(workdir, step)
+        write, written = jax.process_index() == 0, self.export_paths(workdir, step)
         options = {"transformer": tensors, "write": write, "progress": ConsoleProgress()}
         if write:
             (workdir / "model").mkdir(exist_ok=True)
@@ -157,13 +160,13 @@ class Network:
                     shutil.rmtree(old) if old.is_dir() else old.unlink()
 
 
-VARIABLES = {"lora": Adapters.variables, "full": Network.variables}
+VARIABLES = {"lora": Adapters.variables, "full": FullNetwork.variables}
 
 
 def trained(config: ConfigDict, network: zimage.ZImageConfig) -> Trained:
     """What config.train names. Raises `UserError` for targets that the network has not."""
     if config.train == "full":
-        return Network(config, network)
+        return FullNetwork(config, network)
     targets = schema.values(config.lora.targets)
     chosen = lora.select(lora.slots(zimage.names(network)), targets, family.LORA_PRESETS)
     return Adapters(config, network, chosen)
