@@ -4,13 +4,14 @@ python -m dopsd_jax.convert COMMAND ...; from a clone also python tools/convert_
 """
 
 import argparse
+import math
 import os
 import sys
 from pathlib import Path
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")  # converting needs no accelerator
 
-from dopsd_jax.common.errors import UserError, report
+from dopsd_jax.common.errors import UserError, raise_if, report
 from dopsd_jax.weights import hub
 from dopsd_jax.weights.export import export_diffusers, export_single
 from dopsd_jax.weights.importing import import_model
@@ -70,7 +71,10 @@ def parser(program: str) -> argparse.ArgumentParser:
         "D diffusers and ComfyUI (default), Cs/Cn diffusion_model. with split/fused attention, "
         "K kohya, Q PEFT folder"
     ))  # fmt: skip
-    p.add_argument("--model", type=Path, help="model it is for; default: the published Z-Image")
+    p.add_argument("--model", type=Path, help=(
+        "model it is for; default: what its header names, else the published Z-Image"
+    ))  # fmt: skip
+    _add_transformer_only(p)
     p.add_argument("--dtype", choices=TYPES, help="default: as the source file has it")
 
     p = add("inspect", run_inspect, "Say what a file or folder is, and what is wrong with it.")
@@ -85,10 +89,17 @@ def _add_export(p: argparse.ArgumentParser, before_out: str | None = None) -> No
         p.add_argument(before_out, type=Path, help="LoRA file, or folder that PEFT saved")
     p.add_argument("out", type=Path, help="new folder (diffusers) or file (comfyui)")
     p.add_argument("--format", choices=("diffusers", "comfyui"), default="diffusers")
+    _add_transformer_only(p)
     p.add_argument("--strength", type=float, default=1.0, help="factor on the LoRA (default 1)")
     p.add_argument("--dtype", choices=TYPES, help="write in this type; default: as it is")
     p.add_argument(
         "--max-shard-gb", type=float, default=MAX_SHARD / 1e9, help="default %(default)g"
+    )
+
+
+def _add_transformer_only(p: argparse.ArgumentParser) -> None:
+    p.add_argument(
+        "--transformer-only", action="store_true", help="leave out a LoRA's text encoder layers"
     )
 
 
@@ -127,11 +138,17 @@ def run_import(args: argparse.Namespace) -> None:
 
 def run_export(args: argparse.Namespace) -> None:
     model = hub.resolve(args.model).path
-    if not args.max_shard_gb > 0:
-        raise UserError(f"--max-shard-gb {args.max_shard_gb}: must be above 0")
+    raise_if(
+        f"--{name} {value}: must be {what}"
+        for name, value, good, what in (
+            ("max-shard-gb", args.max_shard_gb, 0 < args.max_shard_gb < 1e6, "above 0"),
+            ("strength", args.strength, math.isfinite(args.strength), "a finite number"),
+        )
+        if not good
+    )
     lora = None
     if args.lora is not None:
-        modules = read_lora(args.lora, layers_for(model)).modules
+        modules = read_lora(args.lora, layers_for(model), args.transformer_only).modules
         lora = {n: LoraModule(m.a, m.b, m.scale * args.strength) for n, m in modules.items()}
     dtype, progress = TYPES.get(args.dtype), ConsoleProgress()
     if args.format == "diffusers":
@@ -147,8 +164,8 @@ def run_export(args: argparse.Namespace) -> None:
 def run_lora(args: argparse.Namespace) -> None:
     if args.out.resolve() == args.source.resolve():
         raise UserError(f"{args.out}: is the source; give another name")
-    layers = layers_for(args.model)
-    lora = read_lora(args.source, layers)
+    layers = layers_for(args.model, args.source)
+    lora = read_lora(args.source, layers, args.transformer_only)
     dtype = TYPES.get(args.dtype, lora.dtype)
     kept = {k: v for k, v in lora.metadata.items() if k.startswith(("modelspec.", "ss_"))}
     write_lora(args.out, lora.modules, layers, args.to, dtype, kept)

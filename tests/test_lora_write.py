@@ -26,7 +26,8 @@ from safetensors.numpy import load_file
 
 from dopsd_jax.common.errors import UserError
 from dopsd_jax.weights.lora_dialects import WRITTEN
-from dopsd_jax.weights.lora_files import HEADER, read_lora
+from dopsd_jax.weights.lora_files import read_lora
+from dopsd_jax.weights.lora_settings import HEADER
 from dopsd_jax.weights.lora_write import baked, fuse, one_rank, write_lora
 from dopsd_jax.weights.safetensors_io import read_header
 

@@ -5,17 +5,18 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from dopsd_jax.common.errors import UserError
-from dopsd_jax.common.json_files import read_json
+from dopsd_jax.common.json_files import parse_json, read_json
 from dopsd_jax.models.zimage import ZImageConfig
 from dopsd_jax.weights import converted
 from dopsd_jax.weights.hub import MODEL_MANIFEST
 from dopsd_jax.weights.layouts import as_canonical, recognise
-from dopsd_jax.weights.lora_dialects import SUFFIXES, UNSUPPORTED_PARTS, Layers, layers_of
-from dopsd_jax.weights.lora_files import PEFT_CONFIG, read_lora
+from dopsd_jax.weights.lora_dialects import UNSUPPORTED_PARTS, Layers, layers_of, split_name
+from dopsd_jax.weights.lora_files import PEFT_CONFIG, PEFT_WEIGHTS, read_lora
+from dopsd_jax.weights.lora_settings import BASE
 from dopsd_jax.weights.model_folder import INDEX, family_of, is_converted_model
 from dopsd_jax.weights.networks import FAMILIES, VLM, ZIMAGE, Network
 from dopsd_jax.weights.progress import size
-from dopsd_jax.weights.safetensors_io import TensorFiles
+from dopsd_jax.weights.safetensors_io import TensorFiles, read_header
 from dopsd_jax.weights.stored import Stored, open_stored, read_config
 from dopsd_jax.weights.tensors import TensorInfo
 
@@ -36,19 +37,28 @@ def inspect(path: Path, model: Path | None = None) -> Iterator[str]:
             yield from _component(path)
             return
     files = TensorFiles.open(path)
-    if any(name.endswith(tuple(SUFFIXES)) or _is_adapter(name) for name in files.infos):
+    if any(split_name(name)[1] or _is_adapter(name) for name in files.infos):
         yield from _lora(path, model)
     else:
         yield from _single(path, files, model)
 
 
-def layers_for(model: Path | None) -> Layers:
-    """The layers of a model's transformer; without a model, of the published Z-Image."""
+def layers_for(model: Path | None, lora: Path | None = None) -> Layers:
+    """The layers of a model's transformer.
+
+    Without a model, of the one that the LoRA file `lora` says it was made for; else of the
+    published Z-Image.
+    """
     network = ZIMAGE["transformer"]
-    if model is None:
+    if model is not None:
+        config, _ = read_config(model / network.component / converted.CONFIG, network)
+        return layers_of(network, config)
+    file = lora / PEFT_WEIGHTS if lora is not None and lora.is_dir() else lora
+    text = read_header(file).metadata.get(BASE) if file is not None else None
+    if text is None:
         return layers_of(network, ZImageConfig())
-    config, _ = read_config(model / network.component / converted.CONFIG, network)
-    return layers_of(network, config)
+    where = f"{file}: header string {BASE}"
+    return layers_of(network, network.read_config(parse_json(text, where), where))
 
 
 def _is_adapter(name: str) -> bool:
@@ -106,7 +116,7 @@ def _summary(infos: Iterable[TensorInfo]) -> str:
 
 
 def _lora(path: Path, model: Path | None) -> Iterator[str]:
-    lora = read_lora(path, layers_for(model))
+    lora = read_lora(path, layers_for(model, path))
     ranks = Counter(module.rank for module in lora.modules.values())
     scales = Counter(f"{module.scale:g}" for module in lora.modules.values())
     listed = lambda counts: ", ".join(f"{value} ({count})" for value, count in counts.most_common())

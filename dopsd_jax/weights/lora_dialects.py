@@ -6,6 +6,7 @@ ambiguous, so they are never taken apart: the names of all known layers are made
 """
 
 import dataclasses
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -29,10 +30,14 @@ class Target:
 
 @dataclasses.dataclass(frozen=True)
 class Layers:
-    """All linear layers of a network by diffusers path, and by the authors' path."""
+    """All linear layers of a network by diffusers path, and by the authors' path.
+
+    `config` is the network's config.json: a LoRA file of our own says what it was made for.
+    """
 
     split: Mapping[str, Target]
     native: Mapping[str, Target]
+    config: Mapping[str, Any] | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,18 +49,14 @@ class Style:
     underscores: bool = False
 
 
-# Suffixes of A and B, and which part of the adapter each is.
-SUFFIXES = {
-    ".lora_A.weight": "a",
-    ".lora_B.weight": "b",
-    ".lora_A.default.weight": "a",
-    ".lora_B.default.weight": "b",
-    ".lora_down.weight": "a",
-    ".lora_up.weight": "b",
-    ".lora.down.weight": "a",
-    ".lora.up.weight": "b",
-    ".alpha": "alpha",
-}
+# What stands behind a layer's name: PEFT puts the adapter's own name before `weight`.
+_SUFFIX = re.compile(
+    r"\.(?:lora_(?P<peft>[AB])(?:\.(?P<adapter>[^.]+))?\.weight"
+    r"|lora[_.](?P<kohya>down|up)\.weight|(?P<alpha>alpha))$"
+)
+_PARTS = {"A": "a", "B": "b", "down": "a", "up": "b"}
+COMPILED = "_orig_mod."  # torch.compile's module, wherever in a name
+
 UNSUPPORTED = {
     ".dora_scale": "is a DoRA magnitude",
     ".lora_magnitude_vector": "is a DoRA magnitude",
@@ -79,7 +80,18 @@ STYLES: dict[Style, dict[str, str]] = {
     Style("lycoris_", False, True): {"ab": "Y", "down": "Y"},
     Style("base_model.model.", False): {"ab": "Q", "down": "Q"},
     Style("", False): {"ab": "P", "down": "P", "default": "S"},
+    # The same dialects behind a wrapper's name, or with the authors' paths.
+    Style("pipe.dit.", False): {"ab": "P", "down": "P", "default": "S"},
+    Style("transformer.base_model.model.", False): {"ab": "D", "down": "T"},
+    Style("base_model.model.transformer.", False): {"ab": "Q", "down": "Q"},
+    Style("model.diffusion_model.", True): {"ab": "Cn", "down": "Cd"},
+    Style("model.diffusion_model.", False): {"ab": "Cs", "down": "Cd"},
+    Style("base_model.model.diffusion_model.", True): {"ab": "Cn", "down": "Cd"},
+    Style("transformer.", True): {"ab": "Cn", "down": "Cd"},
+    Style("", True): {"ab": "Cn", "down": "Cd"},
 }
+# Beginnings of names that adapt a text encoder.
+TEXT_ENCODERS = ("lora_te", "text_encoder", "te_", "te.", "base_model.model.text_encoder", "clip_")
 WRITTEN = {
     "D": Style("transformer.", False),
     "Cs": Style("diffusion_model.", False),
@@ -108,7 +120,22 @@ def layers_of(network: Network, config: Any) -> Layers:
                 rows, width = tuple(split[p][0] for p in paths), split[paths[0]][1]
                 native[entry.name.removesuffix(".weight")] = Target(paths, rows, width)
     own = {path: Target((path,), (shape[0],), shape[1]) for path, shape in split.items()}
-    return Layers(own, native)
+    return Layers(own, native, config.to_dict())
+
+
+def split_name(name: str) -> tuple[str, str | None, str, str]:
+    """A tensor's stem, its part (`a`, `b`, `alpha`; None: of no LoRA), kind, and adapter name.
+
+    The kind is `ab`, `default` (with an adapter name) or `down`: it tells dialects apart.
+    """
+    name = name.replace(COMPILED, "")
+    found = _SUFFIX.search(name)
+    if found is None:
+        return name, None, "", ""
+    adapter = found["adapter"] or ""
+    kind = "down" if found["kohya"] else "default" if adapter else "ab"
+    letter = found["peft"] or found["kohya"]
+    return name[: found.start()], _PARTS[letter] if letter else "alpha", kind, adapter
 
 
 def stem(style: Style, path: str) -> str:

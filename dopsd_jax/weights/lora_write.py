@@ -10,13 +10,8 @@ from etils import epath
 from dopsd_jax.common.atomic import disk_error, write_text
 from dopsd_jax.common.errors import UserError, raise_if
 from dopsd_jax.weights.lora_dialects import WRITTEN, Layers, Target, stem
-from dopsd_jax.weights.lora_files import (
-    HEADER,
-    HEADER_PREFIX,
-    PEFT_CONFIG,
-    PEFT_WEIGHTS,
-    LoraModule,
-)
+from dopsd_jax.weights.lora_files import PEFT_CONFIG, PEFT_WEIGHTS, LoraModule
+from dopsd_jax.weights.lora_settings import ALPHAS, BASE, HEADER, HEADER_PREFIX, RANKS
 from dopsd_jax.weights.safetensors_write import write_safetensors
 from dopsd_jax.weights.tensors import DTYPES, ArrayTensors
 
@@ -63,7 +58,12 @@ def write_lora(
         tensors[f"{base}.{names[0]}.weight"] = module.a
         tensors[f"{base}.{names[1]}.weight"] = module.b
     arrays = {name: _cast(path, name, tensor, dtype) for name, tensor in tensors.items()}
-    _write(path, arrays, dialect, modules, metadata)
+    # What a source's header said of rank and scale is no longer so.
+    stale = (*ALPHAS, *RANKS, HEADER)
+    kept = {name: text for name, text in (metadata or {}).items() if name not in stale}
+    if layers.config is not None:
+        kept[BASE] = json.dumps(dict(layers.config), sort_keys=True)
+    _write(path, arrays, dialect, modules, kept)
 
 
 def baked(module: LoraModule) -> LoraModule:
@@ -131,7 +131,7 @@ def _cast(path: Path, name: str, array: np.ndarray, dtype: str) -> np.ndarray:
 
 def _write(path: Path, arrays, dialect: str, modules, metadata) -> None:
     tensors = ArrayTensors(arrays)
-    header = {"format": "pt", **(metadata or {})}
+    header = {"format": "pt", **metadata}
     if dialect != "Q":
         header = {
             "modelspec.sai_model_spec": "1.0.0",
