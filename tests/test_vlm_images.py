@@ -15,8 +15,8 @@ import pytest
 import torch
 
 from dopsd_jax.common.errors import UserError
-from dopsd_jax.data.resample import resize_bicubic
-from dopsd_jax.data.vlm_images import ImageSettings, preprocess
+from dopsd_jax.models.resample import resize_bicubic
+from dopsd_jax.models.vlm_images import ImageSettings, preprocess
 
 DATA = pathlib.Path(__file__).parent / "data"
 REFERENCE = runpy.run_path(str(DATA / "make_vlm_image_reference.py"))
@@ -120,7 +120,7 @@ for name in ("train", "check", "sample", "prepare", "aot"):
     importlib.import_module(f"dopsd_jax.{name}")
     for flag in set(flags.FLAGS) - known:  # each program has its own
         delattr(flags.FLAGS, flag)
-from dopsd_jax.data.vlm_images import ImageSettings, preprocess
+from dopsd_jax.models.vlm_images import ImageSettings, preprocess
 from dopsd_jax.families.zimage_pipeline import Pipeline
 s = ImageSettings(16, 2, 2, 1024, 65536, (0.5,) * 3, (0.5,) * 3)
 patches, _ = preprocess(np.zeros((40, 50, 3), np.uint8), s)

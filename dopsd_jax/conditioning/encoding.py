@@ -10,12 +10,12 @@ from jaxtyping import Float, Int
 from ml_collections import ConfigDict
 
 from dopsd_jax.common.errors import UserError, raise_if
-from dopsd_jax.data import vlm_images
 from dopsd_jax.data.dataset import Dataset
 from dopsd_jax.data.images import fit, open_image
 from dopsd_jax.data.prepared import Caption
 from dopsd_jax.families.zimage.encoders import padded_tokens
 from dopsd_jax.families.zimage.pipeline import Pipeline
+from dopsd_jax.models import vlm_images
 
 MAX_FAULTS = 20
 # What is made of a caption: its text alone, as students are told it; the text with the row's

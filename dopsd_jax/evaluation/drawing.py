@@ -14,7 +14,6 @@ from dopsd_jax.common.errors import UserError, raise_if
 from dopsd_jax.common.flow import shifted_grid
 from dopsd_jax.conditioning.encoding import STUDENT, TEACHER
 from dopsd_jax.conditioning.features import ROWS
-from dopsd_jax.data import vlm_images
 from dopsd_jax.data.cache import feature_key
 from dopsd_jax.data.padding import pad_stack, padded_length
 from dopsd_jax.evaluation.scorer import Case, Picture, digest
@@ -22,6 +21,7 @@ from dopsd_jax.evaluation.seeds import picture_seed
 from dopsd_jax.families.zimage import family
 from dopsd_jax.families.zimage.family import Context
 from dopsd_jax.families.zimage.pipeline import Pipeline, start_noise
+from dopsd_jax.models import vlm_images
 from dopsd_jax.parallel import multihost
 from dopsd_jax.parallel.sharding import BATCH_AXES
 

@@ -19,11 +19,10 @@ from dopsd_jax.adapters import lora
 from dopsd_jax.common.errors import UserError, raise_if
 from dopsd_jax.common.flow import shifted_grid
 from dopsd_jax.common.json_files import read_json
-from dopsd_jax.data import vlm_images
 from dopsd_jax.families.zimage import encoders as encoders
 from dopsd_jax.families.zimage import family
 from dopsd_jax.families.zimage import templates as templates
-from dopsd_jax.models import quantised, qwen3, qwen3_vl, zimage
+from dopsd_jax.models import quantised, qwen3, qwen3_vl, vlm_images, zimage
 from dopsd_jax.models.autoencoder import Autoencoder, to_uint8
 from dopsd_jax.models.tiling import Tiling
 from dopsd_jax.parallel import multihost, sharding

@@ -13,7 +13,7 @@ from jaxtyping import Float, UInt8
 
 from dopsd_jax.common.errors import UserError
 from dopsd_jax.common.json_fields import Fields
-from dopsd_jax.data.resample import resize_bicubic
+from dopsd_jax.models.resample import resize_bicubic
 
 PROCESSORS = ("Qwen2VLImageProcessor", "Qwen2VLImageProcessorFast", "Qwen2VLImageProcessorPil")
 BICUBIC = 3  # in Pillow's numbering
