@@ -116,12 +116,12 @@ import importlib, sys
 import numpy as np
 from absl import flags
 known = set(flags.FLAGS)
-for name in ("train", "check", "sample", "prepare", "aot"):
+for name in ("train", "check", "sample", "prepare", "estimate"):
     importlib.import_module(f"dopsd_jax.{name}")
     for flag in set(flags.FLAGS) - known:  # each program has its own
         delattr(flags.FLAGS, flag)
 from dopsd_jax.models.vlm_images import ImageSettings, preprocess
-from dopsd_jax.families.zimage_pipeline import Pipeline
+from dopsd_jax.families.zimage.pipeline import Pipeline
 s = ImageSettings(16, 2, 2, 1024, 65536, (0.5,) * 3, (0.5,) * 3)
 patches, _ = preprocess(np.zeros((40, 50, 3), np.uint8), s)
 tokens = Pipeline(sys.argv[1]).tokenizer("a dog").input_ids
