@@ -242,5 +242,5 @@ def shown(found: Mapping[str, object]) -> str:
 
 
 def _gaussian(key: jax.Array, number: int, like: jax.Array) -> jax.Array:
-    """The start of an adapter's first factor; see `lora.attach`."""
+    """The start of an adapter's first factor; see `attach.attach`."""
     return jax.random.normal(jax.random.fold_in(key, number), like.shape) / like.shape[-1]

@@ -16,7 +16,7 @@ from absl import app, flags
 from flax import nnx
 
 from dopsd_jax import dopsd
-from dopsd_jax.adapters import lora
+from dopsd_jax.adapters import attach
 from dopsd_jax.families.zimage import family
 from dopsd_jax.models import quantised, zimage
 
@@ -107,8 +107,8 @@ def network(cfg: zimage.ZImageConfig, kind: str):
     net = zimage.ZImage(cfg, remat="full", rngs=nnx.Rngs(0))
     for part in (net.layers, net.noise_refiner):  # open gates: otherwise blocks hardly act
         part.modulation.bias[...] += 0.5
-    chosen = lora.select(lora.slots(zimage.names(cfg)), "blocks", family.LORA_PRESETS)
-    lora.attach(net, chosen, 64, 128.0, jax.random.key(1))
+    chosen = attach.select(attach.slots(zimage.names(cfg)), "blocks", family.LORA_PRESETS)
+    attach.attach(net, chosen, 64, 128.0, jax.random.key(1))
     graphdef, adapter, base = nnx.split(net, nnx.LoRAParam, ...)
     leaves, tree = jax.tree.flatten(adapter)
     keys = jax.random.split(jax.random.key(2), len(leaves))

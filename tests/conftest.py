@@ -24,7 +24,7 @@ import numpy as np
 import pytest
 
 import dopsd_jax
-from dopsd_jax.adapters import lora
+from dopsd_jax.adapters import attach
 from dopsd_jax.families.zimage.family import LORA_PRESETS
 from dopsd_jax.families.zimage.pipeline import lora_layers
 from dopsd_jax.models import zimage
@@ -63,7 +63,7 @@ def lora_file(random_model, tmp_path_factory):
     """A strong random adapter of the miniature, as the training program would write it."""
     rng = np.random.default_rng(0)
     config = dopsd_jax.load_pipeline(str(random_model)).config
-    chosen = lora.select(lora.slots(zimage.names(config)), "blocks", LORA_PRESETS)
+    chosen = attach.select(attach.slots(zimage.names(config)), "blocks", LORA_PRESETS)
     modules = {
         path: LoraModule(
             rng.standard_normal((4, slot.din)).astype(np.float32) / slot.din**0.5,

@@ -15,7 +15,7 @@ import numpy as np
 from flax import nnx
 
 from dopsd_jax import dopsd
-from dopsd_jax.adapters import lora
+from dopsd_jax.adapters import attach
 from dopsd_jax.estimation.collectives import collectives
 from dopsd_jax.families.zimage import family
 from dopsd_jax.models import zimage
@@ -58,8 +58,8 @@ def model(mode, cfg):
     net = zimage.ZImage(cfg, rngs=nnx.Rngs(0))
     if mode == "full":
         return nnx.split(net, nnx.Param, ...)
-    chosen = lora.select(lora.slots(zimage.names(cfg)), "blocks", family.LORA_PRESETS)
-    lora.attach(net, chosen, RANK, 8.0, jax.random.key(1))
+    chosen = attach.select(attach.slots(zimage.names(cfg)), "blocks", family.LORA_PRESETS)
+    attach.attach(net, chosen, RANK, 8.0, jax.random.key(1))
     graphdef, adapter, base = nnx.split(net, nnx.LoRAParam, ...)
     leaves, tree = jax.tree.flatten(adapter)
     keys = jax.random.split(jax.random.key(2), len(leaves))

@@ -9,7 +9,7 @@ import numpy as np
 from flax import nnx
 from mesh_step import CFG, batch
 
-from dopsd_jax.adapters import lora
+from dopsd_jax.adapters import attach
 from dopsd_jax.families.zimage import family
 from dopsd_jax.models import quantised, zimage
 from dopsd_jax.parallel import sharding
@@ -39,8 +39,8 @@ def main():
     jax.config.update("jax_default_matmul_precision", "float32")
     for scheme in quantised.SCHEMES:
         net = quantised.quantised(zimage.ZImage(CFG, remat="full", rngs=nnx.Rngs(0)), scheme)
-        chosen = lora.select(lora.slots(zimage.names(CFG)), "attention", family.LORA_PRESETS)
-        lora.attach(net, chosen, 4, 8.0, jax.random.key(1))
+        chosen = attach.select(attach.slots(zimage.names(CFG)), "attention", family.LORA_PRESETS)
+        attach.attach(net, chosen, 4, 8.0, jax.random.key(1))
         parts = nnx.split(net, nnx.LoRAParam, ...)
         expected, _ = gradient(parts, sharding.make_mesh({"data": 1}, jax.devices()[:1]))
         for sizes in MESHES:

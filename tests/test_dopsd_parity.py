@@ -11,7 +11,7 @@ from conftest import relative_error
 from flax import nnx
 
 from dopsd_jax import dopsd
-from dopsd_jax.adapters import lora
+from dopsd_jax.adapters import attach
 from dopsd_jax.families.zimage import family
 from dopsd_jax.models import zimage
 from dopsd_jax.training import optimizers, state, train_step
@@ -45,15 +45,15 @@ def world():
         leaves,
         {k: v.numpy() for k, v in model.state_dict().items()},
     )
-    chosen = lora.select(lora.slots(leaves), "blocks", family.LORA_PRESETS)
+    chosen = attach.select(attach.slots(leaves), "blocks", family.LORA_PRESETS)
     assert chosen.keys() == reference.targets(model).keys()
-    lora.attach(ours, chosen, RANK, ALPHA, jax.random.key(0))
+    attach.attach(ours, chosen, RANK, ALPHA, jax.random.key(0))
     graphdef, adapter, base = nnx.split(ours, nnx.LoRAParam, ...)
     students, teachers = (reference.random_adapters(model, RANK, seed) for seed in (1, 2))
 
     def take(arrays):
         modules = {p: LoraModule(a=a, b=b, scale=ALPHA / RANK) for p, (a, b) in arrays.items()}
-        return lora.load(adapter, chosen, modules, ALPHA / RANK, "test")
+        return attach.load(adapter, chosen, modules, ALPHA / RANK, "test")
 
     rng = np.random.default_rng(3)
     caption = lambda n: rng.standard_normal((n, cfg.caption_dim), np.float32)
@@ -62,7 +62,7 @@ def world():
 
 
 def arrays(adapter, chosen):
-    return {p: (m.a, m.b) for p, m in lora.export(adapter, chosen, ALPHA / RANK).items()}
+    return {p: (m.a, m.b) for p, m in attach.export(adapter, chosen, ALPHA / RANK).items()}
 
 
 def worst(ours, theirs):

@@ -9,7 +9,7 @@ from flax import nnx
 from jax.extend.core import jaxprs_in_params
 
 from dopsd_jax import dopsd
-from dopsd_jax.adapters import lora
+from dopsd_jax.adapters import attach
 from dopsd_jax.estimation import flops
 from dopsd_jax.families.zimage import family
 from dopsd_jax.models import zimage
@@ -21,7 +21,7 @@ TINY = zimage.ZImageConfig(
 
 
 def chosen(cfg, targets="blocks"):
-    return lora.select(lora.slots(zimage.names(cfg)), targets, family.LORA_PRESETS)
+    return attach.select(attach.slots(zimage.names(cfg)), targets, family.LORA_PRESETS)
 
 
 def adapted(cfg, targets, rank, remat="none"):
@@ -29,7 +29,7 @@ def adapted(cfg, targets, rank, remat="none"):
 
     def build():
         net = zimage.ZImage(cfg, remat=remat, rngs=nnx.Rngs(0))
-        lora.attach(net, chosen(cfg, targets), rank, rank, jax.random.key(0))
+        attach.attach(net, chosen(cfg, targets), rank, rank, jax.random.key(0))
         return net
 
     return nnx.split(nnx.eval_shape(build), nnx.LoRAParam, ...)

@@ -7,7 +7,7 @@ import pytest
 from conftest import relative_error
 from flax import nnx
 
-from dopsd_jax.adapters import lora
+from dopsd_jax.adapters import attach
 from dopsd_jax.common.errors import UserError
 from dopsd_jax.families.zimage.family import LORA_PRESETS, Context, denoiser
 from dopsd_jax.models import zimage
@@ -25,7 +25,7 @@ def build(chosen=None, rank=4, alpha=8.0):
     for name in ("layers", "noise_refiner"):  # open gates: otherwise little would be seen
         getattr(model, name).modulation.bias[...] += 0.5
     if chosen is not None:
-        lora.attach(model, chosen, rank, alpha, jax.random.key(1))
+        attach.attach(model, chosen, rank, alpha, jax.random.key(1))
     return model
 
 
@@ -43,7 +43,7 @@ def split(model):
 
 
 def choose(targets, cfg=CFG):
-    return lora.select(lora.slots(zimage.names(cfg)), targets, LORA_PRESETS)
+    return attach.select(attach.slots(zimage.names(cfg)), targets, LORA_PRESETS)
 
 
 def noisy(adapter, seed=2):
@@ -51,6 +51,23 @@ def noisy(adapter, seed=2):
     keys = jax.random.split(jax.random.key(seed), len(leaves))
     noise = [0.1 * jax.random.normal(k, x.shape) for k, x in zip(keys, leaves, strict=True)]
     return jax.tree.unflatten(treedef, noise)
+
+
+def merge(model, deltas):
+    """Adds the changes [out, in], by PyTorch path, to the weights of a network."""
+    for leaf in zimage.names(CFG):
+        names = [s.name.removesuffix(".weight") for s in leaf.sources]
+        if not deltas.keys() & set(names):
+            continue
+        parts = [
+            deltas.get(n, np.zeros(s.shape, np.float32))
+            for n, s in zip(names, leaf.sources, strict=True)
+        ]
+        owner = model
+        for name in leaf.path.split(".")[:-1]:
+            owner = getattr(owner, name)
+        place = () if leaf.index is None else leaf.index
+        owner.kernel[...] = owner.kernel[...].at[place].add(to_flax(leaf, parts))
 
 
 def test_new_adapters_change_nothing_bit_for_bit():
@@ -68,20 +85,8 @@ def test_merged_equals_adapted(targets):
     graphdef, adapter, base = split(build(chosen))
     adapter = noisy(adapter)
     merged = build()
-    deltas = {path: m.delta() for path, m in lora.export(adapter, chosen, 2.0).items()}
-    for leaf in zimage.names(CFG):
-        names = [s.name.removesuffix(".weight") for s in leaf.sources]
-        if not deltas.keys() & set(names):
-            continue
-        parts = [
-            deltas.get(n, np.zeros(s.shape, np.float32))
-            for n, s in zip(names, leaf.sources, strict=True)
-        ]
-        owner = merged
-        for name in leaf.path.split(".")[:-1]:
-            owner = getattr(owner, name)
-        place = () if leaf.index is None else leaf.index
-        owner.kernel[...] = owner.kernel[...].at[place].add(to_flax(leaf, parts))
+    deltas = {path: m.delta() for path, m in attach.export(adapter, chosen, 2.0).items()}
+    merge(merged, deltas)
     assert relative_error(run(graphdef, adapter, base), run(*split(merged))) < 5e-6
 
 
@@ -92,14 +97,14 @@ def test_layers_of_a_stack_that_were_not_chosen_neither_act_nor_learn():
     for _, leaf in nnx.to_flat_state(gradient):
         per_layer = np.abs(leaf[...]).max(axis=(1, 2))
         assert per_layer[1] > 0 and per_layer[0] == 0 and per_layer[2] == 0
-    assert lora.export(adapter, chosen, 1.0).keys() == {"layers.1.attention.to_q"}
+    assert attach.export(adapter, chosen, 1.0).keys() == {"layers.1.attention.to_q"}
 
 
 def test_the_published_model_gets_238_layers_and_158760960_parameters_at_rank_64():
     chosen = choose("blocks", FULL)
     assert len(chosen) == 238
     assert sum(64 * (s.din + s.dout) for s in chosen.values()) == 158_760_960
-    assert len(lora.slots(zimage.names(FULL))) == 276
+    assert len(attach.slots(zimage.names(FULL))) == 276
     assert len(choose("before_pr5", FULL)) == 5 * 34
     assert len(choose("main", FULL)) == 7 * 30
 
@@ -134,11 +139,11 @@ def test_export_and_load_are_inverses_and_a_smaller_rank_fits():
     chosen = choose("blocks")
     graphdef, adapter, base = split(build(chosen))
     trained = noisy(adapter)
-    modules = lora.export(trained, chosen, 2.0)
-    back = lora.load(adapter, chosen, modules, 2.0, "file")
+    modules = attach.export(trained, chosen, 2.0)
+    back = attach.load(adapter, chosen, modules, 2.0, "file")
     jax.tree.map(np.testing.assert_array_equal, back, trained)
     _, wider, wide_base = split(build(chosen, rank=6, alpha=6.0))
-    wide = lora.load(wider, chosen, modules, 1.0, "file")
+    wide = attach.load(wider, chosen, modules, 1.0, "file")
     wide_graph = split(build(chosen, rank=6, alpha=6.0))[0]
     assert relative_error(run(wide_graph, wide, wide_base), run(graphdef, trained, base)) < 5e-6
 
@@ -146,12 +151,12 @@ def test_export_and_load_are_inverses_and_a_smaller_rank_fits():
 def test_loading_names_every_layer_that_does_not_fit():
     chosen = choose("attention")
     _, adapter, _ = split(build(chosen))
-    modules = lora.export(adapter, choose("attention"), 1.0)
+    modules = attach.export(adapter, choose("attention"), 1.0)
     modules.pop("layers.0.attention.to_q")
     modules["layers.0.feed_forward.w1"] = modules["layers.0.attention.to_k"]
     _, narrow, _ = split(build(chosen, rank=2))
     with pytest.raises(UserError) as error:
-        lora.load(narrow, chosen, modules, 1.0, "some.safetensors")
+        attach.load(narrow, chosen, modules, 1.0, "some.safetensors")
     text = str(error.value)
     assert "adapts layers.0.feed_forward.w1" in text
     assert "nothing for layers.0.attention.to_q" in text

@@ -17,7 +17,7 @@ from weights_helpers import SMALL, TRANSFORMER, run_python, same_modules
 
 import dopsd_jax
 from dopsd_jax import dopsd
-from dopsd_jax.adapters import lora
+from dopsd_jax.adapters import attach
 from dopsd_jax.common.errors import UserError
 from dopsd_jax.config import schema
 from dopsd_jax.estimation import abstract_step, compiled_step, tpu_topologies
@@ -97,9 +97,9 @@ def dense(scheme, din=128, dout=(16, 32)):
 @pytest.mark.parametrize("scheme", SCHEMES)
 def test_a_product_and_its_gradient_are_those_of_the_whole_kernel(scheme, dtype):
     layer = dense(scheme)
-    lora.attach(
+    attach.attach(
         nnx.Dict(dense=layer),
-        {str(i): lora.Slot("dense", i, None, 128, n) for i, n in enumerate((16, 32))},
+        {str(i): attach.Slot("dense", i, None, 128, n) for i, n in enumerate((16, 32))},
         4,
         8.0,
         jax.random.key(0),
@@ -149,7 +149,7 @@ def network(scheme):
     for name in ("layers", "noise_refiner"):  # open gates: otherwise little would be seen
         getattr(net, name).modulation.bias[...] += 0.5
     chosen = choose("blocks")
-    lora.attach(net, chosen, 4, 8.0, jax.random.key(1))
+    attach.attach(net, chosen, 4, 8.0, jax.random.key(1))
     plain = nnx.split(net, nnx.LoRAParam, ...)
     flat = dict(nnx.to_flat_state(plain[2]))
     for path, var in flat.items():

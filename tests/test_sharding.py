@@ -15,7 +15,7 @@ from flax import nnx
 from jax.sharding import AbstractMesh, PartitionSpec
 from weights_helpers import run_python
 
-from dopsd_jax.adapters import lora
+from dopsd_jax.adapters import attach
 from dopsd_jax.common.errors import UserError
 from dopsd_jax.families.zimage import family
 from dopsd_jax.models import zimage
@@ -206,11 +206,11 @@ def test_moments_and_teacher_are_split_as_their_parameter(full_base, name):
 
 def test_adapters_are_whole_everywhere():
     cfg = zimage.ZImageConfig(layers=2, refiner_layers=1)
-    chosen = lora.select(lora.slots(zimage.names(cfg)), "blocks", family.LORA_PRESETS)
+    chosen = attach.select(attach.slots(zimage.names(cfg)), "blocks", family.LORA_PRESETS)
 
     def build():
         net = zimage.ZImage(cfg, rngs=nnx.Rngs(0))
-        lora.attach(net, chosen, 4, 4.0, jax.random.key(0))
+        attach.attach(net, chosen, 4, 4.0, jax.random.key(0))
         return nnx.split(net, nnx.LoRAParam, ...)[1]
 
     student = nnx.eval_shape(build)

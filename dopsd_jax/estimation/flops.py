@@ -10,7 +10,8 @@ import re
 from collections.abc import Iterable, Mapping
 from typing import NamedTuple
 
-from dopsd_jax.adapters.lora import Slot
+from dopsd_jax.adapters.attach import Slot
+from dopsd_jax.adapters.lora import Lora
 from dopsd_jax.models import zimage
 from dopsd_jax.models.zimage import PAD_MULTIPLE, ZImageConfig
 
@@ -158,7 +159,7 @@ def step_work(
       passes: what the method runs; see `methods.passes`.
       height, width: of the latent.
       rows_student, rows_teacher: caption rows, padding included.
-      chosen, rank: the adapters; see `lora.select`. full: everything is trained, without adapters.
+      chosen, rank: the adapters; see `attach.select`. full: all is trained, without adapters.
       flash: attention by a kernel that keeps no probabilities (splash, cudnn).
     """
     captions = [
@@ -188,7 +189,7 @@ def parameters(cfg: ZImageConfig) -> int:
 
 def adapter_parameters(chosen: Iterable[Slot], rank: int) -> int:
     """Numbers in the adapters of the chosen layers."""
-    return sum(rank * (slot.din + slot.dout) for slot in chosen)
+    return sum(Lora.size(slot.din, slot.dout, rank) for slot in chosen)
 
 
 def peak_rate(device_kind: str) -> float | None:

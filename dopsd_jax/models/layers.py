@@ -13,13 +13,14 @@ from dopsd_jax.parallel.sharding import FREE, constrain_batch, constrain_weights
 
 
 class Dense(nnx.Module):
-    """y = x W (+ b) (+ scale * x A B for every adapted part).
+    """y = x W (+ b) (+ what an adapter adds to each adapted part).
 
     Projections of one input are fused: with `dout=(d0, d1, d2)` the kernel is [din, d0 + d1 + d2].
     Every part is cut into `groups` blocks, and the kernel holds the first block of each part, then
     the second of each, ...: so a device that has some of the columns has the same share of every
     part, whole heads if `groups` divides these. `split` and `join` know the order.
-    `lora.attach` fills `adapters`, keyed by the part's number.
+    `adapters.attach` fills `adapters`, keyed by the part's number, all of one kind; this class only
+    calls their `updates` (see `adapters.base.Adapter`).
     The product runs in x's type, whatever the kernel is stored in; `quantised.quantised` may put a
     `QuantisedKernel` in its place.
     """
@@ -67,20 +68,12 @@ class Dense(nnx.Module):
         blocks = [part.reshape(*part.shape[:-1], self.groups, -1) for part in parts]
         return jnp.concatenate(blocks, axis=-1).reshape(*parts[0].shape[:-1], -1)
 
-    def _adapter_update(self, x):
-        parts = [self.adapters.get(str(i)) for i in range(len(self.douts))]
-        # One product for all down-projections: x is read once.
-        downs = [p.a[...].astype(x.dtype) for p in parts if p is not None]
-        low = jnp.split(x @ jnp.concatenate(downs, -1), len(downs), axis=-1)
-        updates, used = [], 0
-        for part, size in zip(parts, self.douts, strict=True):
-            if part is None:
-                updates.append(jnp.zeros((*x.shape[:-1], size), x.dtype))
-                continue
-            scaled = low[used] * part.scale[...].astype(x.dtype)
-            updates.append(scaled @ part.b[...].astype(x.dtype))
-            used += 1
-        return self.join(updates)
+    def _adapter_update(self, x: Float[Array, "... din"]) -> Float[Array, "... dout"]:
+        parts = [str(part) for part in range(len(self.douts)) if str(part) in self.adapters]
+        held = [self.adapters[part] for part in parts]
+        found = dict(zip(parts, type(held[0]).updates(held, x), strict=True))
+        empty = lambda size: jnp.zeros((*x.shape[:-1], size), x.dtype)
+        return self.join([found.get(str(i), empty(size)) for i, size in enumerate(self.douts)])
 
 
 class RMSNorm(nnx.Module):

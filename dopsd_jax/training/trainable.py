@@ -15,8 +15,8 @@ import jax
 from flax import nnx
 from ml_collections import ConfigDict
 
-from dopsd_jax.adapters import lora
-from dopsd_jax.adapters.lora import Slot
+from dopsd_jax.adapters import attach
+from dopsd_jax.adapters.attach import Slot
 from dopsd_jax.config import schema
 from dopsd_jax.families.zimage import family
 from dopsd_jax.families.zimage.pipeline import lora_layers
@@ -78,7 +78,7 @@ class Adapters:
 
     def attach(self, network: zimage.ZImage) -> None:
         options, key = self.config.lora, jax.random.key(self.config.seed)
-        lora.attach(network, self.chosen, options.rank, options.alpha, key)
+        attach.attach(network, self.chosen, options.rank, options.alpha, key)
 
     def check(self) -> None:
         if self.config.lora.init_from:
@@ -89,7 +89,7 @@ class Adapters:
         if not path:
             return student
         file = lora_files.read_lora(path, lora_layers(self.network))
-        return lora.load(student, self.chosen, file.modules, self.scale, path)
+        return attach.load(student, self.chosen, file.modules, self.scale, path)
 
     def describe(self, student: nnx.State) -> list[str]:
         lines = [f"adapters: {len(self.chosen)} layers, {_count(student):,} parameters"]
@@ -105,7 +105,7 @@ class Adapters:
         if jax.process_index() == 0:
             (path,) = self.export_paths(workdir, step)
             path.parent.mkdir(parents=True, exist_ok=True)
-            modules = lora.export(student, self.chosen, self.scale)
+            modules = attach.export(student, self.chosen, self.scale)
             write_lora(path, modules, lora_layers(self.network))
 
 
@@ -168,7 +168,7 @@ def trained(config: ConfigDict, network: zimage.ZImageConfig) -> Trained:
     if config.train == "full":
         return FullNetwork(config, network)
     targets = schema.values(config.lora.targets)
-    chosen = lora.select(lora.slots(zimage.names(network)), targets, family.LORA_PRESETS)
+    chosen = attach.select(attach.slots(zimage.names(network)), targets, family.LORA_PRESETS)
     return Adapters(config, network, chosen)
 
 

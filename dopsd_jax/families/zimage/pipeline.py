@@ -15,7 +15,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Float, UInt8
 
 from dopsd_jax import dopsd
-from dopsd_jax.adapters import lora
+from dopsd_jax.adapters import attach
 from dopsd_jax.common.errors import UserError, raise_if
 from dopsd_jax.common.flow import shifted_grid
 from dopsd_jax.common.json_files import read_json
@@ -412,13 +412,13 @@ def start_noise(seed: int, count: int, shape: tuple[int, ...]) -> Float[Array, "
 
 def attach_file(model: zimage.ZImage, config: zimage.ZImageConfig, path: str | Path) -> None:
     """Gives the transformer the adapters of a LoRA file, of any dialect we read."""
-    slots = lora.slots(zimage.names(config))
+    slots = attach.slots(zimage.names(config))
     file = lora_files.read_lora(path, lora_layers(config))
     chosen = {name: slots[name] for name in file.modules}
     rank = max(module.a.shape[0] for module in file.modules.values())
-    lora.attach(model, chosen, rank, rank, jax.random.key(0))
+    attach.attach(model, chosen, rank, rank, jax.random.key(0))
     adapter = nnx.state(model, nnx.LoRAParam)
-    nnx.update(model, lora.load(adapter, chosen, file.modules, 1.0, str(path)))
+    nnx.update(model, attach.load(adapter, chosen, file.modules, 1.0, str(path)))
 
 
 def lora_layers(config: zimage.ZImageConfig) -> Layers:

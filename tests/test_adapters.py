@@ -1,0 +1,138 @@
+"""A second kind of adapter, defined here, in the unchanged network: what the interface promises."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from conftest import relative_error
+from flax import nnx
+from test_lora import CFG, choose, merge, noisy, run, split
+
+from dopsd_jax.adapters import attach
+from dopsd_jax.adapters.base import Adapter
+from dopsd_jax.adapters.lora import Lora
+from dopsd_jax.common.errors import UserError
+from dopsd_jax.models import zimage
+from dopsd_jax.models.layers import Dense
+
+# A layer in the middle of a stack, whose kernel holds to_q, to_k and to_v; and a plain layer.
+TARGETS = ("layers.1.attention.to_k", "cap_embedder.1")
+BLOCKS = 2  # w1 is [2, 2]
+
+
+@dataclasses.dataclass
+class LokrModule:
+    w1: np.ndarray
+    w2: np.ndarray
+    scale: float
+
+    def delta(self):
+        return self.scale * np.kron(self.w1, self.w2)
+
+
+class Lokr(Adapter):
+    """W + scale kron(w1, w2) (arXiv 2309.14859), w1 [2, 2] starting at 0."""
+
+    def __init__(self, w1, w2):
+        self.w1, self.w2 = nnx.LoRAParam(w1), nnx.LoRAParam(w2)
+
+    @classmethod
+    def init(cls, key, lead, din, dout, rank):
+        w2 = jax.random.normal(key, (*lead, din // BLOCKS, dout // BLOCKS)) / rank
+        return cls(jnp.zeros((*lead, BLOCKS, BLOCKS)), w2)
+
+    def delta(self):
+        w1, w2 = self.w1[...], self.w2[...]
+        product = jnp.einsum("...ac,...bd->...abcd", w1, w2)
+        shape = (*w1.shape[:-2], BLOCKS * w2.shape[-2], BLOCKS * w2.shape[-1])
+        return self.scale[...][..., None, None] * product.reshape(shape)
+
+    @staticmethod
+    def size(din, dout, rank):
+        return BLOCKS**2 + din * dout // BLOCKS**2
+
+    @staticmethod
+    def export(weights, scale):
+        return LokrModule(weights["w1"].T, weights["w2"].T, scale)
+
+    @staticmethod
+    def load(weights, module, scale):
+        if module.w2.T.shape != weights["w2"].shape:
+            raise ValueError(f"has w2 {module.w2.shape}")
+        return {"w1": module.w1.T * (module.scale / scale), "w2": module.w2.T}
+
+
+def build(kind=None):
+    model = zimage.ZImage(CFG, rngs=nnx.Rngs(0))
+    for name in ("layers", "noise_refiner"):
+        getattr(model, name).modulation.bias[...] += 0.5
+    if kind is not None:
+        attach.attach(model, choose(TARGETS), 4, 8.0, jax.random.key(1), kind)
+    return model
+
+
+def test_it_starts_as_nothing_trains_and_exports_what_was_trained():
+    graphdef, start, base = split(build(Lokr))
+    np.testing.assert_array_equal(run(graphdef, start, base), run(*split(build())))
+    sizes = sum(x.size for x in jax.tree.leaves(start))
+    slots = choose(TARGETS)
+    one = {path: Lokr.size(slot.din, slot.dout, 4) for path, slot in slots.items()}
+    # The stack is adapted as a whole.
+    assert sizes == CFG.layers * one[TARGETS[0]] + one[TARGETS[1]]
+
+    # Trained: a step of plain descent on each of two losses.
+    adapter = start
+    for sign in (1.0, -1.0):
+        loss = lambda a, sign=sign: jnp.mean(jnp.square(run(graphdef, a, base) - sign))
+        value, gradient = jax.value_and_grad(loss)(adapter)
+        adapter = optax.apply_updates(adapter, jax.tree.map(lambda g: -g, gradient))
+        assert loss(adapter) < value
+    moved = {
+        path[-1]: np.abs(leaf[...]).max(axis=(1, 2))
+        for path, leaf in nnx.to_flat_state(jax.tree.map(jnp.subtract, adapter, start))
+        if "layers" in path
+    }
+    for change in moved.values():
+        assert change[1] > 0 and change[0] == change[2] == 0
+
+    # Exported: the same network with the change in its weights.
+    exported = attach.export(adapter, slots, 2.0, Lokr)
+    assert exported.keys() == set(TARGETS)
+    merged = build()
+    merge(merged, {path: module.delta() for path, module in exported.items()})
+    found = run(graphdef, adapter, base)
+    assert relative_error(found, run(*split(build()))) > 1e-4
+    assert relative_error(found, run(*split(merged))) < 5e-6
+
+    # Loaded again.
+    back = attach.load(start, slots, exported, 2.0, "file", Lokr)
+    assert relative_error(run(graphdef, back, base), found) < 1e-6
+
+
+def test_what_does_not_fit_is_a_line_that_names_the_layer():
+    _, start, _ = split(build(Lokr))
+    exported = attach.export(start, choose(TARGETS), 2.0, Lokr)
+    exported[TARGETS[1]].w2 = np.zeros((3, 3))
+    with pytest.raises(UserError) as error:
+        attach.load(start, choose(TARGETS), exported, 2.0, "some.safetensors", Lokr)
+    assert error.value.problems == (f"some.safetensors: {TARGETS[1]} has w2 (3, 3)",)
+
+
+@pytest.mark.parametrize("kind", [Lora, Lokr])
+def test_an_update_is_the_product_with_delta(kind):
+    """In two of the three parts of a fused layer whose columns are interleaved."""
+    layer = Dense(12, (8, 4, 4), groups=2, rngs=nnx.Rngs(0))
+    slots = {str(i): attach.Slot("dense", i, None, 12, (8, 4, 4)[i]) for i in (0, 2)}
+    attach.attach(nnx.Dict(dense=layer), slots, 2, 6.0, jax.random.key(0), kind)
+    nnx.update(layer, noisy(nnx.state(layer, nnx.LoRAParam)))
+    x = jax.random.normal(jax.random.key(3), (5, 12))
+    plain = layer.split(x @ layer.kernel[...])
+    for part, (found, base) in enumerate(zip(layer.split(layer(x)), plain, strict=True)):
+        if part == 1:
+            np.testing.assert_array_equal(found, base)
+        else:
+            change = x @ layer.adapters[str(part)].delta()
+            assert relative_error(found - base, change) < 1e-5
