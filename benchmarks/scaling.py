@@ -24,7 +24,7 @@ import jax
 import scaling_table
 from absl import flags
 
-from dopsd_jax.common import errors
+from dopsd_jax.common import program
 from dopsd_jax.estimation import abstract_step, compiled_step, tpu_topologies
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -164,4 +164,4 @@ def plain(report: compiled_step.Report) -> dict:
 
 
 if __name__ == "__main__":
-    errors.run(main)
+    program.run(main)

@@ -21,12 +21,12 @@ import jax.numpy as jnp
 import numpy as np
 from absl import flags
 from flax import nnx
-from ml_collections import config_flags
 
 from dopsd_jax import dopsd
-from dopsd_jax.common import errors
+from dopsd_jax.common import program
 from dopsd_jax.common.errors import UserError, raise_if
 from dopsd_jax.config import schema
+from dopsd_jax.config.flags import CONFIG, parse
 from dopsd_jax.estimation import flops
 from dopsd_jax.families.zimage import family
 from dopsd_jax.methods import registry
@@ -41,7 +41,6 @@ PUBLISHED = "Tongyi-MAI/Z-Image-Turbo"
 SHIFT = 3.0  # only names a grid here: its values do not change the time
 VAE_FACTOR = 8
 
-CONFIG = config_flags.DEFINE_config_file("config", help_string="configuration, file.py[:argument]")
 SIDES = [
     flags.DEFINE_integer(
         side, None, f"{side} in pixels; else config.data.resolution", lower_bound=1
@@ -53,13 +52,11 @@ TEACHER = flags.DEFINE_integer("teacher_tokens", 704, "caption length of the tea
 REPEATS = flags.DEFINE_integer("repeats", 10, "timed steps", lower_bound=1)
 WARMUP = flags.DEFINE_integer("warmup", 2, "steps before them", lower_bound=1)
 TORCH = flags.DEFINE_boolean("torch", False, "time the PyTorch loop as well")
-flags.mark_flag_as_required("config")
 
 
 def main() -> None:
     config = CONFIG.value
     config.data.path = config.data.path or build.RANDOM  # no data are read here
-    schema.check(config)
     sizes = transformer_sizes(config.model)
     latent = latent_shape(config, sizes)
     theirs = time_torch(config, sizes, latent) if TORCH.value else None
@@ -266,4 +263,5 @@ def report(name: str, seconds: list[float], images: int, device: str = "") -> No
 
 
 if __name__ == "__main__":
-    errors.run(main)
+    parse(data=False)
+    program.run(main)

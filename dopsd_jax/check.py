@@ -6,17 +6,19 @@ teacher's picture is no nearer to the target than the student's, there is nothin
 that learn from latents of the pictures have no such limit but the autoencoder, which is asked then.
 """
 
+from dopsd_jax.common import program
+from dopsd_jax.config.flags import CONFIG, WORKDIR, parse
+
+if __name__ == "__main__":
+    parse()  # a wrong option is told now: the imports below take seconds
+
 import jax
 import jax.numpy as jnp
 import numpy as np
-from absl import flags
-from ml_collections import config_flags
 
-from dopsd_jax.common import errors
 from dopsd_jax.common.flow import euler
 from dopsd_jax.conditioning.encoding import class_prompt
 from dopsd_jax.conditioning.features import Features
-from dopsd_jax.config import schema
 from dopsd_jax.data.dataset import describe
 from dopsd_jax.dopsd import Contexts, Denoiser
 from dopsd_jax.estimation import flops
@@ -28,14 +30,11 @@ from dopsd_jax.reporting.previews import Previews, rows_of
 from dopsd_jax.run import build
 from dopsd_jax.run.workdir import find_workdir
 
-CONFIG = config_flags.DEFINE_config_file("config", None, "configuration file", lock_config=True)
-WORKDIR = flags.DEFINE_string("workdir", "runs/zimage", "where caches and the picture go")
 NOTHING = 1e-3  # relative gap below which the context changes nothing
 
 
 def main() -> None:
     config = CONFIG.value
-    schema.check(config, config_flags.get_override_values(flags.FLAGS["config"]))
     workdir = find_workdir(WORKDIR.value, config)
     mesh = sharding.make_mesh(config.mesh)
     pipe, _ = build.open_pipeline(config, workdir, mesh)
@@ -165,5 +164,4 @@ def _distance(images, targets) -> float:
 
 
 if __name__ == "__main__":
-    flags.mark_flag_as_required("config")
-    errors.run(main)
+    program.run(main)

@@ -8,21 +8,14 @@ import math
 import os
 import sys
 from pathlib import Path
+from typing import NoReturn
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")  # converting needs no accelerator
 
-from dopsd_jax.common.errors import UserError, raise_if, report
-from dopsd_jax.weights import hub
-from dopsd_jax.weights.export import export_diffusers, export_single
-from dopsd_jax.weights.importing import import_model
-from dopsd_jax.weights.inspection import inspect, layers_for
-from dopsd_jax.weights.lora_dialects import WRITTEN
-from dopsd_jax.weights.lora_files import LoraModule, read_lora
-from dopsd_jax.weights.lora_write import write_lora
-from dopsd_jax.weights.progress import ConsoleProgress, size
-from dopsd_jax.weights.safetensors_write import MAX_SHARD
+from dopsd_jax.common.errors import USER_ERROR_EXIT, UserError, raise_if, report
 
 TYPES = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}
+DIALECTS = ("D", "Cs", "Cn", "K", "Q")  # of LoRA files: weights/lora_dialects.py, WRITTEN
 EXAMPLES = """examples:
   %(prog)s import Tongyi-MAI/Z-Image-Turbo zimage-converted
   %(prog)s import z_image_turbo_bf16.safetensors zimage-converted --base Tongyi-MAI/Z-Image-Turbo
@@ -34,8 +27,15 @@ EXAMPLES = """examples:
 """
 
 
+class Parser(argparse.ArgumentParser):
+    """Tells a wrong option in one line, as all programs do."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(USER_ERROR_EXIT, f"error: {message}; see --help\n")
+
+
 def parser(program: str) -> argparse.ArgumentParser:
-    top = argparse.ArgumentParser(
+    top = Parser(
         program,
         description=__doc__.splitlines()[0],
         epilog=EXAMPLES,
@@ -67,7 +67,7 @@ def parser(program: str) -> argparse.ArgumentParser:
     p = add("lora", run_lora, "Rewrite a LoRA file in another dialect.")
     p.add_argument("source", type=Path, help="LoRA file, or folder that PEFT saved")
     p.add_argument("out", type=Path, help="new file (dialect Q: folder)")
-    p.add_argument("--to", choices=WRITTEN, default="D", help=(
+    p.add_argument("--to", choices=DIALECTS, default="D", help=(
         "D diffusers and ComfyUI (default), Cs/Cn diffusion_model. with split/fused attention, "
         "K kohya, Q PEFT folder"
     ))  # fmt: skip
@@ -92,9 +92,10 @@ def _add_export(p: argparse.ArgumentParser, before_out: str | None = None) -> No
     _add_transformer_only(p)
     p.add_argument("--strength", type=float, default=1.0, help="factor on the LoRA (default 1)")
     p.add_argument("--dtype", choices=TYPES, help="write in this type; default: as it is")
-    p.add_argument(
-        "--max-shard-gb", type=float, default=MAX_SHARD / 1e9, help="default %(default)g"
-    )
+    p.add_argument("--max-shard-gb", type=float, default=10.0, help="default %(default)g")
+
+
+# The commands. Each imports what it needs, so that a wrong option is told at once.
 
 
 def _add_transformer_only(p: argparse.ArgumentParser) -> None:
@@ -104,6 +105,10 @@ def _add_transformer_only(p: argparse.ArgumentParser) -> None:
 
 
 def run_import(args: argparse.Namespace) -> None:
+    from dopsd_jax.weights import hub
+    from dopsd_jax.weights.importing import import_model
+    from dopsd_jax.weights.progress import ConsoleProgress
+
     files = {"vae": args.vae, "text_encoder": args.text_encoder}
     single = Path(args.source).is_file()
     if single and not args.base:
@@ -137,6 +142,12 @@ def run_import(args: argparse.Namespace) -> None:
 
 
 def run_export(args: argparse.Namespace) -> None:
+    from dopsd_jax.weights import hub
+    from dopsd_jax.weights.export import export_diffusers, export_single
+    from dopsd_jax.weights.inspection import layers_for
+    from dopsd_jax.weights.lora_files import LoraModule, read_lora
+    from dopsd_jax.weights.progress import ConsoleProgress
+
     model = hub.resolve(args.model).path
     raise_if(
         f"--{name} {value}: must be {what}"
@@ -162,6 +173,11 @@ def run_export(args: argparse.Namespace) -> None:
 
 
 def run_lora(args: argparse.Namespace) -> None:
+    from dopsd_jax.weights.inspection import layers_for
+    from dopsd_jax.weights.lora_files import read_lora
+    from dopsd_jax.weights.lora_write import write_lora
+    from dopsd_jax.weights.progress import size
+
     if args.out.resolve() == args.source.resolve():
         raise UserError(f"{args.out}: is the source; give another name")
     layers = layers_for(args.model, args.source)
@@ -177,6 +193,8 @@ def run_lora(args: argparse.Namespace) -> None:
 
 
 def run_inspect(args: argparse.Namespace) -> None:
+    from dopsd_jax.weights.inspection import inspect
+
     for line in inspect(args.path, args.model):
         print(line)
 

@@ -7,21 +7,13 @@ Nothing is loaded or allocated. The exit status is 1 if the step does not fit.
 
 import math
 
-import jax
 from absl import flags
-from ml_collections import ConfigDict, config_flags
 
-from dopsd_jax.common import errors
-from dopsd_jax.config import schema
-from dopsd_jax.estimation import abstract_step, compiled_step, flops, remedies, tpu_topologies
-from dopsd_jax.estimation.abstract_step import Case
-from dopsd_jax.estimation.compiled_step import Report
+from dopsd_jax.common import program
+from dopsd_jax.config.flags import CONFIG, parse
 
-CONFIG = config_flags.DEFINE_config_file(
-    "config", None, "configuration file, with :argument", lock_config=True
-)
 TOPOLOGY = flags.DEFINE_string(
-    "topology", tpu_topologies.LOCAL, "local, or a TPU slice such as v5p-8 or v5p:2x2x1"
+    "topology", "local", "local, or a TPU slice such as v5p-8 or v5p:2x2x1"
 )
 FULL_SIZE = flags.DEFINE_bool("full_size", False, "the published network, not config.model's")
 HEIGHT = flags.DEFINE_integer("height", 0, "pixels; 0: config.data.resolution")
@@ -29,11 +21,19 @@ WIDTH = flags.DEFINE_integer("width", 0, "pixels; 0: config.data.resolution")
 STUDENT_ROWS = flags.DEFINE_integer("student_rows", 512, "caption tokens of the student")
 TEACHER_ROWS = flags.DEFINE_integer("teacher_rows", 1024, "caption tokens of the teacher")
 
+if __name__ == "__main__":
+    parse(data=False)  # a wrong option is told now: the imports below take seconds
+
+import jax
+from ml_collections import ConfigDict
+
+from dopsd_jax.estimation import abstract_step, compiled_step, flops, remedies, tpu_topologies
+from dopsd_jax.estimation.abstract_step import Case
+from dopsd_jax.estimation.compiled_step import Report
+
 
 def main() -> int:
     config = CONFIG.value
-    fields = {**config.to_dict(), "data": {**config.data.to_dict(), "path": "not read"}}
-    schema.check(fields, config_flags.get_override_values(flags.FLAGS["config"]))
     if TOPOLOGY.value != tpu_topologies.LOCAL:
         jax.config.update("jax_platforms", "cpu")  # whatever else is here is left alone
     devices = tpu_topologies.devices(TOPOLOGY.value)
@@ -123,5 +123,4 @@ def _size(count: float) -> str:
 
 
 if __name__ == "__main__":
-    flags.mark_flag_as_required("config")
-    errors.run(main)
+    program.run(main)

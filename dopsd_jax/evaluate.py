@@ -13,9 +13,33 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from absl import flags
-from ml_collections import ConfigDict, config_flags
 
-from dopsd_jax.common import errors
+from dopsd_jax.common import program
+from dopsd_jax.config.flags import CONFIG, WORKDIR, parse
+from dopsd_jax.evaluation import seeds
+
+LORA = flags.DEFINE_string("lora", None, "LoRA file; it is the student")
+MODEL = flags.DEFINE_string("model", None, "model folder of a full run; it is the student")
+OUT = flags.DEFINE_string("out", None, "folder of the evaluation; default: WORKDIR/evaluation")
+PROMPTS = flags.DEFINE_string("prompts", None, "test prompts: .txt, one a line, or .jsonl")
+CLASS_WORD = flags.DEFINE_string("class_word", "", "what [V] is one of, for scorers of texts")
+ROWS = flags.DEFINE_integer("rows", 4, "rows of the data set, at most", lower_bound=1)
+COUNT = flags.DEFINE_integer("count", 24, "prompts of a miniature's concept", lower_bound=1)
+SEEDS = flags.DEFINE_integer("seeds", 4, "pictures a prompt", lower_bound=1)
+FIRST_SEED = flags.DEFINE_integer("first_seed", seeds.BASE, "of the noise", lower_bound=0)
+SCORERS = flags.DEFINE_list("scorers", None, "names, or module:attribute; default: all that fit")
+CLIP = flags.DEFINE_string("clip", None, "folder or hub id of CLIP, for CLIP-S")
+DINO = flags.DEFINE_string("dino", None, "of DINOv3, for DINO-D")
+VGG = flags.DEFINE_string("vgg", None, "of VGG-16, for LPIPS-D")
+LPIPS_WEIGHTS = flags.DEFINE_string("lpips_weights", "", "LPIPS's linear layers, safetensors")
+TORCH_DEVICE = flags.DEFINE_string("torch_device", "cpu", "where the PyTorch scorers run")
+BATCH = flags.DEFINE_integer("batch", None, "pictures drawn together", lower_bound=1)
+
+if __name__ == "__main__":
+    parse(strict=False)  # a wrong option is told now: the imports below take seconds
+
+from ml_collections import ConfigDict
+
 from dopsd_jax.common.atomic import write_text
 from dopsd_jax.common.errors import UserError, raise_if
 from dopsd_jax.conditioning.encoding import TEACHER
@@ -23,7 +47,7 @@ from dopsd_jax.config import schema
 from dopsd_jax.data.images import open_image
 from dopsd_jax.data.prepared_parts import is_prepared
 from dopsd_jax.evaluation import arms as models
-from dopsd_jax.evaluation import gathering, prompts, results, seeds, torch_scorers
+from dopsd_jax.evaluation import gathering, prompts, results, torch_scorers
 from dopsd_jax.evaluation.arms import Arm, Student
 from dopsd_jax.evaluation.drawing import Shot
 from dopsd_jax.evaluation.gallery import Gallery
@@ -37,25 +61,6 @@ from dopsd_jax.reporting.pictures import Row
 from dopsd_jax.run import build
 from dopsd_jax.run.lock import exclusive_run
 from dopsd_jax.run.workdir import versions
-
-CONFIG = config_flags.DEFINE_config_file("config", None, "configuration file", lock_config=True)
-WORKDIR = flags.DEFINE_string("workdir", None, "a run; its newest result is the student")
-LORA = flags.DEFINE_string("lora", None, "LoRA file; it is the student")
-MODEL = flags.DEFINE_string("model", None, "model folder of a full run; it is the student")
-OUT = flags.DEFINE_string("out", None, "folder of the evaluation; default: WORKDIR/evaluation")
-PROMPTS = flags.DEFINE_string("prompts", None, "test prompts: .txt, one a line, or .jsonl")
-CLASS_WORD = flags.DEFINE_string("class_word", "", "what [V] is one of, for scorers of texts")
-ROWS = flags.DEFINE_integer("rows", 4, "rows of the data set, at most", lower_bound=1)
-COUNT = flags.DEFINE_integer("count", 24, "prompts of a miniature's concept", lower_bound=1)
-SEEDS = flags.DEFINE_integer("seeds", 4, "pictures a prompt", lower_bound=1)
-FIRST_SEED = flags.DEFINE_integer("first_seed", seeds.BASE, "of the noise", lower_bound=0)
-SCORERS = flags.DEFINE_list("scorers", None, "names, or module:attribute; default: all that fit")
-CLIP = flags.DEFINE_string("clip", torch_scorers.CLIP, "folder or hub id of CLIP, for CLIP-S")
-DINO = flags.DEFINE_string("dino", torch_scorers.DINO, "of DINOv3, for DINO-D")
-VGG = flags.DEFINE_string("vgg", torch_scorers.VGG, "of VGG-16, for LPIPS-D")
-LPIPS_WEIGHTS = flags.DEFINE_string("lpips_weights", "", "LPIPS's linear layers, safetensors")
-TORCH_DEVICE = flags.DEFINE_string("torch_device", "cpu", "where the PyTorch scorers run")
-BATCH = flags.DEFINE_integer("batch", None, "pictures drawn together", lower_bound=1)
 
 SMALL_BATCH = 16  # of the miniature's pictures
 ORDINARY = 2  # ordinary prompts for each one of the concept
@@ -82,7 +87,6 @@ class Attempts:
 
 def main() -> None:
     attempt = Attempts()
-    attempt(lambda: schema.check(CONFIG.value))
     out = attempt(output_folder)
     attempt.end()
     with exclusive_run(out, "evaluation"):
@@ -177,7 +181,11 @@ def find_scorers(miniature: bool) -> list[Judge]:
     """Those of --scorers, or all that fit the data set."""
     own = world_scorers.scorers()
     usual = torch_scorers.scorers(
-        CLIP.value, DINO.value, VGG.value, LPIPS_WEIGHTS.value, TORCH_DEVICE.value
+        CLIP.value or torch_scorers.CLIP,
+        DINO.value or torch_scorers.DINO,
+        VGG.value or torch_scorers.VGG,
+        LPIPS_WEIGHTS.value,
+        TORCH_DEVICE.value,
     )
     names = SCORERS.value or list(own if miniature else usual)
     if not SCORERS.value and not miniature and not LPIPS_WEIGHTS.value:
@@ -263,5 +271,4 @@ def write(
 
 
 if __name__ == "__main__":
-    flags.mark_flag_as_required("config")
-    errors.run(main)
+    program.run(main)

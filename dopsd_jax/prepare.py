@@ -19,12 +19,25 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, TypeVar
 
+from absl import flags
+
+from dopsd_jax.config.flags import CONFIG, WORKDIR, parse
+from dopsd_jax.parallel import cluster
+
+OUT = flags.DEFINE_string("out", None, "folder of the prepared data set; may be gs://")
+SHARD = flags.DEFINE_integer("shard", None, "which share of the parts, from 0, to make here", 0)
+SHARDS = flags.DEFINE_integer("shards", None, "in how many shares the parts are divided", 1)
+BATCH = flags.DEFINE_integer("batch", 8, "captions that a device encodes together", 1)
+ROWS = flags.DEFINE_integer("rows_per_part", 256, "rows a file; the same for all shards", 1)
+
+if __name__ == "__main__":
+    parse("out", strict=False)  # a wrong option is told now: the imports below take seconds
+
 import jax
 import numpy as np
-from absl import flags
 from etils import epath
 from jaxtyping import Int
-from ml_collections import ConfigDict, config_flags
+from ml_collections import ConfigDict
 from PIL import Image
 
 from dopsd_jax.common import errors
@@ -32,26 +45,18 @@ from dopsd_jax.common.atomic import is_remote
 from dopsd_jax.common.errors import UserError
 from dopsd_jax.conditioning.encoding import STUDENT, TEACHER, Encoder
 from dopsd_jax.conditioning.features import DIGESTS, prepared_settings
-from dopsd_jax.config import schema
 from dopsd_jax.data import prepared_parts as parts
 from dopsd_jax.data.dataset import Dataset, describe, measure, spread
 from dopsd_jax.data.rows import Rows
 from dopsd_jax.data.table import Chosen, Row
 from dopsd_jax.families.zimage.pipeline import Pipeline
 from dopsd_jax.methods import registry
-from dopsd_jax.parallel import cluster, multihost
+from dopsd_jax.parallel import multihost
 from dopsd_jax.reporting.metrics import duration
 from dopsd_jax.run import build
 from dopsd_jax.run.lock import exclusive
 from dopsd_jax.run.workdir import find_workdir
 
-CONFIG = config_flags.DEFINE_config_file("config", None, "configuration file", lock_config=True)
-WORKDIR = flags.DEFINE_string("workdir", "runs/zimage", "where the caches go")
-OUT = flags.DEFINE_string("out", None, "folder of the prepared data set; may be gs://")
-SHARD = flags.DEFINE_integer("shard", None, "which share of the parts, from 0, to make here", 0)
-SHARDS = flags.DEFINE_integer("shards", None, "in how many shares the parts are divided", 1)
-BATCH = flags.DEFINE_integer("batch", 8, "captions that a device encodes together", 1)
-ROWS = flags.DEFINE_integer("rows_per_part", 256, "rows a file; the same for all shards", 1)
 T = TypeVar("T")
 SHOWN = 64  # rows whose pictures are kept, for previews
 THREADS = 16  # parts that are looked at together
@@ -63,7 +68,6 @@ def main() -> None:
 
     # ---- What is to be made; an earlier preparation must be of the same.
     with multihost.together():
-        schema.check(config)
         workdir = find_workdir(WORKDIR.value, config)
         shard, shards = own_share()
         if parts.is_prepared(config.data.path):
@@ -311,5 +315,4 @@ class Progress:
 
 
 if __name__ == "__main__":
-    flags.mark_flags_as_required(["config", "out"])
     cluster.run(main)

@@ -4,16 +4,9 @@ import itertools
 import sys
 from pathlib import Path
 
-import jax
 from absl import flags
 
-import dopsd_jax
-from dopsd_jax.common import errors
-from dopsd_jax.common.atomic import disk_error
-from dopsd_jax.common.errors import UserError
-from dopsd_jax.families.zimage.pipeline import start_noise
-from dopsd_jax.reporting.metrics import StepTimer, duration
-from dopsd_jax.reporting.pictures import save_picture
+from dopsd_jax.common import program
 
 MODEL = flags.DEFINE_string("model", None, "model folder, converted checkpoint or hub id")
 LORA = flags.DEFINE_string("lora", None, "LoRA file to apply")
@@ -27,6 +20,19 @@ COUNT = flags.DEFINE_integer("count", 1, "pictures a prompt, with seeds from --s
 DTYPE = flags.DEFINE_enum(
     "dtype", "auto", ["auto", "float32", "bfloat16"], "of activations; auto: float32 on CPU only"
 )
+
+if __name__ == "__main__":
+    # A wrong option is told now: the imports below take seconds.
+    program.parse(required=("model", "prompt", "out"))
+
+import jax
+
+import dopsd_jax
+from dopsd_jax.common.atomic import disk_error
+from dopsd_jax.common.errors import UserError
+from dopsd_jax.families.zimage.pipeline import start_noise
+from dopsd_jax.reporting.metrics import StepTimer, duration
+from dopsd_jax.reporting.pictures import save_picture
 
 
 def main() -> None:
@@ -48,8 +54,8 @@ def main() -> None:
     seeds = range(SEED.value, SEED.value + COUNT.value)
     todo = [(n, prompt, seed) for n, prompt in enumerate(PROMPT.value) for seed in seeds]
     print(
-        f"{MODEL.value}: {len(todo)} pictures of {width}x{height} pixels, {dtype} on "
-        f"{jax.default_backend()}; the first one takes longer, it compiles the sampler",
+        f"{MODEL.value}: to draw {len(todo)} of {width}x{height} pixels, {dtype} on "
+        f"{jax.default_backend()}; the first takes longer: the sampler is compiled",
         flush=True,
     )
     timer = StepTimer()
@@ -78,5 +84,4 @@ def unused(path: Path) -> Path:
 
 
 if __name__ == "__main__":
-    flags.mark_flags_as_required(["model", "prompt", "out"])
-    errors.run(main)
+    program.run(main)

@@ -3,17 +3,21 @@
 Run the same command again to resume. What it writes is described in README.md.
 """
 
+from dopsd_jax.config.flags import CONFIG, WORKDIR, parse
+from dopsd_jax.parallel import cluster
+
+if __name__ == "__main__":
+    parse()  # a wrong option is told now: the imports below take seconds
+
 import jax
-from absl import flags
 from etils import epath
-from ml_collections import ConfigDict, config_flags
+from ml_collections import ConfigDict
 
 from dopsd_jax.conditioning.features import Features
-from dopsd_jax.config import schema
 from dopsd_jax.data.dataset import describe
 from dopsd_jax.data.loader import Batches, prefetch
 from dopsd_jax.miniature.before_after import before_after
-from dopsd_jax.parallel import cluster, multihost, sharding
+from dopsd_jax.parallel import multihost, sharding
 from dopsd_jax.parallel.preemption import STOPPED_EXIT, StopRequest
 from dopsd_jax.reporting.incidents import write_incident
 from dopsd_jax.reporting.metrics import MetricsWriter, Progress, StepTimer
@@ -26,16 +30,10 @@ from dopsd_jax.training.checkpoint import Checkpoints
 from dopsd_jax.training.nonfinite import Guard
 from dopsd_jax.training.results import Results
 
-CONFIG = config_flags.DEFINE_config_file(
-    "config", None, "configuration file, with :argument", lock_config=True
-)
-WORKDIR = flags.DEFINE_string("workdir", "runs/zimage", "folder of the run; an old one is resumed")
-
 
 def main() -> int | None:
     config = CONFIG.value
     with multihost.together():
-        schema.check(config, config_flags.get_override_values(flags.FLAGS["config"]))
         workdir = find_workdir(WORKDIR.value, config)
     with exclusive_run(workdir, "training"):
         return train(config, workdir)
@@ -189,5 +187,4 @@ def is_due(step: int, every: int) -> bool:
 
 
 if __name__ == "__main__":
-    flags.mark_flag_as_required("config")
     cluster.run(main)

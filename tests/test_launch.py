@@ -98,7 +98,8 @@ def eventually(condition, process=None):
 
 def flags_of(program):
     """The flags that a program defines, besides those of its configuration."""
-    text = "".join((ROOT / f"dopsd_jax/{name}.py").read_text() for name in (program, "distributed"))
+    files = (f"{program}.py", "config/flags.py", "parallel/cluster.py")
+    text = "".join((ROOT / "dopsd_jax" / name).read_text() for name in files)
     return {"config", *re.findall(r'DEFINE_\w+\(\s*"(\w+)"', text)}
 
 

@@ -34,7 +34,7 @@ ROOMS = (
     "miniature",
 )
 # What parses a command line before JAX is imported, which takes seconds.
-LIGHT = ("common.errors", "common.json_fields", "config.find", "__main__")
+LIGHT = ("common.program", "config.flags", "convert", "parallel.cluster", "__main__")
 HEAVY = {"jax", "flax", "orbax", "grain", "transformers", "torch"}
 # To be mended: imports against the order.
 OPEN: set[str] = {

@@ -28,7 +28,7 @@ def test_without_sizes_the_model_draws_its_own(runs):
     assert sorted(early) == [f"000_seed{seed}.png" for seed in range(3)]
     with Image.open(out / "000_seed0.png") as picture:
         assert picture.size == (64, 64)
-    assert "3 pictures of 64x64 pixels, float32 on cpu" in said
+    assert "to draw 3 of 64x64 pixels, float32 on cpu" in said
 
 
 def test_progress_leaves_compilation_out(runs):

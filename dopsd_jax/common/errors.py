@@ -4,8 +4,6 @@ import re
 import sys
 from collections.abc import Callable, Iterable, Sequence
 
-from absl import app, flags, logging
-
 USER_ERROR_EXIT = 2
 MAX_LINE = 2000  # characters of one problem
 SHOWN = 3  # of many problems of one kind
@@ -79,37 +77,3 @@ def report(main: Callable[[], int | None]) -> int:
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 130
-
-
-def _parse(argv: list[str]) -> list[str]:
-    """Flags of the command line.
-
-    Libraries log nothing unless --verbosity is given: what goes wrong they also raise.
-    """
-    logging.set_verbosity(logging.FATAL)
-    try:
-        rest = flags.FLAGS(argv)
-        for value in flags.FLAGS.flag_values_dict().values():
-            hasattr(value, "items")  # a configuration that was not loaded says so when touched
-        if len(rest) > 1:
-            raise UserError(f"{rest[1]}: not understood; options are written --name=value")
-    except (
-        flags.Error,
-        UserError,
-        AttributeError,
-        KeyError,
-        ValueError,
-        TypeError,
-        OSError,
-    ) as error:
-        head, traceback, tail = str(error).partition("Traceback (most recent call last)")
-        # A fault inside a configuration file: what it says stands in its last line.
-        lines = [head, tail.strip().splitlines()[-1]] if traceback else [head]
-        print(f"error: {' '.join(' '.join(lines).split())}; see --help", file=sys.stderr)
-        sys.exit(USER_ERROR_EXIT)
-    return rest
-
-
-def run(main: Callable[[], int | None]) -> None:
-    """Entry point of every program that takes absl flags: parses them, runs `main`, exits."""
-    app.run(lambda argv: sys.exit(report(main)), flags_parser=_parse)

@@ -5,9 +5,7 @@ from collections.abc import Collection, Mapping
 from typing import Any
 
 from dopsd_jax.common.errors import raise_if
-from dopsd_jax.methods.flow_matching import LEVELS
-from dopsd_jax.models import quantised
-from dopsd_jax.models.attention import IMPLEMENTATIONS
+from dopsd_jax.models import kinds
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,9 +51,9 @@ FIELDS = {
     "sample_every": _int(0),
     "sample_rows": _int(1),
     "model": Field("str"),
-    "base_dtype": _name(*quantised.BASE_DTYPES),
-    "dtype": _name(*quantised.WHOLE),
-    "attention": _name("auto", *IMPLEMENTATIONS),
+    "base_dtype": _name(*kinds.WHOLE, *kinds.QUANTISED),
+    "dtype": _name(*kinds.WHOLE),
+    "attention": _name("auto", *kinds.ATTENTION),
     "remat": _name("none", "dots", "full"),
     "grid": Field("name or list"),
     "loss": Field("name or list"),
@@ -70,7 +68,7 @@ FIELDS = {
     "teacher.doubled_template": Field("bool"),
     "teacher.min_pixels": _int(1),
     "teacher.max_pixels": _int(1),
-    "sft.sigma": _name(*LEVELS),
+    "sft.sigma": _name("logit_normal", "uniform", "shifted", "nodes"),
     "sft.samples": _int(1),
     "offpolicy.states": _name("teacher", "targets"),
     "pso.beta": Field("float", low=0),
@@ -85,7 +83,7 @@ FIELDS = {
     "lora.targets": Field("name or list"),
     "lora.init_from": Field("str"),
     "optimizer": _name("adamw", "adafactor"),
-    "moments_dtype": _name(*quantised.WHOLE),
+    "moments_dtype": _name(*kinds.WHOLE),
     "offload": Field("list"),
     "learning_rate": Field("float", above=0),
     "lr_schedule": _name("constant", "linear", "cosine"),
@@ -194,8 +192,8 @@ def check(config: Mapping[str, Any], asked: Collection[str] = ()) -> None:
             f"config.teacher.max_pixels: {given['teacher.max_pixels']} is below "
             f"config.teacher.min_pixels, {given['teacher.min_pixels']}"
         )
-    if given["base_dtype"] in quantised.SCHEMES:
-        faults += quantised.faults()
+    if given["base_dtype"] in kinds.QUANTISED:
+        faults += kinds.quantised_faults()
     if given["train"] == "full":
         if given["base_dtype"] != "float32":
             faults.append(

@@ -13,7 +13,7 @@ import numpy as np
 from absl import flags
 
 import dopsd_jax
-from dopsd_jax.common import errors
+from dopsd_jax.common import program
 from dopsd_jax.common.errors import UserError
 from dopsd_jax.common.json_files import read_json
 from dopsd_jax.conditioning.encoding import STUDENT, TEACHER
@@ -154,4 +154,4 @@ def main() -> int:
 
 if __name__ == "__main__":
     flags.DEFINE_string("model", "examples/miniature/model", "folder of the model")
-    errors.run(main)
+    program.run(main)

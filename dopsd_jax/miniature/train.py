@@ -14,7 +14,7 @@ import transformers
 from absl import flags
 
 import dopsd_jax
-from dopsd_jax.common import errors
+from dopsd_jax.common import program
 from dopsd_jax.common.atomic import disk_error, write_text
 from dopsd_jax.common.errors import UserError
 from dopsd_jax.miniature import (
@@ -162,4 +162,4 @@ def _logger(path: Path):
 
 if __name__ == "__main__":
     flags.mark_flags_as_required(["out"])
-    errors.run(main)
+    program.run(main)

@@ -11,9 +11,9 @@ from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float, Int
 
 from dopsd_jax.common.errors import UserError
+from dopsd_jax.models.kinds import ATTENTION as IMPLEMENTATIONS
 from dopsd_jax.parallel.sharding import ambient_mesh, axes_dividing, constrain_batch, sample_axes
 
-IMPLEMENTATIONS = ("xla", "cudnn", "splash")
 LANES = 128  # width of a TPU vector register: splash's blocks and head sizes are multiples of it
 SPLASH_BLOCK = 512
 

@@ -5,7 +5,6 @@ network takes the memory of its codes and of one layer's weights. No gradient re
 """
 
 import dataclasses
-import importlib.util
 import re
 from types import ModuleType
 from typing import Any
@@ -17,6 +16,7 @@ from flax import nnx
 from jaxtyping import Array, Float
 
 from dopsd_jax.common.errors import UserError, raise_if
+from dopsd_jax.models.kinds import WHOLE, quantised_faults
 from dopsd_jax.parallel.sharding import gather_weights
 
 REST = "bfloat16"  # type of what a quantised network keeps whole
@@ -41,8 +41,6 @@ SCHEMES = {
     "nf4": Scheme("nf4", tile=64),
 }
 
-
-WHOLE = ("bfloat16", "float32")
 BASE_DTYPES = (*WHOLE, *SCHEMES)  # what config.base_dtype may be
 
 # Values of the sixteen codes, as in qwix: arXiv 2305.14314, appendix E.
@@ -73,16 +71,6 @@ class QuantisedKernel(nnx.Module):
     def apply(self, x: Float[Array, "... din"]) -> Float[Array, "... dout"]:
         """x W, in x's type; its gradient for x is that of the dequantised kernel."""
         return _product(self.scheme, x, self.codes[...], self.scales[...])
-
-
-def faults() -> list[str]:
-    """Why nothing can be quantised here, as lines for a `UserError`."""
-    if importlib.util.find_spec("qwix") is not None:
-        return []
-    return [
-        f"config.base_dtype: {', '.join(SCHEMES)} need the library qwix, which this Python does "
-        "not have; pip install 'dopsd_jax[quant]' (or qwix), or set it to bfloat16"
-    ]
 
 
 def stored_type(base_dtype: str | None) -> str | None:
@@ -181,7 +169,7 @@ def _tile(inputs: int, most: int) -> int:
 
 
 def _qwix() -> ModuleType:
-    raise_if(faults())
+    raise_if(quantised_faults())
     import qwix  # optional, and slow to import
 
     return qwix

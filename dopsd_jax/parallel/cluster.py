@@ -6,12 +6,10 @@ import threading
 from collections.abc import Callable
 from typing import Any
 
-import jax
 from absl import flags
 
-from dopsd_jax.common import errors
+from dopsd_jax.common import errors, program
 from dopsd_jax.common.errors import UserError
-from dopsd_jax.parallel.multihost import SharedError, leave
 
 DISTRIBUTED = flags.DEFINE_enum(
     "distributed",
@@ -42,6 +40,8 @@ def connect() -> str:
     To be called before anything touches a device. Raises `UserError` for options that do not fit
     together. If the others do not come in time the program ends with one line and status 2.
     """
+    import jax  # not above: the options of this file are read first
+
     if DISTRIBUTED.value == "off":
         return "processes: 1 (--distributed=off)"
     where = COORDINATOR.value or os.environ.get("JAX_COORDINATOR_ADDRESS")
@@ -98,6 +98,8 @@ def _number(flag: Any, name: str) -> int | None:
 
 
 def _too_late(where: str | None) -> None:
+    from dopsd_jax.parallel.multihost import leave
+
     leave(
         errors.USER_ERROR_EXIT,
         f"error: --coordinator: the other processes did not meet at {where or 'the coordinator'} "
@@ -107,11 +109,14 @@ def _too_late(where: str | None) -> None:
 
 
 def run(main: Callable[[], int | None]) -> None:
-    """Entry point of a program that may run as one of many processes; see `errors.run`.
+    """Entry point of a program that may run as one of many processes; see `program.run`.
 
     A process that fails alone leaves at once, so that the others are told and end too: an orderly
     end would wait for them.
     """
+    import jax
+
+    from dopsd_jax.parallel.multihost import SharedError, leave
 
     def joined() -> int:
         status = errors.report(lambda: print(connect(), flush=True))
@@ -136,4 +141,4 @@ def run(main: Callable[[], int | None]) -> None:
             leave(status)
         return status
 
-    errors.run(joined)
+    program.run(joined)

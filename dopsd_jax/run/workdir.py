@@ -15,6 +15,7 @@ from dopsd_jax.config.schema import flat
 from dopsd_jax.data.prepared_parts import is_prepared
 
 CONFIG = "config.json"
+DEFAULT = "runs/zimage"  # the work directory
 # What may change when a run goes on: everything else changes what is trained.
 FREE = (
     "steps",
@@ -41,11 +42,15 @@ FREE = (
 _PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "transformers", "numpy")
 
 
-def find_workdir(name: str, config: Mapping[str, Any]) -> epath.Path:
+def find_workdir(name: str | None, config: Mapping[str, Any]) -> epath.Path:
     """The work directory that --workdir names, which may be `gs://`.
 
     Raises `UserError` for what a run would keep there that needs a file system.
     """
+    if name is None:
+        name = DEFAULT
+    if not name:
+        raise UserError("--workdir: is empty; name a folder, or leave it out for " + DEFAULT)
     workdir = epath.Path(name)
     if not is_remote(name):
         return workdir.expanduser()

@@ -1,0 +1,17 @@
+"""Names of weight types and attention kernels, for configurations: imports no JAX."""
+
+import importlib.util
+
+WHOLE = ("bfloat16", "float32")
+QUANTISED = ("int8", "fp8", "nf4")  # schemes of `models.quantised`
+ATTENTION = ("xla", "cudnn", "splash")  # kernels of `models.attention`
+
+
+def quantised_faults() -> list[str]:
+    """Why nothing can be quantised here, as lines for a `UserError`."""
+    if importlib.util.find_spec("qwix") is not None:
+        return []
+    return [
+        f"config.base_dtype: {', '.join(QUANTISED)} need the library qwix, which this Python does "
+        "not have; pip install 'dopsd_jax[quant]' (or qwix), or set it to bfloat16"
+    ]

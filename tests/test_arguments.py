@@ -1,0 +1,75 @@
+"""An error in the arguments is told before the large libraries are imported."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+from conftest import ROOT
+from test_rooms import HEAVY
+
+from dopsd_jax import __main__ as console
+from dopsd_jax import convert
+from dopsd_jax.methods import flow_matching
+from dopsd_jax.models import kinds, quantised
+from dopsd_jax.weights.lora_dialects import WRITTEN
+
+ZIMAGE = f"--config={ROOT}/configs/zimage.py:random"
+# Runs a program as `python -m` does, and writes at its end which libraries it has imported.
+WATCHED = """
+import atexit, json, runpy, sys
+program, kept = sys.argv.pop(1), sys.argv.pop(1)
+write = lambda: open(kept, "w").write(json.dumps([m.partition(".")[0] for m in sys.modules]))
+atexit.register(write)
+runpy.run_module(f"dopsd_jax.{program}", run_name="__main__", alter_sys=True)
+"""
+
+
+def run(folder, program, *arguments):
+    """(exit status, stdout, stderr, libraries that were imported)."""
+    kept = folder / "modules.json"
+    command = [sys.executable, "-c", WATCHED, program, str(kept), *arguments]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
+    return done.returncode, done.stdout, done.stderr, set(json.loads(kept.read_text()))
+
+
+WITH_CONFIG = ("train", "prepare", "check", "evaluate", "estimate")
+FAULTS = [
+    ((), "--config"),
+    (("--config=zimagee",), "--config zimagee: is neither a file nor a configuration"),
+    (("--config=no/such/file.py",), "no/such/file.py"),
+    ((f"{ZIMAGE}x",), "'randomx' is not one of"),
+    ((ZIMAGE, "--no_such_option=1"), "no_such_option"),
+    ((ZIMAGE, "word"), "word: not understood"),
+    ((ZIMAGE, "--config.steps=0"), "config.steps: 0 must be at least 1"),
+    ((ZIMAGE, "--config.lora.rnk=3"), "rnk"),
+]
+
+
+@pytest.mark.parametrize(("arguments", "message"), FAULTS)
+def test_a_wrong_option_is_told_before_jax_is_imported(tmp_path, arguments, message):
+    code, out, err, modules = run(tmp_path, "train", *arguments)
+    assert code == 2 and not out
+    assert err.startswith("error: ") and message in err and len(err.splitlines()) == 1
+    assert not HEAVY & modules
+
+
+@pytest.mark.parametrize("program", console.PROGRAMS)
+def test_every_program_tells_wrong_options_and_help_at_once(tmp_path, program):
+    if program == "report":
+        pytest.skip("not here yet")
+    wrong = ["inspect", "x"] if program == "convert" else []
+    code, _, err, modules = run(tmp_path, program, *wrong, "--no_such_option=1")
+    assert code == 2 and "no_such_option" in err and len(err.splitlines()) == 1
+    assert not HEAVY & modules
+    code, out, err, modules = run(tmp_path, program, "--help")
+    assert code == 0 and not err
+    assert f"python -m dopsd_jax.{program}" in out
+    assert program not in WITH_CONFIG or "--config" in out
+    assert not HEAVY & modules
+
+
+def test_names_that_options_give_are_those_of_the_libraries():
+    assert set(convert.DIALECTS) == set(WRITTEN)
+    assert set(kinds.QUANTISED) == set(quantised.SCHEMES)
+    assert flow_matching.LEVELS == ("logit_normal", "uniform", "shifted", "nodes")
