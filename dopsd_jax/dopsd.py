@@ -1,8 +1,8 @@
 """D-OPSD: on-policy self-distillation of a few-step model (arXiv 2605.05204, section 3).
 
 The student sees the prompt and rolls out its own few steps. At every state x_k it visits, the
-teacher, the same network with a richer context, predicts the velocity too, and the student is
-pulled to it:
+teacher, the same network with a richer context, predicts the velocity too; the loss is the
+difference of the two:
 
     L = 1/K sum_k  w_k  mean( (v_student(x_k) - sg v_teacher(x_k))^2 )
 
@@ -10,6 +10,7 @@ The paper's loss has w = 1. Its code compares clean estimates; x0_hat = x - sigm
 state makes that w = sigma^2 exactly.
 """
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -27,7 +28,7 @@ class Denoiser(NamedTuple):
     """What the method knows of a model: two pure functions.
 
     hoist(trainable, base, context) -> hoisted: what depends on neither time nor state, as a tree of
-      floating-point arrays; computed once a rollout.
+      floating-point arrays; computed once per rollout, outside its loop.
     velocity(trainable, base, x, sigma, context, hoisted) -> dx/dsigma, float32, of x's shape;
       sigma: one for all samples, or one each [b].
     """
@@ -47,7 +48,10 @@ class Contexts(NamedTuple):
 
 
 class Nodes(NamedTuple):
-    """The grid of a rollout with what is asked at each of its K nodes."""
+    """The noise levels of a rollout of K steps, each with the weight of its loss.
+
+    taught: whether the teacher is asked there, and the step has a loss.
+    """
 
     sigma: Float[Array, " K"]
     sigma_next: Float[Array, " K"]
@@ -76,10 +80,11 @@ def step_weights(loss: str | Sequence[float], grid: Sequence[float]) -> tuple[fl
         return (1.0,) * len(sigma)
     if loss == "step":
         return tuple((a - b) ** 2 for a, b in zip(sigma, grid[1:], strict=True))
-    if isinstance(loss, str) or len(loss) != len(sigma) or min(loss) < 0 or not any(loss):
+    finite = not isinstance(loss, str) and all(0 <= w < math.inf for w in loss)
+    if not finite or len(loss) != len(sigma) or not any(loss):
         raise UserError(
             f"config.loss: {loss!r} is not x0, velocity, step or a list of {len(sigma)} weights, "
-            "one for each step of config.grid, none negative and not all zero"
+            "one for each step of config.grid, finite, none negative and not all zero"
         )
     return tuple(float(w) for w in loss)
 
@@ -93,7 +98,7 @@ def taught_steps(loss_steps: str | Sequence[int], count: int, key: Array) -> Boo
         return jnp.ones((count,), bool)
     if isinstance(loss_steps, str):
         head, _, number = loss_steps.partition(":")
-        if head != "random" or not number.isdigit() or not 1 <= int(number) <= count:
+        if head != "random" or not number.isdecimal() or not 1 <= int(number) <= count:
             raise UserError(
                 f"config.loss_steps: {loss_steps!r} is not all, random:m with m from 1 to {count}, "
                 "or a list of step numbers"
@@ -128,40 +133,43 @@ def loss_and_gradient(
 ) -> tuple[Losses, Tree]:
     """One rollout of the student: its loss and the loss's gradient for the student.
 
-    The state is cut between steps, so the gradient is a sum over steps: it is taken inside the
-    scan, and memory does not grow with K. `every_step` says that all nodes are taught: then nothing
-    is asked at run time. Noise, states, losses and gradients are float32.
+    No gradient flows from one step's state to the step before, so the whole gradient is a sum over
+    steps: it is computed inside the scan, and memory does not grow with K. `every_step`: all nodes
+    are taught, and the program has no branch. Noise, states, losses and gradients are float32.
     """
     count = jnp.sum(nodes.taught).astype(jnp.float32)
     hoisted_teacher = net.hoist(teacher, base, contexts.teacher)
-    hoisted, pull = jax.vjp(lambda s: net.hoist(s, base, contexts.student), student)
+    hoisted, hoist_vjp = jax.vjp(lambda s: net.hoist(s, base, contexts.student), student)
 
     def loss(student, hoisted, x, node, target):
         v = net.velocity(student, base, x, node.sigma, contexts.student, hoisted)
         mse = jnp.mean(jnp.square(v - target))
         return node.weight * mse / count, (v, mse)
 
-    def learn(x, node):
+    def step_with_loss(x, node):
         target = net.velocity(teacher, base, x, node.sigma, contexts.teacher, hoisted_teacher)
         grad = jax.grad(loss, argnums=(0, 1), has_aux=True)
         gradients, (v, mse) = grad(student, hoisted, x, node, target)
         return v, mse, gradients
 
-    def follow(x, node):
+    def step_without_loss(x, node):
         v = net.velocity(student, base, x, node.sigma, contexts.student, hoisted)
         return v, jnp.float32(jnp.nan), jax.tree.map(jnp.zeros_like, (student, hoisted))
 
     def denoise(carry, node):
         x, total = carry
-        v, mse, gradients = (
-            learn(x, node) if every_step else jax.lax.cond(node.taught, learn, follow, x, node)
-        )
+        if every_step:
+            v, mse, gradients = step_with_loss(x, node)
+        else:
+            v, mse, gradients = jax.lax.cond(
+                node.taught, step_with_loss, step_without_loss, x, node
+            )
         x = euler(x, v, node.sigma, node.sigma_next)
         return (x, jax.tree.map(jnp.add, total, gradients)), mse
 
     zeros = jax.tree.map(jnp.zeros_like, (student, hoisted))
     (_, (gradient, hoisted_gradient)), mse = jax.lax.scan(denoise, (noise, zeros), nodes)
-    gradient = jax.tree.map(jnp.add, gradient, *pull(hoisted_gradient))
+    gradient = jax.tree.map(jnp.add, gradient, *hoist_vjp(hoisted_gradient))
     per_step = nodes.weight * mse
     total = jnp.sum(jnp.where(nodes.taught, per_step, 0.0)) / count
     return Losses(total, per_step, mse), gradient

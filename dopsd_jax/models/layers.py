@@ -9,7 +9,7 @@ from flax import nnx
 from jaxtyping import Array, Float
 
 from dopsd_jax.models.quantised import QuantisedKernel
-from dopsd_jax.parallel.sharding import FREE, constrain_batch, constrain_weights, to_device
+from dopsd_jax.parallel.sharding import UNCONSTRAINED, constrain_batch, constrain_weights, to_device
 
 
 class Dense(nnx.Module):
@@ -42,7 +42,7 @@ class Dense(nnx.Module):
         self.adapters = nnx.Dict()
 
     def __call__(self, x: Float[Array, "... din"]) -> Float[Array, "... dout"]:
-        free = (FREE,) * (x.ndim - 1)
+        free = (UNCONSTRAINED,) * (x.ndim - 1)
         if isinstance(self.kernel, QuantisedKernel):
             y = self.kernel.apply(x)
         else:
@@ -113,7 +113,7 @@ def normalize(x: Float[Array, "... d"], eps: float) -> Float[Array, "... d"]:
 def sinusoids(
     t: Float[Array, " b"], dim: int, max_period: float = 10000.0
 ) -> Float[Array, "b dim"]:
-    """Time features in float32, cosines first, then sines (models.md 2.2)."""
+    """Time features in float32, cosines first, then sines."""
     half = dim // 2
     freqs = jnp.exp(-math.log(max_period) * jnp.arange(half, dtype=jnp.float32) / half)
     angles = t.astype(jnp.float32)[:, None] * freqs

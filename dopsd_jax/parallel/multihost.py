@@ -79,12 +79,12 @@ def first_alone(action: Callable[[], T]) -> T:
 
 
 def begin_together(jitted: Callable) -> Callable:
-    """`jitted`, a function over the devices of all processes, begun by none before all have it.
+    """`jitted`, a function over the devices of all processes: all compile it before any starts it.
 
-    Whose program is compiled first would wait for the others inside of it, and the libraries that
-    connect devices do that for half a minute (gloo) or ten (NCCL); but compiling takes long, and of
-    the processes that share a cache of programs not every one need find them there. All call it,
-    with arrays of the same shapes; what is static goes by name.
+    A process that finishes compiling first would wait in its first collective operation, which ends
+    with an error after 30 seconds (gloo) or 10 minutes (NCCL); compiling may take longer, and only
+    some processes may find the program in a shared cache. All call it, with arrays of the same
+    shapes; static arguments go by name.
     """
     programs = {}
 

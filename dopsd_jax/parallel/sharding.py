@@ -21,7 +21,7 @@ from jaxtyping import Array
 from dopsd_jax.common.errors import UserError, raise_if
 
 Tree = Any
-FREE = PartitionSpec.UNCONSTRAINED
+UNCONSTRAINED = PartitionSpec.UNCONSTRAINED
 
 AXES = ("data", "fsdp", "context", "tensor")
 BATCH_AXES = ("data", "fsdp")
@@ -101,7 +101,7 @@ def mesh_shape(sizes: Mapping[str, int], devices: int) -> tuple[int, ...]:
     return tuple(devices // fixed if sizes[name] == -1 else sizes[name] for name in AXES)
 
 
-class Network(Protocol):
+class NetworkSizes(Protocol):
     """What of a network's sizes a mesh must divide: see `check`."""
 
     dim: int
@@ -110,7 +110,7 @@ class Network(Protocol):
     token_multiple: int
 
 
-def check(mesh: Mesh, network: Network, *, batch_size: int) -> None:
+def check(mesh: Mesh, network: NetworkSizes, *, batch_size: int) -> None:
     """Raises `UserError` with everything that the mesh cannot split evenly.
 
     `network`: sizes of the network that is trained: width, attention heads, feed-forward width, and
@@ -233,9 +233,10 @@ def constrain_batch(x: Array, *rest: Any) -> Array:
     """States that x [samples, ...] is split by samples, and how along its other axes.
 
     `rest`: for each further axis the mesh axis that it is split over where that divides it, None
-    for whole, or `FREE`: the compiler's choice; axes that are not named are whole.
-    The compiler propagates placements by itself; at the seams of a network it is told, lest it
-    gather activations where it could have gathered weights. Without a mesh it does nothing.
+    for whole, or `UNCONSTRAINED`: the compiler's choice; axes that are not named are whole.
+    The compiler chooses placements by itself. At the borders between modules we state them;
+    otherwise it may gather activations where it could gather weights. Without a mesh it does
+    nothing.
     """
     mesh = ambient_mesh()
     if mesh is None:
@@ -243,8 +244,8 @@ def constrain_batch(x: Array, *rest: Any) -> Array:
     axes = sample_axes()
     samples = axes_dividing(mesh, axes, x.shape[0])
     rest += (None,) * (x.ndim - 1 - len(rest))
-    # Inside `per_shard` there is something to say: there each shard's samples stay on its devices.
-    if axes and samples is None and all(axis is FREE for axis in rest):
+    # Inside `per_shard` it is not skipped: there each shard's samples must stay on its devices.
+    if axes and samples is None and all(axis is UNCONSTRAINED for axis in rest):
         return x
     split = lambda axis, size: axes_dividing(mesh, (axis,), size) if axis in AXES else axis
     spec = PartitionSpec(samples, *map(split, rest, x.shape[1:]))

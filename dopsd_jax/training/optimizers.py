@@ -37,7 +37,7 @@ def schedule(config: Mapping) -> optax.Schedule:
 
 
 def optimizer(config: Mapping) -> optax.GradientTransformation:
-    """Clipping by the global norm (d-opsd.md 7; `grad_clip` 0: none), then config.optimizer.
+    """Clipping by the global norm (`grad_clip` 0: none), then config.optimizer.
 
     `adamw`: both moments in `moments_dtype`. `adafactor`: the second moment by rows and columns, no
     first one, updates clipped to rms 1 (arXiv 1804.04235; a stack of layers counts as one tensor);
