@@ -117,6 +117,24 @@ def test_no_file_imports_itself_through_others():
     assert not circles
 
 
+def arrows() -> list[str]:
+    """The imports between rooms, without those that follow from others, as mermaid draws them."""
+    direct = {
+        name: {room(o) for m, others in GRAPH.items() if room(m) == name for o in others} - {name}
+        for name in ROOMS
+    }
+    behind: dict[str, set[str]] = {}
+    for name in ROOMS:  # in their order: what a room imports is known before it
+        direct[name] &= behind.keys()
+        behind[name] = direct[name].union(*(behind[other] for other in direct[name]))
+    return [
+        f"    {other} --> {name}"
+        for name in ROOMS
+        for other in sorted(direct[name], key=ROOMS.index)
+        if not any(other in behind[third] for third in direct[name])
+    ]
+
+
 def test_nothing_imports_the_miniature():
     guests = {m for m, others in GRAPH.items() if any(room(o) == "miniature" for o in others)}
     assert not {f"{m} -> miniature" for m in guests if room(m) != "miniature"} - OPEN
