@@ -160,6 +160,15 @@ def test_a_state_that_is_not_finite_is_never_used(tmp_path, bad):
     assert step == 1 and len(said) == 1 and "not finite" in said[0]
 
 
+def test_other_folders_are_no_checkpoints(pair, tmp_path):
+    folder = tmp_path / "run"
+    shutil.copytree(pair, folder)
+    for name in ("07", "²", "9" * 200, "3 (copy)"):
+        (folder / name).mkdir()
+    (step, _), said = restored(folder)
+    assert step == 2 and not said
+
+
 def test_one_processs_digests_are_not_enough(pair, tmp_path):
     folder = tmp_path / "run"
     shutil.copytree(pair, folder)

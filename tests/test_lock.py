@@ -11,7 +11,7 @@ import threading
 import time
 
 import pytest
-from conftest import ROOT
+from conftest import RANDOM_CONFIG, ROOT, run_program
 
 from dopsd_jax.common.errors import UserError
 from dopsd_jax.run import lock
@@ -167,3 +167,16 @@ def test_what_killed_writers_left_is_removed(tmp_path):
     with exclusive_run(tmp_path, "training"):
         assert all(p.exists() for p in kept) and not any(p.exists() for p in left)
         assert not (tmp_path / "lora" / "step_3.partial-123").exists()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("program", "file"), [("prepare", "lock-0-of-1.json"), ("evaluate", lock.FILE)]
+)
+def test_other_programs_that_write_a_folder_lock_it_too(tmp_path, program, file):
+    out = tmp_path / "out"
+    with exclusive(out, program, file=file):
+        result = run_program(program, *RANDOM_CONFIG, f"--out={out}")
+    assert result.returncode == 2 and "Traceback" not in result.stderr
+    (line,) = [x for x in result.stderr.splitlines() if x.startswith("error: ")]
+    assert f"{out}: is in use by process {os.getpid()}" in line

@@ -15,6 +15,7 @@ goes only after the new one's digests are.
 import concurrent.futures
 import contextlib
 import json
+import re
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
@@ -60,7 +61,8 @@ class Checkpoints:
     def _folders(self) -> list[int]:
         if not self.folder.exists():
             return []
-        return sorted(int(path.name) for path in self.folder.iterdir() if path.name.isdigit())
+        names = (path.name for path in self.folder.iterdir())
+        return sorted(int(name) for name in names if re.fullmatch(r"0|[1-9][0-9]{0,17}", name))
 
     def save(self, step: int, state: Tree) -> None:
         """Starts to save; first waits until the save before is done.

@@ -5,6 +5,7 @@ method and the step know no more than that.
 """
 
 import dataclasses
+import re
 import shutil
 from collections import Counter
 from collections.abc import Mapping
@@ -155,8 +156,8 @@ class FullNetwork:
             else:
                 export_diffusers(model, path, replace=True, **options)
         if write:  # only the newest stays: each has the size of the model
-            for old in (workdir / "model").glob("step_*"):
-                if old not in written:
+            for old in (workdir / "model").iterdir():
+                if old not in written and re.fullmatch(r"step_\d+(\.safetensors)?", old.name):
                     shutil.rmtree(old) if old.is_dir() else old.unlink()
 
 
