@@ -103,8 +103,13 @@ def defaults() -> ConfigDict:
     c.data.resolution = 1024  # pixels; the buckets have about this area, squared
     c.data.buckets = ""  # explicit sizes instead, such as "832x1248,1024x1024", or a list
     c.data.prompt_keys = ""  # caption fields to train on; "": all that every row has
+    c.data.image_key = ""  # field of a table that names the picture; "": one of the known names
+    c.data.caption_key = ""  # field of a table that holds the caption; "": as prompt_keys says
     c.data.caption_extension = ".txt"
     c.data.caption_lines = False  # True: every line of a caption file is an alternative
+    c.data.folder_captions = False  # True: the folder's name where there is no caption file
+    c.data.folder_repeats = False  # True: pictures of a folder 10_name count ten times
+    c.data.trigger = ""  # word that is put for [trigger] in captions
     c.data.prompt_draw = "batch"  # one prompt key for a batch, as released, or "row"
     c.data.max_pixels = 200_000_000  # larger files are refused unread
     c.data.cache = ""  # folder for encoder features; "": in the work directory

@@ -10,12 +10,12 @@ import pytest
 from PIL import Image
 
 from dopsd_jax.common.errors import UserError
-from dopsd_jax.data import archives
 from dopsd_jax.data.buckets import make_buckets
 from dopsd_jax.data.cache import FeatureCache
 from dopsd_jax.data.dataset import measure
 from dopsd_jax.data.images import open_image
 from dopsd_jax.data.rows import load_rows
+from dopsd_jax.data.sources import array_record, tar
 
 BUCKETS = make_buckets(64)
 
@@ -72,7 +72,7 @@ def test_archives_hold_what_a_folder_holds(tmp_path):
         members = [m for i in numbers for m in sample(f"set/{i:03}", i, f"picture {i}")]
         write_tar(tmp_path / f"tars/{shard}.tar", members)
     (tmp_path / "records").mkdir()
-    archives.write_array_record(
+    array_record.write_array_record(
         tmp_path / "records/a.array_record",
         (({"caption": f"picture {i}"}, png(i)) for i in range(5)),
     )
@@ -159,14 +159,14 @@ def test_a_tar_cut_anywhere_is_never_taken_for_a_smaller_one(tmp_path, format):
 
 def test_damaged_records_are_told(tmp_path):
     path = tmp_path / "a.array_record"
-    archives.write_array_record(path, (({"caption": "x"}, png(i)) for i in range(9)))
+    array_record.write_array_record(path, (({"caption": "x"}, png(i)) for i in range(9)))
     whole = path.read_bytes()
     path.write_bytes(whole[:-100])
     assert "empty or truncated" in problems_of(load_rows, path)[0]
     place = whole.index(png(5)) + 50
     path.write_bytes(whole[:place] + bytes([whole[place] ^ 1]) + whole[place + 1 :])
     assert "a.array_record:5: is damaged" in problems_of(load_rows, path)[0]
-    archives.write_array_record(path, [({"caption": "x"}, b""), ({"caption": 3}, png(0))])
+    array_record.write_array_record(path, [({"caption": "x"}, b""), ({"caption": 3}, png(0))])
     problems = problems_of(load_rows, path)
     assert "holds no picture" in problems[0] and "'caption' is a number" in problems[1]
 
@@ -175,10 +175,10 @@ def test_the_index_of_an_archive_is_kept_until_it_changes(tmp_path, monkeypatch)
     cache = FeatureCache(tmp_path / "cache")
     path = write_tar(tmp_path / "a.tar", sample("0"))
     first = content(load_rows(path, cache=cache))
-    read = archives._read_tar
-    monkeypatch.setattr(archives, "_read_tar", lambda *_: pytest.fail("indexed again"))
+    read = tar._members
+    monkeypatch.setattr(tar, "_members", lambda *_: pytest.fail("indexed again"))
     assert content(load_rows(path, cache=cache)) == first
-    monkeypatch.setattr(archives, "_read_tar", read)
+    monkeypatch.setattr(tar, "_members", read)
     write_tar(path, sample("0", 1, "a dog"))
     os.utime(path, ns=(1, 1))
     assert load_rows(path, cache=cache).rows[0].captions == (("caption", "a dog"),)

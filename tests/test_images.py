@@ -275,7 +275,7 @@ def test_each_bad_file_is_one_clear_line(tmp_path):
     Image.fromarray(picture()).save(whole, "PNG")
     whole = whole.getvalue()
     assert "no such picture" in problem(tmp_path / "nowhere.png")
-    assert "cannot be read (Is a directory)" in problem(tmp_path)
+    assert "is a folder, a file is needed" in problem(tmp_path)
     assert "is empty (zero bytes)" in problem(write("zero.png", b""))
     assert "is damaged or truncated" in problem(write("cut.png", whole[: len(whole) // 2]))
     assert "is damaged or truncated" in problem(write("head.png", whole[:20]))

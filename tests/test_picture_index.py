@@ -14,8 +14,8 @@ from dopsd_jax.data.cache import FeatureCache
 from dopsd_jax.data.dataset import measure
 from dopsd_jax.data.images import ImageLimits
 from dopsd_jax.data.picture_index import Infos, PictureIndex
-from dopsd_jax.data.records import KNOWN_KEYS
 from dopsd_jax.data.rows import load_rows
+from dopsd_jax.data.sources.captions import KNOWN_KEYS
 from dopsd_jax.data.table import Strings, Table
 
 BUCKETS = make_buckets(64)

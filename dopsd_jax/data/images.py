@@ -2,6 +2,8 @@
 
 import contextlib
 import hashlib
+import io
+import os
 import struct
 import zlib
 from collections.abc import Iterator
@@ -14,10 +16,12 @@ from jaxtyping import UInt8
 from PIL import ExifTags, Image, ImageOps
 
 from dopsd_jax.common.errors import UserError
+from dopsd_jax.common.files import open_regular
 from dopsd_jax.data.blobs import Blob
 from dopsd_jax.data.rgb import UnsupportedModeError, mark_sixteen_bits, to_srgb
 
 FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "TIFF", "GIF", "AVIF")  # names of Pillow's readers
+FIRST_BYTES = 16  # enough for `format_of`
 CONVERT = "convert it to PNG or JPEG"
 
 # What Pillow's decoders raise on damaged files.
@@ -89,16 +93,26 @@ def inspect_image(
 @contextlib.contextmanager
 def _reading(path: Path | Blob) -> Iterator[BinaryIO]:
     """Opens a file for reading; a fault of the file system is a `UserError`."""
+    if not isinstance(path, Blob) and not os.path.exists(path):
+        raise UserError(f"{path}: no such picture; mend the path")
     try:
-        size = path.size if isinstance(path, Blob) else path.stat().st_size
-        if size == 0:
-            raise UserError(f"{path}: is empty (zero bytes); replace or remove it")
-        with path.open() if isinstance(path, Blob) else path.open("rb") as file:
+        with path.open() if isinstance(path, Blob) else open_regular(path) as file:
+            if not file.read(1):
+                raise UserError(f"{path}: is empty (zero bytes); replace or remove it")
+            file.seek(0)
             yield file
-    except FileNotFoundError:
-        raise UserError(f"{path}: no such picture; mend the path") from None
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror}); check the file") from error
+
+
+def format_of(prefix: bytes) -> str | None:
+    """Pillow's name of the format of a picture, by its first bytes; None for anything else."""
+    Image.init()
+    for name in FORMATS:
+        _, accepts = Image.OPEN.get(name, (None, None))
+        if accepts is not None and accepts(prefix) is True:
+            return name
+    return None
 
 
 def _header(path: Path | Blob, file: BinaryIO, limits: ImageLimits) -> Image.Image:
@@ -107,23 +121,15 @@ def _header(path: Path | Blob, file: BinaryIO, limits: ImageLimits) -> Image.Ima
     Pillow's readers are called one by one and not through `Image.open`, whose limit on the size is
     a global of the process.
     """
-    Image.init()
-    prefix = file.read(16)
-    image = None
-    for name in FORMATS:
-        if name not in Image.OPEN:
-            continue
-        factory, accepts = Image.OPEN[name]
-        if accepts is None or accepts(prefix) is not True:
-            continue
-        file.seek(0)
-        try:
-            image = factory(file, str(path))
-        except DECODE_ERRORS as error:
-            raise _damaged(path, error) from error
-        break
-    if image is None:
+    prefix = file.read(FIRST_BYTES)
+    name = format_of(prefix)
+    if name is None:
         raise UserError(f"{path}: {_foreign(prefix)}; {CONVERT}")
+    file.seek(0)
+    try:
+        image = Image.OPEN[name][0](file, str(path))
+    except DECODE_ERRORS as error:
+        raise _damaged(path, error) from error
 
     width, height = image.size
     if width * height > limits.max_pixels:
@@ -154,21 +160,45 @@ def _decode(
     path: Path | Blob, file: BinaryIO, image: Image.Image
 ) -> tuple[Image.Image, tuple[str, ...]]:
     """The pixels as upright sRGB, and what the user should know."""
+    notes: tuple[str, ...] = ()
     try:
         if image.format == "PNG":  # Pillow's decoder ignores the checksums of the pixels
             image.verify()
             file.seek(0)
             image = Image.OPEN["PNG"][0](file, str(path))
         mark_sixteen_bits(image)
-        image.load()
+        try:
+            image.load()
+        except OSError:
+            if image.format != "JPEG" or (whole := _without_end_mark(file)) is None:
+                raise
+            image, notes = whole, ("the JPEG's end mark is missing; all its pixels are there",)
         ImageOps.exif_transpose(image, in_place=True)
-        return to_srgb(image)
+        image, more = to_srgb(image)
+        return image, notes + more
     except UnsupportedModeError as error:
         raise UserError(f"{path}: pixels of kind {error} have no one meaning; {CONVERT}") from error
     except MemoryError as error:
         raise UserError(f"{path}: does not fit into memory; shrink it") from error
     except DECODE_ERRORS as error:
         raise _damaged(path, error) from error
+
+
+def _without_end_mark(file: BinaryIO) -> Image.Image | None:
+    """A JPEG of which only the end mark is missing; None where pixels are missing too.
+
+    The decoder does not tell the two apart once there is an end mark: it makes up what is missing.
+    But it makes it up of what stands there, so two endings give two pictures.
+    """
+    file.seek(0)
+    content = file.read().removesuffix(b"\xff")
+    images = []
+    for ending in (b"", bytes(64), b"\x5a" * 64):
+        image = Image.OPEN["JPEG"][0](io.BytesIO(content + ending + b"\xff\xd9"), "")
+        image.load()
+        images.append(image)
+    first, *rest = (image.tobytes() for image in images)
+    return images[0] if all(other == first for other in rest) else None
 
 
 def _upright_size(path: Path | Blob, image: Image.Image) -> tuple[int, int]:

@@ -17,7 +17,7 @@ from dopsd_jax.data import prepared_parts as parts
 from dopsd_jax.data.buckets import Bucket
 from dopsd_jax.data.images import ImageInfo
 from dopsd_jax.data.picture_index import Infos
-from dopsd_jax.data.records import listing
+from dopsd_jax.data.sources.collector import listing
 from dopsd_jax.data.table import Table
 
 THREADS = 16  # parts are opened at once, for storage that is far away

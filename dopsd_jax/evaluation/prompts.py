@@ -12,8 +12,8 @@ from pathlib import Path
 
 from dopsd_jax.common.errors import UserError, raise_if
 from dopsd_jax.data.dataset import Dataset, spread
-from dopsd_jax.data.folder import captions_in
 from dopsd_jax.data.images import ImageLimits, fit, open_image
+from dopsd_jax.data.sources.captions import captions_in
 from dopsd_jax.evaluation.scorer import Case, Picture
 from dopsd_jax.evaluation.seeds import ROW, case_seed
 

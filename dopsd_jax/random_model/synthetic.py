@@ -14,7 +14,7 @@ from jaxtyping import Float, UInt8
 from PIL import Image
 
 from dopsd_jax.common.errors import UserError
-from dopsd_jax.data.folder import IMAGE_SUFFIXES
+from dopsd_jax.data.sources.files import IMAGE_SUFFIXES
 
 SIZES = ((256, 256), (288, 224), (224, 288), (304, 208))  # width, height
 

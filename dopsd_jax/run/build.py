@@ -36,6 +36,15 @@ from dopsd_jax.training.trainable import VARIABLES, Trained, trained
 from dopsd_jax.weights import hub
 
 BUCKETS = "buckets (config.data.resolution, config.data.buckets)"
+# Fields of config.data that the readers of rows take as they are.
+ROW_OPTIONS = (
+    "caption_extension",
+    "caption_lines",
+    "folder_captions",
+    "folder_repeats",
+    "image_key",
+    "trigger",
+)
 RANDOM = "random"  # config.model, config.data.path: made in the work directory
 
 
@@ -112,7 +121,7 @@ def open_data(config: ConfigDict, workdir: Path, step: int) -> Dataset:
     """
     buckets = data_buckets(config, step)
     if is_prepared(config.data.path):
-        keys, told = schema.names(config.data.prompt_keys), registry.teacher_key(config)
+        keys, told = asked_keys(config), registry.teacher_key(config)
         keys += (told,) if keys and told else ()
         prepared = Prepared(config.data.path, keys or None)
         prepared.check({"buckets": [list(b) for b in buckets]}, {"buckets": BUCKETS})
@@ -131,13 +140,24 @@ def open_data(config: ConfigDict, workdir: Path, step: int) -> Dataset:
     return dataclasses.replace(dataset, prompt_keys=trained_keys(config, dataset.prompt_keys))
 
 
+def asked_keys(config: ConfigDict) -> tuple[str, ...]:
+    """The keys of the captions that are asked for; none: all that every row has."""
+    keys, key = tuple(schema.names(config.data.prompt_keys)), config.data.caption_key
+    if key and keys:
+        raise UserError(
+            "config.data.caption_key: is set beside config.data.prompt_keys, and both say where "
+            "captions are; set one"
+        )
+    return (key,) if key else keys
+
+
 def trained_keys(config: ConfigDict, found: tuple[str, ...]) -> tuple[str, ...]:
     """The keys of the captions that the student is told, of those that the rows have.
 
     Without config.data.prompt_keys the teacher's is none of them: there is nothing to learn where
     both are told the same.
     """
-    told, asked = registry.teacher_key(config), schema.names(config.data.prompt_keys)
+    told, asked = registry.teacher_key(config), asked_keys(config)
     if told is not None and told not in found:
         raise UserError(
             f"config.teacher.prompt_key: {told!r} is not a caption key of {config.data.path}, "
@@ -164,12 +184,11 @@ def open_rows(config: ConfigDict, workdir: Path) -> Rows:
     data = config.data
     return load_rows(
         data_path(config, workdir),
-        schema.names(data.prompt_keys) or None,
-        caption_extension=data.caption_extension,
-        caption_lines=data.caption_lines,
+        asked_keys(config) or None,
         data_root=data.root or None,
         cache=FeatureCache(cache_folder(config, workdir)),
         teacher_key=registry.teacher_key(config),
+        **{name: data[name] for name in ROW_OPTIONS},
     )
 
 

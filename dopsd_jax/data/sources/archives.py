@@ -1,0 +1,129 @@
+"""What layouts of archives share: which files they are, and an index of each that is kept.
+
+An archive is read through once; the index that comes of it (where each picture's bytes are, and the
+captions) is kept under the archive's path, size and time. Nothing is unpacked: names inside an
+archive are labels and never become paths.
+"""
+
+import glob
+import hashlib
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+from dopsd_jax.common.errors import UserError
+from dopsd_jax.common.files import open_regular
+from dopsd_jax.data.blobs import ARCHIVES
+from dopsd_jax.data.sources.collector import Collector, listing
+from dopsd_jax.data.sources.files import IMAGE_SUFFIXES
+from dopsd_jax.data.sources.layout import Options
+from dopsd_jax.data.sources.records import METADATA
+
+COMPRESSED = (".tar.gz", ".tgz", ".tar.bz2", ".tar.xz", ".tar.zst", ".tar.lz4")
+VERSION = 1  # of the index
+AGAIN = "make the archive again"
+
+
+class Entry(NamedTuple):
+    """A picture of an archive with its captions: a list of (key, text)."""
+
+    name: str
+    place: int
+    size: int
+    captions: list
+
+
+class Index(NamedTuple):
+    """What an archive holds, and what is wrong with it."""
+
+    entries: list[Entry]
+    problems: list[str]
+
+
+def matches(path: Path, suffix: str | tuple[str, ...]) -> bool:
+    """Whether `path` means archives of this kind, by their names."""
+    return any(file.name.lower().endswith(suffix) for file in _files(path))
+
+
+def _files(path: Path) -> list[Path]:
+    """The files that a path means: itself, those in it, or those that match it."""
+    if path.is_dir():
+        return sorted(file for file in path.iterdir() if not file.name.startswith((".", "_")))
+    if has_wildcard(path):
+        return [Path(name) for name in sorted(glob.glob(str(path), recursive=True))]
+    return [path] if path.exists() else []
+
+
+def has_wildcard(path: Path) -> bool:
+    return not path.exists() and any(letter in str(path) for letter in "*?[")
+
+
+def archives_at(path: Path, suffix: str) -> list[Path]:
+    """The archives of one kind that `path` means, in order. Raises `UserError` for a mixture."""
+    files = _files(path)
+    compressed = [file for file in files if file.name.lower().endswith(COMPRESSED)]
+    found = [file for file in files if file.suffix.lower() == suffix]
+    others = [file for file in files if file.suffix.lower() in ARCHIVES and file not in found]
+    if has_wildcard(path) and len(found) + len(compressed) + len(others) < len(files):
+        known = (*found, *compressed, *others)
+        rest = listing(file.name for file in files if file not in known)
+        raise UserError(
+            f"data.path {path}: also matches {rest}; a pattern must match "
+            f"{' or '.join(ARCHIVES)} files only"
+        )
+    if compressed:
+        raise UserError(
+            f"data.path {path}: {listing(f.name for f in compressed)}: a compressed archive has no "
+            "random access; unpack it to .tar"
+        )
+    if others:
+        raise UserError(f"data.path {path}: holds both {' and '.join(ARCHIVES)}; keep one kind")
+    loose = [f for f in files if f.suffix.lower() in IMAGE_SUFFIXES or f.name in METADATA]
+    if path.is_dir() and loose:
+        raise UserError(
+            f"data.path {path}: holds archives and also {listing(f.name for f in loose)}; keep "
+            "them in different folders"
+        )
+    return found
+
+
+def read_archives(
+    path: Path, options: Options, suffix: str, read: Callable[[Path, Options], Index]
+) -> Collector:
+    """The rows of all archives that `path` means; `read` makes the index of one."""
+    paths = archives_at(path, suffix)
+    into = options.collector(path, "samples")
+    archive = ARCHIVES[suffix]
+    for number, file in enumerate(paths, 1):
+        index = _indexed(file, options, read)
+        for problem in index.problems:
+            into.problem(problem)
+        for entry in index.entries:
+            blob = archive(file, entry.name, entry.place, entry.size)
+            into.add(blob, map(tuple, entry.captions), f"{file.name}:{entry.name}")
+        if len(paths) > 1 and (number % 50 == 0 or number == len(paths)):
+            print(f"archives: {number}/{len(paths)} indexed, {len(into.table)} rows")
+    return into
+
+
+def _indexed(path: Path, options: Options, read: Callable[[Path, Options], Index]) -> Index:
+    """The index of one archive, from the cache where the archive is as it was."""
+    open_regular(path).close()
+    status, cache = path.stat(), options.cache
+    stamp = [str(path.resolve()), status.st_size, status.st_mtime_ns]
+    stamp += [options.caption_extension, options.caption_lines]
+    key = hashlib.sha256(json.dumps(["archive", VERSION, *stamp]).encode()).hexdigest()
+    stored = cache.get(key) if cache is not None else None
+    if stored is not None:
+        lines = stored["samples"].tobytes().splitlines()
+        return Index([Entry(*json.loads(line)) for line in lines], [])
+    index = read(path, options)
+    if not index.entries and not index.problems:
+        index.problems.append(f"{path}: holds no pictures; {AGAIN}, or leave it out")
+    if cache is not None and not index.problems:
+        text = b"\n".join(json.dumps(entry).encode() for entry in index.entries)
+        cache.put(key, {"samples": np.frombuffer(text, np.uint8)})
+    return index

@@ -1,0 +1,81 @@
+"""Captions: under which names they are known, and what may stand in them."""
+
+from collections.abc import Iterable, Mapping
+
+from dopsd_jax.common.errors import UserError
+from dopsd_jax.common.json_files import parse_json
+
+UPSTREAM_KEYS = tuple(
+    f"{length}_{language}"
+    for language in ("en", "zh")
+    for length in ("short", "medium", "detailed", "user_prompt")
+)
+CAPTION_KEY = "caption"  # of a caption that has no name of its own
+KNOWN_KEYS = (*UPSTREAM_KEYS, CAPTION_KEY, "prompt", "text")
+MAX_CAPTION_BYTES = 1 << 20
+TOO_LARGE = "is larger than 1 MiB; this is not a caption"
+
+
+def captions_in(content: bytes, lines: bool) -> tuple[tuple[str, ...], str | None]:
+    """The captions in the content of a caption file, or what is wrong.
+
+    `lines`: each line that is not blank is an alternative.
+    """
+    if len(content) > MAX_CAPTION_BYTES:
+        return (), TOO_LARGE
+    try:
+        text = content.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        return (), not_utf8(error)
+    if "\0" in text:
+        return (), "holds NUL characters; save it as UTF-8 text"
+    captions = [line.strip() for line in text.splitlines()] if lines else [text.strip()]
+    captions = tuple(caption for caption in captions if caption)
+    return captions, None if captions else "is empty; write a caption"
+
+
+def captions_of(record: Mapping, keys: Iterable[str]) -> tuple[dict[str, str], list[str]]:
+    """The captions of a record under `keys`, empty ones included, and what is wrong with them."""
+    texts, faults = {}, []
+    for key in keys:
+        text = record.get(key)
+        if isinstance(text, str):
+            texts[key] = text
+            if len(text) > MAX_CAPTION_BYTES:
+                faults.append(f"{key!r} {TOO_LARGE}")
+            elif "\0" in text:
+                faults.append(f"{key!r} holds NUL characters; mend the text")
+        elif text is not None:
+            faults.append(f"{key!r} is {kind_of(text)}; a caption must be a string")
+    return texts, faults
+
+
+def json_captions(content: bytes) -> tuple[dict[str, str], str | None]:
+    """Every field of a JSON record that is text, or what is wrong.
+
+    Which of them are captions is decided by who knows the keys that are asked for.
+    """
+    try:
+        record = parse_json(content, "is not JSON", "mend it")
+    except UserError as error:
+        return {}, str(error)
+    if not isinstance(record, dict):
+        return {}, f"is {kind_of(record)}; it must be one JSON object"
+    keys = [k for k, v in record.items() if isinstance(v, str) or k in KNOWN_KEYS]
+    texts, faults = captions_of(record, keys)
+    return texts, "; ".join(faults) or None
+
+
+def not_utf8(error: UnicodeDecodeError) -> str:
+    """What to tell about bytes that are not UTF-8."""
+    wide = error.object[:2] in (b"\xff\xfe", b"\xfe\xff")
+    what = "looks like UTF-16" if wide else f"byte 0x{error.object[error.start]:02x}"
+    return f"not UTF-8 text ({what}); save it as UTF-8"
+
+
+def kind_of(value: object) -> str:
+    """What a JSON value is, in words."""
+    if value is None:
+        return "null"
+    names = {bool: "true or false", int: "a number", float: "a number", str: "a string"}
+    return names.get(type(value), "a list" if isinstance(value, list) else "an object")

@@ -1,0 +1,73 @@
+"""The files of a folder, and which of them are pictures."""
+
+import os
+import stat
+from collections.abc import Iterator
+from pathlib import Path
+
+from dopsd_jax.data.images import FIRST_BYTES, format_of
+from dopsd_jax.data.sources.collector import Examples
+
+IMAGE_SUFFIXES = (
+    ".png", ".jpg", ".jpeg", ".jfif", ".jpe", ".webp", ".bmp", ".tif", ".tiff", ".gif", ".avif",
+)  # fmt: skip
+UNREADABLE_SUFFIXES = (".heic", ".heif", ".jxl", ".jp2", ".psd", ".raw", ".dng", ".svg")
+# Files of other programs, with the pictures inside.
+FOREIGN = (".parquet", ".arrow", ".lance", ".zip", ".rar", ".7z", ".h5", ".lmdb")
+UNPACK = "unpack it to pictures and a metadata.jsonl (docs/data.md shows how)"
+# Endings of files that are surely no pictures, so that they need not be opened.
+_OTHER_SUFFIXES = (".txt", ".json", ".jsonl", ".caption", ".npz", ".safetensors")
+
+
+def walk(folder: Path, passed: Examples | None = None) -> Iterator[tuple[str, list[str]]]:
+    """Every folder from `folder` down with its files, links followed, no folder twice.
+
+    What begins with a dot, and folders that begin with an underscore (caches of other trainers),
+    are added to `passed` instead. What systems leave behind is passed over without a word.
+    """
+    passed, seen = Examples() if passed is None else passed, set()
+    for where, folders, names in os.walk(folder, followlinks=True, onerror=_refuse):
+        here = os.path.realpath(where)
+        if here in seen:
+            folders.clear()
+            continue
+        seen.add(here)
+        for name in sorted(folders):
+            if name.startswith((".", "_")) and name != "__MACOSX":
+                passed.add(os.path.relpath(os.path.join(where, name), folder) + "/")
+        folders[:] = sorted(name for name in folders if not name.startswith((".", "_")))
+        for name in sorted(names):
+            if name.startswith(".") and not is_rubbish(name):
+                passed.add(os.path.relpath(os.path.join(where, name), folder))
+        yield where, sorted(n for n in names if not n.startswith(".") and not is_rubbish(n))
+
+
+def is_rubbish(name: str) -> bool:
+    """Whether a file is one that file managers write by themselves."""
+    return name.startswith("._") or name in (".DS_Store", "Thumbs.db", "desktop.ini")
+
+
+def stem_of(path: str) -> str | None:
+    """The name of a picture without its ending; None if the file is no picture.
+
+    A file without a known ending is a picture if its first bytes are those of one.
+    """
+    stem, suffix = os.path.splitext(os.path.basename(path))
+    if suffix.lower() in IMAGE_SUFFIXES:
+        return stem
+    if suffix.lower() in _OTHER_SUFFIXES or not is_regular(path):
+        return None
+    with open(path, "rb") as file:
+        return os.path.basename(path) if format_of(file.read(FIRST_BYTES)) else None
+
+
+def is_regular(path: str) -> bool:
+    """Whether a path is a file, after links, and no device or pipe: those may never end."""
+    try:
+        return stat.S_ISREG(os.stat(path).st_mode)
+    except (OSError, ValueError):
+        return False
+
+
+def _refuse(error: OSError) -> None:
+    raise error

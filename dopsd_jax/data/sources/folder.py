@@ -1,0 +1,204 @@
+"""Layout: pictures with a caption file of the same stem, in a folder and its subfolders."""
+
+import os
+import re
+import unicodedata
+from pathlib import Path
+
+from dopsd_jax.common.errors import UserError
+from dopsd_jax.common.files import read_bytes
+from dopsd_jax.data.sources.captions import (
+    CAPTION_KEY,
+    MAX_CAPTION_BYTES,
+    captions_in,
+    json_captions,
+)
+from dopsd_jax.data.sources.collector import Collector, Examples, listing
+from dopsd_jax.data.sources.files import FOREIGN, UNPACK, UNREADABLE_SUFFIXES, stem_of, walk
+from dopsd_jax.data.sources.layout import Layout, Options
+
+# Masks and conditions that other trainers keep beside the pictures. Those of the second kind, and
+# pictures in a folder of such a name, are taken for them only where they have no caption.
+COMPANION_STEMS = ("-masklabel", "-condlabel")
+MASK_STEMS = ("_mask", "-mask", ".mask")
+MASK_FOLDERS = ("mask", "masks", "control", "conditioning", "conditioning_images")
+TEXT_SUFFIXES = (".txt", ".caption", ".json", ".cap", ".tags", ".text")
+TABLE_SUFFIXES = (".jsonl", ".csv")
+JSON = ".json"
+# A folder of kohya's trainers, `10_name`: its pictures count ten times.
+_NUMBERED = re.compile(r"(\d{1,4})_(.*\S.*)", re.DOTALL)
+
+
+def matches(path: Path) -> bool:
+    return path.is_dir()
+
+
+def read(path: Path, options: Options) -> Collector:
+    """All pictures in order, each with its caption file.
+
+    The caption file is one caption, or with `caption_lines` one in each line that is not blank;
+    where `caption_extension` is .json, a JSON object with captions under known keys.
+    """
+    json = options.caption_extension.lower() == JSON
+    into = options.collector(path, "pictures", None if json else (CAPTION_KEY,))
+    if not json:
+        _check_keys(options)
+    reader = _Reader(path, options, into)
+    for where, names in walk(path, reader.passed):
+        reader.read(where, names)
+    reader.remark()
+    return into
+
+
+def _check_keys(options: Options) -> None:
+    """A caption file has one key."""
+    keys = options.prompt_keys
+    if keys is not None and tuple(keys) != (CAPTION_KEY,):
+        raise UserError(
+            f"data.prompt_keys {listing(keys)}: a folder with caption files has only the key "
+            f"{CAPTION_KEY!r}; unset it"
+        )
+    if options.teacher_key not in (None, CAPTION_KEY):
+        raise UserError(
+            f"teacher.prompt_key {options.teacher_key!r}: a folder with caption files has only the "
+            f"key {CAPTION_KEY!r}; write metadata.jsonl with both captions"
+        )
+
+
+class _Reader:
+    """Reads folder after folder, and remembers what was left out."""
+
+    def __init__(self, top: Path, options: Options, into: Collector):
+        self.top, self.options, self.into = top, options, into
+        self.extension = options.caption_extension.lower()
+        self.masks, self.lonely, self.others = Examples(), Examples(), Examples()
+        self.passed, self.numbered = Examples(), Examples()
+        self.tables, self.foreign = Examples(), Examples()
+
+    def read(self, where: str, names: list[str]) -> None:
+        """Adds the pictures of one folder."""
+        pictures: dict[str, list[str]] = {}
+        texts: dict[str, str] = {}
+        for name in names:
+            path = os.path.join(where, name)
+            suffix = os.path.splitext(name)[1].lower()
+            if suffix in UNREADABLE_SUFFIXES:
+                self.into.problem(f"{path}: {suffix[1:]} cannot be read; convert it to PNG or JPEG")
+            elif name.lower().endswith(self.extension):
+                texts[_normal(name[: -len(self.extension)])] = name
+            elif (stem := stem_of(path)) is None:
+                self.others.add(self._short(path))
+                if suffix in TABLE_SUFFIXES:
+                    self.tables.add(self._short(path))
+                elif suffix in FOREIGN:
+                    self.foreign.add(self._short(path))
+            elif stem.endswith(COMPANION_STEMS):
+                self.masks.add(self._short(path))
+            else:
+                pictures.setdefault(_normal(stem), []).append(name)
+        times, own_name = self._numbers(where) if pictures else (1, "")
+        for stem, same in pictures.items():
+            images = [os.path.join(where, name) for name in same]
+            # Some programs write a.png.txt.
+            text = texts.pop(stem, None) or texts.pop(_normal(same[0]), None)
+            if text is None and self._is_mask(where, stem, pictures):
+                self.masks.add(self._short(images[0]))
+            elif len(same) > 1:
+                self.into.problem(
+                    f"{listing(images)} would share the caption {stem + self.extension}; "
+                    "rename or remove all but one"
+                )
+            elif text is not None:
+                path = os.path.join(where, text)
+                captions, fault = self._captions(path)
+                if fault:
+                    self.into.problem(f"{path}: {fault}")
+                else:
+                    self._add(images[0], captions, times)
+            elif self.options.folder_captions and where != str(self.top):
+                self._add(images[0], [(CAPTION_KEY, own_name)], times)
+            else:
+                advice = self._advice(stem, names, own_name if where != str(self.top) else "")
+                self.into.problem(f"{images[0]}: has no caption; {advice}")
+        for name in texts.values():
+            self.lonely.add(self._short(os.path.join(where, name)))
+
+    def _add(self, image: str, captions: list[tuple[str, str]], times: int) -> None:
+        for _ in range(times):
+            self.into.add(image, captions, os.path.basename(image))
+
+    def _captions(self, path: str) -> tuple[list[tuple[str, str]], str | None]:
+        """The captions of one file as (key, text), or what is wrong."""
+        try:
+            content = read_bytes(path, MAX_CAPTION_BYTES)
+        except UserError as error:
+            return [], str(error).removeprefix(f"{path}: ")
+        if self.extension == JSON:
+            texts, fault = json_captions(content)
+            return list(texts.items()), fault
+        texts, fault = captions_in(content, self.options.caption_lines)
+        return [(CAPTION_KEY, text) for text in texts], fault
+
+    def _numbers(self, where: str) -> tuple[int, str]:
+        """How often a folder's pictures count, and its name without that number."""
+        name = os.path.basename(where)
+        match = _NUMBERED.fullmatch(name)
+        if not match:
+            return 1, name
+        self.numbered.add(name)
+        return (int(match[1]) or 1) if self.options.folder_repeats else 1, match[2].strip()
+
+    def _is_mask(self, where: str, stem: str, pictures: dict[str, list[str]]) -> bool:
+        if where != str(self.top) and os.path.basename(where).lower() in MASK_FOLDERS:
+            return True
+        return any(stem.endswith(end) and stem.removesuffix(end) in pictures for end in MASK_STEMS)
+
+    def _advice(self, stem: str, names: list[str], folder: str) -> str:
+        """What to do about a picture without a caption, by what else is there."""
+        beside = [n for n in names if n.lower().endswith(TEXT_SUFFIXES)]
+        beside = [n for n in beside if _normal(os.path.splitext(n)[0]) == stem]
+        if beside:
+            suffix = os.path.splitext(beside[0])[1]
+            return f"{beside[0]} is beside it: set data.caption_extension to '{suffix}'"
+        advice = f"write {stem}{self.extension} beside it or set data.caption_extension"
+        if folder:
+            advice += f", or data.folder_captions=True to take its folder's name, {folder!r}"
+        return advice
+
+    def _short(self, path: str) -> str:
+        return os.path.relpath(path, self.top)
+
+    def remark(self) -> None:
+        """Tells what was left out, and whether there are pictures at all."""
+        into, top = self.into, self.top
+        if not into.table and not into.problems:
+            hint = f"; it holds {self.tables}, give that file" if self.tables else ""
+            hint += (
+                f"; it holds {self.foreign}, which is not read: {UNPACK}" if self.foreign else ""
+            )
+            raise UserError(f"data.path {top}: no pictures in this folder{hint}")
+        for found, what in (
+            (self.masks, "masks and condition pictures are not used"),
+            (self.lonely, "captions without a picture are not used"),
+            (self.others, "files that are neither pictures nor captions are not used"),
+            (self.passed, "names that begin with a dot or an underscore are passed over"),
+        ):
+            if found:
+                into.notes.append(f"{top}: {what}: {found}")
+        if self.numbered and self.options.folder_repeats:
+            into.notes.append(
+                f"{top}: pictures count as often as their folder says: {self.numbered}"
+            )
+        elif self.numbered:
+            into.notes.append(
+                f"{top}: the number in front of a folder's name is not used ({self.numbered}); "
+                "with data.folder_repeats=True its pictures count that often"
+            )
+
+
+def _normal(name: str) -> str:
+    """A file name in one form: Macs write é as two characters, others as one."""
+    return unicodedata.normalize("NFC", name)
+
+
+LAYOUT = Layout("a folder of pictures with caption files", matches, read)
