@@ -80,6 +80,7 @@ def parser(program: str) -> argparse.ArgumentParser:
     p = add("inspect", run_inspect, "Say what a file or folder is, and what is wrong with it.")
     p.add_argument("path", type=Path, help="model, network folder, single file or LoRA")
     p.add_argument("--model", type=Path, help="for a lone file: the model it belongs to")
+    p.add_argument("--verify", action="store_true", help="read and check every number")
     return top
 
 
@@ -195,7 +196,7 @@ def run_lora(args: argparse.Namespace) -> None:
 def run_inspect(args: argparse.Namespace) -> None:
     from dopsd_jax.weights.inspection import inspect
 
-    for line in inspect(args.path, args.model):
+    for line in inspect(args.path, args.model, args.verify):
         print(line)
 
 

@@ -21,6 +21,7 @@ from dopsd_jax.weights import converted
 from dopsd_jax.weights.digest import digest
 from dopsd_jax.weights.export import export_diffusers, export_single
 from dopsd_jax.weights.importing import import_model
+from dopsd_jax.weights.inspection import inspect
 from dopsd_jax.weights.load import load_component
 from dopsd_jax.weights.networks import ZIMAGE
 from dopsd_jax.weights.stored import open_stored, source_digest
@@ -276,3 +277,66 @@ def test_one_number_changes_the_digest(tiny, tmp_path):
     value[3] = np.nextafter(value[3], np.float32(9))
     save_file(tensors, file)
     assert digest(open_stored(model / "transformer", TRANSFORMER).tensors) != before
+
+
+# What was converted is compared with its digests as it is read.
+
+
+def _flip(folder):
+    """One bit of the numbers of a layer."""
+    for file in (folder / "parts").glob("layers.0001.*/state/**/d/*"):
+        content = bytearray(file.read_bytes())
+        content[len(content) // 2] ^= 1
+        file.write_bytes(content)
+
+
+def _exchange(folder):
+    one, two = ((folder / "parts" / f"layers.000{i}.0") for i in (0, 1))
+    one.rename(folder / "aside")
+    two.rename(one)
+    (folder / "aside").rename(two)
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # orbax's threads
+@pytest.mark.parametrize("damage", [_flip, _exchange])
+def test_changed_numbers_are_noticed_and_their_part_is_named(tiny, tmp_path, damage):
+    import_model(tiny, tmp_path / "out")
+    assert not any("faults" in line for line in inspect(tmp_path / "out", verify=True))
+    damage(tmp_path / "out" / "transformer")
+    for read in (
+        lambda: load_component(tmp_path / "out" / "transformer", TRANSFORMER),
+        lambda: export_single(tmp_path / "out", tmp_path / "x.safetensors"),
+    ):
+        with pytest.raises(UserError, match=r"parts/layers\.000\d\.0: is damaged"):
+            read()
+    lines = list(inspect(tmp_path / "out", verify=True))
+    assert any("parts/layers.0001.0: is damaged" in line for line in lines)
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+def test_a_model_with_numbers_that_are_not_finite_is_refused(tiny, tmp_path, value):
+    model = tmp_path / "model"
+    shutil.copytree(tiny, model)
+    (file,) = (model / "transformer").glob("*.safetensors")
+    tensors = load_file(file)
+    tensors["layers.1.feed_forward.w1.weight"][3, 2] = value
+    save_file(tensors, file)
+    for read in (
+        lambda: load_component(model / "transformer", TRANSFORMER),
+        lambda: import_model(model, tmp_path / "out"),
+        lambda: export_single(model, tmp_path / "x.safetensors"),
+    ):
+        with pytest.raises(UserError, match=r"w1\.weight' holds numbers that are not finite"):
+            read()
+    assert any("not finite" in line for line in inspect(model, verify=True))
+
+
+def test_numbers_beyond_the_type_to_write_are_named(tiny, tmp_path):
+    model = tmp_path / "model"
+    shutil.copytree(tiny, model)
+    (file,) = (model / "transformer").glob("*.safetensors")
+    tensors = load_file(file)
+    tensors["layers.1.feed_forward.w1.weight"][0, 0] = 1e6
+    save_file(tensors, file)
+    with pytest.raises(UserError, match="or they are beyond F16"):
+        export_single(model, tmp_path / "x.safetensors", dtype="F16")

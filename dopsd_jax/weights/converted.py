@@ -12,7 +12,7 @@ import dataclasses
 import hashlib
 import json
 import shutil
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -20,17 +20,18 @@ from orbax.checkpoint import v1 as ocp
 
 from dopsd_jax.common.atomic import disk_error, need_space, write_text
 from dopsd_jax.common.errors import UserError
+from dopsd_jax.common.json_fields import Fields
+from dopsd_jax.common.json_files import read_json
 from dopsd_jax.models.names import Leaf, Source, to_flax
-from dopsd_jax.weights.digest import combined_digest, tensor_digest
+from dopsd_jax.weights.digest import combined_digest, part_digest, tensor_digest
 from dopsd_jax.weights.layouts import Found
 from dopsd_jax.weights.progress import SILENT, Progress
-from dopsd_jax.weights.tensors import CODES, DTYPES, Tensors, contiguous, total_bytes
+from dopsd_jax.weights.tensors import DTYPES, Tensors, check_finite, contiguous, total_bytes
 
-FORMAT = 2  # raise it when the same tensors are arranged otherwise
+FORMAT = 3  # raise it when the same tensors are arranged otherwise
 MANIFEST, JOURNAL, PARTS, CONFIG = "manifest.json", "incomplete.json", "parts", "config.json"
 PART_BYTES = 256 << 20
 REST = "rest"
-SKIP = ocp.PLACEHOLDER  # stands for a parameter that is not to be read
 UNUSED = "unused."  # in front of the names of tensors that the module has no place for
 
 
@@ -96,9 +97,8 @@ def convert(
     if finished := _finished(folder, job):
         progress.advance(component, total_bytes(tensors))
         return finished
-    digests = _start(folder, job)
-    done = {name for name, part in parts.items() if all(s in digests for s in _sources(part))}
-    done = {name for name in done if (folder / PARTS / name).is_dir()}
+    digests, sums = _start(folder, job)
+    done = {name for name in parts if name in sums and (folder / PARTS / name).is_dir()}
     bytes_of = lambda part: sum(tensors.infos[name].nbytes for name in _sources(part))
     need_space(folder, sum(bytes_of(p) for name, p in parts.items() if name not in done))
     table = {}
@@ -107,8 +107,10 @@ def convert(
             arrays, hashes = _read_part(tensors, part)
             _save_part(folder / PARTS / name, arrays)
             digests |= hashes
+            sums[name] = part_digest(arrays)
             del arrays
-            write_text(folder / JOURNAL, json.dumps({"job": job, "digests": digests}))
+            journal = {"job": job, "digests": digests, "sha256": sums}
+            write_text(folder / JOURNAL, json.dumps(journal))
         table[name] = [
             {
                 "path": leaf.path,
@@ -130,6 +132,7 @@ def convert(
         "layout": {"name": origin.found.layout.name, "prefix": origin.found.prefix},
         "bytes": total_bytes(tensors),
         "parts": table,
+        "sha256": sums,
     }
     write_text(folder / MANIFEST, json.dumps(manifest, indent=1) + "\n")
     (folder / JOURNAL).unlink()
@@ -150,14 +153,17 @@ def _finished(folder: Path, job: str) -> str | None:
     """The digest, if this very conversion is done: an import stopped while at another network."""
     if not (folder / MANIFEST).exists():
         return None
-    manifest = json.loads((folder / MANIFEST).read_text())
-    if manifest.get("job") != job:
+    manifest, _ = read_json(folder / MANIFEST)
+    if not isinstance(manifest, dict) or manifest.get("job") != job or "digest" not in manifest:
         raise UserError(f"{folder}: already holds a converted checkpoint; give another folder")
     return manifest["digest"]
 
 
-def _start(folder: Path, job: str) -> dict[str, str]:
-    """Makes the folder, or finds what an interrupted conversion left: hashes of saved tensors."""
+def _start(folder: Path, job: str) -> tuple[dict[str, str], dict[str, str]]:
+    """Makes the folder, or finds what an interrupted conversion left.
+
+    Returns the digests of the tensors and of the parts that are saved.
+    """
     if not (folder / JOURNAL).exists():
         if folder.exists() and any(folder.iterdir()):
             raise UserError(f"{folder}: is not empty; give another folder")
@@ -165,27 +171,29 @@ def _start(folder: Path, job: str) -> dict[str, str]:
             (folder / PARTS).mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise disk_error(error, folder) from error
-        write_text(folder / JOURNAL, json.dumps({"job": job, "digests": {}}))
-        return {}
-    journal = json.loads((folder / JOURNAL).read_text())
-    if journal["job"] != job:
+        write_text(folder / JOURNAL, json.dumps({"job": job, "digests": {}, "sha256": {}}))
+        return {}, {}
+    fields = Fields(read_json(folder / JOURNAL)[0], str(folder / JOURNAL))
+    digests, sums = fields.table("digests"), fields.table("sha256")
+    fields.finish()
+    if fields.json.get("job") != job:
         raise UserError(
             f"{folder}: holds an interrupted conversion of another source or with other settings; "
             "remove it, or give another folder"
         )
-    return journal["digests"]
+    return dict(digests), dict(sums)
 
 
 def _read_part(tensors: Tensors, part: Sequence[Leaf]):
     arrays, digests = {}, {}
     for leaf in part:
-        pieces = [tensors.read(source.name) for source in leaf.sources]
+        names = [source.name for source in leaf.sources]
+        pieces = [check_finite(tensors.read(n), tensors.where, n) for n in names]
         types = {piece.dtype for piece in pieces}
         if len(types) > 1:
-            names = ", ".join(source.name for source in leaf.sources)
             raise UserError(
-                f"{tensors.where}: {names} are stored in different types but are one parameter "
-                "here; choose one type (--dtype)"
+                f"{tensors.where}: {', '.join(names)} are stored in different types but are "
+                "one parameter here; choose one type (--dtype)"
             )
         digests |= {s.name: tensor_digest(p) for s, p in zip(leaf.sources, pieces, strict=True)}
         arrays[leaf.path] = contiguous(to_flax(leaf, pieces))
@@ -208,22 +216,15 @@ def _save_part(path: Path, arrays: dict[str, np.ndarray]) -> None:
         raise
 
 
-def load_part(path: Path, entries: Sequence[dict]) -> dict[str, np.ndarray]:
-    """The arrays of a part, on the host."""
+def load_part(path: Path, entries: Sequence[Mapping], sha256: str) -> dict[str, np.ndarray]:
+    """The arrays of a part, on the host. Raises `UserError` unless they are what was saved."""
     like = {e["path"]: np.empty(e["shape"], DTYPES[e["dtype"]]) for e in entries}
-    return restore(path, like)
-
-
-def restore(path: Path, like: dict) -> dict:
-    """A part as the kinds of arrays that `like` has: numpy, abstract with shardings, or `SKIP`."""
     try:
         with storage_context():
             arrays = ocp.load(path.absolute(), like)
-    except (OSError, ValueError, KeyError, ocp.errors.InvalidLayoutError) as error:
+        if part_digest(arrays) == sha256:
+            return arrays
+        reason = "its numbers are not those that were saved"
+    except (OSError, ValueError, KeyError, TypeError, ocp.errors.InvalidLayoutError) as error:
         reason = str(error).strip().partition("\n")[0][:200]
-        raise UserError(f"{path}: is damaged ({reason}); convert the model again") from error
-    arrays = {name: array for name, array in arrays.items() if array is not SKIP}
-    for name, array in arrays.items():
-        if array.shape != like[name].shape or array.dtype != like[name].dtype:
-            raise UserError(f"{path}: {name} is {CODES[array.dtype]} {array.shape}; convert again")
-    return arrays
+    raise UserError(f"{path}: is damaged ({reason}); convert the model again")

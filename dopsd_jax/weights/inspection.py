@@ -4,7 +4,8 @@ from collections import Counter
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
-from dopsd_jax.common.errors import UserError
+from dopsd_jax.common.errors import UserError, few
+from dopsd_jax.common.json_fields import Fields
 from dopsd_jax.common.json_files import parse_json, read_json
 from dopsd_jax.models.zimage import ZImageConfig
 from dopsd_jax.weights import converted
@@ -18,23 +19,26 @@ from dopsd_jax.weights.networks import FAMILIES, VLM, ZIMAGE, Network
 from dopsd_jax.weights.progress import size
 from dopsd_jax.weights.safetensors_io import TensorFiles, read_header
 from dopsd_jax.weights.stored import Stored, open_stored, read_config
+from dopsd_jax.weights.stored import verify as verify_numbers
 from dopsd_jax.weights.tensors import TensorInfo
 
 
-def inspect(path: Path, model: Path | None = None) -> Iterator[str]:
+def inspect(path: Path, model: Path | None = None, verify: bool = False) -> Iterator[str]:
     """Lines about `path`; `model` is the folder whose config.json a lone file belongs to.
+
+    `verify` reads every number of a model: digests must match, and all be finite.
 
     Raises `UserError` when the path is nothing we know; faults of a known thing are lines.
     """
     if path.is_dir():
         if (path / MODEL_MANIFEST).is_file() or (path / INDEX).is_file():
-            yield from _model(path)
+            yield from _model(path, verify)
             return
         if (path / PEFT_CONFIG).is_file():
             yield from _lora(path, model)
             return
         if (path / converted.CONFIG).is_file():
-            yield from _component(path)
+            yield from _component(path, verify)
             return
     files = TensorFiles.open(path)
     if any(split_name(name)[1] or _is_adapter(name) for name in files.infos):
@@ -65,25 +69,27 @@ def _is_adapter(name: str) -> bool:
     return any(part in name for part in UNSUPPORTED_PARTS)
 
 
-def _model(path: Path) -> Iterator[str]:
+def _model(path: Path, verify: bool) -> Iterator[str]:
     family = family_of(path)
     form = "converted model" if is_converted_model(path) else "Hugging Face folder"
     yield f"{path}: {form}, family {family}"
     if is_converted_model(path):
-        manifest, _ = read_json(path / MODEL_MANIFEST)
-        yield f"  source {manifest['source']}, revision {manifest['revision'] or 'not recorded'}"
+        about = Fields(read_json(path / MODEL_MANIFEST)[0], str(path / MODEL_MANIFEST))
+        source, revision = about.text("source"), about.text("revision", "not recorded")
+        about.finish()
+        yield f"  source {source}, revision {revision}"
     networks = dict(FAMILIES[family])
     if (path / VLM.component).is_dir():
         networks[VLM.component] = VLM
     for name, network in networks.items():
         try:
-            yield from _stored(name, open_stored(path / name, network))
+            yield from _stored(name, open_stored(path / name, network), verify)
         except UserError as error:
             yield f"  {name}: {len(error.problems)} faults"
-            yield from (f"    {problem}" for problem in error.problems)
+            yield from (f"    {problem}" for problem in few(error.problems))
 
 
-def _component(path: Path) -> Iterator[str]:
+def _component(path: Path, verify: bool) -> Iterator[str]:
     """A folder with one network: whichever accepts its config.json."""
     faults = []
     for network in (*ZIMAGE.values(), VLM):
@@ -93,12 +99,12 @@ def _component(path: Path) -> Iterator[str]:
             faults += error.problems
             continue
         yield f"{path}:"
-        yield from _stored(network.component, open_stored(path, network))
+        yield from _stored(network.component, open_stored(path, network), verify)
         return
     raise UserError(f"{path / converted.CONFIG}: is of no network we know", *faults)
 
 
-def _stored(name: str, stored: Stored) -> Iterator[str]:
+def _stored(name: str, stored: Stored, verify: bool) -> Iterator[str]:
     layout = stored.found.layout.name + (
         f" behind {stored.found.prefix!r}" * bool(stored.found.prefix)
     )
@@ -106,6 +112,9 @@ def _stored(name: str, stored: Stored) -> Iterator[str]:
     yield f"  {name}: {_summary(stored.tensors.infos.values())}, {form} {layout} names"
     for leaf in stored.unused:
         yield f"    {leaf.sources[0].name}: kept, but the network has no use for it"
+    if verify:
+        verify_numbers(stored)
+        yield "    every number was read and is as it should be"
 
 
 def _summary(infos: Iterable[TensorInfo]) -> str:
@@ -149,6 +158,6 @@ def _single(path: Path, files: TensorFiles, model: Path | None) -> Iterator[str]
             yield f"  {network.component} in {found.layout.name} names{behind}: " + (
                 f"{len(error.problems)} faults"
             )
-            yield from (f"    {problem}" for problem in error.problems)
+            yield from (f"    {problem}" for problem in few(error.problems))
         return
     yield "  of no network we know" + ("" if model else "; --model names the model it belongs to")

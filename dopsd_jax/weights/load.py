@@ -10,12 +10,10 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from dopsd_jax.common.errors import UserError
 from dopsd_jax.models import quantised
 from dopsd_jax.models.names import Leaf
 from dopsd_jax.weights.networks import Network
 from dopsd_jax.weights.stored import ConvertedTensors, Stored, host_leaf, open_stored
-from dopsd_jax.weights.tensors import contiguous
 
 ShardingFor = Callable[[str, tuple[int, ...]], jax.sharding.Sharding]
 TypeFor = Callable[[str], Any]
@@ -125,27 +123,12 @@ def _check(slots: Mapping[str, Any], leaves: list[Leaf], where: str) -> None:
 
 def _rows(stored: Stored, leaves: list[Leaf], shardings) -> Iterator[tuple[Leaf, jax.Array]]:
     """Every leaf on devices, in the stored type, with the sharding of one layer."""
-    whole = lambda path: shardings[path if path in shardings else f"{path}.codes"]
-    rows = {leaf.path: _row_sharding(whole(leaf.path), leaf) for leaf in leaves}
     if isinstance(stored.tensors, ConvertedTensors):
-        wanted: dict[str, list[Leaf]] = {}
-        for leaf in leaves:
-            part, _ = stored.tensors.homes[leaf.sources[0].name]
-            wanted.setdefault(part, []).append(leaf)
-        for part, members in wanted.items():
-            arrays = stored.tensors.restore(part, {m.path: rows[m.path] for m in members})
-            for leaf in members:
-                yield leaf, arrays.pop(leaf.path)
-        return
+        leaves = sorted(leaves, key=stored.tensors.home)
     for leaf in leaves:
-        host = contiguous(host_leaf(leaf, stored.tensors))
-        if len({stored.tensors.infos[s.name].dtype for s in leaf.sources}) > 1:
-            names = ", ".join(s.name for s in leaf.sources)
-            raise UserError(
-                f"{stored.tensors.where}: {names} are stored in different types but are one "
-                "parameter here; convert the folder to one type (--dtype)"
-            )
-        yield leaf, _put(host, rows[leaf.path])
+        path = leaf.path if leaf.path in shardings else f"{leaf.path}.codes"
+        host = host_leaf(leaf, stored.tensors)
+        yield leaf, _put(host, _row_sharding(shardings[path], leaf))
 
 
 def _put(host: np.ndarray, sharding: jax.sharding.Sharding) -> jax.Array:

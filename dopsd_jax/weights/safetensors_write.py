@@ -12,7 +12,7 @@ from etils import epath
 from dopsd_jax.common.atomic import atomic_file, is_remote, need_space, write_text
 from dopsd_jax.common.errors import UserError
 from dopsd_jax.weights.progress import SILENT, Progress
-from dopsd_jax.weights.tensors import CODES, TensorInfo, Tensors, contiguous
+from dopsd_jax.weights.tensors import CODES, TensorInfo, Tensors, check_finite, contiguous
 
 MAX_SHARD = 10_000_000_000  # diffusers' default, bytes
 HEADER_MULTIPLE = 8
@@ -49,7 +49,8 @@ def write_safetensors(
             array, info = produce(name), infos[name]
             if CODES.get(array.dtype) != info.dtype or array.shape != info.shape:
                 raise ValueError(f"{name}: produced {array.dtype} {array.shape}, announced {info}")
-            file.write(memoryview(contiguous(array).reshape(-1).view(np.uint8)))
+            array = check_finite(contiguous(array), path, name)
+            file.write(memoryview(array.reshape(-1).view(np.uint8)))
             progress.advance(name, info.nbytes)
 
 

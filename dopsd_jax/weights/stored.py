@@ -1,15 +1,17 @@
 """A network's weights on disk in any form we read: Hugging Face folder, file, converted."""
 
+import functools
 import hashlib
+import os
 from collections import OrderedDict
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import jax
 import numpy as np
 
 from dopsd_jax.common.errors import UserError, raise_if
+from dopsd_jax.common.json_fields import Fields
 from dopsd_jax.common.json_files import read_json
 from dopsd_jax.models.names import Leaf, to_flax, to_torch
 from dopsd_jax.weights import converted
@@ -17,7 +19,7 @@ from dopsd_jax.weights.digest import remembered_digest
 from dopsd_jax.weights.layouts import CANONICAL, Found, as_canonical, recognise
 from dopsd_jax.weights.networks import Network
 from dopsd_jax.weights.safetensors_io import TensorFiles
-from dopsd_jax.weights.tensors import DTYPES, TensorInfo, Tensors, take
+from dopsd_jax.weights.tensors import DTYPES, TensorInfo, Tensors, check_finite, contiguous, take
 from dopsd_jax.weights.validation import account, sources
 
 AGAIN = "convert the model again"
@@ -89,7 +91,7 @@ def _extras(network: Network, config: Any) -> dict[str, Leaf]:
 def source_digest(stored: Stored, folder: Path, memo: Path) -> str:
     """Digest of the content: from the manifest if converted, else computed once per file state."""
     if stored.files is None:
-        return read_json(folder / converted.MANIFEST)[0]["digest"]
+        return stored.tensors.digest
     return remembered_digest(stored.tensors, stored.files, memo)
 
 
@@ -116,21 +118,42 @@ def _open_converted(folder: Path, network: Network) -> Stored:
 
 def _check_manifest(folder: Path, manifest: Any, network: Network) -> None:
     where = folder / converted.MANIFEST
-    if not isinstance(manifest, dict) or manifest.get("format") != converted.FORMAT:
-        found = manifest.get("format") if isinstance(manifest, dict) else None
+    fields = Fields(manifest, f"{where}")
+    fields.only("format", converted.FORMAT, required=True)
+    if fields.problems:
+        found = fields.json.get("format")
         raise UserError(f"{where}: format {found!r} is not {converted.FORMAT}; {AGAIN}")
-    fields = {"component": str, "digest": str, "config_sha256": str, "layout": dict, "parts": dict}
-    raise_if(
-        f"{where}: field {name} is missing or malformed; {AGAIN}"
-        for name, kind in fields.items()
-        if not isinstance(manifest.get(name), kind)
-    )
+    for name in ("component", "digest", "config_sha256"):
+        fields.text(name)
+    layout, parts, sums = (fields.table(name) for name in ("layout", "parts", "sha256"))
+    if not all(isinstance(layout.get(name), str) for name in ("name", "prefix")):
+        fields.problem(f"field layout is malformed; {AGAIN}")
+    for part, entries in parts.items():
+        if not isinstance(entries, list) or not all(map(_is_entry, entries)):
+            fields.problem(f"part {part!r} is malformed; {AGAIN}")
+        if not isinstance(sums.get(part), str):
+            fields.problem(f"part {part!r} has no digest; {AGAIN}")
+    fields.finish()
     if manifest["component"] != network.component:
         raise UserError(f"{where}: is a {manifest['component']}, not a {network.component}")
     raise_if(
         f"{folder / converted.PARTS / part}: is missing; {AGAIN}"
         for part in manifest["parts"]
-        if Path(part).name != part or not (folder / converted.PARTS / part).is_dir()
+        if Path(part).name != part or not os.path.isdir(folder / converted.PARTS / part)
+    )
+
+
+def _is_entry(entry: Any) -> bool:
+    """Whether this is a manifest's description of one array of a part."""
+    if not isinstance(entry, dict):
+        return False
+    shape, index = entry.get("shape"), entry.get("index", "")
+    return (
+        isinstance(entry.get("path"), str)
+        and isinstance(entry.get("dtype"), str)
+        and (index is None or type(index) is int)
+        and isinstance(shape, list)
+        and all(type(size) is int for size in shape)
     )
 
 
@@ -138,7 +161,9 @@ class ConvertedTensors:
     """A converted checkpoint as tensors with canonical names; reads part by part."""
 
     def __init__(self, folder: Path, manifest: Mapping, network: Network, config: Any):
-        self.where, self.folder, self.parts = str(folder), folder, manifest["parts"]
+        self.where, self.folder = str(folder), folder
+        self.parts, self.sums = manifest["parts"], manifest["sha256"]
+        self.digest = manifest["digest"]
         known = {(leaf.path, leaf.index): leaf for leaf in network.names(config)}
         known |= {(leaf.path, None): leaf for leaf in _extras(network, config).values()}
         self.infos: dict[str, TensorInfo] = {}
@@ -172,22 +197,50 @@ class ConvertedTensors:
             while len(self._recent) >= KEPT_PARTS:
                 self._recent.popitem(last=False)
             path = self.folder / converted.PARTS / part
-            self._recent[part] = converted.load_part(path, self.parts[part])
+            self._recent[part] = converted.load_part(path, self.parts[part], self.sums[part])
         self._recent.move_to_end(part)
         return self._recent[part]
 
-    def restore(self, part: str, shardings: Mapping[str, Any]) -> dict[str, jax.Array]:
-        """The parameters of a part that `shardings` names, on devices, each with its sharding."""
-        like = {}
-        for entry in self.parts[part]:
-            path, shape, dtype = entry["path"], tuple(entry["shape"]), DTYPES[entry["dtype"]]
-            like[path] = converted.SKIP
-            if path in shardings:
-                like[path] = jax.ShapeDtypeStruct(shape, dtype, sharding=shardings[path])
-        return converted.restore(self.folder / converted.PARTS / part, like)
+    def home(self, leaf: Leaf) -> str:
+        """The part that holds a leaf: leaves read in this order need every part once."""
+        return self.homes[leaf.sources[0].name][0]
+
+    def leaf(self, leaf: Leaf) -> np.ndarray:
+        """The Flax array of a leaf, as it is stored."""
+        return self._part(self.home(leaf))[leaf.path]
+
+
+def verify(stored: Stored) -> None:
+    """Reads every number. Raises `UserError` naming all that is damaged or not finite."""
+    tensors, faults = stored.tensors, []
+    if isinstance(tensors, ConvertedTensors):
+        reads = [functools.partial(tensors._part, part) for part in tensors.parts]
+    else:
+        reads = [functools.partial(_read_finite, tensors, name) for name in tensors.infos]
+    for read in reads:
+        try:
+            read()
+        except UserError as error:
+            faults += error.problems
+    raise_if(faults)
+
+
+def _read_finite(tensors: Tensors, name: str) -> np.ndarray:
+    return check_finite(tensors.read(name), tensors.where, name)
 
 
 def host_leaf(leaf: Leaf, tensors: Tensors) -> np.ndarray:
-    """The Flax array of a leaf on the host, in the stored type."""
-    pieces: Sequence[np.ndarray] = [tensors.read(source.name) for source in leaf.sources]
-    return to_flax(leaf, pieces)
+    """The Flax array of a leaf on the host, in the stored type. Raises `UserError`.
+
+    Digests were compared where a converted checkpoint was read; other numbers are looked at here.
+    """
+    if isinstance(tensors, ConvertedTensors):
+        return tensors.leaf(leaf)
+    names = [source.name for source in leaf.sources]
+    if len({tensors.infos[name].dtype for name in names}) > 1:
+        raise UserError(
+            f"{tensors.where}: {', '.join(names)} are stored in different types but are one "
+            "parameter here; convert the folder to one type (--dtype)"
+        )
+    pieces = [_read_finite(tensors, name) for name in names]
+    return contiguous(to_flax(leaf, pieces))
