@@ -56,10 +56,13 @@ def resolve(
     """
     model = os.fspath(model)  # Python users give a Path, too
     path = Path(model).expanduser()
-    if model and path.is_dir():
+    if model and os.path.isdir(path):
         return Resolved(path, _recorded_revision(path))
-    if path.is_file():
-        raise UserError(f"{model}: is a file; give the model's folder, or a hub id")
+    if os.path.isfile(path):
+        raise UserError(
+            f"{model}: is a file; give the model's folder, or a hub id; a single file of weights "
+            f"becomes a model with `dopsd-jax convert import {model} NEW --base MODEL`"
+        )
     if model.startswith(("/", ".", "~")) or not HUB_ID.fullmatch(model):
         raise UserError(
             f"{model!r}: no such folder, and not a hub id (owner/name or owner/name@revision)"

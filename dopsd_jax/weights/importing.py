@@ -11,6 +11,7 @@ from dopsd_jax.weights.digest import file_stamp
 from dopsd_jax.weights.hub import MODEL_MANIFEST
 from dopsd_jax.weights.model_folder import (
     INDEX,
+    check_assets,
     copy_assets,
     copy_shared_assets,
     family_of,
@@ -85,6 +86,7 @@ def import_model(
     if vlm is None and (source / VLM.component).is_dir():
         vlm = source / VLM.component
     opened = open_all(source, files, vlm)
+    check_assets(source)
     progress.start(sum(total_bytes(stored.tensors) for _, _, stored in opened.values()))
     digests = {}
     for name, (path, _, stored) in opened.items():

@@ -14,7 +14,7 @@ from dopsd_jax.weights.layouts import as_canonical, recognise
 from dopsd_jax.weights.lora_dialects import UNSUPPORTED_PARTS, Layers, layers_of, split_name
 from dopsd_jax.weights.lora_files import PEFT_CONFIG, PEFT_WEIGHTS, read_lora
 from dopsd_jax.weights.lora_settings import BASE
-from dopsd_jax.weights.model_folder import INDEX, family_of, is_converted_model
+from dopsd_jax.weights.model_folder import INDEX, check_assets, family_of, is_converted_model
 from dopsd_jax.weights.networks import FAMILIES, VLM, ZIMAGE, Network
 from dopsd_jax.weights.progress import size
 from dopsd_jax.weights.safetensors_io import TensorFiles, read_header
@@ -78,6 +78,10 @@ def _model(path: Path, verify: bool) -> Iterator[str]:
         source, revision = about.text("source"), about.text("revision", "not recorded")
         about.finish()
         yield f"  source {source}, revision {revision}"
+    try:
+        check_assets(path)
+    except UserError as error:
+        yield from (f"  {problem}" for problem in few(error.problems))
     networks = dict(FAMILIES[family])
     if (path / VLM.component).is_dir():
         networks[VLM.component] = VLM

@@ -8,10 +8,11 @@ import shutil
 from collections.abc import Mapping
 from pathlib import Path
 
-from dopsd_jax.common.errors import UserError
+from dopsd_jax.common.errors import UserError, raise_if
 from dopsd_jax.common.json_files import read_json
 from dopsd_jax.weights.hub import MODEL_MANIFEST
 from dopsd_jax.weights.networks import FAMILIES, Network
+from dopsd_jax.weights.tokenizers import check_tokenizer
 
 INDEX = "model_index.json"
 PIPELINE_FAMILIES = {"ZImagePipeline": "zimage"}
@@ -43,6 +44,23 @@ def family_of(folder: Path) -> str:
         known = ", ".join(PIPELINE_FAMILIES)
         raise UserError(f"{folder / INDEX}: pipeline {pipeline!r} is not supported; {known} is")
     return PIPELINE_FAMILIES[pipeline]
+
+
+def check_assets(folder: Path) -> None:
+    """Raises `UserError` unless all that stands beside the networks is there, and readable."""
+    faults = []
+    checks = [
+        lambda: check_tokenizer(folder),
+        lambda: read_json(folder / "scheduler" / "scheduler_config.json"),
+    ]
+    if (folder / "vlm").is_dir():
+        checks.append(lambda: read_json(folder / "vlm" / "preprocessor_config.json"))
+    for check in checks:
+        try:
+            check()
+        except UserError as error:
+            faults += error.problems
+    raise_if(faults)
 
 
 def networks_of(folder: Path) -> Mapping[str, Network]:

@@ -30,6 +30,7 @@ from dopsd_jax.weights import lora_files, networks
 from dopsd_jax.weights.load import load_component
 from dopsd_jax.weights.lora_dialects import Layers, layers_of
 from dopsd_jax.weights.stored import open_stored, read_config, source_digest
+from dopsd_jax.weights.tokenizers import read_tokenizer, tokenizer_digest
 
 STUDENT_TOKENS = 512  # the pipeline's max_sequence_length
 TEACHER_TOKENS = 1024  # upstream's cut; longer ones are refused here
@@ -130,13 +131,9 @@ class Pipeline:
 
     @functools.cached_property
     def tokenizer(self) -> Any:
-        import transformers  # a second, which most starts need not take: features are cached
-
-        folder = self.folder / "tokenizer"
-        try:
-            return transformers.Qwen2Tokenizer.from_pretrained(folder, local_files_only=True)
-        except (OSError, ValueError, KeyError, json.JSONDecodeError) as error:
-            raise UserError(f"{folder}: no tokenizer can be read there ({error})") from None
+        path = self.folder / "text_encoder" / "config.json"
+        encoder, _ = read_config(path, networks.ZIMAGE["text_encoder"])
+        return read_tokenizer(self.folder, encoder.vocab_size)
 
     @functools.cached_property
     def text_encoder(self) -> qwen3.Qwen3:
@@ -227,6 +224,10 @@ class Pipeline:
         folder, network = self._encoders()[name]
         stored = open_stored(folder, network)
         parts = [source_digest(stored, folder, memo), stored.config_text]
+        if name == "text_encoder":
+            parts.append(tokenizer_digest(self.folder))
+        if name == "vlm":
+            parts.append(read_json(folder / "preprocessor_config.json")[1])
         return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
 
     def has_encoder(self, name: str) -> bool:
