@@ -107,8 +107,10 @@ def _add_transformer_only(p: argparse.ArgumentParser) -> None:
 
 def run_import(args: argparse.Namespace) -> None:
     from dopsd_jax.weights import hub
+    from dopsd_jax.weights.found_files import components
     from dopsd_jax.weights.importing import import_model
     from dopsd_jax.weights.progress import ConsoleProgress
+    from dopsd_jax.weights.safetensors_io import TensorFiles
 
     files = {"vae": args.vae, "text_encoder": args.text_encoder}
     single = Path(args.source).is_file()
@@ -119,7 +121,9 @@ def run_import(args: argparse.Namespace) -> None:
     if args.base and not single:
         raise UserError(f"{args.source}: --base goes with a single file, which this is not")
     if single:
-        files["transformer"] = Path(args.source)
+        inside = components(TensorFiles.open(args.source).infos)
+        for name in inside | {"transformer"}:
+            files[name] = files.get(name) or Path(args.source)
     files = {name: file for name, file in files.items() if file is not None}
     wanted = [
         pattern
@@ -149,7 +153,6 @@ def run_export(args: argparse.Namespace) -> None:
     from dopsd_jax.weights.lora_files import LoraModule, read_lora
     from dopsd_jax.weights.progress import ConsoleProgress
 
-    model = hub.resolve(args.model).path
     raise_if(
         f"--{name} {value}: must be {what}"
         for name, value, good, what in (
@@ -158,6 +161,7 @@ def run_export(args: argparse.Namespace) -> None:
         )
         if not good
     )
+    model = hub.resolve(args.model).path
     lora = None
     if args.lora is not None:
         modules = read_lora(args.lora, layers_for(model), args.transformer_only).modules

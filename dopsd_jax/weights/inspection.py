@@ -9,6 +9,7 @@ from dopsd_jax.common.json_fields import Fields
 from dopsd_jax.common.json_files import parse_json, read_json
 from dopsd_jax.models.zimage import ZImageConfig
 from dopsd_jax.weights import converted
+from dopsd_jax.weights.found_files import components, readable
 from dopsd_jax.weights.hub import MODEL_MANIFEST
 from dopsd_jax.weights.layouts import as_canonical, recognise
 from dopsd_jax.weights.lora_dialects import UNSUPPORTED_PARTS, Layers, layers_of, split_name
@@ -149,19 +150,27 @@ def _single(path: Path, files: TensorFiles, model: Path | None) -> Iterator[str]
             (network, read_config(model / network.component / converted.CONFIG, network)[0])
             for network in networks
         ]
+    several, known = components(files.infos), False
+    if several:
+        yield f"  holds several networks: {', '.join(sorted(several))}"
     for network, config in candidates:
         try:
-            found = recognise(str(path), files.infos, network.layouts(config))
+            plain = readable(files, network.component)
+            found = recognise(str(path), plain.infos, network.layouts(config))
         except UserError:
             continue
+        known = True
         behind = f" behind {found.prefix!r}" if found.prefix else ""
         try:
-            as_canonical(files, found)
+            as_canonical(plain, found)
             yield f"  {network.component} in {found.layout.name} names{behind}: complete"
         except UserError as error:
             yield f"  {network.component} in {found.layout.name} names{behind}: " + (
                 f"{len(error.problems)} faults"
             )
             yield from (f"    {problem}" for problem in few(error.problems))
+        if not several:
+            return
+    if known:
         return
     yield "  of no network we know" + ("" if model else "; --model names the model it belongs to")

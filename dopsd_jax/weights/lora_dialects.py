@@ -10,6 +10,7 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from dopsd_jax.weights.found_files import COMPILED
 from dopsd_jax.weights.networks import Network
 
 
@@ -55,7 +56,6 @@ _SUFFIX = re.compile(
     r"|lora[_.](?P<kohya>down|up)\.weight|(?P<alpha>alpha))$"
 )
 _PARTS = {"A": "a", "B": "b", "down": "a", "up": "b"}
-COMPILED = "_orig_mod."  # torch.compile's module, wherever in a name
 
 UNSUPPORTED = {
     ".dora_scale": "is a DoRA magnitude",

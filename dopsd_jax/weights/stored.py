@@ -16,6 +16,7 @@ from dopsd_jax.common.json_files import read_json
 from dopsd_jax.models.names import Leaf, to_flax, to_torch
 from dopsd_jax.weights import converted
 from dopsd_jax.weights.digest import remembered_digest
+from dopsd_jax.weights.found_files import readable
 from dopsd_jax.weights.layouts import CANONICAL, Found, as_canonical, recognise
 from dopsd_jax.weights.networks import Network
 from dopsd_jax.weights.safetensors_io import TensorFiles
@@ -65,8 +66,9 @@ def open_stored(folder: Path, network: Network, weights: Path | None = None) -> 
     config, text = read_config(folder / converted.CONFIG, network)
     files = TensorFiles.open(weights or folder)
     layouts = network.layouts(config)
-    found = recognise(files.where, files.infos, layouts)
-    tensors = as_canonical(files, found)
+    plain = readable(files, network.component)
+    found = recognise(files.where, plain.infos, layouts)
+    tensors = as_canonical(plain, found)
     leaves, unused = _leaves(network, config, tensors)
     return Stored(config, text, tensors, leaves, unused, found, files)
 

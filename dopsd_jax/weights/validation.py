@@ -34,7 +34,7 @@ def account(
                 f"{where}: tensor {name!r} {list(info.shape)} is unexpected; "
                 "is this the right model, and its own config.json?"
             )
-        elif info.shape != tuple(shape):
+        elif _without_leading_ones(info.shape) != _without_leading_ones(shape):
             faults.append(
                 f"{where}: tensor {name!r} has shape {list(info.shape)}, "
                 f"config.json makes it {list(shape)}; is this its own config.json?"
@@ -45,3 +45,9 @@ def account(
                 "is needed; get a version that is not quantised"
             )
     raise_if(faults)
+
+
+def _without_leading_ones(shape: Sequence[int]) -> tuple[int, ...]:
+    """[1, n] and [n] hold the same numbers in the same order, and files have either."""
+    lead = next((i for i, size in enumerate(shape) if size != 1), len(shape))
+    return tuple(shape[lead:])
