@@ -43,6 +43,7 @@ from PIL import Image
 from dopsd_jax.common import errors
 from dopsd_jax.common.atomic import is_remote
 from dopsd_jax.common.errors import UserError
+from dopsd_jax.common.progress import duration
 from dopsd_jax.conditioning.encoding import STUDENT, TEACHER, Encoder
 from dopsd_jax.conditioning.features import DIGESTS, prepared_settings
 from dopsd_jax.data import prepared_parts as parts
@@ -52,7 +53,6 @@ from dopsd_jax.data.table import Chosen, Row
 from dopsd_jax.families.zimage.pipeline import Pipeline
 from dopsd_jax.methods import registry
 from dopsd_jax.parallel import multihost
-from dopsd_jax.reporting.metrics import duration
 from dopsd_jax.run import build
 from dopsd_jax.run.lock import exclusive
 from dopsd_jax.run.workdir import find_workdir

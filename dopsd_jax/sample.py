@@ -30,8 +30,9 @@ import jax
 import dopsd_jax
 from dopsd_jax.common.atomic import disk_error
 from dopsd_jax.common.errors import UserError
+from dopsd_jax.common.progress import duration
 from dopsd_jax.families.zimage.pipeline import start_noise
-from dopsd_jax.reporting.metrics import StepTimer, duration
+from dopsd_jax.reporting.metrics import StepTimer
 from dopsd_jax.reporting.pictures import save_picture
 
 

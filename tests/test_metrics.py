@@ -13,7 +13,6 @@ from dopsd_jax.reporting.metrics import (
     MetricsWriter,
     Progress,
     StepTimer,
-    duration,
     plain,
     read_metrics,
 )
@@ -193,8 +192,3 @@ def test_on_a_terminal_the_line_is_written_over():
     progress.update(1, 1.0, 1.0, 1)
     progress.note("saved")
     assert stream.getvalue().endswith("compiled\nsaved\n")
-
-
-def test_durations_read_well():
-    texts = [duration(s) for s in (0.4, 59, 61, 3599.7, 3 * 3600 + 61, 51 * 3600 + 20 * 60)]
-    assert texts == ["0 s", "59 s", "1:01", "1:00:00", "3:01:01", "2 d 03:20"]

@@ -8,6 +8,7 @@ import re
 
 import numpy as np
 import pytest
+from conftest import run_program
 
 from dopsd_jax.common.errors import UserError
 from dopsd_jax.reporting.charts import HEIGHT, WIDTH, Series, chart, number
@@ -152,7 +153,7 @@ def test_broken_pictures_are_named_and_the_rest_is_shown(tmp_path):
 
 def test_broken_files_are_named(tmp_path):
     (tmp_path / "config.json").write_text("{")
-    with pytest.raises(UserError, match=r"config\.json: cannot be read as JSON"):
+    with pytest.raises(UserError, match=r"config\.json: not valid JSON .* restore or remove it"):
         write_report(tmp_path)
     (tmp_path / "config.json").write_text("[]")
     with pytest.raises(UserError, match=r"config\.json: holds no JSON object"):
@@ -228,3 +229,54 @@ def test_any_values_can_be_drawn(values):
 def test_numbers_are_short():
     texts = [number(v) for v in (0, 0.012, 1500, 2.5e-5, 123456.7, -0.5)]
     assert texts == ["0", "0.012", "1500", "2.5e-5", "1.23e+05", "-0.5"]
+
+
+def test_metrics_that_are_no_numbers_are_gaps_and_not_faults(tmp_path):
+    values = [
+        "Infinity",
+        "-Infinity",
+        "NaN",
+        "1e400",
+        "1e308",
+        "-1e308",
+        "null",
+        '"x"',
+        "[]",
+        "9" * 400,
+    ]
+    lines = [
+        f'{{"step": {step}, "loss": {value}, "loss_per_step": [{value}, 1.0], "lr": {value}}}'
+        for step, value in enumerate(values, 1)
+    ]
+    (tmp_path / "metrics.jsonl").write_text("\n".join(lines) + "\n")
+    page = Page(write_report(tmp_path).read_text())
+    assert any("were not finite and are left out" in text for text in page.text)
+    assert not any("inf" in text or "nan" in text for text in page.text)
+
+
+@pytest.mark.parametrize(
+    "line", ["{", "[]", "7", '{"step": true}', '{"step": -1}', '{"step": 1e3}', "[" * 10**5]
+)
+def test_lines_that_are_no_records_are_named(tmp_path, line):
+    (tmp_path / "metrics.jsonl").write_text(f'{{"step": 1}}\n{line}\n')
+    with pytest.raises(UserError, match=r"metrics\.jsonl:2: is not a JSON object with a step"):
+        write_report(tmp_path)
+
+
+def test_changes_on_the_way_are_shown(tmp_path):
+    change = {"step": 40, "field": "learning_rate", "old": 0.1, "new": "<b>"}
+    (tmp_path / "config.json").write_text(json.dumps({"config": {}, "changes": [change, 3]}))
+    text = write_report(tmp_path).read_text()
+    assert "Changed on the way" in text and "<td>40</td><td>learning_rate</td>" in text
+    assert "&lt;b&gt;" in text and "<b>" not in text.replace("<figcaption><b>", "")
+
+
+def test_the_program_writes_the_page_again(tmp_path):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "metrics.jsonl").write_text('{"step": 1, "loss": 2.0}\n')
+    done = run_program("report", tmp_path / "run")
+    assert done.returncode == 0 and done.stdout == f"report: {tmp_path / 'run' / 'report.html'}\n"
+    (tmp_path / "empty").mkdir()
+    for name, said in (("empty", "holds no run"), ("nowhere", "is not a folder")):
+        done = run_program("report", tmp_path / name)
+        assert done.returncode == 2 and said in done.stderr and done.stderr.count("\n") == 1

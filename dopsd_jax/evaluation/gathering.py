@@ -1,11 +1,11 @@
 """The work of an evaluation: draws what is missing, has it judged, and keeps both."""
 
-import time
 from collections.abc import Sequence
 
 import numpy as np
 
 from dopsd_jax.common.errors import UserError
+from dopsd_jax.common.progress import Countdown
 from dopsd_jax.conditioning.encoding import TEACHER
 from dopsd_jax.evaluation import results
 from dopsd_jax.evaluation.arms import Arm
@@ -13,9 +13,7 @@ from dopsd_jax.evaluation.drawing import Shot
 from dopsd_jax.evaluation.gallery import Gallery, value_key
 from dopsd_jax.evaluation.results import Score
 from dopsd_jax.evaluation.scorer import Case, Judge, Scorer, SetScorer, judges
-from dopsd_jax.reporting.metrics import duration
 
-REPORT_SECONDS = 5.0
 SCORED_TOGETHER = 16
 
 
@@ -38,18 +36,18 @@ def draw(arms: Sequence[Arm], cases: Sequence[Case], seeds: int, gallery: Galler
     busy = [arm for arm in arms if missing[arm.name]]
     last = {id(arm.painter): arm for arm in busy}
     for arm in busy:
-        ticker = Ticker(f"encoding for {arm.name}")
         asked = {id(shot.case): shot.case for shot in missing[arm.name]}
+        count = None
         for left in arm.painter.encode(list(asked.values()), arm.role):
-            ticker.tick(left)
+            count = count or Countdown(f"encoding for {arm.name}", left)
+            count.advance()
         if last[id(arm.painter)] is arm:
             arm.painter.pipe.release_encoders()
     for arm in busy:
-        ticker, left = Ticker(f"drawing {arm.name}"), len(missing[arm.name])
-        for shot, image in arm.painter.draw(arm.trained(), missing[arm.name], arm.role):
+        drawn = arm.painter.draw(arm.trained(), missing[arm.name], arm.role)
+        count = Countdown(f"drawing {arm.name}", len(missing[arm.name]))
+        for shot, image in count.over(drawn):
             gallery.put(arm.key(shot), image, shot, arm.name, arm.role)
-            left -= 1
-            ticker.tick(left)
         if last[id(arm.painter)] is arm:
             arm.painter.pipe.release_transformer()
 
@@ -77,7 +75,7 @@ def _values(scorer: Scorer, arm: Arm, shots: Sequence[Shot], gallery: Gallery) -
     names = {shot: arm.key(shot) for shot in shots}
     keys = {shot: value_key(scorer, names[shot], shot) for shot in shots}
     todo = [shot for shot in shots if gallery.values.get(keys[shot]) is None]
-    ticker, left = Ticker(f"scoring {arm.name}: {scorer.name}"), len(todo)
+    count = Countdown(f"scoring {arm.name}: {scorer.name}", len(todo))
     for some in _of_one_size(todo):
         images = [gallery.picture(names[shot]) for shot in some]
         values = np.asarray(scorer(images, [shot.case for shot in some]), np.float64)
@@ -87,8 +85,7 @@ def _values(scorer: Scorer, arm: Arm, shots: Sequence[Shot], gallery: Gallery) -
                 "give a finite number for each"
             )
         gallery.values.put({keys[s]: float(v) for s, v in zip(some, values, strict=True)})
-        left -= len(some)
-        ticker.tick(left)
+        count.advance(len(some))
     return np.array([gallery.values.get(keys[shot]) for shot in shots])
 
 
@@ -110,20 +107,3 @@ def _of_one_size(shots: Sequence[Shot]) -> list[list[Shot]]:
         else:
             found.append([shot])
     return found
-
-
-class Ticker:
-    """A line now and then: how much is left, and for how long."""
-
-    def __init__(self, what: str):
-        self.what, self.start, self.shown = what, time.monotonic(), time.monotonic()
-        self.most = 0
-
-    def tick(self, left: int) -> None:
-        """Tells that `left` pieces are still to do."""
-        now = time.monotonic()
-        self.most = max(self.most, left + 1)
-        if now - self.shown > REPORT_SECONDS:
-            rest = duration((now - self.start) / (self.most - left) * left)
-            print(f"{self.what}: {left} to do, {rest} left", flush=True)
-            self.shown = now

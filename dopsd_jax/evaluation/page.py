@@ -1,4 +1,4 @@
-"""evaluation.html: one page, without any other file, with the table and the pictures."""
+"""evaluation.html: one page with the table of scores and the pictures."""
 
 import base64
 import html
@@ -7,8 +7,8 @@ from collections.abc import Mapping, Sequence
 
 from PIL import Image
 
+from dopsd_jax.reporting.html_page import render
 from dopsd_jax.reporting.pictures import Row
-from dopsd_jax.reporting.run_page import STYLE
 
 CELL = 320  # pixels: larger pictures are embedded smaller
 SHOWN = 60  # prompts; the others' pictures are in the folder
@@ -31,25 +31,27 @@ def page(
         remarks_below = f'<p class="remark">{left_out} further prompts are not shown here.</p>'
     else:
         remarks_below = ""
-    return PAGE.format(
-        style=STYLE + OWN_STYLE,
-        title=html.escape(title),
-        head=line("th", head),
-        body="".join(f"<tr>{line('td', row)}</tr>" for row in body),
-        notes=remarks,
-        columns=line("th", columns),
-        rows="".join(_row(row) for row in rows[:SHOWN]),
-        more=remarks_below,
-        facts="".join(
-            f"<tr><th>{html.escape(name)}</th><td>{html.escape(value)}</td></tr>"
-            for name, value in facts.items()
-        ),
+    table = line("th", head), "".join(f"<tr>{line('td', row)}</tr>" for row in body)
+    pictures = line("th", columns), "".join(_row(row) for row in rows[:SHOWN])
+    settings = "".join(
+        f"<tr><th>{html.escape(name)}</th><td>{html.escape(value)}</td></tr>"
+        for name, value in facts.items()
     )
+    parts = (
+        f'<div class="scroll"><table class="scores"><tr>{table[0]}</tr>{table[1]}</table></div>',
+        '<p class="remark">Mean ± half the width of the 95 % interval over prompts; differences '
+        "are within prompts, on the same noise.</p>",
+        remarks,
+        f'<h2>Pictures</h2>\n<table class="pictures"><tr>{pictures[0]}</tr>{pictures[1]}</table>',
+        remarks_below,
+        f"<h2>Settings</h2>\n<table>{settings}</table>",
+    )
+    return render(title, "\n".join(parts), style=OWN_STYLE)
 
 
 def _row(row: Row) -> str:
     cells = "".join(f"<td>{_image(image)}</td>" for image in row.images)
-    caption = html.escape(row.caption.encode("utf-8", "replace").decode())
+    caption = html.escape(row.caption)
     return f'<tr>{cells}</tr><tr><td colspan="{len(row.images)}">{caption}</td></tr>'
 
 
@@ -70,27 +72,4 @@ OWN_STYLE = """
 .pictures td { width: 25%; border: 0; padding: .2rem; } .pictures img { width: 100%; }
 .pictures td[colspan] { color: var(--faint); padding-bottom: 1rem; }
 .scores td { white-space: nowrap; } .scroll { overflow-x: auto; }
-"""
-
-PAGE = """<!doctype html>
-<html lang="en">
-<head>
-<meta charset="utf-8">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<title>{title}</title>
-<style>{style}</style>
-</head>
-<body>
-<h1>{title}</h1>
-<div class="scroll"><table class="scores"><tr>{head}</tr>{body}</table></div>
-<p class="remark">Mean ± half the width of the 95 % interval over prompts; differences are within
-prompts, on the same noise.</p>
-{notes}
-<h2>Pictures</h2>
-<table class="pictures"><tr>{columns}</tr>{rows}</table>
-{more}
-<h2>Settings</h2>
-<table>{facts}</table>
-</body>
-</html>
 """

@@ -1,4 +1,4 @@
-"""What a run measured: metrics.jsonl, one JSON object a step, and the line of progress."""
+"""What a run measured: metrics.jsonl, one JSON object per step, and the line of progress."""
 
 import json
 import math
@@ -16,6 +16,7 @@ from etils import epath
 
 from dopsd_jax.common.atomic import atomic_file, disk_error, is_remote
 from dopsd_jax.common.errors import UserError, raise_if
+from dopsd_jax.common.progress import duration
 
 FILE = "metrics.jsonl"
 STORE_SECONDS = 60.0  # between two versions of the file in an object store
@@ -62,9 +63,10 @@ def read_metrics(path: str | os.PathLike) -> list[dict[str, Any]]:
     for number, line in enumerate(lines[:-1], 1):
         try:
             record = json.loads(line)
-        except ValueError:
+        except (ValueError, RecursionError):
             record = None
-        if isinstance(record, dict) and isinstance(record.get("step"), int):
+        step = record.get("step") if isinstance(record, dict) else None
+        if type(step) is int and 0 <= step < 2**53:
             records.append(record)
         else:
             problems.append(f"{path}:{number}: is not a JSON object with a step; remove the line")
@@ -248,17 +250,3 @@ class Progress:
             left = (self.total - step) * typical
             parts.append(f"{duration(left)} left" if step < self.total else "done")
         return "  ".join(part for part in parts if part)
-
-
-def duration(seconds: float) -> str:
-    """43 s, 12:05 (minutes), 3:20:00 (hours), 2 d 03:20."""
-    seconds = round(seconds)
-    if seconds < 60:
-        return f"{seconds} s"
-    minutes, rest = divmod(seconds, 60)
-    if minutes < 60:
-        return f"{minutes}:{rest:02d}"
-    hours, minutes = divmod(minutes, 60)
-    if hours < 24:
-        return f"{hours}:{minutes:02d}:{rest:02d}"
-    return f"{hours // 24} d {hours % 24:02d}:{minutes:02d}"

@@ -1,4 +1,4 @@
-"""report.html: one page, without any other file, about a run."""
+"""report.html: one page about a run."""
 
 import base64
 import html
@@ -13,8 +13,11 @@ from PIL import Image
 
 from dopsd_jax.common.atomic import write_text
 from dopsd_jax.common.errors import UserError
+from dopsd_jax.common.json_files import read_json
+from dopsd_jax.common.progress import duration
 from dopsd_jax.reporting.charts import Series, chart, number
-from dopsd_jax.reporting.metrics import FILE, duration, read_metrics
+from dopsd_jax.reporting.html_page import render
+from dopsd_jax.reporting.metrics import FILE, read_metrics
 from dopsd_jax.reporting.pictures import read_labels, sample_files
 
 CONFIG, SCORES, REPORT = "config.json", "scores.json", "report.html"
@@ -34,45 +37,44 @@ CURVES = (
 )
 
 
+def holds_run(workdir: str | os.PathLike) -> bool:
+    """Whether a training wrote into this folder; a path that is no folder counts as one."""
+    workdir = epath.Path(workdir).expanduser()
+    return not workdir.is_dir() or any((workdir / name).exists() for name in (FILE, CONFIG))
+
+
 def write_report(workdir: str | os.PathLike) -> epath.Path:
     """Writes `workdir`/report.html from metrics.jsonl, samples/ and config.json; returns its path.
 
     What is not there yet is said to be missing. Raises `UserError` for broken files.
     """
-    workdir = epath.Path(workdir)
+    workdir = epath.Path(workdir).expanduser()
     if not workdir.is_dir():
         raise UserError(f"{workdir}: is not a folder; give the --workdir of a run")
     records = read_metrics(workdir / FILE)
     config, scores = _read_object(workdir / CONFIG), _read_object(workdir / SCORES)
-    name = html.escape(workdir.name or workdir.resolve().name)
     section = config.get("config")
     method = section.get("method", "dopsd") if isinstance(section, dict) else "dopsd"
     gap = "student and teacher" if method in BESIDE_TEACHER else "velocity and noise - picture"
-    page = PAGE.format(
-        title=name,
-        style=STYLE,
-        script=SCRIPT,
-        summary=_summary(records, config) + _scores(scores),
-        curves="".join(
-            _curve(records, field, title, note.format(gap=gap), log)
-            for field, title, note, log in CURVES
-        ),
-        samples=_samples(sample_files(workdir)),
-        config=_config(config),
+    curves = "".join(
+        _curve(records, field, title, note.format(gap=gap), log)
+        for field, title, note, log in CURVES
     )
-    path = workdir / REPORT
-    # Prompts may hold halves of surrogate pairs, which no file can.
-    write_text(path, page.encode("utf-8", "replace").decode())
-    return path
+    parts = (
+        _summary(records, config) + _scores(scores),
+        f'<h2>Curves</h2>\n<div id="curves">{curves}</div>',
+        f"<h2>Samples</h2>\n{_samples(sample_files(workdir))}",
+        f"<h2>Settings</h2>\n{_changes(config)}{_config(config)}",
+    )
+    page = render(workdir.name or workdir.resolve().name, "\n".join(parts), script=SCRIPT)
+    write_text(workdir / REPORT, page)
+    return workdir / REPORT
 
 
 def _read_object(path: epath.Path) -> Mapping[str, Any]:
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
+    if not path.exists():
         return {}
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path}: cannot be read as JSON ({error}); restore or remove it") from None
+    found, _ = read_json(path, again="restore or remove it")
     if not isinstance(found, dict):
         raise UserError(f"{path}: holds no JSON object; restore or remove it")
     return found
@@ -133,7 +135,8 @@ def _curve(records: Sequence[Mapping], field: str, title: str, note: str, log: b
 
 
 def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool)
+    """Whether it can be drawn: charts add and subtract, which overflows near the largest float."""
+    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < 1e150
 
 
 def _samples(files: Sequence[tuple[int, epath.Path]]) -> str:
@@ -178,11 +181,28 @@ def _round(step: int, path: epath.Path) -> str:
     )
 
 
+def _changes(config: Mapping[str, Any]) -> str:
+    """The fields that were changed when the run went on: `--allow_changes`."""
+    changes = config.get("changes")
+    rows = [row for row in changes if isinstance(row, dict)] if isinstance(changes, list) else []
+    if not rows:
+        return ""
+    cells = lambda tag, values: f"<tr>{''.join(f'<{tag}>{v}</{tag}>' for v in values)}</tr>"
+    fields = ("step", "field", "old", "new")
+    body = "".join(
+        cells("td", (html.escape(_text(row.get(field, "")))[:200] for field in fields))
+        for row in rows
+    )
+    return f"<h3>Changed on the way</h3><table>{cells('th', fields)}{body}</table>"
+
+
 def _config(config: Mapping[str, Any]) -> str:
     if not config:
         return "<p>There is no config.json.</p>"
     tables, loose = [], {}
     for section, values in config.items():
+        if section == "changes":
+            continue
         if isinstance(values, dict):
             tables.append(_table(section, dict(_flat(values))))
         else:
@@ -217,49 +237,6 @@ def _text(value: Any) -> str:
     return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
 
 
-STYLE = """
-:root { color-scheme: light dark; --back: #fff; --ink: #1c1c1e; --faint: #63636b; --line: #dcdce1;
-  --accent: #2563c9; --card: #f6f6f8; --series: 42%; }
-@media (prefers-color-scheme: dark) { :root { --back: #141416; --ink: #e9e9ec; --faint: #a0a0aa;
-  --line: #36363c; --accent: #74a7ff; --card: #1d1d21;
-  --series: 62%; } }
-* { box-sizing: border-box; }
-body { margin: 0 auto; max-width: 1240px; padding: 1.5rem; background: var(--back);
-  color: var(--ink); font: 15px/1.5 system-ui, sans-serif; }
-h1 { font-size: 1.5rem; margin: 0 0 1rem; overflow-wrap: anywhere; }
-h2 { font-size: 1.15rem; margin: 2.2rem 0 .8rem; }
-h3 { font-size: 1rem; margin: 1rem 0 .4rem; }
-dl { display: flex; flex-wrap: wrap; gap: .6rem 2.2rem; margin: 0; }
-dt, .remark, .legend { color: var(--faint); font-size: .85rem; }
-dd { margin: 0; font-size: 1.15rem; font-variant-numeric: tabular-nums; }
-#curves { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 380px), 1fr));
-  gap: 1rem; }
-figure { margin: 0; padding: .8rem; background: var(--card); border-radius: 8px; min-width: 0; }
-figcaption { font-size: .9rem; color: var(--faint); }
-figcaption b { color: var(--ink); }
-svg { display: block; width: 100%; height: auto; }
-svg text { font-size: 11.5px; fill: var(--faint); font-variant-numeric: tabular-nums; }
-svg .y { text-anchor: end; } svg .x { text-anchor: middle; }
-svg .grid { stroke: var(--line); } svg .axis { stroke: var(--faint); }
-svg polyline { fill: none; stroke: currentColor; stroke-width: 1.8; stroke-linejoin: round; }
-svg polygon { fill: currentColor; opacity: .22; } svg circle { fill: currentColor; }
-.legend { display: flex; flex-wrap: wrap; gap: .2rem .9rem; margin: .2rem 0 0; }
-.legend i { display: inline-block; width: .8em; height: .8em; border-radius: 2px;
-  margin-right: .35em; vertical-align: -.05em; }
-.remark { margin: .3rem 0 0; }
-#pick { display: flex; align-items: center; gap: .8rem; position: sticky; top: 0; z-index: 1;
-  background: var(--back); padding: .5rem 0; } #pick[hidden] { display: none; }
-#pick:not([hidden]) + #rounds h3 { display: none; }
-#pick input { flex: 1; } #pick output { min-width: 5ch; font-variant-numeric: tabular-nums; }
-img { max-width: 100%; height: auto; border-radius: 6px; display: block; }
-details { margin: .5rem 0; } summary { cursor: pointer; }
-table { border-collapse: collapse; width: 100%; font-size: .88rem; margin: .4rem 0 1rem; }
-th, td { text-align: left; font-weight: normal; padding: .18rem .6rem .18rem 0; vertical-align: top;
-  border-bottom: 1px solid var(--line); }
-th { color: var(--faint); white-space: nowrap; width: 1%; }
-td { font-family: ui-monospace, monospace; overflow-wrap: anywhere; }
-"""
-
 # Without scripts all rounds stand one below the other.
 SCRIPT = """
 const pick = document.getElementById("pick");
@@ -274,26 +251,4 @@ if (pick) {
   pick.hidden = false;
   show();
 }
-"""
-
-PAGE = """<!doctype html>
-<html lang="en">
-<head>
-<meta charset="utf-8">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<title>{title}</title>
-<style>{style}</style>
-</head>
-<body>
-<h1>{title}</h1>
-{summary}
-<h2>Curves</h2>
-<div id="curves">{curves}</div>
-<h2>Samples</h2>
-{samples}
-<h2>Settings</h2>
-{config}
-<script>{script}</script>
-</body>
-</html>
 """
