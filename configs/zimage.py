@@ -6,25 +6,16 @@ several large devices. `:tiny`, `:tiny_full`: the same programs on the trained m
 a laptop. `:random`, `:random_full`: on a network with random weights and drawn pictures, for tests.
 """
 
-import importlib.util
-from pathlib import Path
-
 from ml_collections import ConfigDict
 
-
-def _common():
-    # A configuration is loaded by its path, from any directory: no package to import from.
-    path = Path(__file__).with_name("common.py")
-    spec = importlib.util.spec_from_file_location("dopsd_configs_common", path)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+from dopsd_jax.config.fields import defaults
+from dopsd_jax.config.find import shipped
+from dopsd_jax.config.loading import choose
 
 
 def get_config(arg: str | None = None) -> ConfigDict:
-    common = _common()
-    name = common.parse_arg(arg, ("lora", "full", "tiny", "tiny_full", "random", "random_full"))
-    c = common.defaults()
+    name = choose(arg, ("lora", "full", "tiny", "tiny_full", "random", "random_full"))
+    c = defaults()
     c.model = "Tongyi-MAI/Z-Image-Turbo"
     c.teacher.vlm = "Qwen/Qwen3-VL-4B-Instruct"
     if name.endswith("full"):
@@ -39,7 +30,7 @@ def get_config(arg: str | None = None) -> ConfigDict:
 
 
 def full(c: ConfigDict) -> ConfigDict:
-    """No settings are published for it (d-opsd.md 7); these are the usual ones for its size."""
+    """No settings are published for it; these are the usual ones for its size."""
     c.train = "full"
     c.base_dtype = "float32"  # what is trained is kept in float32
     c.learning_rate = 1e-5  # a tenth of the adapters': every weight moves
@@ -54,11 +45,11 @@ def full(c: ConfigDict) -> ConfigDict:
 
 def tiny(c: ConfigDict) -> ConfigDict:
     """Minutes on two CPU cores: a new word, from six pictures (examples/miniature/README.md)."""
-    shipped = Path(__file__).parents[1] / "examples" / "miniature"
-    c.model = str(shipped / "model")
+    miniature = shipped("examples", "miniature")
+    c.model = str(miniature / "model")
     c.teacher.vlm = ""
     c.teacher.min_pixels = c.teacher.max_pixels = 64 * 64
-    c.data.path = str(shipped / "dax")
+    c.data.path = str(miniature / "dax")
     c.data.resolution = 64
     c.data.buckets = "64x64"
     c.steps = 100

@@ -10,7 +10,7 @@ from conftest import ROOT, run_program
 from PIL import Image
 
 from dopsd_jax.common.errors import UserError
-from dopsd_jax.config import schema
+from dopsd_jax.config.fields import declared
 from dopsd_jax.evaluation import arms, gathering
 from dopsd_jax.evaluation.arms import Student
 from dopsd_jax.evaluation.drawing import Shot
@@ -79,7 +79,7 @@ def test_the_table_the_numbers_and_the_page_agree(run, data):
     assert arms_of("concept IoU") == {"base", "teacher", "student"}
     assert arms_of("leaked concept") == {"base", "student"}
     assert content["facts"]["student"] and "jax" in content["versions"]
-    assert content["config"].keys() == schema.FIELDS.keys()
+    assert content["config"].keys() == declared().keys()
     assert len(content["prompts"]) == 4 * COUNT
     page = (folder / "evaluation.html").read_text()
     for name, score in content["scores"].items():

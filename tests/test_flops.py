@@ -12,6 +12,8 @@ from dopsd_jax import dopsd
 from dopsd_jax.adapters import attach
 from dopsd_jax.estimation import flops
 from dopsd_jax.families.zimage import family
+from dopsd_jax.methods import registry
+from dopsd_jax.methods.method import Count, Passes
 from dopsd_jax.models import zimage
 
 FULL = zimage.ZImageConfig()
@@ -22,6 +24,14 @@ TINY = zimage.ZImageConfig(
 
 def chosen(cfg, targets="blocks"):
     return attach.select(attach.slots(zimage.names(cfg)), targets, family.LORA_PRESETS)
+
+
+def dopsd_passes(steps, taught=None, hoisted=True):
+    """hoisted: captions are refined once a rollout, as `dopsd` does; False: at every node."""
+    taught = steps if taught is None else taught
+    if hoisted:
+        return registry.METHODS["dopsd"].passes({}, Count(steps, taught, 0))
+    return Passes(taught, steps - taught, taught, steps - taught, taught, taught)
 
 
 def adapted(cfg, targets, rank, remat="none"):
@@ -69,7 +79,7 @@ def test_a_traced_step_has_the_counted_products(targets):
     traced = jax.make_jaxpr(step)(adapter, adapter, base, contexts, jnp.zeros((1, *latent, 16)))
     counted = flops.step_work(
         TINY,
-        flops.dopsd_passes(3),
+        dopsd_passes(3),
         height=latent[0],
         width=latent[1],
         rows_student=rows[0],
@@ -127,7 +137,7 @@ def test_a_layer_costs_what_xla_says(gradient):
 def test_the_documented_budget(rows, remat, model, executed):
     """TFLOP for an image of 1024 x 1024, K = 4, rank 64; captions refined at every node."""
     work = flops.step_work(
-        FULL, flops.dopsd_passes(4, hoisted=False), height=128, width=128, rows_student=rows[0],
+        FULL, dopsd_passes(4, hoisted=False), height=128, width=128, rows_student=rows[0],
         rows_teacher=rows[1], chosen=chosen(FULL), rank=64, remat=remat,
     )  # fmt: skip
     assert abs(work.model / 1e12 - model) < 0.51
@@ -140,7 +150,7 @@ def test_options_change_the_count_as_they_should():
             "height": 128, "width": 128, "rows_student": 512, "rows_teacher": 1024,
             "chosen": chosen(FULL), "rank": 64,
         }  # fmt: skip
-        passes = flops.dopsd_passes(4, taught, hoisted)
+        passes = dopsd_passes(4, taught, hoisted)
         return flops.step_work(FULL, passes, **{**settings, **options})
 
     assert count().model < count(hoisted=False).model < 1.01 * count().model

@@ -16,8 +16,10 @@ from PIL import Image
 from torch_reference import sample_with_diffusers
 
 import dopsd_jax
+from dopsd_jax.common.config_fields import values
 from dopsd_jax.common.errors import UserError
 from dopsd_jax.config import schema
+from dopsd_jax.config.fields import declared
 from dopsd_jax.families.zimage.pipeline import start_noise
 from dopsd_jax.run.lock import exclusive
 from dopsd_jax.run.workdir import open_workdir
@@ -53,7 +55,7 @@ def test_a_run_leaves_what_is_promised(random_run):
     )
     assert all(r["loss"] > 0 and r["grad_norm"] > 0 for r in rows)
     config = json.loads((random_run / "config.json").read_text())
-    assert config["config"].keys() == schema.FIELDS.keys()
+    assert config["config"].keys() == declared().keys()
     assert config["config"]["steps"] == 4 and len(config["facts"]["data"]) == 64
     assert "jax" in config["versions"]
     for step in (0, 4):
@@ -215,21 +217,21 @@ def test_every_configuration_has_exactly_the_known_fields():
     get_config = runpy.run_path(str(ROOT / "configs/zimage.py"))["get_config"]
     for arg in (None, "lora", "full", "tiny", "tiny_full", "random", "random_full"):
         config = get_config(arg)
-        assert schema.flat(config).keys() == schema.FIELDS.keys()
+        assert schema.flat(config).keys() == declared().keys()
         config.data.path = config.data.path or "somewhere"
         schema.check(config)
 
 
 def test_a_list_may_be_written_on_the_command_line():
-    assert schema.values("1, 0.9,0.5") == (1, 0.9, 0.5)
-    assert schema.values("(0, 2)") == (0, 2)
-    assert schema.values("attention.to_q,feed_forward.w1") == (
+    assert values("1, 0.9,0.5") == (1, 0.9, 0.5)
+    assert values("(0, 2)") == (0, 2)
+    assert values("attention.to_q,feed_forward.w1") == (
         "attention.to_q",
         "feed_forward.w1",
     )
-    assert schema.values("nodes4") == "nodes4"
-    assert schema.values("random:1") == "random:1"
-    assert schema.values("3") == (3,)
+    assert values("nodes4") == "nodes4"
+    assert values("random:1") == "random:1"
+    assert values("3") == (3,)
 
 
 def test_a_caption_longer_than_the_model_takes_is_named_before_training(random_run, tmp_path):

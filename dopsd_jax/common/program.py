@@ -24,32 +24,33 @@ def parse(
     required: Sequence[str] = (),
     rewrite: Callable[[list[str]], list[str]] = list,
     check: Callable[[], None] = lambda: None,
+    more: Callable[[], str] = str,
 ) -> None:
     """Reads the options; what is wrong with them ends the program with a line.
 
     required: options that must be given. rewrite: what to make of the command line first. check:
-    raises `UserError` for options that are wrong together.
+    raises `UserError` for options that are wrong together. more: what --help says at its end.
     """
     flags.mark_flags_as_required(required)
-    status = report(lambda: _parse(rewrite(sys.argv), check))
+    status = report(lambda: _parse(sys.argv, rewrite, check, more))
     if status:
         sys.exit(status)
 
 
-def _parse(argv: list[str], check: Callable[[], None]) -> None:
+def _parse(
+    argv: list[str],
+    rewrite: Callable[[list[str]], list[str]],
+    check: Callable[[], None],
+    more: Callable[[], str],
+) -> None:
     if any(option in HELP for option in argv[1:]):
-        print(help_text(argv[0]))
+        print("\n".join([help_text(argv[0]), more()]).rstrip())
         sys.exit(0)
     logging.set_verbosity(logging.FATAL)  # what goes wrong in a library is raised as well
     try:
-        rest = FLAGS(argv)
-        for value in FLAGS.flag_values_dict().values():
-            hasattr(value, "items")  # a configuration that was not loaded says so when touched
-    except (flags.Error, AttributeError, KeyError, ValueError, TypeError, OSError) as error:
-        head, traceback, tail = str(error).partition("Traceback (most recent call last)")
-        # A fault inside a configuration file: what it says stands in its last line.
-        lines = [head, tail.strip().splitlines()[-1]] if traceback else [head]
-        raise UserError(f"{' '.join(lines)}; see --help") from None
+        rest = FLAGS(rewrite(argv))
+    except (flags.Error, ValueError, OSError) as error:
+        raise UserError(f"{error}; see --help") from None
     if len(rest) > 1:
         raise UserError(f"{rest[1]}: not understood; options are written --name=value; see --help")
     check()

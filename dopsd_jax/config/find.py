@@ -15,7 +15,7 @@ def shipped(*parts: str) -> Path:
 
 def config_names() -> list[str]:
     """The configurations that `--config NAME` finds."""
-    return sorted(p.stem for p in shipped("configs").glob("*.py") if p.stem != "common")
+    return sorted(p.stem for p in shipped("configs").glob("*.py"))
 
 
 def find_config(name: str) -> str:

@@ -3,22 +3,34 @@
 from collections.abc import Sequence
 
 from absl import flags
-from ml_collections import config_flags
+from ml_collections import ConfigDict
 
 from dopsd_jax.common import program
+from dopsd_jax.common.errors import UserError
 from dopsd_jax.config import schema
-from dopsd_jax.config.find import find_config
+from dopsd_jax.config.fields import declared
+from dopsd_jax.config.loading import load
+from dopsd_jax.config.reference import help_text
 
-CONFIG = config_flags.DEFINE_config_file(
+_FILE = flags.DEFINE_string(
     "config",
     None,
     "FILE[:ARGUMENT], or one of the package by its name, such as zimage or zimage:tiny; single "
     "fields are set with --config.FIELD=VALUE",
-    lock_config=True,
 )
 WORKDIR = flags.DEFINE_string(
     "workdir", None, "folder of the run; train, prepare and check: runs/zimage if not given"
 )
+
+
+class _Config:
+    """The configuration of the command line, once it is parsed."""
+
+    value: ConfigDict
+    asked: dict[str, str]  # the fields that the command line sets, as text
+
+
+CONFIG = _Config()
 
 
 def parse(*required: str, strict: bool = True, data: bool = True) -> None:
@@ -29,26 +41,35 @@ def parse(*required: str, strict: bool = True, data: bool = True) -> None:
     """
 
     def check() -> None:
+        CONFIG.value = load(_FILE.value, CONFIG.asked)
         fields = CONFIG.value.to_dict()
-        if not data:
-            fields = {**fields, "data": {**fields["data"], "path": "not read"}}
-        schema.check(fields, asked() if strict else ())
+        if not data and isinstance(fields.get("data"), dict):
+            fields["data"] |= {"path": "not read"}
+        schema.check(fields, CONFIG.asked if strict else ())
+        if WORKDIR.value == "":
+            raise UserError("--workdir: is empty; name a folder, or leave it out")
 
-    program.parse(required=("config", *required), rewrite=named, check=check)
-
-
-def asked() -> list[str]:
-    """The fields that the command line sets."""
-    return config_flags.get_override_values(flags.FLAGS["config"])
+    program.parse(required=("config", *required), rewrite=taken, check=check, more=help_text)
 
 
-def named(argv: Sequence[str]) -> list[str]:
-    """The command line with the path of a configuration that it gives by its name."""
-    argv = list(argv)
-    for i, option in enumerate(argv):
-        name, equals, value = option.partition("=")
-        if name in ("--config", "-config") and equals:
-            argv[i] = f"{name}={find_config(value)}"
-        elif name in ("--config", "-config") and i + 1 < len(argv):
-            argv[i + 1] = find_config(argv[i + 1])
-    return argv
+def taken(argv: Sequence[str]) -> list[str]:
+    """The command line without the fields of the configuration, which are kept in CONFIG.asked."""
+    CONFIG.asked, rest = {}, []
+    words = iter(flags.FLAGS.read_flags_from_files(list(argv), force_gnu=False))
+    for word in words:
+        option, equals, text = word.partition("=")
+        option = "--" + option.lstrip("-") if option.startswith("-") else option
+        name = option.removeprefix("--config.").removeprefix("--noconfig.")
+        if name == option:
+            rest.append(word)
+            continue
+        field = declared().get(name)
+        if option.startswith("--noconfig."):
+            text = "false"
+        elif not equals:
+            is_switch = field is not None and field.kind == "bool"
+            text = "true" if is_switch else next(words, None)
+            if text is None:
+                raise UserError(f"--config.{name}: has no value; write --config.{name}=VALUE")
+        CONFIG.asked[name] = text
+    return rest

@@ -12,6 +12,7 @@ from typing import NamedTuple
 
 from dopsd_jax.adapters.attach import Slot
 from dopsd_jax.adapters.lora import Lora
+from dopsd_jax.methods.method import Passes
 from dopsd_jax.models import zimage
 from dopsd_jax.models.zimage import PAD_MULTIPLE, ZImageConfig
 
@@ -68,34 +69,6 @@ class StepWork(NamedTuple):
 
     model: float
     executed: float
-
-
-class Passes(NamedTuple):
-    """How often a step runs the network on one image.
-
-    learn: by the student, with a backward pass. follow: with the student's caption, without one,
-    whoever's the weights are. ask: with the teacher's caption. captions, teacher_captions: how many
-    captions of each length are refined without a backward pass; learned_captions: with one.
-    """
-
-    learn: int
-    follow: int = 0
-    ask: int = 0
-    captions: int = 0
-    learned_captions: int = 1
-    teacher_captions: int = 0
-
-
-def dopsd_passes(steps: int, taught: int | None = None, hoisted: bool = True) -> Passes:
-    """D-OPSD with `steps` nodes, the teacher asked at `taught` of them (None: at all).
-
-    hoisted: captions are refined once a rollout, as `dopsd` does; False: at every node.
-    """
-    taught = steps if taught is None else taught
-    follow = steps - taught
-    if hoisted:
-        return Passes(taught, follow, taught, teacher_captions=1)
-    return Passes(taught, follow, taught, follow, taught, taught)
 
 
 def image_tokens(cfg: ZImageConfig, height: int, width: int) -> int:

@@ -10,6 +10,7 @@ from ml_collections import ConfigDict
 
 from dopsd_jax.estimation.abstract_step import Program
 from dopsd_jax.families.zimage import family
+from dopsd_jax.methods import registry
 from dopsd_jax.parallel.sharding import BATCH_AXES
 
 HOST = "pinned_host"
@@ -97,5 +98,4 @@ def _activations(config: ConfigDict, program: Program, mesh: Mesh | AbstractMesh
         for x in residuals
         if (x.shape, x.dtype) not in weights
     )
-    pictures = 2 if config.method == "pso" else 1  # a pair is compared
-    return pictures * total // mesh.shape["context"]
+    return registry.method(config).together * total // mesh.shape["context"]

@@ -40,10 +40,14 @@ class Draws(NamedTuple):
     keys: Key[Array, " b"]
 
 
+def start_noise(key: Key[Array, ""], shape: Sequence[int]) -> Float[Array, "b h w c"]:
+    """Unit Gaussian noise, float32."""
+    return jax.random.normal(key, shape, jnp.float32)
+
+
 def draw(key: Key[Array, ""], shape: Sequence[int]) -> Draws:
     """The draws of a micro-batch of latents [b, h, w, c]; `start` is that of D-OPSD."""
-    start = jax.random.normal(key, shape, jnp.float32)
-    return Draws(start, jax.random.split(jax.random.fold_in(key, 1), shape[0]))
+    return Draws(start_noise(key, shape), jax.random.split(jax.random.fold_in(key, 1), shape[0]))
 
 
 def folded(keys: Key[Array, " b"], name: int) -> Key[Array, " b"]:

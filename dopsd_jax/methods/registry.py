@@ -1,41 +1,140 @@
-"""The methods by name: what each needs, what its step runs, and its loss (docs/methods.md)."""
+"""The methods by name, and what a configuration means to its method. Imports no JAX.
 
-from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple
+A method is one record here, its loss in `losses`, and a line in docs/methods.md.
+"""
 
-import jax
+import importlib
+from collections.abc import Callable
+from typing import TYPE_CHECKING
 
-from dopsd_jax import dopsd
-from dopsd_jax.config import schema
-from dopsd_jax.dopsd import Denoiser
-from dopsd_jax.estimation.flops import Passes, dopsd_passes
-from dopsd_jax.methods import baselines, flow_matching
-from dopsd_jax.methods.flow_matching import Levels
-from dopsd_jax.training import state
+from dopsd_jax.common.config_fields import Field, values
+from dopsd_jax.methods.method import Config, Count, Method, Needs, Passes, Teacher
+from dopsd_jax.methods.options import LEVELS, NODES, TEACHER
 
-Config = Mapping[str, Any]
+if TYPE_CHECKING:
+    from dopsd_jax.dopsd import Denoiser
 
 
-class Needs(NamedTuple):
-    """What a method asks of the data set, besides the prompts.
+def _loss(name: str) -> Callable:
+    """The function of `methods.losses`, which is imported when it is first called."""
+    module = f"{__package__}.losses"
+    return lambda *args: getattr(importlib.import_module(module), name)(*args)
 
-    teacher: the teacher's context. target: clean latents of the pictures. prior: class prompts.
-    """
 
-    teacher: bool
-    target: bool
-    prior: bool
+def _weight(name: str, default: float, help: str) -> Field:
+    return Field(name, default, help, low=0, high=10**6)
+
+
+_RECORDS = (
+    Method(
+        name="dopsd",
+        summary="the student's own rollout, pulled to the teacher at every state that it visits",
+        source="arXiv 2605.05204",
+        fields=(*NODES, *TEACHER),
+        needs=lambda config: Needs(teacher=True),
+        keeps="teacher",
+        passes=lambda config, n: Passes(n.taught, n.steps - n.taught, n.taught, teacher_captions=1),
+        loss=_loss("dopsd"),
+        gap="student and teacher",
+        start_only=True,
+    ),
+    Method(
+        name="sft",
+        summary="flow matching on the pictures",
+        source="flow matching",
+        fields=LEVELS,
+        needs=lambda config: Needs(target=True),
+        keeps="none",
+        passes=lambda config, n: Passes(n.samples),
+        loss=_loss("sft"),
+    ),
+    Method(
+        name="sft_teacher",
+        summary="flow matching on pictures that the teacher draws",
+        source="ablation of arXiv 2605.05204",
+        fields=(*LEVELS, *TEACHER),
+        needs=lambda config: Needs(teacher=True),
+        keeps="teacher",
+        passes=lambda config, n: Passes(n.samples, ask=n.steps, teacher_captions=1),
+        loss=_loss("sft_teacher"),
+    ),
+    Method(
+        name="offpolicy",
+        summary="as dopsd, at states that are not the student's",
+        source="ablation of arXiv 2605.05204",
+        fields=(
+            *NODES,
+            *TEACHER,
+            Field(
+                "offpolicy.states",
+                "teacher",
+                "states of the teacher's rollouts, or noised pictures (targets)",
+                choices=("teacher", "targets"),
+            ),
+        ),
+        needs=lambda config: Needs(True, target=config["offpolicy"]["states"] == "targets"),
+        keeps="teacher",
+        passes=lambda config, n: Passes(
+            n.taught,
+            ask=n.steps if config["offpolicy"]["states"] == "teacher" else n.taught,
+            teacher_captions=1,
+        ),
+        loss=_loss("offpolicy"),
+        gap="student and teacher",
+    ),
+    Method(
+        name="pso",
+        summary="pictures preferred to what the model draws",
+        source="arXiv 2410.03190",
+        fields=(
+            *NODES,
+            _weight("pso.beta", 5.0, "of the logistic loss"),
+            _weight("pso.kappa", 1.0, "weight of the negative's error in a pair"),
+            _weight("pso.prior", 0.5, "weight of the negative's own error"),
+            Field(
+                "pso.negatives",
+                "student",
+                "who draws them: the student of the moment, or the network before training",
+                choices=("student", "start"),
+            ),
+        ),
+        needs=lambda config: Needs(target=True),
+        keeps="start",
+        passes=lambda config, n: Passes(2 * n.taught, n.steps + 2 * n.taught, captions=2),
+        loss=_loss("pso"),
+        together=2,
+    ),
+    Method(
+        name="dreambooth",
+        summary="flow matching with prior preservation",
+        source="arXiv 2208.12242",
+        fields=(
+            *LEVELS,
+            Field("dreambooth.concept_word", "[V]", "stands for the concept in every caption"),
+            Field("dreambooth.class_word", "", "takes its place in class prompts, such as dog"),
+            _weight("dreambooth.weight", 1.0, "of prior preservation"),
+        ),
+        needs=lambda config: Needs(target=True, prior=True),
+        keeps="start",
+        passes=lambda config, n: Passes(2 * n.samples, n.steps, captions=1, learned_captions=2),
+        loss=_loss("dreambooth"),
+        requires={
+            "dreambooth.concept_word": "name the word that stands for the concept in the captions",
+            "dreambooth.class_word": "name what the concept is an example of, such as dog",
+        },
+    ),
+)
+METHODS = {record.name: record for record in _RECORDS}
+
+
+def method(config: Config) -> Method:
+    """The record of config.method."""
+    return METHODS[config["method"]]
 
 
 def needs(config: Config) -> Needs:
     """What config.method asks of the data set."""
-    method = config["method"]
-    off_target = method == "offpolicy" and config["offpolicy"]["states"] == "targets"
-    return Needs(
-        teacher=method in schema.TEACHES,
-        target=method in ("sft", "pso", "dreambooth") or off_target,
-        prior=method == "dreambooth",
-    )
+    return method(config).needs(config)
 
 
 def sees_image(config: Config) -> bool:
@@ -49,76 +148,42 @@ def teacher_key(config: Config) -> str | None:
     return config["teacher"]["prompt_key"] if told else None
 
 
-def teacher(config: Config) -> state.Teacher:
+def teacher(config: Config) -> Teacher:
     """The network that is kept beside the student: config.teacher's, the start, or none."""
-    if config["method"] in schema.TEACHES:
-        return state.Teacher(**{f: config["teacher"][f] for f in state.Teacher._fields})
-    return state.Teacher("frozen" if config["method"] in schema.KEEPS_START else "live")
+    keeps = method(config).keeps
+    if keeps == "teacher":
+        return Teacher(**{name: config["teacher"][name] for name in Teacher._fields})
+    return Teacher("frozen" if keeps == "start" else "live")
 
 
 def passes(config: Config, grid: tuple[float, ...]) -> Passes:
     """How often a step runs the network on one image."""
-    method, steps, samples = config["method"], len(grid) - 1, config["sft"]["samples"]
-    loss_steps = schema.values(config["loss_steps"])
-    taught = int(dopsd.taught_steps(loss_steps, steps, jax.random.key(0)).sum())
-    rolled = config["offpolicy"]["states"] == "teacher"
-    return {
-        "dopsd": dopsd_passes(steps, taught),
-        "sft": Passes(samples),
-        "sft_teacher": Passes(samples, ask=steps, teacher_captions=1),
-        "offpolicy": Passes(taught, ask=steps if rolled else taught, teacher_captions=1),
-        "pso": Passes(2 * taught, follow=steps + 2 * taught, captions=2),
-        "dreambooth": Passes(2 * samples, follow=steps, captions=1, learned_captions=2),
-    }[method]
+    import jax
+
+    from dopsd_jax.dopsd import taught_steps
+
+    steps = len(grid) - 1
+    taught = taught_steps(values(config["loss_steps"]), steps, jax.random.key(0))
+    count = Count(steps, int(taught.sum()), config["sft"]["samples"])
+    return method(config).passes(config, count)
 
 
 def draw(config: Config) -> Callable:
     """What is random about the samples of a step; see `train_step.make_step`."""
-    return state.start_noise if config["method"] == "dopsd" else flow_matching.draw
+    from dopsd_jax.methods import flow_matching
+
+    return flow_matching.start_noise if method(config).start_only else flow_matching.draw
 
 
-def loss_function(config: Config, net: Denoiser, grid: tuple[float, ...], shift: float) -> Callable:
+def loss_function(
+    config: Config, net: "Denoiser", grid: tuple[float, ...], shift: float
+) -> Callable:
     """(student, teacher, base, batch, draws, key) -> (losses, gradient), by config.method.
 
-    `batch`: a `points.Batch` with what `needs` says. `draws`: what `draw` draws. `shift`: the
-    model's. See `train_step.make_step`.
+    `batch`: a `flow_matching.Batch` with what `needs` says. `draws`: what `draw` draws. `shift`:
+    the model's. See `train_step.make_step`.
     """
-    loss, loss_steps = schema.values(config["loss"]), schema.values(config["loss_steps"])
-    every = loss_steps == "all"
-    nodes = lambda key: dopsd.make_nodes(grid, loss, loss_steps, key)
-    levels = Levels(config["sft"]["sigma"], config["sft"]["samples"], grid, shift)
-    preference = baselines.Preference(**config["pso"])
-    states, weight = config["offpolicy"]["states"], config["dreambooth"]["weight"]
+    from dopsd_jax.methods.losses import Setup
 
-    def with_dopsd(student, teacher, base, batch, noise, key):
-        return dopsd.loss_and_gradient(
-            net, student, teacher, base, batch.contexts, noise, nodes(key), every
-        )
-
-    def with_sft(student, teacher, base, batch, draws, key):
-        return baselines.sft(net, student, base, batch, draws, levels)
-
-    def with_sft_teacher(student, teacher, base, batch, draws, key):
-        return baselines.sft_teacher(net, student, teacher, base, batch, draws, levels, grid)
-
-    def with_offpolicy(student, teacher, base, batch, draws, key):
-        return baselines.offpolicy(
-            net, student, teacher, base, batch, draws, nodes(key), states, every
-        )
-
-    def with_pso(student, start, base, batch, draws, key):
-        return baselines.pso(
-            net, student, start, base, batch, draws, nodes(key), grid, preference, every
-        )
-
-    def with_dreambooth(student, start, base, batch, draws, key):
-        return baselines.dreambooth(net, student, start, base, batch, draws, levels, grid, weight)
-
-    return {
-        "dopsd": with_dopsd,
-        "sft": with_sft,
-        "sft_teacher": with_sft_teacher,
-        "offpolicy": with_offpolicy,
-        "pso": with_pso,
-        "dreambooth": with_dreambooth,
-    }[config["method"]]
+    setup, loss = Setup(config, net, grid, shift), method(config).loss
+    return lambda *args: loss(setup, *args)

@@ -8,6 +8,8 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Bool
 
+from dopsd_jax.methods.method import Teacher
+
 Tree = Any
 
 
@@ -18,18 +20,6 @@ class TrainState(NamedTuple):
     student: Tree
     teacher: Tree | None
     opt_state: Tree
-
-
-class Teacher(NamedTuple):
-    """config.teacher's weights: `ema`, `frozen` or `live`, with the decay of an EMA.
-
-    For the first `warmup_steps` steps an EMA decays with `warmup_decay` instead.
-    """
-
-    weights: str = "ema"
-    decay: float = 0.9999
-    warmup_steps: int = 0
-    warmup_decay: float = 0.999
 
 
 def create(student: Tree, teacher: Teacher, tx: optax.GradientTransformation) -> TrainState:
@@ -76,8 +66,3 @@ def all_finite(tree: Tree) -> Bool[Array, ""]:
 def step_key(seed: int | jax.Array, step) -> jax.Array:
     """The random key of one optimizer step: it depends on nothing else, so nothing is saved."""
     return jax.random.fold_in(jax.random.key(seed), step)
-
-
-def start_noise(key: jax.Array, shape: Sequence[int]) -> jax.Array:
-    """Unit Gaussian noise [b, h, w, c], float32."""
-    return jax.random.normal(key, shape, jnp.float32)

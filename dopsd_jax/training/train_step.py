@@ -10,9 +10,11 @@ import optax
 from jax.sharding import NamedSharding, PartitionSpec
 
 from dopsd_jax.dopsd import Losses
+from dopsd_jax.methods.flow_matching import start_noise
+from dopsd_jax.methods.method import Teacher
 from dopsd_jax.parallel.sharding import constrain_batch, per_shard, to_device
 from dopsd_jax.training.nonfinite import PARTS
-from dopsd_jax.training.state import Teacher, TrainState, all_finite, ema, start_noise, step_key
+from dopsd_jax.training.state import TrainState, all_finite, ema, step_key
 
 Tree = Any
 

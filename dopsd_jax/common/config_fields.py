@@ -1,0 +1,123 @@
+"""A field of a configuration, declared once: what it may hold and for whom it means something."""
+
+import dataclasses
+import math
+from collections.abc import Mapping
+from typing import Any
+
+# Whether a field may differ when a run is continued: always, if --allow_changes names it, or never.
+ALWAYS, ON_REQUEST, NEVER = "always", "on request", "never"
+MAX_NUMBER = 1e9  # the largest magnitude of a number in a list
+_TRUTH = {"true": True, "1": True, "yes": True, "false": False, "0": False, "no": False}
+
+
+@dataclasses.dataclass(frozen=True)
+class Field:
+    """One field.
+
+    name: dotted, such as `lora.rank`. kind: int, float, bool, str, list, or `name or list`; if not
+    given, the type of the default. low, high: bounds of a number, included; above: excluded. unit:
+    of a number. choices: what a name may be. listed: what the items of a list may be. when: values
+    of other fields with which alone this one has an effect. change: whether it may differ when a
+    run is continued.
+    """
+
+    name: str
+    default: Any
+    help: str
+    kind: str = ""
+    low: float | None = None
+    high: float | None = None
+    above: float | None = None
+    unit: str = ""
+    choices: tuple[str, ...] = ()
+    listed: tuple[str, ...] = ()
+    when: Mapping[str, tuple[str, ...]] = dataclasses.field(default_factory=dict)
+    change: str = ON_REQUEST
+
+    def __post_init__(self):
+        if not self.kind:
+            object.__setattr__(self, "kind", type(self.default).__name__)
+        low = self.low if self.above is None else self.above
+        if self.kind in ("int", "float") and (low is None or self.high is None):
+            raise TypeError(f"{self.name}: a number needs a lower and an upper bound")
+
+    def fault(self, value: Any) -> str | None:
+        """What is wrong with a value, to be said after it; None: nothing."""
+        kinds = {
+            "int": type(value) is int,
+            "float": type(value) in (int, float),
+            "bool": type(value) is bool,
+            "str": isinstance(value, str),
+            "list": isinstance(value, str | list | tuple),
+            "name or list": isinstance(value, str | list | tuple) and len(value) > 0,
+        }
+        if not kinds[self.kind]:
+            return f"must be of kind {self.kind}"
+        if self.kind in ("int", "float"):
+            return self._number_fault(value)
+        if isinstance(value, str) and "\0" in value:
+            return "must not contain a null character"
+        if self.choices and value not in self.choices:
+            return f"is not one of {', '.join(self.choices)}"
+        return None if self.kind in ("bool", "str") else self._list_fault(value)
+
+    def _number_fault(self, value: float) -> str | None:
+        if isinstance(value, float) and not math.isfinite(value):
+            return "must be a finite number"
+        if self.low is not None and value < self.low:
+            return f"must be at least {self.low}"
+        if self.above is not None and not value > self.above:
+            return f"must be above {self.above}"
+        return f"must be at most {self.high}" if value > self.high else None
+
+    def _list_fault(self, value: str | list | tuple) -> str | None:
+        for item in values(value) if self.kind == "name or list" else names(value):
+            number = type(item) in (int, float)
+            if number and not (math.isfinite(item) and abs(item) <= MAX_NUMBER):
+                return f"must have numbers from -{MAX_NUMBER:g} to {MAX_NUMBER:g} only"
+            pair = isinstance(item, list | tuple) and all(type(x) is int for x in item)
+            if not (number or isinstance(item, str) or pair):
+                return f"must be a list of names or numbers, and {item!r} is neither"
+        return None
+
+    def parse(self, text: str) -> Any:
+        """The value that a command line gives. Raises `ValueError` with what it must be."""
+        if self.kind == "bool":
+            if text.lower() not in _TRUTH:
+                raise ValueError("must be true or false")
+            return _TRUTH[text.lower()]
+        if self.kind in ("int", "float"):
+            try:
+                return int(text) if self.kind == "int" else float(text)
+            except ValueError:
+                what = "a whole number" if self.kind == "int" else "a number"
+                raise ValueError(f"must be {what}") from None
+        return text
+
+
+def values(value: str | list | tuple) -> str | tuple:
+    """A field that is a name or a list: `1, 0.9` on the command line means the list."""
+    if not isinstance(value, str):
+        return tuple(value)
+    items = names(value)
+    numbers = tuple(_number(item) for item in items)
+    if items and None not in numbers:
+        return numbers
+    return items if "," in value else value
+
+
+def names(value: str | list | tuple) -> tuple:
+    """A field that is a list, or one string with commas between the items."""
+    if not isinstance(value, str):
+        return tuple(value)
+    return tuple(item.strip() for item in value.strip("()[] ").split(",") if item.strip())
+
+
+def _number(text: str) -> int | float | None:
+    for kind in (int, float):
+        try:
+            return kind(text)
+        except ValueError:
+            pass
+    return None

@@ -1,0 +1,74 @@
+"""What is known of every field, as text: for --help, and for docs/configuration.md.
+
+`python -m dopsd_jax.config.reference` writes that file to stdout.
+"""
+
+from dopsd_jax.common.config_fields import NEVER, ON_REQUEST, Field
+from dopsd_jax.config.fields import choices, conditions, sections
+
+HEAD = """# Configuration
+
+This file is generated: `python -m dopsd_jax.config.reference > docs/configuration.md`.
+
+A configuration is a Python file with a function `get_config`, such as
+[configs/zimage.py](../configs/zimage.py); copy that file to write your own. Single fields are set
+on the command line: `--config.teacher.decay=0.999`. A field that has no effect there is an error,
+and so is a number outside its range, NaN or infinity. Lists are written with commas.
+
+*Continued*: whether the field may differ when a run is continued. `yes`: freely. `on request`: if
+`--allow_changes` names it ([running.md](running.md)). `no`: never; start a new run, with
+`lora.init_from` if it shall go on from a result.
+"""
+
+
+def markdown() -> str:
+    """docs/configuration.md."""
+    parts = [HEAD]
+    for title, fields in sections().items():
+        rows = "\n".join(map(_row, fields))
+        head = "| field | default | values | | continued |\n|---|---|---|---|---|"
+        parts.append(f"\n## {title}\n\n{head}\n{rows}\n")
+    return "".join(parts)
+
+
+def help_text() -> str:
+    """The fields for a terminal."""
+    lines = ["Fields of the configuration, set with --config.FIELD=VALUE:"]
+    for title, fields in sections().items():
+        lines += ["", f"{title}:"]
+        for field in fields:
+            known = allowed(field)
+            lines.append(
+                f"  --config.{field.name}={_text(field.default)}" + f"  ({known})" * bool(known)
+            )
+            lines.append(f"      {field.help}")
+    return "\n".join(lines)
+
+
+def allowed(field: Field) -> str:
+    """What a field may hold, in words; empty: any text."""
+    if known := choices(field) or field.listed:
+        return ", ".join(known)
+    if field.kind not in ("int", "float"):
+        return {"bool": "true, false"}.get(field.kind, "")
+    low = f"above {field.above:g}" if field.above is not None else f"{field.low:,}"
+    unit = f" {field.unit}" if field.unit else ""
+    return f"{low} to {field.high:,}{unit}"
+
+
+def _row(field: Field) -> str:
+    only = "; ".join(
+        f"only with {name} = {', '.join(needed)}" for name, needed in conditions(field).items()
+    )
+    help = f"{field.help}. {only[0].upper()}{only[1:]}" if only else field.help
+    change = {NEVER: "no", ON_REQUEST: "on request"}.get(field.change, "yes")
+    default = f"`{_text(field.default)}`" if field.default != "" else ""
+    return f"| `{field.name}` | {default} | {allowed(field)} | {help} | {change} |"
+
+
+def _text(value: object) -> str:
+    return str(value).lower() if isinstance(value, bool) else str(value)
+
+
+if __name__ == "__main__":
+    print(markdown(), end="")

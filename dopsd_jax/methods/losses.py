@@ -1,0 +1,82 @@
+"""The losses of the methods, each with one signature, so that the step runs any of them.
+
+(setup, student, teacher, base, batch, draws, key) -> (losses, gradient)
+
+setup: what is the same for all steps. student, base: the network's parameters, trained and frozen.
+teacher: those that the run keeps beside the student. batch: a `flow_matching.Batch` with what the
+method needs. draws: what is random about each sample. key: what is random about the step.
+"""
+
+from typing import Any, NamedTuple
+
+from jaxtyping import Array, Key
+
+from dopsd_jax.common.config_fields import values
+from dopsd_jax.dopsd import Denoiser, Losses, Nodes, loss_and_gradient, make_nodes
+from dopsd_jax.methods import baselines
+from dopsd_jax.methods.flow_matching import Batch, Levels
+from dopsd_jax.methods.method import Config
+
+Tree = Any
+Result = tuple[Losses, Tree]
+
+
+class Setup(NamedTuple):
+    """config: of the run. net: the network. grid: of the rollouts. shift: the model's."""
+
+    config: Config
+    net: Denoiser
+    grid: tuple[float, ...]
+    shift: float
+
+    def nodes(self, key: Key[Array, ""]) -> Nodes:
+        """The nodes of one rollout, by config.loss and config.loss_steps."""
+        loss, steps = values(self.config["loss"]), values(self.config["loss_steps"])
+        return make_nodes(self.grid, loss, steps, key)
+
+    @property
+    def every_step(self) -> bool:
+        """Whether all nodes are learned."""
+        return values(self.config["loss_steps"]) == "all"
+
+    @property
+    def levels(self) -> Levels:
+        """The noise levels of config.sft."""
+        options = self.config["sft"]
+        return Levels(options["sigma"], options["samples"], self.grid, self.shift)
+
+
+def dopsd(setup: Setup, student, teacher, base, batch: Batch, noise, key) -> Result:
+    return loss_and_gradient(
+        setup.net, student, teacher, base, batch.contexts, noise, setup.nodes(key), setup.every_step
+    )
+
+
+def sft(setup: Setup, student, teacher, base, batch: Batch, draws, key) -> Result:
+    return baselines.sft(setup.net, student, base, batch, draws, setup.levels)
+
+
+def sft_teacher(setup: Setup, student, teacher, base, batch: Batch, draws, key) -> Result:
+    return baselines.sft_teacher(
+        setup.net, student, teacher, base, batch, draws, setup.levels, setup.grid
+    )
+
+
+def offpolicy(setup: Setup, student, teacher, base, batch: Batch, draws, key) -> Result:
+    states = setup.config["offpolicy"]["states"]
+    return baselines.offpolicy(
+        setup.net, student, teacher, base, batch, draws, setup.nodes(key), states, setup.every_step
+    )
+
+
+def pso(setup: Setup, student, start, base, batch: Batch, draws, key) -> Result:
+    preference = baselines.Preference(**setup.config["pso"])
+    networks, nodes = (setup.net, student, start, base), setup.nodes(key)
+    return baselines.pso(*networks, batch, draws, nodes, setup.grid, preference, setup.every_step)
+
+
+def dreambooth(setup: Setup, student, start, base, batch: Batch, draws, key) -> Result:
+    weight = setup.config["dreambooth"]["weight"]
+    return baselines.dreambooth(
+        setup.net, student, start, base, batch, draws, setup.levels, setup.grid, weight
+    )

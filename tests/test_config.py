@@ -1,0 +1,186 @@
+"""Fields are declared once; what configurations and command lines may not say is one line."""
+
+import pytest
+from conftest import ROOT, run_program
+
+from dopsd_jax.common.config_fields import Field, names, values
+from dopsd_jax.common.errors import UserError
+from dopsd_jax.config import flags, loading, schema
+from dopsd_jax.config.fields import choices, conditions, declared, defaults
+from dopsd_jax.config.reference import help_text, markdown
+from dopsd_jax.methods import flow_matching, registry
+
+NUMBERS = [f for f in declared().values() if f.kind in ("int", "float")]
+WRONG = (float("nan"), float("inf"), -float("inf"), 10**30, -(10**30), "text", None, [], True)
+
+
+RANDOM = loading.load("zimage:random")
+
+
+def config_with(name, value):
+    config = RANDOM.to_dict()
+    *groups, last = name.split(".")
+    (config[groups[0]] if groups else config)[last] = value
+    return config
+
+
+def problems_of(call, *args):
+    with pytest.raises(UserError) as caught:
+        call(*args)
+    return caught.value.problems
+
+
+@pytest.mark.parametrize("field", NUMBERS, ids=lambda f: f.name)
+def test_no_number_beyond_its_range_passes(field):
+    low = -2 if field.name.startswith("mesh.") else -1
+    for value in (*WRONG, low, *(0.5,) * (field.kind == "int")):
+        (problem,) = problems_of(schema.check, config_with(field.name, value))
+        assert problem.startswith(f"config.{field.name}: ")
+    assert field.fault(field.default) is None
+    assert field.fault(field.high) is None
+
+
+@pytest.mark.parametrize("name", [f.name for f in declared().values() if f not in NUMBERS])
+def test_no_other_field_takes_another_kind(name):
+    for value in (None, 3, 0.5, float("nan"), {}, b"x"):
+        problems = problems_of(schema.check, config_with(name, value))
+        assert any(p.startswith(f"config.{name}") for p in problems)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("grid", "nan,0.5"),
+        ("grid", [1.0, float("inf")]),
+        ("loss", "1e999"),
+        ("loss_steps", [None]),
+        ("lora.targets", [{}]),
+        ("data.buckets", [0.5, None]),
+        ("data.path", "a\0b"),
+        ("data.path", "https://example.org/pictures.zip"),
+        ("model", ""),
+    ],
+)
+def test_wrong_items_and_names_are_told(name, value):
+    (problem,) = problems_of(schema.check, config_with(name, value))
+    assert problem.startswith(f"config.{name}: ")
+
+
+def test_a_number_must_be_declared_with_bounds():
+    with pytest.raises(TypeError):
+        Field("steps", 3, "no bounds")
+
+
+def test_conditions_name_fields_and_values_that_there_are():
+    fields = declared()
+    for field in fields.values():
+        for name, needed in conditions(field).items():
+            assert set(needed) <= set(choices(fields[name]))
+
+
+def test_defaults_are_of_all_fields_and_right():
+    config = defaults()
+    assert schema.flat(config) == {name: f.default for name, f in declared().items()}
+    config.model = config.data.path = "somewhere"
+    schema.check(config)
+
+
+def test_choices_are_those_of_the_implementation():
+    assert choices(declared()["sft.sigma"]) == flow_matching.LEVELS
+    assert choices(declared()["method"]) == tuple(registry.METHODS)
+
+
+def test_the_document_is_the_declaration():
+    text = (ROOT / "docs" / "configuration.md").read_text(encoding="utf-8")
+    assert text == markdown(), "run: python -m dopsd_jax.config.reference > docs/configuration.md"
+    for name, field in declared().items():
+        assert field.help and f"--config.{name}=" in help_text()
+
+
+# --- The command line
+
+
+def read(arguments):
+    rest = flags.taken(["train", *arguments])
+    return loading.load("zimage:random", flags.CONFIG.asked), rest[1:]
+
+
+def test_fields_are_read_from_the_command_line_as_their_kind_says():
+    config, rest = read(
+        ["--config.steps=7", "--config.teacher.decay", "0.5", "--other=1", "--config.seed=1",
+         "--config.seed=2", "--config.data.caption_lines", "--noconfig.data.folder_repeats",
+         "--config.grid=1,0.5", "--config.model=x=y"]
+    )  # fmt: skip
+    assert rest == ["--other=1"]
+    assert (config.steps, config.teacher.decay, config.seed) == (7, 0.5, 2)
+    assert config.data.caption_lines is True and config.data.folder_repeats is False
+    assert values(config.grid) == (1, 0.5) and config.model == "x=y"
+    assert names(config.data.buckets) == ("128x128", "144x112")
+
+
+def test_all_wrong_fields_of_a_command_line_are_told_together():
+    problems = problems_of(
+        read,
+        ["--config.lora.rnk=3", "--config.steps=many", "--config.learning_rate=fast",
+         "--config.data.caption_lines=maybe", "--config.lora=3"],
+    )  # fmt: skip
+    assert problems == (
+        "config.lora.rnk: there is no such field; did you mean config.lora.rank?",
+        "config.steps: 'many' must be a whole number",
+        "config.learning_rate: 'fast' must be a number",
+        "config.data.caption_lines: 'maybe' must be true or false",
+        problems[-1],
+    )
+    assert problems[-1].startswith("config.lora: there is no such field")
+    assert "has no value" in problems_of(read, ["--config.steps"])[0]
+
+
+# --- Configuration files
+
+
+@pytest.mark.parametrize(
+    ("text", "argument", "message"),
+    [
+        ("def get_config(:\n", "", ":1: invalid syntax"),
+        ("x = 1\n", "", "has no function get_config"),
+        ("get_config = 3\n", "", "has no function get_config"),
+        ("def get_config():\n    return nothing\n", "", ":2: NameError"),
+        ("def get_config():\n    return 3\n", "", "returned int, not a ConfigDict"),
+        ("def get_config():\n    raise SystemExit\n", "", ":2: SystemExit"),
+        ("def get_config():\n    return {}\n", ":x", "takes 0 positional arguments"),
+        ("import no_such_module\n", "", ":1: ModuleNotFoundError"),
+        ("def get_config():\n    return {'steps': 3}\n", "", "config.seed: is missing"),
+        ("\0", "", "null"),
+    ],
+)
+def test_a_wrong_configuration_file_is_one_line_with_its_place(tmp_path, text, argument, message):
+    path = tmp_path / "own.py"
+    path.write_text(text)
+    problems = problems_of(lambda: schema.check(loading.load(f"{path}{argument}")))
+    assert any(message in problem for problem in problems), problems
+
+
+def test_what_is_no_configuration_file_is_told(tmp_path):
+    (tmp_path / "bytes.py").write_bytes(b"\xff\xfe")
+    for path, message in (
+        (tmp_path, "is a folder"),
+        (tmp_path / "none.py", "no such file"),
+        (tmp_path / "bytes.py", "is not UTF-8"),
+        ("zimagee", "is neither a file nor a configuration"),
+        ("/dev/zero", "is a device"),
+    ):
+        (problem,) = problems_of(loading.load, str(path))
+        assert message in problem
+
+
+def test_a_copied_configuration_file_works_anywhere(tmp_path):
+    text = (ROOT / "configs" / "zimage.py").read_text(encoding="utf-8")
+    (tmp_path / "own.py").write_text(text)
+    for name in ("lora", "full", "tiny", "tiny_full", "random", "random_full"):
+        copied = loading.load(f"{tmp_path / 'own.py'}:{name}")
+        assert copied == loading.load(f"zimage:{name}")
+
+
+def test_an_empty_work_directory_is_refused_before_anything():
+    done = run_program("train", "--config=zimage:random", "--workdir=")
+    assert done.returncode == 2 and done.stderr.startswith("error: --workdir: is empty")
