@@ -6,6 +6,7 @@ from typing import Any
 from dopsd_jax.common.errors import raise_if
 
 MOST = 2**31 - 1  # of any size
+MAX_LAYERS = 1000  # each makes rows in a table of names, before any tensor is looked at
 REQUIRED: Any = object()  # the default of a field that must be there
 
 
@@ -75,12 +76,15 @@ class Fields:
         kind = "a positive whole number" + ("" if most == MOST else f" up to {most}")
         return self.value(name, kind, lambda v: _is_count(v, 1, most), default) or 0
 
-    def counts(self, name: str, length: int | None = None, least: int = 1) -> tuple[int, ...]:
-        """A list of whole numbers, none below `least`."""
+    def counts(
+        self, name: str, length: int | None = None, least: int = 1, most: int = MOST
+    ) -> tuple[int, ...]:
+        """A list of whole numbers, none below `least` or above `most`."""
         kind = f"a list of {'' if length is None else f'{length} '}whole numbers from {least}"
+        kind += "" if most == MOST else f" to {most}"
         good = lambda v: (
             isinstance(v, list | tuple)
-            and all(_is_count(x, least) for x in v)
+            and all(_is_count(x, least, most) for x in v)
             and length in (None, len(v))
         )
         return tuple(self.value(name, kind, good) or ())

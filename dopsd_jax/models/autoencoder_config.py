@@ -5,7 +5,7 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
-from dopsd_jax.common.json_fields import Fields
+from dopsd_jax.common.json_fields import MAX_LAYERS, Fields
 
 DOWN_BLOCK, UP_BLOCK = "DownEncoderBlock2D", "UpDecoderBlock2D"
 
@@ -50,18 +50,20 @@ class AutoencoderConfig:
         fields.only("_class_name", "AutoencoderKL")
         fields.only("act_fn", "silu", "swish", required=True)
         widths = fields.counts("block_out_channels")
+        if fields.json.get("block_out_channels") == []:
+            fields.problem("field block_out_channels is empty; it must have a width for each level")
         for name, block in (("down_block_types", DOWN_BLOCK), ("up_block_types", UP_BLOCK)):
             _check_blocks(fields, name, block, len(widths))
         groups = fields.count("norm_num_groups")
         for width in widths:
-            if width % groups:
+            if groups and width % groups:
                 fields.problem(f"field norm_num_groups is {groups}, which does not divide {width}")
         cfg = cls(
             block_out_channels=widths,
             norm_num_groups=groups,
             in_channels=fields.count("in_channels"),
             out_channels=fields.count("out_channels"),
-            layers_per_block=fields.count("layers_per_block"),
+            layers_per_block=fields.count("layers_per_block", most=MAX_LAYERS),
             latent_channels=fields.count("latent_channels"),
             scaling_factor=fields.positive("scaling_factor"),
             shift_factor=_shift(fields),

@@ -14,10 +14,12 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
-from dopsd_jax.common.json_fields import Fields
+from dopsd_jax.common.json_fields import MAX_LAYERS, Fields
 from dopsd_jax.models.attention import attention
 from dopsd_jax.models.layers import Dense, RMSNorm, scan_range, stack
 from dopsd_jax.models.names import Leaf, Source, linear, vector
+
+MAX_HEAD = 1 << 12  # width of an attention head
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,7 +61,7 @@ def read_language_fields(fields: Fields, tied: Any) -> tuple[Qwen3Config, Mappin
     fields.only("attention_bias", False)
     fields.only("use_sliding_window", False, None)
     kinds = fields.json.get("layer_types") or []
-    if any(kind != "full_attention" for kind in kinds):
+    if not isinstance(kinds, list) or any(kind != "full_attention" for kind in kinds):
         fields.problem(f"field layer_types is {kinds!r}; only 'full_attention' is supported")
     if not isinstance(tied, bool):
         fields.problem(f"field tie_word_embeddings is {tied!r}; it must be true or false")
@@ -68,10 +70,10 @@ def read_language_fields(fields: Fields, tied: Any) -> tuple[Qwen3Config, Mappin
         vocab_size=fields.count("vocab_size"),
         hidden_size=fields.count("hidden_size"),
         intermediate_size=fields.count("intermediate_size"),
-        num_layers=fields.count("num_hidden_layers"),
+        num_layers=fields.count("num_hidden_layers", most=MAX_LAYERS),
         num_heads=fields.count("num_attention_heads"),
         num_kv_heads=fields.count("num_key_value_heads"),
-        head_dim=fields.count("head_dim"),
+        head_dim=fields.count("head_dim", most=MAX_HEAD),
         norm_eps=fields.positive("rms_norm_eps"),
         rope_theta=theta,
         tied=tied is True,

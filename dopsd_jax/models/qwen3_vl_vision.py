@@ -15,7 +15,7 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
-from dopsd_jax.common.json_fields import Fields
+from dopsd_jax.common.json_fields import MAX_LAYERS, Fields
 from dopsd_jax.models.attention import attention
 from dopsd_jax.models.layers import Dense, LayerNorm, scan_range, stack
 from dopsd_jax.models.names import Leaf, Source, linear, vector
@@ -61,7 +61,7 @@ def read_vision_fields(fields: Fields) -> Qwen3VLVisionConfig:
             f"field rope_parameters is {rope!r}; only axial of {ROPE_THETA:g} is supported"
         )
     config = Qwen3VLVisionConfig(
-        depth=fields.count("depth"),
+        depth=fields.count("depth", most=MAX_LAYERS),
         hidden_size=fields.count("hidden_size"),
         intermediate_size=fields.count("intermediate_size"),
         num_heads=fields.count("num_heads"),

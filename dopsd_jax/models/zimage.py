@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
-from dopsd_jax.common.errors import raise_if
+from dopsd_jax.common.json_fields import MAX_LAYERS, Fields
 from dopsd_jax.models.attention import attention
 from dopsd_jax.models.layers import Dense, RMSNorm, normalize, scan_blocks, sinusoids, stack
 from dopsd_jax.models.names import Leaf, linear, vector
@@ -26,6 +26,7 @@ TIME_FREQUENCIES = 256
 PAD_MULTIPLE = 32  # SEQ_MULTI_OF: image and caption are each padded to it, with learned tokens
 QK_NORM_EPS = 1e-5  # fixed in the block, whatever `norm_eps` says
 FINAL_NORM_EPS = 1e-6
+MAX_POSITIONS = 1 << 16  # of an axis of the rotary tables
 STACKS = ("noise_refiner", "context_refiner", "layers")  # parameters with a leading layer axis
 
 
@@ -77,53 +78,41 @@ class ZImageConfig:
     @classmethod
     def from_dict(cls, config: Mapping, where: str) -> "ZImageConfig":
         """Reads transformer/config.json, named `where`. Raises `UserError` with every fault."""
-        names = {
-            "dim": "dim",
-            "n_layers": "layers",
-            "n_refiner_layers": "refiner_layers",
-            "n_heads": "heads",
-            "in_channels": "channels",
-            "cap_feat_dim": "caption_dim",
-            "norm_eps": "norm_eps",
-            "qk_norm": "qk_norm",
-            "rope_theta": "rope_theta",
-            "t_scale": "time_scale",
-            "axes_dims": "axes_dims",
-            "axes_lens": "axes_lens",
-        }
+        fields = Fields(config, where)
         # diffusers ignores n_kv_heads; the class has no grouped heads.
-        needed = [*names, "all_patch_size", "all_f_patch_size"]
-        raise_if(
-            f"{where}: field {n!r} is missing; use the file of the checkpoint"
-            for n in needed
-            if n not in config
+        patches = fields.counts("all_patch_size")
+        if fields.counts("all_f_patch_size") != (1,) or len(patches) != 1:
+            fields.problem(
+                f"all_patch_size {fields.json.get('all_patch_size')} and all_f_patch_size "
+                f"{fields.json.get('all_f_patch_size')}: supported are one patch size and frame "
+                "patch 1"
+            )
+        if fields.json.get("siglip_feat_dim") is not None:
+            fields.problem("siglip_feat_dim is set: Z-Image-Omni checkpoints are not supported")
+        dim, heads = fields.count("dim"), fields.count("n_heads")
+        axes_dims = fields.counts("axes_dims", 3, least=2)
+        if dim and heads and axes_dims and (dim % heads or dim // heads != sum(axes_dims)):
+            fields.problem(
+                f"dim {dim} / n_heads {heads} is not the sum of axes_dims {list(axes_dims)}"
+            )
+        if any(a % 2 for a in axes_dims):
+            fields.problem("axes_dims must be even")
+        self = cls(
+            dim=dim,
+            layers=fields.count("n_layers", most=MAX_LAYERS),
+            refiner_layers=fields.count("n_refiner_layers", most=MAX_LAYERS),
+            heads=heads,
+            channels=fields.count("in_channels"),
+            caption_dim=fields.count("cap_feat_dim"),
+            norm_eps=fields.positive("norm_eps"),
+            qk_norm=fields.flag("qk_norm"),
+            rope_theta=fields.positive("rope_theta"),
+            time_scale=fields.positive("t_scale"),
+            axes_dims=axes_dims,
+            axes_lens=fields.counts("axes_lens", 3, most=MAX_POSITIONS),
+            patch=patches[0] if patches else 0,
         )
-        faults = []
-        if list(config["all_f_patch_size"]) != [1] or len(config["all_patch_size"]) != 1:
-            faults.append(
-                f"{where}: all_patch_size {config['all_patch_size']} and all_f_patch_size "
-                f"{config['all_f_patch_size']}: supported are one patch size and frame patch 1"
-            )
-        if config.get("siglip_feat_dim") is not None:
-            faults.append(
-                f"{where}: siglip_feat_dim is set: Z-Image-Omni checkpoints are not supported"
-            )
-        raise_if(faults)
-        fields = {ours: config[theirs] for theirs, ours in names.items()}
-        fields |= {a: tuple(fields[a]) for a in ("axes_dims", "axes_lens")}
-        self = cls(**fields, patch=config["all_patch_size"][0])
-        if self.dim % self.heads or self.head_dim != sum(self.axes_dims):
-            faults.append(
-                f"{where}: dim {self.dim} / n_heads {self.heads} is not the sum of axes_dims "
-                f"{self.axes_dims}"
-            )
-        if (
-            any(a % 2 for a in self.axes_dims)
-            or len(self.axes_dims) != 3
-            or len(self.axes_lens) != 3
-        ):
-            faults.append(f"{where}: axes_dims and axes_lens must be three numbers, axes_dims even")
-        raise_if(faults)
+        fields.finish()
         return self
 
     def to_dict(self) -> dict:

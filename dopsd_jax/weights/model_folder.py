@@ -30,7 +30,7 @@ def family_of(folder: Path) -> str:
     if is_converted_model(folder):
         manifest, _ = read_json(folder / MODEL_MANIFEST)
         family = manifest.get("family") if isinstance(manifest, dict) else None
-        if family not in FAMILIES:
+        if not isinstance(family, str) or family not in FAMILIES:
             raise UserError(f"{folder / MODEL_MANIFEST}: family {family!r} is unknown")
         return family
     if not (folder / INDEX).is_file():
@@ -40,7 +40,7 @@ def family_of(folder: Path) -> str:
         )
     index, _ = read_json(folder / INDEX)
     pipeline = index.get("_class_name") if isinstance(index, dict) else None
-    if pipeline not in PIPELINE_FAMILIES:
+    if not isinstance(pipeline, str) or pipeline not in PIPELINE_FAMILIES:
         known = ", ".join(PIPELINE_FAMILIES)
         raise UserError(f"{folder / INDEX}: pipeline {pipeline!r} is not supported; {known} is")
     return PIPELINE_FAMILIES[pipeline]

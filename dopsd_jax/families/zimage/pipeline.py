@@ -18,6 +18,7 @@ from dopsd_jax import dopsd
 from dopsd_jax.adapters import attach
 from dopsd_jax.common.errors import UserError, raise_if
 from dopsd_jax.common.flow import shifted_grid
+from dopsd_jax.common.json_fields import Fields
 from dopsd_jax.common.json_files import read_json
 from dopsd_jax.families.zimage import encoders as encoders
 from dopsd_jax.families.zimage import family
@@ -106,28 +107,12 @@ class Pipeline:
     def shift(self) -> float:
         """The scheduler's static shift. Raises `UserError` for a scheduler of another kind."""
         path = self.folder / "scheduler" / "scheduler_config.json"
-        scheduler, _ = read_json(path)
-        kind = scheduler.get("_class_name")
-        raise_if(
-            f"{path}: {field} is {found!r}; Z-Image-Turbo has {wanted}"
-            for field, found, good, wanted in (
-                (
-                    "_class_name",
-                    kind,
-                    kind == "FlowMatchEulerDiscreteScheduler",
-                    "a flow-match Euler one",
-                ),
-                ("use_dynamic_shifting", True, not scheduler.get("use_dynamic_shifting"), "false"),
-                (
-                    "shift",
-                    scheduler.get("shift"),
-                    _positive(scheduler.get("shift")),
-                    "a number above 0",
-                ),
-            )
-            if not good
-        )
-        return float(scheduler["shift"])
+        fields = Fields(read_json(path, finite=False)[0], str(path))
+        fields.only("_class_name", "FlowMatchEulerDiscreteScheduler", required=True)
+        fields.only("use_dynamic_shifting", False, None)
+        shift = fields.positive("shift")
+        fields.finish()
+        return shift
 
     @functools.cached_property
     def tokenizer(self) -> Any:
@@ -425,10 +410,6 @@ def attach_file(model: zimage.ZImage, config: zimage.ZImageConfig, path: str | P
 def lora_layers(config: zimage.ZImageConfig) -> Layers:
     """The transformer's linear layers by every name that LoRA files call them."""
     return layers_of(networks.ZIMAGE["transformer"], config)
-
-
-def _positive(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and value > 0
 
 
 @functools.partial(jax.jit, static_argnums=0)

@@ -1,0 +1,34 @@
+"""Damaged files of every kind: the answer is one clear error or a result, never a traceback."""
+
+import random
+
+import pytest
+from fuzz import damaged, readers, run_case
+from hypothesis import HealthCheck, given, settings, strategies
+
+
+@pytest.fixture(scope="module")
+def table(tmp_path_factory):
+    found = readers(tmp_path_factory.mktemp("fuzz"))
+    return [(name, reader, reader.path.read_bytes()) for name, reader in found.items()]
+
+
+@settings(
+    max_examples=400,
+    derandomize=True,
+    deadline=None,
+    database=None,
+    suppress_health_check=list(HealthCheck),
+)
+@given(strategies.integers(0, 2**32), strategies.integers(0, 1000))
+def test_no_reader_raises_anything_but_a_users_error(table, seed, which):
+    name, reader, good = table[which % len(table)]
+    error = run_case(reader, good, f"{seed}")
+    assert error is None, f"{name}, seed {seed}: {error!r}"
+
+
+def test_cases_are_the_same_for_the_same_seed(table):
+    for _, reader, good in table[:8]:
+        cases = [damaged(random.Random(f"{seed}"), good, reader.kind) for seed in range(10)]
+        assert cases == [damaged(random.Random(f"{seed}"), good, reader.kind) for seed in range(10)]
+        assert sum(case != good for case in cases) >= 8
