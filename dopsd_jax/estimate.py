@@ -16,10 +16,10 @@ TOPOLOGY = flags.DEFINE_string(
     "topology", "local", "local, or a TPU slice such as v5p-8 or v5p:2x2x1"
 )
 FULL_SIZE = flags.DEFINE_bool("full_size", False, "the published network, not config.model's")
-HEIGHT = flags.DEFINE_integer("height", 0, "pixels; 0: config.data.resolution")
-WIDTH = flags.DEFINE_integer("width", 0, "pixels; 0: config.data.resolution")
-STUDENT_ROWS = flags.DEFINE_integer("student_rows", 512, "caption tokens of the student")
-TEACHER_ROWS = flags.DEFINE_integer("teacher_rows", 1024, "caption tokens of the teacher")
+HEIGHT = flags.DEFINE_integer("height", 0, "pixels; 0: config.data.resolution", 0, 65536)
+WIDTH = flags.DEFINE_integer("width", 0, "pixels; 0: config.data.resolution", 0, 65536)
+STUDENT_ROWS = flags.DEFINE_integer("student_rows", 512, "caption tokens of the student", 1, 10**6)
+TEACHER_ROWS = flags.DEFINE_integer("teacher_rows", 1024, "caption tokens of the teacher", 1, 10**6)
 
 if __name__ == "__main__":
     parse(data=False)  # a wrong option is told now: the imports below take seconds

@@ -25,10 +25,12 @@ from dopsd_jax.config.flags import CONFIG, WORKDIR, parse
 from dopsd_jax.parallel import cluster
 
 OUT = flags.DEFINE_string("out", None, "folder of the prepared data set; may be gs://")
-SHARD = flags.DEFINE_integer("shard", None, "which share of the parts, from 0, to make here", 0)
-SHARDS = flags.DEFINE_integer("shards", None, "in how many shares the parts are divided", 1)
-BATCH = flags.DEFINE_integer("batch", 8, "captions that a device encodes together", 1)
-ROWS = flags.DEFINE_integer("rows_per_part", 256, "rows a file; the same for all shards", 1)
+SHARD = flags.DEFINE_integer(
+    "shard", None, "which share of the parts, from 0, to make here", 0, 10**6
+)
+SHARDS = flags.DEFINE_integer("shards", None, "in how many shares the parts are divided", 1, 10**6)
+BATCH = flags.DEFINE_integer("batch", 8, "captions that a device encodes together", 1, 65536)
+ROWS = flags.DEFINE_integer("rows_per_part", 256, "rows a file; the same for all shards", 1, 10**6)
 
 if __name__ == "__main__":
     parse("out", strict=False)  # a wrong option is told now: the imports below take seconds

@@ -3,11 +3,23 @@
 Run the same command again to resume. What it writes is described in README.md.
 """
 
+from absl import flags
+
+from dopsd_jax.config.changes import check_allowed
 from dopsd_jax.config.flags import CONFIG, WORKDIR, parse
 from dopsd_jax.parallel import cluster
 
+ALLOW_CHANGES = flags.DEFINE_list(
+    "allow_changes",
+    [],
+    "fields that may differ from the run that is continued, such as "
+    "learning_rate, or data; see docs/running.md",
+)
+
 if __name__ == "__main__":
-    parse()  # a wrong option is told now: the imports below take seconds
+    parse(
+        more_checks=lambda: check_allowed(ALLOW_CHANGES.value)
+    )  # a wrong option is told now: the imports below take seconds
 
 import jax
 from etils import epath
@@ -51,7 +63,7 @@ def train(config: ConfigDict, workdir: epath.Path) -> int | None:
         build.check_method(config, pipe)
         dataset = build.open_data(config, workdir, pipe.size_multiple)
         facts = {"data": dataset.digest(), **origin}
-        open_workdir(workdir, config, facts, write=multihost.is_first())
+        open_workdir(workdir, config, facts, multihost.is_first(), ALLOW_CHANGES.value)
         return pipe, dataset
 
     pipe, dataset = multihost.first_alone(open_run)

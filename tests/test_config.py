@@ -1,14 +1,17 @@
 """Fields are declared once; what configurations and command lines may not say is one line."""
 
+import json
+
 import pytest
 from conftest import ROOT, run_program
 
 from dopsd_jax.common.config_fields import Field, names, values
 from dopsd_jax.common.errors import UserError
-from dopsd_jax.config import flags, loading, schema
+from dopsd_jax.config import changes, flags, loading, schema
 from dopsd_jax.config.fields import choices, conditions, declared, defaults
 from dopsd_jax.config.reference import help_text, markdown
 from dopsd_jax.methods import flow_matching, registry
+from dopsd_jax.run.workdir import open_workdir
 
 NUMBERS = [f for f in declared().values() if f.kind in ("int", "float")]
 WRONG = (float("nan"), float("inf"), -float("inf"), 10**30, -(10**30), "text", None, [], True)
@@ -184,3 +187,50 @@ def test_a_copied_configuration_file_works_anywhere(tmp_path):
 def test_an_empty_work_directory_is_refused_before_anything():
     done = run_program("train", "--config=zimage:random", "--workdir=")
     assert done.returncode == 2 and done.stderr.startswith("error: --workdir: is empty")
+
+
+# --- Going on with other settings
+
+
+def test_what_may_change_is_what_the_fields_declare(tmp_path):
+    (tmp_path / "checkpoints" / "5").mkdir(parents=True)
+    start = RANDOM.to_dict()
+    facts = {"data": "one", "model_revision": "r"}
+    open_workdir(tmp_path, start, facts)
+    for name, field in declared().items():
+        other = config_with(name, "other")
+        old, new = ({"config": schema.flat(c), "facts": facts} for c in (start, other))
+        group = "data" if name.startswith("data.") else name
+        made, faults = changes.compare(old, new, [group])
+        assert (len(made), len(faults)) == {
+            "always": (0, 0), "on request": (1, 0), "never": (0, 1)
+        }[field.change]  # fmt: skip
+        assert all("config.lora.init_from" in fault for fault in faults)
+    (problem,) = problems_of(open_workdir, tmp_path, start, facts | {"data": "two"})
+    assert "--allow_changes=data" in problem
+    (problem,) = problems_of(
+        open_workdir, tmp_path, start, facts | {"model_revision": "s"}, True, ["data"]
+    )
+    assert "model_revision" in problem
+    path = tmp_path / "config.json"
+    for step, data in ((5, "two"), (9, "three")):
+        (tmp_path / "checkpoints" / str(step)).mkdir(exist_ok=True)
+        open_workdir(tmp_path, start, facts | {"data": data}, True, ["data"])
+        open_workdir(tmp_path, start, facts | {"data": data})  # the same again: nothing changes
+    assert json.loads(path.read_text())["changes"] == [
+        {"step": 5, "field": "data", "old": "one", "new": "two"},
+        {"step": 9, "field": "data", "old": "two", "new": "three"},
+    ]
+    for content in ("[]", '{"config": 3, "facts": {}}', '{"config": {}}'):
+        path.write_text(content)
+        (problem,) = problems_of(open_workdir, tmp_path, start, facts)
+        assert "is not a configuration of a run" in problem
+
+
+def test_what_can_never_change_is_refused_with_the_way_to_go_on():
+    changes.check_allowed(["learning_rate", "data", "steps"])
+    problems = problems_of(changes.check_allowed, ["lora.rank", "learningrate", "method"])
+    assert len(problems) == 3
+    assert "config.lora.rank cannot change within a run" in problems[0]
+    assert "config.lora.init_from" in problems[0]
+    assert "did you mean config.learning_rate?" in problems[1]

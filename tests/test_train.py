@@ -274,6 +274,23 @@ def test_a_full_disk_while_saving_loses_nothing(random_run, tmp_path):
     same_numbers(records(workdir), records(random_run))
 
 
+def test_a_run_goes_on_with_another_rate_if_that_is_allowed(random_run, tmp_path):
+    """The rate takes effect with the first step after the checkpoint, and the change is kept."""
+    workdir = tmp_path / "run"
+    shutil.copytree(random_run, workdir)
+    more = (f"--workdir={workdir}", "--config.steps=5", "--config.learning_rate=5e-4")
+    refused = run_program("train", *RANDOM_CONFIG, *more)
+    assert refused.returncode == 2
+    assert "--allow_changes=learning_rate" in refused.stderr
+    assert "config.lora.init_from" in refused.stderr
+    allowed = run_program("train", *RANDOM_CONFIG, *more, "--allow_changes=learning_rate")
+    assert allowed.returncode == 0, allowed.stderr
+    assert [r["lr"] for r in records(workdir)] == pytest.approx([1e-3] * 4 + [5e-4], rel=1e-6)
+    changes = json.loads((workdir / "config.json").read_text())["changes"]
+    assert changes == [{"step": 4, "field": "learning_rate", "old": 0.001, "new": 0.0005}]
+    assert "Changed on the way" in (workdir / "report.html").read_text()
+
+
 def test_a_run_that_has_saved_nothing_may_be_corrected(tmp_path):
     open_workdir(tmp_path, {"learning_rate": 1.0}, {"data": "a"})
     open_workdir(tmp_path, {"learning_rate": 0.1}, {"data": "b"})

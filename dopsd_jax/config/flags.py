@@ -1,6 +1,6 @@
 """The options --config and --workdir, which programs share. Imports no JAX; see common.program."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from absl import flags
 from ml_collections import ConfigDict
@@ -33,11 +33,17 @@ class _Config:
 CONFIG = _Config()
 
 
-def parse(*required: str, strict: bool = True, data: bool = True) -> None:
+def parse(
+    *required: str,
+    strict: bool = True,
+    data: bool = True,
+    more_checks: Callable[[], None] = lambda: None,
+) -> None:
     """Reads the command line and checks the configuration: a fault ends the program with a line.
 
     required: options that must be given beside --config. strict: whether a field of the command
     line that has no effect is a fault. data: whether config.data.path must name something.
+    more_checks: raises `UserError` for the program's own options.
     """
 
     def check() -> None:
@@ -48,6 +54,7 @@ def parse(*required: str, strict: bool = True, data: bool = True) -> None:
         schema.check(fields, CONFIG.asked if strict else ())
         if WORKDIR.value == "":
             raise UserError("--workdir: is empty; name a folder, or leave it out")
+        more_checks()
 
     program.parse(required=("config", *required), rewrite=taken, check=check, more=help_text)
 

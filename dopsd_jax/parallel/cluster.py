@@ -22,13 +22,13 @@ COORDINATOR = flags.DEFINE_string(
     "coordinator", None, "host:port of process 0 (or JAX_COORDINATOR_ADDRESS)"
 )
 NUM_PROCESSES = flags.DEFINE_integer(
-    "num_processes", None, "how many there are (or JAX_NUM_PROCESSES)", lower_bound=1
+    "num_processes", None, "how many there are (or JAX_NUM_PROCESSES)", 1, 10**6
 )
 PROCESS_ID = flags.DEFINE_integer(
-    "process_id", None, "which one this is, from 0 (or JAX_PROCESS_ID)", lower_bound=0
+    "process_id", None, "which one this is, from 0 (or JAX_PROCESS_ID)", 0, 10**6
 )
 CONNECT_TIMEOUT = flags.DEFINE_integer(
-    "connect_timeout", 300, "seconds to wait for the other processes", lower_bound=1
+    "connect_timeout", 300, "seconds to wait for the other processes", 1, 10**6
 )
 # A process that was killed is noticed after this time, and the others end.
 HEARTBEAT_SECONDS = 60

@@ -15,6 +15,7 @@ from dopsd_jax.common.atomic import write_text
 from dopsd_jax.common.errors import UserError
 from dopsd_jax.common.json_files import read_json
 from dopsd_jax.common.progress import duration
+from dopsd_jax.methods.registry import METHODS
 from dopsd_jax.reporting.charts import Series, chart, number
 from dopsd_jax.reporting.html_page import render
 from dopsd_jax.reporting.metrics import FILE, read_metrics
@@ -24,8 +25,6 @@ CONFIG, SCORES, REPORT = "config.json", "scores.json", "report.html"
 ROUNDS = 40  # at most so many grids are embedded: the first, the last, and some evenly between
 SIDE = 1600  # grids are embedded as JPEG with sides up to this
 
-# Methods whose gap is that of student and teacher; others compare with pictures (docs/methods.md).
-BESIDE_TEACHER = ("dopsd", "offpolicy")
 # Field, title, note, and whether a logarithmic axis suits it.
 CURVES = (
     ("loss", "Loss", "mean over noise levels", True),
@@ -54,8 +53,8 @@ def write_report(workdir: str | os.PathLike) -> epath.Path:
     records = read_metrics(workdir / FILE)
     config, scores = _read_object(workdir / CONFIG), _read_object(workdir / SCORES)
     section = config.get("config")
-    method = section.get("method", "dopsd") if isinstance(section, dict) else "dopsd"
-    gap = "student and teacher" if method in BESIDE_TEACHER else "velocity and noise - picture"
+    method = section.get("method") if isinstance(section, dict) else None
+    gap = METHODS.get(str(method), METHODS["dopsd"]).gap
     curves = "".join(
         _curve(records, field, title, note.format(gap=gap), log)
         for field, title, note, log in CURVES

@@ -3,7 +3,7 @@
 import importlib.metadata
 import json
 import platform
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from etils import epath
@@ -11,34 +11,12 @@ from etils import epath
 from dopsd_jax.common.atomic import is_remote, write_text
 from dopsd_jax.common.errors import UserError, raise_if
 from dopsd_jax.common.json_files import read_json
+from dopsd_jax.config.changes import compare
 from dopsd_jax.config.schema import flat
 from dopsd_jax.data.prepared_parts import is_prepared
 
 CONFIG = "config.json"
 DEFAULT = "runs/zimage"  # the work directory
-# What may change when a run goes on: everything else changes what is trained.
-FREE = (
-    "steps",
-    "checkpoint_every",
-    "keep_checkpoints",
-    "export",
-    "export_weights",
-    "export_dtype",
-    "offload",
-    "export_every",
-    "keep_every",
-    "nonfinite",
-    "sample_every",
-    "sample_rows",
-    "attention",
-    "remat",
-    "data.cache",
-    "data.path",  # the digest of the data decides: a prepared copy is the same data
-    "mesh.data",
-    "mesh.fsdp",
-    "mesh.context",
-    "mesh.tensor",
-)
 _PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "transformers", "numpy")
 
 
@@ -76,39 +54,33 @@ def find_workdir(name: str | None, config: Mapping[str, Any]) -> epath.Path:
 
 
 def open_workdir(
-    workdir: epath.Path, config: Mapping[str, Any], facts: Mapping[str, Any], write: bool = True
+    workdir: epath.Path,
+    config: Mapping[str, Any],
+    facts: Mapping[str, Any],
+    write: bool = True,
+    allowed: Sequence[str] = (),
 ) -> None:
     """Makes the folder, or checks that it belongs to this configuration; writes config.json.
 
-    `write`: False for a process that leaves writing to another.
-
-    `facts`: what else decides what is trained (digest of the data, revision of the model). Raises
-    `UserError` naming every field that differs.
+    facts: what else decides what is trained (digest of the data, revision of the model). write:
+    False for a process that leaves writing to another. allowed: fields that may change now; every
+    such change is kept in config.json with the step after which it takes effect. Raises
+    `UserError` naming every other field that differs.
     """
-    path = workdir / CONFIG
+    path, folder = workdir / CONFIG, workdir / "checkpoints"
     new = {"config": flat(config), "facts": dict(facts), "versions": versions()}
-    # A run that has saved nothing yet may be corrected.
-    folder = workdir / "checkpoints"
-    saved = folder.exists() and any(p.name.isdigit() for p in folder.iterdir())
-    if path.exists() and saved:
+    saved = [int(p.name) for p in folder.iterdir() if p.name.isdigit()] if folder.exists() else []
+    if path.exists() and saved:  # a run that has saved nothing yet may be corrected
         old, _ = read_json(path)
-        if not isinstance(old, dict) or not {"config", "facts"} <= old.keys():
+        parts = [old.get(name) for name in ("config", "facts")] if isinstance(old, dict) else []
+        if not parts or not all(isinstance(part, dict) for part in parts):
             raise UserError(f"{path}: is not a configuration of a run; use another --workdir")
-        was, now = old["config"], new["config"]
-        faults = [
-            f"{workdir}: belongs to a run with config.{name} = {was.get(name)!r}, now "
-            f"{now.get(name)!r}; use another --workdir, or the old value"
-            for name in sorted(was.keys() | now.keys())
-            if name not in FREE and was.get(name) != now.get(name)
-        ]
-        faults += [
-            f"{workdir}: was trained with {name} {old['facts'].get(name)}, now it is {value}; use "
-            "another --workdir"
-            for name, value in new["facts"].items()
-            if old["facts"].get(name) != value
-        ]
-        if faults:
-            raise UserError(*faults)
+        changes, faults = compare(old, new, allowed)
+        raise_if(f"{workdir}: {fault}" for fault in faults)
+        before = old.get("changes")
+        changes = [{"step": max(saved), **change} for change in changes]
+        if kept := [*(before if isinstance(before, list) else []), *changes]:
+            new["changes"] = kept
     try:
         workdir.mkdir(parents=True, exist_ok=True)
     except OSError as error:
