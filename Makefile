@@ -1,4 +1,4 @@
-.PHONY: install test check format tiny
+.PHONY: install test check format wheel tiny
 
 install:  ## into the current environment, with what the tests need
 	pip install -e '.[test]'
@@ -6,7 +6,10 @@ install:  ## into the current environment, with what the tests need
 test:
 	python -m pytest
 
-check:  ## lint and formatting, as pinned in pyproject.toml
+wheel:  ## build it, install it, use it from an empty directory
+	.ci/wheel python3
+
+check:  ## lint and formatting, with the version that setup.py pins
 	ruff check .
 	ruff format --check .
 
@@ -14,5 +17,5 @@ format:
 	ruff check --fix .
 	ruff format .
 
-tiny:  ## the whole program on a miniature, on a laptop
+tiny:  ## the whole program on the trained miniature, on a laptop
 	python -m dopsd_jax.train --config configs/zimage.py:tiny

@@ -22,6 +22,9 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 import jax
 import numpy as np
 import pytest
+from shape_checks import check_shapes
+
+check_shapes("dopsd", "models", "adapters", "methods", "data", "training")
 
 import dopsd_jax
 from dopsd_jax.adapters import attach

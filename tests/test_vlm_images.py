@@ -13,6 +13,7 @@ import sys
 import numpy as np
 import pytest
 import torch
+from shape_checks import unchecked
 
 from dopsd_jax.common.errors import UserError
 from dopsd_jax.models.resample import resize_bicubic
@@ -175,5 +176,5 @@ def test_a_strip_is_refused_by_name():
 
 def test_only_8_bit_rgb_is_taken():
     for image in (np.zeros((9, 9, 4), np.uint8), np.zeros((9, 9, 3), np.float32)):
-        with pytest.raises(ValueError, match="8-bit RGB"):
+        with pytest.raises(ValueError, match="8-bit RGB"), unchecked():
             preprocess(image, settings(1024, 65536))

@@ -18,7 +18,7 @@ def padded_length(longest: int, multiple: int, maximum: int) -> int:
 
 
 def pad_stack(
-    features: Sequence[Float[np.ndarray, "n c"]], length: int
+    features: Sequence[Float[np.ndarray, "_n c"]], length: int
 ) -> tuple[Float[np.ndarray, "b {length} c"], Int32[np.ndarray, " b"]]:
     """Stacks features of n_i <= length positions with zeros behind; also returns the n_i."""
     lengths = np.array([len(feature) for feature in features], np.int32)

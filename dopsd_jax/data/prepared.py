@@ -139,7 +139,7 @@ class Prepared:
 
     def load(
         self, caption: Caption, roles: Sequence[int] = tuple(range(parts.ROLES))
-    ) -> tuple[Float[np.ndarray, "n c"], ...]:
+    ) -> tuple[Float[np.ndarray, "_n _c"], ...]:
         """The features of a caption, from storage: for the student (0), for the teacher (1)."""
         row, i = caption
         part = row // self.manifest.rows_per_part

@@ -166,7 +166,7 @@ class Encoder(nnx.Module):
         self.norm_out = GroupNorm(dims[-1], groups)
         self.conv_out = Conv(dims[-1], 2 * cfg.latent_channels, 3, rngs=rngs)
 
-    def __call__(self, x: Float[Array, "b H W c"]) -> Float[Array, "b h w 2z"]:
+    def __call__(self, x: Float[Array, "b H W c"]) -> Float[Array, "b h w m"]:
         x = self.conv_in(x)
         for level in self.levels:
             x = level(x)
@@ -205,7 +205,7 @@ class Autoencoder(nnx.Module):
         self.quant_conv = Conv(2 * z, 2 * z, 1, rngs=rngs) if cfg.use_quant_conv else None
         self.post_quant_conv = Conv(z, z, 1, rngs=rngs) if cfg.use_post_quant_conv else None
 
-    def moments(self, images: Float[Array, "b H W c"]) -> Float[Array, "b h w 2z"]:
+    def moments(self, images: Float[Array, "b H W c"]) -> Float[Array, "b h w m"]:
         """Mean and raw log-variance of the posterior, joined along the channels."""
         moments = self.encoder(images)
         return moments if self.quant_conv is None else self.quant_conv(moments)
@@ -279,7 +279,7 @@ _decode = jax.jit(Autoencoder.decode)
 
 
 def split_moments(
-    moments: Float[Array, "b h w 2z"],
+    moments: Float[Array, "b h w m"],
 ) -> tuple[Float[Array, "b h w z"], Float[Array, "b h w z"]]:
     """Mean and log-variance; the latter clipped as the reference does."""
     mean, logvar = jnp.split(moments, 2, axis=-1)

@@ -54,7 +54,7 @@ class Dense(nnx.Module):
             y = constrain_batch(y + self._adapter_update(x), *free)
         return y
 
-    def split(self, y: Float[Array, "... dout"]) -> list[Float[Array, "... part"]]:
+    def split(self, y: Float[Array, "... dout"]) -> list[Float[Array, "... _part"]]:
         """Cuts an output into its parts."""
         bounds, total = [], 0
         for size in self.douts[:-1]:
@@ -63,7 +63,7 @@ class Dense(nnx.Module):
         parts = jnp.split(y.reshape(*y.shape[:-1], self.groups, -1), bounds, axis=-1)
         return [part.reshape(*y.shape[:-1], -1) for part in parts]
 
-    def join(self, parts: list[Float[Array, "... part"]]) -> Float[Array, "... dout"]:
+    def join(self, parts: list[Float[Array, "... _part"]]) -> Float[Array, "... dout"]:
         """The output that has these parts: the inverse of `split`."""
         blocks = [part.reshape(*part.shape[:-1], self.groups, -1) for part in parts]
         return jnp.concatenate(blocks, axis=-1).reshape(*parts[0].shape[:-1], -1)
