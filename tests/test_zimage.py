@@ -155,7 +155,7 @@ def test_a_batch_equals_its_items_and_padding_rows_do_not_matter():
     ours = port(model, cfg)
     x, t, features, lengths = inputs(cfg, 12, 8, lengths=[5, 64, 33])
     whole = run_jax(ours, x, t, features, lengths)
-    for i, n in enumerate(lengths):
+    for i in range(len(lengths)):
         rows = int(zimage.padded_length(lengths)[i])
         alone = run_jax(
             ours, x[i : i + 1], t[i : i + 1], features[i : i + 1, :rows], lengths[i : i + 1]
