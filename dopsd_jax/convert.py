@@ -8,11 +8,11 @@ import math
 import os
 import sys
 from pathlib import Path
-from typing import NoReturn
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")  # converting needs no accelerator
 
-from dopsd_jax.common.errors import USER_ERROR_EXIT, UserError, raise_if, report
+from dopsd_jax.common.errors import UserError, raise_if, report
+from dopsd_jax.common.program import Parser
 
 TYPES = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}
 DIALECTS = ("D", "Cs", "Cn", "K", "Q")  # of LoRA files: weights/lora_dialects.py, WRITTEN
@@ -25,13 +25,6 @@ EXAMPLES = """examples:
   %(prog)s lora style.safetensors style-kohya.safetensors --to K
   %(prog)s inspect zimage-converted
 """
-
-
-class Parser(argparse.ArgumentParser):
-    """Tells a wrong option in one line, as all programs do."""
-
-    def error(self, message: str) -> NoReturn:
-        self.exit(USER_ERROR_EXIT, f"error: {message}; see --help\n")
 
 
 def parser(program: str) -> argparse.ArgumentParser:

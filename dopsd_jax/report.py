@@ -7,6 +7,7 @@ import argparse
 import sys
 
 from dopsd_jax.common import errors
+from dopsd_jax.common.program import Parser
 
 
 def main(run: str) -> None:
@@ -18,8 +19,8 @@ def main(run: str) -> None:
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(
-        "dopsd_jax.report",
+    parser = Parser(
+        "python -m dopsd_jax.report",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )

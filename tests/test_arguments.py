@@ -56,7 +56,7 @@ def test_a_wrong_option_is_told_before_jax_is_imported(tmp_path, arguments, mess
 
 @pytest.mark.parametrize("program", console.PROGRAMS)
 def test_every_program_tells_wrong_options_and_help_at_once(tmp_path, program):
-    wrong = ["inspect", "x"] if program == "convert" else []
+    wrong = {"convert": ["inspect", "x"], "report": ["x"]}.get(program, [])
     code, _, err, modules = run(tmp_path, program, *wrong, "--no_such_option=1")
     assert code == 2 and "no_such_option" in err and len(err.splitlines()) == 1
     assert not HEAVY & modules

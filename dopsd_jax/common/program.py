@@ -8,12 +8,14 @@ A program reads its command line before it imports JAX, which takes seconds:
     import jax
 """
 
+import argparse
 import sys
 from collections.abc import Callable, Sequence
+from typing import NoReturn
 
 from absl import flags, logging
 
-from dopsd_jax.common.errors import UserError, report
+from dopsd_jax.common.errors import USER_ERROR_EXIT, UserError, report
 
 FLAGS = flags.FLAGS
 HELP = ("--help", "-help", "-h", "--helpfull", "-helpfull", "-?")
@@ -68,3 +70,10 @@ def run(main: Callable[[], int | None]) -> None:
     if not FLAGS.is_parsed():
         parse()
     sys.exit(report(main))
+
+
+class Parser(argparse.ArgumentParser):
+    """For programs with commands or places: a wrong option is one line there too."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(USER_ERROR_EXIT, f"error: {message}; see --help\n")
