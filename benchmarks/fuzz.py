@@ -8,6 +8,7 @@ gives it again. The suite runs a few hundred of the same cases (tests/test_fuzz.
 
 import argparse
 import collections
+import copy
 import json
 import random
 import struct
@@ -93,7 +94,7 @@ def _with_fault(rng: random.Random, tree: object) -> object:
     if isinstance(tree, dict | list):
         walk(tree)
     if not places or rng.random() < 0.03:
-        return rng.choice(NASTY)
+        return copy.deepcopy(rng.choice(NASTY))
     node, key = rng.choice(places)
     action = rng.randrange(6)
     if action == 0:
@@ -106,7 +107,7 @@ def _with_fault(rng: random.Random, tree: object) -> object:
     elif isinstance(node[key], str) and action == 3:
         node[key] = rng.choice(TOKENS).decode("latin-1") + node[key]
     else:
-        node[key] = rng.choice(NASTY)
+        node[key] = copy.deepcopy(rng.choice(NASTY))  # later faults change it
     return tree
 
 

@@ -73,7 +73,7 @@ def test_what_is_no_file_is_refused_before_it_is_read(tmp_path):
 def test_a_file_beyond_the_limit_is_not_read(tmp_path):
     with open(tmp_path / "huge", "wb") as file:
         file.truncate(1 << 40)  # a hole: takes no room
-    with pytest.raises(UserError, match="larger than 16 MiB"):
+    with pytest.raises(UserError, match="larger than 8 MiB"):
         read_text(tmp_path / "huge")
     (tmp_path / "small").write_text("12345")
     assert read_bytes(tmp_path / "small", limit=5) == b"12345"

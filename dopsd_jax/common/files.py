@@ -9,7 +9,7 @@ from etils import epath
 from dopsd_jax.common.atomic import is_remote
 from dopsd_jax.common.errors import UserError
 
-MAX_TEXT = 16 << 20  # bytes of a configuration: parsed JSON takes up to 30 times as much memory
+MAX_TEXT = 8 << 20  # bytes of a configuration: parsed JSON takes up to 30 times as much memory
 
 
 def open_regular(path: str | os.PathLike, advice: str = "check the path") -> BinaryIO:

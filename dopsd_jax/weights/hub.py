@@ -77,7 +77,8 @@ def _recorded_revision(path: Path) -> str | None:
     """The commit a local folder is of, if it says so: a converted model, or the hub's cache."""
     if (path / MODEL_MANIFEST).is_file():
         manifest, _ = read_json(path / MODEL_MANIFEST)
-        return manifest.get("revision") if isinstance(manifest, dict) else None
+        revision = manifest.get("revision") if isinstance(manifest, dict) else None
+        return revision if isinstance(revision, str) else None
     return path.name if path.parent.name == "snapshots" else None
 
 

@@ -11,7 +11,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dopsd_jax.common.errors import UserError
 from dopsd_jax.models.names import Leaf, Source
 from dopsd_jax.weights.tensors import Piece, Recipe, Tensors, View
-from dopsd_jax.weights.validation import account, sources
+from dopsd_jax.weights.validation import check_tensors, sources
 
 CANONICAL = "diffusers"
 
@@ -93,7 +93,7 @@ def as_canonical(tensors: Tensors, found: Found) -> View:
     prefix, layout = found.prefix, found.layout
     needed = {prefix + e.name: e.shape for e in layout.entries}
     extras = [e for e in layout.extras if prefix + e.name in tensors.infos]
-    account(
+    check_tensors(
         tensors.where, tensors.infos, needed, [Source(prefix + e.name, e.shape) for e in extras]
     )
     recipes = {}

@@ -17,7 +17,7 @@ from dopsd_jax.common.files import open_regular
 from dopsd_jax.common.json_files import parse_json, read_json
 from dopsd_jax.weights.tensors import DTYPES, TensorInfo
 
-MAX_HEADER = 16 << 20  # bytes; real ones take one or two, and parsed they take 30 times as much
+MAX_HEADER = 8 << 20  # bytes; real ones take one or two, and parsed they take 30 times as much
 MAX_AXES = 16
 AGAIN = "download or copy the file again"
 INDEX_SUFFIX = ".safetensors.index.json"

@@ -21,7 +21,7 @@ from dopsd_jax.weights.layouts import CANONICAL, Found, as_canonical, recognise
 from dopsd_jax.weights.networks import Network
 from dopsd_jax.weights.safetensors_io import TensorFiles
 from dopsd_jax.weights.tensors import DTYPES, TensorInfo, Tensors, check_finite, contiguous, take
-from dopsd_jax.weights.validation import account, sources
+from dopsd_jax.weights.validation import check_tensors, sources
 
 AGAIN = "convert the model again"
 KEPT_PARTS = 2  # parts in memory while reading: neighbours share fused parameters
@@ -113,7 +113,8 @@ def _open_converted(folder: Path, network: Network) -> Stored:
     layout = named.get(manifest["layout"]["name"], named[CANONICAL])
     tensors = ConvertedTensors(folder, manifest, network, config)
     leaves, unused = _leaves(network, config, tensors)
-    account(str(folder), tensors.infos, sources(leaves), [s for u in unused for s in u.sources])
+    spare = [source for leaf in unused for source in leaf.sources]
+    check_tensors(str(folder), tensors.infos, sources(leaves), spare)
     found = Found(layout, manifest["layout"]["prefix"])
     return Stored(config, text, tensors, leaves, unused, found, None)
 

@@ -12,7 +12,7 @@ def sources(leaves: Iterable[Leaf]) -> dict[str, tuple[int, ...]]:
     return {source.name: source.shape for leaf in leaves for source in leaf.sources}
 
 
-def account(
+def check_tensors(
     where: str,
     infos: Mapping[str, TensorInfo],
     needed: Mapping[str, tuple[int, ...]],
