@@ -34,3 +34,11 @@ def test_the_drawing_of_the_rooms_is_true():
 
 def test_every_room_is_described():
     assert re.findall(r"^\| `(\w+)` \|", section("The rooms"), flags=re.M) == list(ROOMS)
+
+
+def test_the_walk_names_files_that_exist_each_once():
+    named = re.findall(r"`([\w/]+\.py)`", section("One caption and one picture"))
+    assert len(named) > 25
+    assert len(named) == len(set(named))
+    package = ROOT / "dopsd_jax"
+    assert not [f for f in named if not (package / f.removeprefix("dopsd_jax/")).is_file()]
