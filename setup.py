@@ -34,7 +34,10 @@ setup(
         "dopsd_jax": ["py.typed"],
         "dopsd_jax.examples": ["miniature/**/*"],
     },
-    entry_points={"console_scripts": ["dopsd-jax = dopsd_jax.__main__:main"]},
+    entry_points={
+        "console_scripts": ["dopsd-jax = dopsd_jax.__main__:main"],
+        "dopsd_jax.judges": ["miniature = dopsd_jax.miniature.data_judge:of_folder"],
+    },
     install_requires=[
         "jax>=0.10.2,<0.13",
         "flax>=0.12.8; python_version < '3.12'",

@@ -24,7 +24,7 @@ OUT = flags.DEFINE_string("out", None, "folder of the evaluation; default: WORKD
 PROMPTS = flags.DEFINE_string("prompts", None, "test prompts: .txt, one a line, or .jsonl")
 CLASS_WORD = flags.DEFINE_string("class_word", "", "what [V] is one of, for scorers of texts")
 ROWS = flags.DEFINE_integer("rows", 4, "rows of the data set, at most", 1, 10**6)
-COUNT = flags.DEFINE_integer("count", 24, "prompts of a miniature's concept", 1, 10**6)
+COUNT = flags.DEFINE_integer("count", 24, "prompts, for data with its own judge", 1, 10**6)
 SEEDS = flags.DEFINE_integer("seeds", 4, "pictures a prompt", 1, 10**6)
 FIRST_SEED = flags.DEFINE_integer("first_seed", seeds.BASE, "of the noise", 0, 2**31 - 1)
 SCORERS = flags.DEFINE_list("scorers", None, "names, or module:attribute; default: all that fit")
@@ -47,23 +47,21 @@ from dopsd_jax.config import schema
 from dopsd_jax.data.images import open_image
 from dopsd_jax.data.prepared_parts import is_prepared
 from dopsd_jax.evaluation import arms as models
-from dopsd_jax.evaluation import gathering, prompts, results, torch_scorers
+from dopsd_jax.evaluation import data_judges, gathering, prompts, results, torch_scorers
 from dopsd_jax.evaluation.arms import Arm, Student
+from dopsd_jax.evaluation.data_judges import DataJudge
 from dopsd_jax.evaluation.drawing import Shot
 from dopsd_jax.evaluation.gallery import Gallery
 from dopsd_jax.evaluation.page import page
 from dopsd_jax.evaluation.results import Score
 from dopsd_jax.evaluation.scorer import Case, Judge, judges, load_scorers
 from dopsd_jax.families.zimage.pipeline import Pipeline
-from dopsd_jax.miniature import world_scorers
 from dopsd_jax.parallel import sharding
 from dopsd_jax.reporting.pictures import Row
 from dopsd_jax.run import build
 from dopsd_jax.run.lock import exclusive_run
 from dopsd_jax.run.workdir import versions
 
-SMALL_BATCH = 16  # of the miniature's pictures
-ORDINARY = 2  # ordinary prompts for each one of the concept
 T = TypeVar("T")
 
 
@@ -100,16 +98,16 @@ def evaluate(config: ConfigDict, out: Path) -> None:
     gallery = Gallery(out)
     student = attempt(lambda: find_student(config))
     home = Path(WORKDIR.value).expanduser() if WORKDIR.value else out
-    concept = attempt(lambda: find_concept(config, home))
-    scorers = attempt(lambda: find_scorers(concept is not None)) or []
+    own = attempt(lambda: find_judge(config, home))
+    scorers = attempt(lambda: find_scorers(own)) or []
     tests = attempt(lambda: prompts.read_prompts(PROMPTS.value)) if PROMPTS.value else []
     mesh = attempt(lambda: sharding.make_mesh(config.mesh))
     opened = attempt(lambda: build.open_pipeline(config, home, mesh, True))
     attempt.end()
     pipe, origin = opened
-    cases = find_cases(config, home, pipe, concept, tests, scorers)
+    cases = find_cases(config, home, pipe, own, tests, scorers)
     cache = build.cache_folder(config, home)
-    batch = BATCH.value or (config.batch_size if concept is None else SMALL_BATCH)
+    batch = BATCH.value or (config.batch_size if own is None else own.batch)
     every = models.make_arms(config, pipe, student, cache, batch, mesh)
     every[0].painter.check(cases)
     idle = [s.name for s in scorers if not any(judges(s, case) for case in cases)]
@@ -167,19 +165,19 @@ def find_student(config: ConfigDict) -> Student | None:
     return None
 
 
-def find_concept(config: ConfigDict, home: Path) -> tuple[str, Any] | None:
-    """The word and the concept of a data set of the miniature; None for any other data set."""
+def find_judge(config: ConfigDict, home: Path) -> DataJudge | None:
+    """The data set's own judge; None for most data sets."""
     if is_prepared(config.data.path):
         raise UserError(
             f"config.data.path {config.data.path}: is prepared and has no pictures; name the data "
             "set that it was made from"
         )
-    return world_scorers.concept_of(build.data_path(config, home))
+    return data_judges.find(build.data_path(config, home))
 
 
-def find_scorers(miniature: bool) -> list[Judge]:
+def find_scorers(judge: DataJudge | None) -> list[Judge]:
     """Those of --scorers, or all that fit the data set."""
-    own = world_scorers.scorers()
+    own = {} if judge is None else dict(judge.scorers())
     usual = torch_scorers.scorers(
         CLIP.value or torch_scorers.CLIP,
         DINO.value or torch_scorers.DINO,
@@ -187,8 +185,8 @@ def find_scorers(miniature: bool) -> list[Judge]:
         LPIPS_WEIGHTS.value,
         TORCH_DEVICE.value,
     )
-    names = SCORERS.value or list(own if miniature else usual)
-    if not SCORERS.value and not miniature and not LPIPS_WEIGHTS.value:
+    names = SCORERS.value or list(own or usual)
+    if not SCORERS.value and not own and not LPIPS_WEIGHTS.value:
         names.remove("lpips")
         print("LPIPS-D is left out: it needs --lpips_weights, see docs/evaluation.md")
     return load_scorers(names, own | usual)
@@ -198,12 +196,12 @@ def find_cases(
     config: ConfigDict,
     home: Path,
     pipe: Pipeline,
-    concept: tuple[str, Any] | None,
+    own: DataJudge | None,
     tests: Sequence[prompts.Test],
     scorers: Sequence[Judge],
 ) -> list[Case]:
     """The prompts to draw."""
-    if concept is None:
+    if own is None:
         dataset = build.open_data(config, home, pipe.size_multiple)
         return prompts.cases(
             dataset,
@@ -216,19 +214,11 @@ def find_cases(
         )
     if tests:
         raise UserError(
-            "--prompts: the miniature's are made from its world; leave it out, or --count"
+            "--prompts: this data set's own judge chooses the prompts; leave it out, or set --count"
         )
-    word, thing = concept
     rows = build.open_rows(config, home).rows
-    return world_scorers.cases(
-        thing,
-        word,
-        concepts=COUNT.value,
-        ordinary=ORDINARY * COUNT.value,
-        others=COUNT.value,
-        shown=[open_image(row.image, build.limits(config)) for row in rows],
-        first_seed=FIRST_SEED.value,
-    )
+    shown = [open_image(row.image, build.limits(config)) for row in rows]
+    return own.cases(COUNT.value, shown, FIRST_SEED.value)
 
 
 def write(

@@ -28,7 +28,7 @@ from ml_collections import ConfigDict
 from dopsd_jax.conditioning.features import Features
 from dopsd_jax.data.dataset import describe
 from dopsd_jax.data.loader import Batches, prefetch
-from dopsd_jax.miniature.before_after import before_after
+from dopsd_jax.evaluation import run_scores
 from dopsd_jax.parallel import multihost, sharding
 from dopsd_jax.parallel.preemption import STOPPED_EXIT, StopRequest
 from dopsd_jax.reporting.incidents import write_incident
@@ -80,7 +80,7 @@ def train(config: ConfigDict, workdir: epath.Path) -> int | None:
         plan = build.make_plan(config, pipe, mesh)
     multihost.say("\n".join(plan.describe()))
     previews = Previews(pipe, features, rows_of(dataset, config.sample_rows), workdir)
-    judged = before_after(config, workdir, pipe, dataset)  # of the miniature's data sets alone
+    scores = run_scores.begin(config, workdir, pipe, dataset)
     initial = pipe.hand_over()
 
     # ---- Restore.
@@ -179,8 +179,8 @@ def train(config: ConfigDict, workdir: epath.Path) -> int | None:
     if step < config.steps:
         progress.note(f"stopped after step {step}, which is saved; the same command goes on")
         return STOPPED_EXIT
-    if judged is not None:
-        multihost.say("\n".join(judged.finish(state.student, workdir)))
+    for line in run_scores.finish(scores, state.student, workdir):
+        multihost.say(line)
     final = plan.trained.export_paths(workdir, step)
     faults = results.faults(final)
     if faults:

@@ -38,11 +38,7 @@ LIGHT = ("common.program", "config.flags", "convert", "parallel.cluster", "__mai
 HEAVY = {"jax", "flax", "orbax", "grain", "transformers", "torch"}
 # To be mended: imports against the order.
 OPEN: set[str] = {
-    "evaluate -> miniature",
-    "evaluate -> miniature.world_scorers",
     "families.zimage.pipeline -> training.lora",
-    "train -> miniature",
-    "train -> miniature.before_after",
     "training.nonfinite -> reporting.metrics",
 }
 

@@ -6,9 +6,7 @@ the arrangements again under other new words, which should not take on the conce
 """
 
 import dataclasses
-import os
 from collections.abc import Callable, Sequence
-from pathlib import Path
 
 import numpy as np
 from jaxtyping import Float
@@ -17,7 +15,7 @@ from dopsd_jax.common.errors import UserError
 from dopsd_jax.evaluation.scorer import Case, Judge, Picture, digest
 from dopsd_jax.evaluation.seeds import case_seed
 from dopsd_jax.miniature import captions, frechet, judge, render, world
-from dopsd_jax.miniature.concepts import FILE, arrangements, read_concept
+from dopsd_jax.miniature.concepts import arrangements
 from dopsd_jax.miniature.render import FINISHES, GROUND_TEXTURES, SIDE, TEXTURES
 from dopsd_jax.miniature.world import Concept, Scene
 
@@ -55,12 +53,6 @@ def cases(
         noise, name = case_seed(first_seed, number), digest(picture)
         found.append(Case(kind, text, text, SIDE, SIDE, noise, source, truth, name))
     return found
-
-
-def concept_of(folder: str | os.PathLike) -> tuple[str, Concept] | None:
-    """The word and the concept of a data set of the miniature; None for any other data set."""
-    file = Path(folder).expanduser() / FILE
-    return read_concept(file) if file.is_file() else None
 
 
 def unseen(

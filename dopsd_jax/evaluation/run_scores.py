@@ -1,0 +1,41 @@
+"""The table at the end of a training, for data sets that have a judge of their own."""
+
+import json
+from pathlib import Path
+
+from flax import nnx
+from ml_collections import ConfigDict
+
+from dopsd_jax.common.atomic import write_text
+from dopsd_jax.data.dataset import Dataset
+from dopsd_jax.data.images import open_image
+from dopsd_jax.evaluation import data_judges
+from dopsd_jax.evaluation.data_judges import RunScores
+from dopsd_jax.families.zimage.pipeline import Pipeline
+from dopsd_jax.parallel import multihost
+from dopsd_jax.reporting.run_page import SCORES
+from dopsd_jax.run import build
+
+
+def begin(config: ConfigDict, workdir: Path, pipe: Pipeline, dataset: Dataset) -> RunScores | None:
+    """Scores base and teacher; None for a data set without a judge. Every process calls it.
+
+    To be called before the pipeline hands its weights over to training.
+    """
+    if dataset.features is not None:  # prepared: its pictures are not here
+        return None
+    judge = data_judges.find(build.data_path(config, workdir))
+    if judge is None:
+        return None
+    shown = [open_image(row.image, build.limits(config)) for row in dataset.rows]
+    return judge.run_scores(pipe, config, shown)
+
+
+def finish(scores: RunScores | None, student: nnx.State, workdir: Path) -> list[str]:
+    """The table as lines; also written to `workdir`. Every process calls it."""
+    if scores is None:
+        return []
+    lines, content = scores.finish(student)
+    if multihost.is_first():
+        write_text(workdir / SCORES, json.dumps(content, indent=1) + "\n")
+    return lines

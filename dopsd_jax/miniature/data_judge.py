@@ -1,0 +1,74 @@
+"""The judge of the miniature's data sets: their `concept.json` says what their word stands for."""
+
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+
+from flax import nnx
+from ml_collections import ConfigDict
+
+from dopsd_jax.evaluation.scorer import Case, Judge, Picture
+from dopsd_jax.families.zimage.pipeline import Pipeline
+from dopsd_jax.miniature import world_scorers
+from dopsd_jax.miniature.concepts import FILE, read_concept
+from dopsd_jax.miniature.exam import Exam, table
+from dopsd_jax.miniature.world import Concept
+
+ORDINARY = 2  # ordinary prompts for each one of the concept
+NOTE = (
+    "concept: IoU of unseen arrangements with the true pictures; crispness: of their edges, "
+    "relative to the true pictures'; retention: share of ordinary prompts with the right shape "
+    "and colour"
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class WorldJudge:
+    """See `evaluation.data_judges.DataJudge`. word: of the captions; concept: its object."""
+
+    word: str
+    concept: Concept
+    batch: int = 16
+
+    def scorers(self) -> Mapping[str, Callable[[], Judge]]:
+        return world_scorers.scorers()
+
+    def cases(self, count: int, shown: Sequence[Picture], first_seed: int) -> list[Case]:
+        return world_scorers.cases(
+            self.concept,
+            self.word,
+            concepts=count,
+            ordinary=ORDINARY * count,
+            others=count,
+            shown=shown,
+            first_seed=first_seed,
+        )
+
+    def run_scores(
+        self, pipe: Pipeline, config: ConfigDict, shown: Sequence[Picture]
+    ) -> "RunScores":
+        options = {"seed": config.seed, "shown": shown}
+        return RunScores(Exam(pipe, config.teacher, self.concept, self.word, **options), pipe)
+
+
+class RunScores:
+    """Scores the base model and its teacher when it is made, the tuned model at the end.
+
+    The encoders are freed.
+    """
+
+    def __init__(self, exam: Exam, pipe: Pipeline):
+        self.exam = exam
+        pipe.release_encoders()
+        base = pipe.split[1]
+        self.rows = [exam.student("base", base), exam.teacher("teacher", base)]
+
+    def finish(self, student: nnx.State) -> tuple[list[str], dict]:
+        rows = [*self.rows, self.exam.student("tuned", student)]
+        return table(rows), {"note": NOTE, "rows": [row._asdict() for row in rows]}
+
+
+def of_folder(folder: Path) -> WorldJudge | None:
+    """The judge of a data set of the miniature; None for any other data set."""
+    file = folder / FILE
+    return WorldJudge(*read_concept(file)) if file.is_file() else None
