@@ -8,6 +8,7 @@ from etils import epath
 
 from dopsd_jax.common.atomic import atomic_file, write_text
 from dopsd_jax.common.errors import UserError
+from dopsd_jax.common.file_digests import file_digests
 from dopsd_jax.reporting import pictures
 from dopsd_jax.reporting.metrics import MetricsWriter, read_metrics
 from dopsd_jax.reporting.run_page import write_report
@@ -58,7 +59,7 @@ def test_the_files_of_a_checkpoint_are_found_and_hashed(bucket, tmp_path):
             (folder / name).parent.mkdir(parents=True, exist_ok=True)
             (folder / name).write_text(f"content of {name}")
         assert checkpoint._files(folder) == names
-        digests.append(checkpoint._digests(folder, names))
+        digests.append(file_digests(folder, names))
     assert digests[0] == digests[1] and len(set(digests[0].values())) == 3
 
 
