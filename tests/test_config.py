@@ -55,6 +55,9 @@ def test_no_other_field_takes_another_kind(name):
     [
         ("grid", "nan,0.5"),
         ("grid", [1.0, float("inf")]),
+        ("grid", [10**400]),
+        ("steps", 10**6000),
+        ("data.buckets", [[10**6000, "x"]]),
         ("loss", "1e999"),
         ("loss_steps", [None]),
         ("lora.targets", [{}]),
@@ -63,6 +66,7 @@ def test_no_other_field_takes_another_kind(name):
         ("data.path", "https://example.org/pictures.zip"),
         ("model", ""),
     ],
+    ids=lambda v: v if isinstance(v, str) and v.isprintable() else type(v).__name__,
 )
 def test_wrong_items_and_names_are_told(name, value):
     (problem,) = problems_of(schema.check, config_with(name, value))
@@ -96,6 +100,8 @@ def test_choices_are_those_of_the_implementation():
 def test_the_document_is_the_declaration():
     text = (ROOT / "docs" / "configuration.md").read_text(encoding="utf-8")
     assert text == markdown(), "run: python -m dopsd_jax.config.reference > docs/configuration.md"
+    for method in registry.METHODS.values():
+        assert f"| `{method.name}` | {method.summary} | {method.source} |" in text
     for name, field in declared().items():
         assert field.help and f"--config.{name}=" in help_text()
 
@@ -225,6 +231,17 @@ def test_what_may_change_is_what_the_fields_declare(tmp_path):
         path.write_text(content)
         (problem,) = problems_of(open_workdir, tmp_path, start, facts)
         assert "is not a configuration of a run" in problem
+
+
+def test_a_field_that_is_younger_than_the_run_had_its_default():
+    new = {"config": schema.flat(RANDOM), "facts": {}}
+    old = {"config": {k: v for k, v in new["config"].items() if k != "data.trigger"}, "facts": {}}
+    assert changes.compare(old, new, []) == ([], [])
+    new["config"]["data.trigger"] = "dax"
+    (fault,) = changes.compare(old, new, [])[1]
+    assert "config.data.trigger = '', now 'dax'" in fault
+    old["config"]["gone"] = 3
+    assert len(changes.compare(old, new, ["data"])[1]) == 1
 
 
 def test_what_can_never_change_is_refused_with_the_way_to_go_on():

@@ -74,11 +74,12 @@ class Field:
     def _list_fault(self, value: str | list | tuple) -> str | None:
         for item in values(value) if self.kind == "name or list" else names(value):
             number = type(item) in (int, float)
-            if number and not (math.isfinite(item) and abs(item) <= MAX_NUMBER):
+            if number and not abs(item) <= MAX_NUMBER:  # NaN is not either
                 return f"must have numbers from -{MAX_NUMBER:g} to {MAX_NUMBER:g} only"
-            pair = isinstance(item, list | tuple) and all(type(x) is int for x in item)
+            sizes = item if isinstance(item, list | tuple) else ()
+            pair = len(sizes) == 2 and all(type(x) is int and abs(x) <= MAX_NUMBER for x in sizes)
             if not (number or isinstance(item, str) or pair):
-                return f"must be a list of names or numbers, and {item!r} is neither"
+                return f"must be a list of names or numbers, and {shown(item)} is neither"
         return None
 
     def parse(self, text: str) -> Any:
@@ -94,6 +95,14 @@ class Field:
                 what = "a whole number" if self.kind == "int" else "a number"
                 raise ValueError(f"must be {what}") from None
         return text
+
+
+def shown(value: Any) -> str:
+    """A value in a message; whole numbers of thousands of digits have no text in Python."""
+    try:
+        return repr(value)
+    except ValueError:
+        return "a value with a number of thousands of digits"
 
 
 def values(value: str | list | tuple) -> str | tuple:

@@ -40,7 +40,9 @@ def compare(
     fields, changes, faults = declared(), [], []
     new_run = _NEW_RUN.get(old["config"].get("train"), _NEW_RUN["lora"])
     for name in sorted(old["config"].keys() | new["config"].keys()):
-        was, now = old["config"].get(name), new["config"].get(name)
+        # A field that is younger than the run: its default keeps what was done before.
+        default = fields[name].default if name in fields else None
+        was, now = old["config"].get(name, default), new["config"].get(name)
         change = fields[name].change if name in fields else NEVER
         if was == now or change == ALWAYS:
             continue

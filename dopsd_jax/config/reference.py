@@ -4,7 +4,8 @@
 """
 
 from dopsd_jax.common.config_fields import NEVER, ON_REQUEST, Field
-from dopsd_jax.config.fields import choices, conditions, sections
+from dopsd_jax.config.fields import METHOD, choices, conditions, sections
+from dopsd_jax.methods.registry import METHODS
 
 HEAD = """# Configuration
 
@@ -26,9 +27,19 @@ def markdown() -> str:
     parts = [HEAD]
     for title, fields in sections().items():
         rows = "\n".join(map(_row, fields))
+        if title == METHOD:
+            title += "\n\n" + _methods()
         head = "| field | default | values | | continued |\n|---|---|---|---|---|"
         parts.append(f"\n## {title}\n\n{head}\n{rows}\n")
     return "".join(parts)
+
+
+def _methods() -> str:
+    """A table of the methods, from their records."""
+    rows = "\n".join(f"| `{m.name}` | {m.summary} | {m.source} |" for m in METHODS.values())
+    return (
+        f"More of them: [methods.md](methods.md).\n\n| method | | source |\n|---|---|---|\n{rows}"
+    )
 
 
 def help_text() -> str:

@@ -4,7 +4,7 @@ import difflib
 from collections.abc import Collection, Mapping
 from typing import Any
 
-from dopsd_jax.common.config_fields import Field, names
+from dopsd_jax.common.config_fields import Field, names, shown
 from dopsd_jax.common.config_fields import values as values
 from dopsd_jax.common.errors import raise_if
 from dopsd_jax.config.fields import choices, conditions, declared
@@ -32,7 +32,7 @@ def check(config: Mapping[str, Any], asked: Collection[str] = ()) -> None:
     faults = [f"config.{name}: is missing" for name in fields if name not in given]
     faults += [unknown(name) for name in given if name not in fields]
     faults += [
-        f"config.{name}: {given[name]!r} {fault}"
+        f"config.{name}: {shown(given[name])} {fault}"
         for name, field in fields.items()
         if name in given and (fault := _fault(field, given[name]))
     ]
