@@ -24,7 +24,10 @@ import numpy as np
 import pytest
 from shape_checks import check_shapes
 
-check_shapes("dopsd", "models", "adapters", "methods", "data", "training")
+check_shapes(
+    *("common", "parallel", "models", "weights", "data", "adapters", "dopsd", "methods", "config"),
+    *("training", "run", "reporting", "estimation"),
+)
 
 import dopsd_jax
 from dopsd_jax.adapters import attach

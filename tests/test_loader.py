@@ -160,7 +160,7 @@ def test_a_part_that_is_not_there_is_refused():
     whole = make(4, batch_size=4).batch(0)
     for places, accumulate in (([0], 3), ([4], 1), ([2], 2), ([-1], 1), ([], 1)):
         with pytest.raises(ValueError):
-            whole.part(np.array(places), accumulate)
+            whole.part(np.array(places, np.int64), accumulate)
     for wrong in ({"batch_size": 0}, {"seed": -1}, {"draw": "none"}):
         with pytest.raises(ValueError):
             make(4, **wrong)

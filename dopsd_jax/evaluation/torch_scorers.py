@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from jaxtyping import UInt8
 from PIL import Image
 
 from dopsd_jax.common.errors import UserError, raise_if
@@ -104,7 +105,7 @@ class ClipScore:
             self.texts[text] = _unit(self.model.text_projection(pooled))
         return self.texts[text]
 
-    def _cut(self, image: Picture) -> Picture:
+    def _cut(self, image: Picture) -> UInt8[np.ndarray, "s s 3"]:
         """The shorter side to the model's, bicubic, and the middle of it."""
         scale = self.side / min(image.shape[:2])
         height, width = (max(self.side, round(n * scale)) for n in image.shape[:2])

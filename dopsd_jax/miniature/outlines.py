@@ -81,7 +81,7 @@ def concept(rng: np.random.Generator) -> Float[np.ndarray, " k"]:
             return outline
 
 
-def apart(a: Float[np.ndarray, "*b k"], b: Float[np.ndarray, "*b k"]) -> Float[np.ndarray, " *b"]:
+def apart(a: Float[np.ndarray, "*#b k"], b: Float[np.ndarray, "*#b k"]) -> Float[np.ndarray, " *b"]:
     """One minus the IoU of outlines of equal centre and size; broadcasts."""
     return 1 - (np.minimum(a, b) ** 2).sum(-1) / (np.maximum(a, b) ** 2).sum(-1)
 

@@ -41,7 +41,7 @@ class Row:
     """The pictures of one prompt, one for each column; None where there is none."""
 
     caption: str
-    images: Sequence[UInt8[np.ndarray, "h w 3"] | None]
+    images: Sequence[UInt8[np.ndarray, "_h _w 3"] | None]
 
 
 @dataclasses.dataclass(frozen=True)
