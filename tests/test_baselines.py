@@ -88,7 +88,7 @@ def equal(a, b):
 # --- SFT and its relatives
 
 
-def flow_matching(student, base, context, x0, keys, levels=LEVELS):
+def plain_loss(student, base, context, x0, keys, levels=LEVELS):
     """E mean( (v(x) - (noise - x0))^2 ), in a python loop."""
     sigma = levels.draw(flow_matching.folded(keys, 0))
     noise = flow_matching.normals(flow_matching.folded(keys, 1), levels.samples, x0)
@@ -103,7 +103,7 @@ def flow_matching(student, base, context, x0, keys, levels=LEVELS):
 def test_sft_is_the_gradient_of_flow_matching():
     base, student, _, batch, draws = world()
     found = run(baselines.sft, student, base, batch, draws, levels=LEVELS)
-    loss = lambda s: flow_matching(s, base, batch.contexts.student, batch.target, draws.keys)
+    loss = lambda s: plain_loss(s, base, batch.contexts.student, batch.target, draws.keys)
     agree(found, loss, student)
     assert relative_error(jnp.mean(found[0].per_step), found[0].total) < 1e-6
     equal(found[0].per_step, found[0].mse)
@@ -114,7 +114,7 @@ def test_sft_teacher_is_sft_on_the_end_of_the_teachers_rollout():
     both = student, teacher
     found = run(baselines.sft_teacher, *both, base, batch, draws, levels=LEVELS, grid=GRID)
     *_, x0 = states(teacher, base, batch.contexts.teacher, draws.start)
-    loss = lambda s: flow_matching(s, base, batch.contexts.student, x0, draws.keys)
+    loss = lambda s: plain_loss(s, base, batch.contexts.student, x0, draws.keys)
     agree(found, loss, student)
     assert not np.allclose(x0, batch.target)
 
@@ -123,9 +123,9 @@ def test_prior_preservation_adds_the_same_loss_on_pictures_of_the_start():
     base, student, start, batch, draws = world()
     data, options = (base, batch, draws), {"levels": LEVELS, "grid": GRID}
     *_, x0 = states(start, base, batch.prior, draws.start)
-    own = lambda s: flow_matching(s, base, batch.contexts.student, batch.target, draws.keys)
+    own = lambda s: plain_loss(s, base, batch.contexts.student, batch.target, draws.keys)
     keys = flow_matching.folded(draws.keys, 2)
-    prior = lambda s: flow_matching(s, base, batch.prior, x0, keys)
+    prior = lambda s: plain_loss(s, base, batch.prior, x0, keys)
     found = run(baselines.dreambooth, student, start, *data, **options, weight=0.7)
     agree(found, lambda s: own(s) + 0.7 * prior(s), student)
     assert relative_error(jnp.mean(found[0].per_step), found[0].total) < 1e-6
