@@ -10,6 +10,7 @@ import pytest
 import torch
 from conftest import relative_error
 from diffusers import AutoencoderKL
+from fill import fill
 from flax import nnx
 
 from dopsd_jax.common.errors import UserError
@@ -17,7 +18,6 @@ from dopsd_jax.models import autoencoder
 from dopsd_jax.models.autoencoder import Autoencoder, names, to_uint8
 from dopsd_jax.models.autoencoder_config import AutoencoderConfig
 from dopsd_jax.models.tiling import Tiling, run_tiled
-from dopsd_jax.weights.fill import fill
 
 DATA = pathlib.Path(__file__).parent / "data"
 TOLERANCE = 1e-5

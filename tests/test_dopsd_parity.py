@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch_reference as reference
 from conftest import relative_error
+from fill import fill
 from flax import nnx
 
 from dopsd_jax import dopsd
@@ -15,7 +16,6 @@ from dopsd_jax.adapters import attach
 from dopsd_jax.families.zimage import family
 from dopsd_jax.models import zimage
 from dopsd_jax.training import optimizers, state, train_step
-from dopsd_jax.weights.fill import fill
 from dopsd_jax.weights.lora_files import LoraModule
 
 RANK, ALPHA, SEED = 4, 8.0, 7

@@ -10,13 +10,13 @@ import pytest
 import torch
 import torch_reference as reference
 from conftest import relative_error
+from fill import fill
 from flax import nnx
 
 from dopsd_jax import dopsd
 from dopsd_jax.families.zimage import family
 from dopsd_jax.models import zimage
 from dopsd_jax.training import optimizers, state, train_step
-from dopsd_jax.weights.fill import fill
 from dopsd_jax.weights.live import LiveTensors
 
 SEED, STEPS = 7, 3

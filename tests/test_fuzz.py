@@ -14,7 +14,7 @@ def table(tmp_path_factory):
 
 
 @settings(
-    max_examples=400,
+    max_examples=250,
     derandomize=True,
     deadline=None,
     database=None,

@@ -12,12 +12,12 @@ import pytest
 import torch
 import transformers
 from conftest import relative_error
+from fill import fill
 from flax import nnx
 
 from dopsd_jax.common.errors import UserError
 from dopsd_jax.models.layers import scan_blocks, scan_range
 from dopsd_jax.models.qwen3 import Qwen3, Qwen3Config, inverse_frequencies, names, unused
-from dopsd_jax.weights.fill import fill
 
 DATA = pathlib.Path(__file__).parent / "data"
 TOLERANCE = 1e-5

@@ -11,6 +11,7 @@ import pytest
 import torch
 import transformers
 from conftest import relative_error
+from fill import fill
 from flax import nnx
 from shape_checks import unchecked
 from test_qwen3 import fast_jit, numpy_state, randomize
@@ -29,7 +30,6 @@ from dopsd_jax.models.qwen3_vl import (
     unused,
 )
 from dopsd_jax.models.qwen3_vl_vision import interpolation, patch_coordinates
-from dopsd_jax.weights.fill import fill
 
 DATA = pathlib.Path(__file__).parent / "data"
 TOLERANCE = 1e-5

@@ -7,11 +7,11 @@ import pytest
 import torch
 from conftest import relative_error
 from diffusers import ZImageTransformer2DModel
+from fill import fill
 from flax import nnx
 
 from dopsd_jax.common.errors import UserError
 from dopsd_jax.models import zimage
-from dopsd_jax.weights.fill import fill
 
 TINY = dict(
     all_patch_size=(2,), all_f_patch_size=(1,), in_channels=4, dim=48, n_layers=3,

@@ -184,11 +184,6 @@ class TensorFiles:
         return array
 
 
-def has_tensors(folder: str | os.PathLike) -> bool:
-    """Whether a folder holds safetensors files."""
-    return any(Path(folder).glob("*.safetensors")) or any(Path(folder).glob(f"*{INDEX_SUFFIX}"))
-
-
 def _preferred(found: list[Path], suffix: str) -> Path | None:
     """The file with a name diffusers or transformers would take, else the only one."""
     for base in BASE_NAMES:
