@@ -88,5 +88,5 @@ def test_every_fault_of_a_file_of_prompts_is_named(tmp_path):
         path.write_bytes(content)
         with pytest.raises(UserError, match=r"p\.jsonl"):
             prompts.read_prompts(path)
-    with pytest.raises(UserError, match="cannot be read"):
+    with pytest.raises(UserError, match="no such file; name a file with --prompts"):
         prompts.read_prompts(tmp_path / "nowhere.txt")

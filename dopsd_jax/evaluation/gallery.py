@@ -81,7 +81,7 @@ class Values:
             try:
                 record = json.loads(line)
                 self._known[record["key"]] = float(record["value"])
-            except (ValueError, KeyError, TypeError):
+            except (ValueError, KeyError, TypeError, OverflowError, RecursionError):
                 raise UserError(f"{path}:{number}: is no value; remove the line") from None
         if whole != content:
             with atomic_file(path) as file:

@@ -5,12 +5,13 @@ compared with the row's own picture, and pictures of test prompts. Upstream lets
 model reword the caption and write the tests; here both are the user's.
 """
 
-import json
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from dopsd_jax.common.errors import UserError, raise_if
+from dopsd_jax.common.files import read_bytes
+from dopsd_jax.common.json_files import parse_json
 from dopsd_jax.data.dataset import Dataset, spread
 from dopsd_jax.data.images import ImageLimits, fit, open_image
 from dopsd_jax.data.sources.captions import captions_in
@@ -36,10 +37,7 @@ def read_prompts(path: str | Path) -> list[Test]:
     `UserError` with every fault.
     """
     path = Path(path).expanduser()
-    try:
-        content = path.read_bytes()
-    except OSError as error:
-        raise UserError(f"--prompts {path}: cannot be read ({error.strerror})") from None
+    content = read_bytes(path, advice="name a file with --prompts")
     lines, fault = captions_in(content, lines=False)
     if fault:
         raise UserError(f"--prompts {path}: {fault}")
@@ -58,8 +56,8 @@ def read_prompts(path: str | Path) -> list[Test]:
 
 def _parsed(line: str) -> object:
     try:
-        return json.loads(line)
-    except (ValueError, RecursionError):
+        return parse_json(line, "")
+    except UserError:
         return None
 
 
@@ -156,7 +154,8 @@ def class_names(wheres: Sequence[str]) -> dict[str, str]:
         with open(file, encoding="utf-8-sig") as lines:
             for number, line in enumerate(lines, 1):
                 if number in by_line:
-                    name = json.loads(line).get("class_name")
+                    record = parse_json(line, by_line[number])
+                    name = record.get("class_name") if isinstance(record, dict) else None
                     if isinstance(name, str) and name.strip():
                         found[by_line[number]] = name.strip()
     return found
