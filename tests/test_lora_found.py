@@ -214,8 +214,10 @@ def test_a_scale_that_is_not_finite_is_named(tmp_path, value):
 
 
 def test_a_file_of_our_own_says_what_it_was_made_for(tmp_path):
-    write_lora(tmp_path / "x.safetensors", random_modules(), LAYERS)
+    told = {"ss_note": "\x1b[31mred\x07"}
+    write_lora(tmp_path / "x.safetensors", random_modules(), LAYERS, metadata=told)
     lines = list(inspect(tmp_path / "x.safetensors"))
+    assert all(line.isprintable() for line in lines)
     assert f"{len(BLOCK)} layers adapted" in lines[0]
     source, out = tmp_path / "x.safetensors", tmp_path / "k.safetensors"
     args = convert.parser("convert").parse_args(["lora", str(source), str(out), "--to", "K"])

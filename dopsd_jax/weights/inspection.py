@@ -4,7 +4,7 @@ from collections import Counter
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
-from dopsd_jax.common.errors import UserError, few
+from dopsd_jax.common.errors import UserError, few, one_line
 from dopsd_jax.common.json_fields import Fields
 from dopsd_jax.common.json_files import parse_json, read_json
 from dopsd_jax.models.zimage import ZImageConfig
@@ -137,7 +137,7 @@ def _lora(path: Path, model: Path | None) -> Iterator[str]:
     yield f"{path}: LoRA, dialect {lora.dialect}, {lora.dtype}, {len(lora.modules)} layers adapted"
     yield f"  rank {listed(ranks)}; scale {listed(scales)}"
     for key, value in sorted(lora.metadata.items()):
-        yield f"  {key}: {value if len(value) <= 80 else value[:77] + '...'}"
+        yield "  " + one_line(f"{key}: {value if len(value) <= 80 else value[:77] + '...'}")
 
 
 def _single(path: Path, files: TensorFiles, model: Path | None) -> Iterator[str]:
