@@ -22,10 +22,10 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
 import numpy as np
 
+from dopsd_jax.conversion.export import export_diffusers, export_single
+from dopsd_jax.conversion.importing import import_model
 from dopsd_jax.models.zimage import ZImageConfig, names
 from dopsd_jax.random_model import write_random_model
-from dopsd_jax.weights.export import export_diffusers, export_single
-from dopsd_jax.weights.importing import import_model
 from dopsd_jax.weights.progress import ConsoleProgress
 from dopsd_jax.weights.safetensors_write import write_sharded
 from dopsd_jax.weights.tensors import TensorInfo, take

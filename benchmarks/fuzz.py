@@ -22,17 +22,17 @@ from typing import NamedTuple
 
 import numpy as np
 
+from dopsd_jax import families
 from dopsd_jax.common.errors import UserError
-from dopsd_jax.families.zimage.pipeline import Pipeline
+from dopsd_jax.conversion.importing import import_model
+from dopsd_jax.conversion.inspection import inspect
+from dopsd_jax.families.zimage.networks import VLM, ZIMAGE
 from dopsd_jax.random_model import write_random_model
 from dopsd_jax.weights import converted, hub
-from dopsd_jax.weights.importing import import_model
-from dopsd_jax.weights.inspection import inspect
 from dopsd_jax.weights.lora_dialects import layers_of
 from dopsd_jax.weights.lora_files import LoraModule, read_lora
 from dopsd_jax.weights.lora_write import write_lora
-from dopsd_jax.weights.model_folder import check_assets, family_of
-from dopsd_jax.weights.networks import VLM, ZIMAGE
+from dopsd_jax.weights.model_folder import check_assets
 from dopsd_jax.weights.stored import open_stored, read_config
 
 NASTY = (
@@ -148,6 +148,8 @@ def weight_readers(folder: Path, model: Path) -> dict[str, Reader]:
         )
         for name, network in (*ZIMAGE.items(), ("vlm", VLM))
     }
+    family = families.load("zimage")
+    pipeline = lambda: family.Pipeline(family, model)
     (weights,) = (model / "transformer").glob("*.safetensors")
     return found | {
         "safetensors": Reader(weights, components(transformer, weights.parent), "safetensors"),
@@ -159,19 +161,19 @@ def weight_readers(folder: Path, model: Path) -> dict[str, Reader]:
         "converted config": Reader(made / "config.json", components(transformer, made), "json"),
         "model manifest": Reader(
             folder / "converted" / hub.MODEL_MANIFEST,
-            lambda: (family_of(folder / "converted"), hub.resolve(folder / "converted")),
+            lambda: (families.of_folder(folder / "converted"), hub.resolve(folder / "converted")),
             "json",
         ),
-        "model index": Reader(model / "model_index.json", lambda: family_of(model), "json"),
+        "model index": Reader(
+            model / "model_index.json", lambda: families.of_folder(model), "json"
+        ),
         "scheduler": Reader(
-            model / "scheduler" / "scheduler_config.json", lambda: Pipeline(model).shift, "json"
+            model / "scheduler" / "scheduler_config.json", lambda: pipeline().scheduler, "json"
         ),
         "tokenizer": Reader(
             model / "tokenizer" / "tokenizer_config.json", lambda: check_assets(model), "json"
         ),
-        "preprocessor": Reader(
-            preprocessor, lambda: Pipeline(model).image_settings(None, None), "json"
-        ),
+        "preprocessor": Reader(preprocessor, lambda: pipeline().image_settings({}), "json"),
     }
 
 

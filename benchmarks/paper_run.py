@@ -22,8 +22,7 @@ from dopsd_jax.conditioning.features import Features
 from dopsd_jax.config import schema
 from dopsd_jax.data.images import open_image
 from dopsd_jax.data.loader import Batches
-from dopsd_jax.families.zimage import family
-from dopsd_jax.families.zimage.pipeline import Pipeline
+from dopsd_jax.families.pipeline import Pipeline
 from dopsd_jax.methods import registry
 from dopsd_jax.miniature import captions, concepts, world
 from dopsd_jax.miniature.exam import Exam
@@ -197,14 +196,14 @@ class Bench:
         known.dreambooth.concept_word = ""  # a matter of the data alone
         key = known.to_json_best_effort()
         if key not in self.steps:
-            grid = family.grid(schema.values(config.grid), pipe.shift)
-            unit, graphdef = optimizers.optimizer(known), pipe.split[0]
+            schedule = build.make_schedule(config, pipe.family, pipe.scheduler)
+            unit, net = optimizers.optimizer(known), pipe.family.denoiser(pipe.split[0])
             side = config.data.resolution
             latent = (config.batch_size, *pipe.latent_shape(side, side))
 
             def step(rate, seed, now, base, batch, number):
                 tx = _at_rate(unit, rate)
-                inner = build.make_step(known, graphdef, grid, pipe.shift, tx, seed=seed)
+                inner = build.make_step(known, net, schedule, tx, seed=seed)
                 return inner(now, base, batch, number, latent=latent)
 
             self.steps[key] = jax.jit(step, donate_argnums=2)

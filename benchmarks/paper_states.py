@@ -12,8 +12,8 @@ from paper_run import PROMPTS, Bench
 
 from dopsd_jax.common.flow import euler, x0_hat
 from dopsd_jax.config import schema
+from dopsd_jax.families.pipeline import start_noise
 from dopsd_jax.families.zimage import family
-from dopsd_jax.families.zimage.pipeline import start_noise
 from dopsd_jax.miniature import judge, render
 from dopsd_jax.miniature import world_scorers as judged
 
@@ -31,7 +31,7 @@ def run(bench: Bench, _, number: int, seed: int) -> dict[str, object]:
         prompts, [case.source for case in cases], **seen, doubled=config.teacher.doubled_template
     )
     told = pipe.encode_prompt(prompts)
-    nodes = family.grid(schema.values(config.grid), pipe.shift)
+    nodes = family.grid(schema.values(config.grid), pipe.scheduler)
     shape = pipe.latent_shape(*cases[0].source.shape[:2])
     found = {}
     for name, mover in (("on-policy", told), ("off-policy", shown)):

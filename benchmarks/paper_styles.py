@@ -21,7 +21,7 @@ from dopsd_jax.common.atomic import atomic_folder
 from dopsd_jax.conditioning.encoding import STUDENT, TEACHER
 from dopsd_jax.evaluation.drawing import Painter, Shot
 from dopsd_jax.evaluation.scorer import Case, digest
-from dopsd_jax.families.zimage.pipeline import Pipeline
+from dopsd_jax.families.pipeline import Pipeline
 from dopsd_jax.miniature import captions, frechet, judge, world
 from dopsd_jax.miniature.world import Scene
 

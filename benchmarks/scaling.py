@@ -30,7 +30,7 @@ from dopsd_jax.estimation import abstract_step, compiled_step, tpu_topologies
 ROOT = Path(__file__).resolve().parents[1]
 RECORDS = ROOT / "docs" / "scaling.jsonl"
 TABLE = ROOT / "docs" / "scaling.md"
-STEP = abstract_step.Case(height=1024, width=1024, rows_student=512, rows_teacher=1024)
+STEP = {"height": 1024, "width": 1024, "rows_student": 512, "rows_teacher": 1024}
 
 CASES = flags.DEFINE_string("cases", "", "only cases whose name matches this pattern")
 COMPILE = flags.DEFINE_enum(
@@ -103,7 +103,7 @@ def make(job: Job, old: dict | None) -> dict | None:
     if old and COMPILE.value == "missing":
         return None
     config = configuration(job)
-    size, _ = abstract_step.network_size(config.model, full_size=True)
+    family, size, _ = abstract_step.find_network(config, full_size=True)
     devices = tpu_topologies.devices(job.topology)
     config.batch_size = len(devices)
     if old and COMPILE.value == "changed" and old["versions"] == versions():
@@ -113,7 +113,7 @@ def make(job: Job, old: dict | None) -> dict | None:
             print(f"{job.name}: the program is the same", flush=True)
             return {**old, "checked": commit()}
     print(f"{job.name}: compiling, {time.strftime('%H:%M')}", flush=True)
-    report = compiled_step.compile_step(config, size, STEP, devices)
+    report = compiled_step.compile_step(config, abstract_step.Case(family, size, **STEP), devices)
     print(f"{job.name}: {'fits' if report.fits else report.problem}", flush=True)
     return {
         "name": job.name,

@@ -38,8 +38,6 @@ from dopsd_jax.run import build
 from dopsd_jax.training.trainable import trained
 
 PUBLISHED = "Tongyi-MAI/Z-Image-Turbo"
-SHIFT = 3.0  # only names a grid here: its values do not change the time
-VAE_FACTOR = 8
 
 SIDES = [
     flags.DEFINE_integer(
@@ -66,13 +64,13 @@ def main() -> None:
     kernel = attention.resolve(
         config.attention, jax.default_backend(), jnp.dtype(config.dtype), sizes.head_dim
     )
-    grid = family.grid(schema.values(config.grid), SHIFT)
+    grid = family.grid(schema.values(config.grid), family.SCHEDULER)
     device = jax.devices()[0]
     trains = "full" if config.train == "full" else f"LoRA rank {config.lora.rank}"
     facts = {
         "device": f"{mesh.size} x {device.device_kind} ({device.platform}), jax {jax.__version__}",
-        "image": f"height {latent[1] * VAE_FACTOR}, width {latent[2] * VAE_FACTOR},"
-        f" batch {latent[0]} x {config.accumulate}",
+        "image": "height {}, width {},".format(*(n * family.LATENT_FACTOR for n in latent[1:3]))
+        + f" batch {latent[0]} x {config.accumulate}",
         "captions": f"{STUDENT.value} (student), {TEACHER.value} (teacher)",
         "step": f"K = {len(grid) - 1}, {trains}, remat {config.remat},"
         f" attention {kernel}, weights {config.base_dtype}, activations {config.dtype}",
@@ -118,7 +116,7 @@ def transformer_sizes(model: str) -> zimage.ZImageConfig:
 def latent_shape(config, sizes: zimage.ZImageConfig) -> tuple[int, int, int, int]:
     """[b, h, w, c] of one micro-batch's noise."""
     height, width = (flag.value or config.data.resolution for flag in SIDES)
-    multiple = VAE_FACTOR * sizes.patch
+    multiple = family.LATENT_FACTOR * sizes.patch
     raise_if(
         f"--{name} {side}: must be a positive multiple of {multiple}"
         for name, side in (("height", height), ("width", width))
@@ -129,20 +127,26 @@ def latent_shape(config, sizes: zimage.ZImageConfig) -> tuple[int, int, int, int
         for flag in (STUDENT, TEACHER)
         if not 1 <= flag.value <= sizes.max_caption
     )
-    return config.batch_size, height // VAE_FACTOR, width // VAE_FACTOR, sizes.channels
+    return (
+        config.batch_size,
+        height // family.LATENT_FACTOR,
+        width // family.LATENT_FACTOR,
+        sizes.channels,
+    )
 
 
 def image_work(config, sizes, latent, grid, kernel) -> flops.StepWork:
     """FLOP of one image's share of a step."""
     pad = lambda rows: -(-rows // zimage.PAD_MULTIPLE) * zimage.PAD_MULTIPLE
     return flops.step_work(
+        family,
         sizes,
         registry.passes(config, grid),
         height=latent[1],
         width=latent[2],
         rows_student=pad(STUDENT.value),
         rows_teacher=pad(TEACHER.value),
-        chosen=trained(config, sizes).chosen,
+        chosen=trained(config, family, sizes).chosen,
         rank=config.lora.rank,
         full=config.train == "full",
         remat=config.remat,
@@ -152,7 +156,7 @@ def image_work(config, sizes, latent, grid, kernel) -> flops.StepWork:
 
 def time_jax(config, sizes, latent, grid, kernel, mesh) -> list[float]:
     """Seconds of each timed step."""
-    plan, _, base = build.abstract_plan(config, sizes, kernel, SHIFT, mesh)
+    plan, _, base = build.abstract_plan(config, family, sizes, kernel, mesh)
     base, student = random_weights(base), random_weights(plan.like.student)
     start, step = plan.begin(student), plan.step
     batch = sharding.put_batch(random_batch(config, sizes, latent), mesh)
@@ -193,7 +197,7 @@ def random_batch(config, sizes: zimage.ZImageConfig, latent) -> Batch:
     def role(tokens):
         draw = lambda: rng.standard_normal((tokens, sizes.caption_dim), np.float32)
         groups = [
-            family.pad_features([draw() for _ in range(config.batch_size)])
+            family.collate([{"features": draw()} for _ in range(config.batch_size)])
             for _ in range(config.accumulate)
         ]
         padded = jax.tree.map(lambda *parts: np.stack(parts), *groups)
@@ -231,7 +235,7 @@ def time_torch(config, sizes: zimage.ZImageConfig, latent) -> dict:
         "accumulate": config.accumulate,
         "student_tokens": STUDENT.value,
         "teacher_tokens": TEACHER.value,
-        "sigmas": family.grid(schema.values(config.grid), SHIFT)[:-1],
+        "sigmas": family.grid(schema.values(config.grid), family.SCHEDULER)[:-1],
         "loss": loss,
         "loss_steps": None if loss_steps == "all" else loss_steps,
         "teacher": config.teacher.weights,

@@ -22,13 +22,11 @@ def load_pipeline(
     vision-language model that the teacher's context needs; None: the folder `vlm` of the model.
     base_dtype: what the transformer's weights are stored in: bfloat16, float32, or quantised: int8,
     nf4, fp8 (extra `quant`); None: as in the folder.
-    Returns a `families.zimage_pipeline.Pipeline`. Raises `errors.UserError`.
+    Returns a `families.pipeline.Pipeline`. Raises `errors.UserError`.
     """
-    from dopsd_jax.families.zimage.pipeline import Pipeline
+    from dopsd_jax.families.pipeline import pipeline
     from dopsd_jax.weights import hub
-    from dopsd_jax.weights.model_folder import family_of
 
     folder = hub.resolve(path).path
-    family_of(folder)
-    vlm_folder = hub.resolve(vlm, patterns=hub.ROOT).path if vlm else None
-    return Pipeline(folder, vlm=vlm_folder, dtype=dtype, base_dtype=base_dtype, lora_file=lora)
+    beside = {"vlm": hub.resolve(vlm, patterns=hub.ROOT).path} if vlm else None
+    return pipeline(folder, beside=beside, dtype=dtype, base_dtype=base_dtype, lora_file=lora)

@@ -22,7 +22,7 @@ from dopsd_jax.conditioning.features import Features
 from dopsd_jax.data.dataset import describe
 from dopsd_jax.dopsd import Contexts, Denoiser
 from dopsd_jax.estimation import flops
-from dopsd_jax.families.zimage import family
+from dopsd_jax.families.base import Family
 from dopsd_jax.methods import registry
 from dopsd_jax.parallel import sharding
 from dopsd_jax.reporting import pictures
@@ -46,8 +46,8 @@ def main() -> None:
 
     features = Features(pipe, dataset, config, build.cache_folder(config, workdir))
     features.prepare()
-    teacher = f", teacher {features.teacher_rows} rows" if features.needs.teacher else ""
-    print(f"features: student {features.student_rows} rows{teacher}")
+    told = zip(("student", "teacher"), positions(features), strict=True)
+    print("features: " + ", ".join(f"{role} {count} rows" for role, count in told if count))
     plan = build.make_plan(config, pipe, mesh)
     print("\n".join(plan.describe()), flush=True)
     print("\n".join(budget(config, pipe, plan, features)), flush=True)
@@ -73,7 +73,15 @@ def main() -> None:
     gaps = None
     if features.needs.teacher:
         gaps = np.mean([
-            gap(pipe.split, start.student, teacher, s.contexts, s.noise, plan.grid)
+            gap(
+                pipe.family,
+                pipe.split,
+                start.student,
+                teacher,
+                s.contexts,
+                s.noise,
+                plan.schedule.grid(*s.noise.shape[1:3]),
+            )
             for s in previews.samples
         ], axis=0)  # fmt: skip
         print("teacher: relative gap by step, " + ", ".join(f"{g:.3f}" for g in gaps))
@@ -102,7 +110,7 @@ def budget(config, pipe, plan, features) -> list[str]:
     count = lambda tree: sum(x.size for x in jax.tree.leaves(tree))
     like = plan.like
     # Not counted from the base: one that is quantised has scales too.
-    frozen = 0 if config.train == "full" else flops.parameters(pipe.config)
+    frozen = 0 if config.train == "full" else flops.parameters(pipe.family, pipe.config)
     memory = {
         "base": size(pipe.split[2]),
         "student": size(like.student),
@@ -110,13 +118,15 @@ def budget(config, pipe, plan, features) -> list[str]:
         "teacher": size(like.teacher),
         "optimizer": size(like.opt_state),
     }
+    student, teacher = positions(features)
     work = flops.step_work(
+        pipe.family,
         pipe.config,
         registry.passes(config, plan.grid),
         height=h,
         width=w,
-        rows_student=features.student_rows,
-        rows_teacher=features.teacher_rows,
+        rows_student=student,
+        rows_teacher=teacher,
         chosen=plan.trained.chosen,
         rank=config.lora.rank,
         full=config.train == "full",
@@ -136,7 +146,14 @@ def budget(config, pipe, plan, features) -> list[str]:
     ]
 
 
-def gap(split, student, teacher, contexts: Contexts, noise, grid) -> np.ndarray:
+def positions(features: Features) -> tuple[int, int]:
+    """Of the student's and of the teacher's padded contexts; 0 without a teacher."""
+    contexts = features.contexts([features.dataset.caption(0, features.dataset.prompt_keys)])
+    count = features.pipe.family.positions
+    return count(contexts.student), 0 if contexts.teacher is None else count(contexts.teacher)
+
+
+def gap(family: Family, split, student, teacher, contexts: Contexts, noise, grid) -> np.ndarray:
     """rms(v_student - v_teacher) / rms(v_teacher) at each state of the student's rollout, [K]."""
     graphdef, _, base = split
     sigma = jnp.asarray(grid, jnp.float32)

@@ -99,9 +99,9 @@ def _add_transformer_only(p: argparse.ArgumentParser) -> None:
 
 
 def run_import(args: argparse.Namespace) -> None:
+    from dopsd_jax.conversion.importing import import_model
     from dopsd_jax.weights import hub
     from dopsd_jax.weights.found_files import components
-    from dopsd_jax.weights.importing import import_model
     from dopsd_jax.weights.progress import ConsoleProgress
     from dopsd_jax.weights.safetensors_io import TensorFiles
 
@@ -140,9 +140,9 @@ def run_import(args: argparse.Namespace) -> None:
 
 
 def run_export(args: argparse.Namespace) -> None:
+    from dopsd_jax.conversion.export import export_diffusers, export_single
+    from dopsd_jax.conversion.inspection import layers_for
     from dopsd_jax.weights import hub
-    from dopsd_jax.weights.export import export_diffusers, export_single
-    from dopsd_jax.weights.inspection import layers_for
     from dopsd_jax.weights.lora_files import LoraModule, read_lora
     from dopsd_jax.weights.progress import ConsoleProgress
 
@@ -171,7 +171,7 @@ def run_export(args: argparse.Namespace) -> None:
 
 
 def run_lora(args: argparse.Namespace) -> None:
-    from dopsd_jax.weights.inspection import layers_for
+    from dopsd_jax.conversion.inspection import layers_for
     from dopsd_jax.weights.lora_files import read_lora
     from dopsd_jax.weights.lora_write import write_lora
     from dopsd_jax.weights.progress import size
@@ -191,7 +191,7 @@ def run_lora(args: argparse.Namespace) -> None:
 
 
 def run_inspect(args: argparse.Namespace) -> None:
-    from dopsd_jax.weights.inspection import inspect
+    from dopsd_jax.conversion.inspection import inspect
 
     for line in inspect(args.path, args.model, args.verify):
         print(line)

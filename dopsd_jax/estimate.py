@@ -37,18 +37,22 @@ def main() -> int:
     if TOPOLOGY.value != tpu_topologies.LOCAL:
         jax.config.update("jax_platforms", "cpu")  # whatever else is here is left alone
     devices = tpu_topologies.devices(TOPOLOGY.value)
-    size, origin = abstract_step.network_size(config.model, FULL_SIZE.value)
+    family, size, origin = abstract_step.find_network(config, FULL_SIZE.value)
     case = Case(
+        family,
+        size,
         height=HEIGHT.value or config.data.resolution,
         width=WIDTH.value or config.data.resolution,
         rows_student=STUDENT_ROWS.value,
         rows_teacher=TEACHER_ROWS.value,
     )
-    print(f"network: {origin}, {flops.parameters(size):,} parameters; compiling", flush=True)
-    report = compiled_step.compile_step(config, size, case, devices)
+    print(
+        f"network: {origin}, {flops.parameters(family, size):,} parameters; compiling", flush=True
+    )
+    report = compiled_step.compile_step(config, case, devices)
     print("\n".join(describe(report, config, case)), flush=True)
     if not report.fits:
-        print("\n".join(remedies.describe(config, size, case, report)))
+        print("\n".join(remedies.describe(config, case, report)))
     return 0 if report.fits else 1
 
 

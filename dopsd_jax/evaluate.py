@@ -42,7 +42,6 @@ from ml_collections import ConfigDict
 
 from dopsd_jax.common.atomic import write_text
 from dopsd_jax.common.errors import UserError, raise_if
-from dopsd_jax.conditioning.encoding import TEACHER
 from dopsd_jax.config import schema
 from dopsd_jax.data.images import open_image
 from dopsd_jax.data.prepared_parts import is_prepared
@@ -55,7 +54,8 @@ from dopsd_jax.evaluation.gallery import Gallery
 from dopsd_jax.evaluation.page import page
 from dopsd_jax.evaluation.results import Score
 from dopsd_jax.evaluation.scorer import Case, Judge, judges, load_scorers
-from dopsd_jax.families.zimage.pipeline import Pipeline
+from dopsd_jax.families.base import TEACHER
+from dopsd_jax.families.pipeline import Pipeline
 from dopsd_jax.parallel import sharding
 from dopsd_jax.reporting.pictures import Row
 from dopsd_jax.run import build

@@ -38,7 +38,6 @@ if __name__ == "__main__":
 import jax
 import numpy as np
 from etils import epath
-from jaxtyping import Int
 from ml_collections import ConfigDict
 from PIL import Image
 
@@ -46,13 +45,14 @@ from dopsd_jax.common import errors
 from dopsd_jax.common.atomic import is_remote
 from dopsd_jax.common.errors import UserError
 from dopsd_jax.common.progress import duration
-from dopsd_jax.conditioning.encoding import STUDENT, TEACHER, Encoder
-from dopsd_jax.conditioning.features import DIGESTS, prepared_settings
+from dopsd_jax.conditioning.encoding import Encoder
+from dopsd_jax.conditioning.features import DIGESTS, prepared_settings, sees_picture
 from dopsd_jax.data import prepared_parts as parts
 from dopsd_jax.data.dataset import Dataset, describe, measure, spread
 from dopsd_jax.data.rows import Rows
 from dopsd_jax.data.table import Chosen, Row
-from dopsd_jax.families.zimage.pipeline import Pipeline
+from dopsd_jax.families.base import STUDENT, TEACHER
+from dopsd_jax.families.pipeline import Pipeline
 from dopsd_jax.methods import registry
 from dopsd_jax.parallel import multihost
 from dopsd_jax.run import build
@@ -128,8 +128,15 @@ def prepare(
             print("\n".join(describe(dataset, config.batch_size * config.accumulate)), flush=True)
             keys = build.trained_keys(config, dataset.prompt_keys)
             encoder = Encoder(pipe, dataclasses.replace(dataset, prompt_keys=keys), config)
-            kinds = (STUDENT, *[TEACHER] * registry.sees_image(config))
-            lengths = encoder.lengths(dict.fromkeys(dataset.captions(), kinds))[:, : parts.ROLES]
+            kinds = (STUDENT, *[TEACHER] * sees_picture(config, pipe.family))
+            wanted = dict.fromkeys(dataset.captions(), kinds)
+            shapes = encoder.shapes(wanted)
+            layouts = [
+                tuple(
+                    parts.layout_of(shapes.get((caption, role), {})) for role in range(parts.ROLES)
+                )
+                for caption in wanted
+            ]
 
     # ---- Part by part. Whoever is ready waits for the others.
     with multihost.together():
@@ -139,7 +146,7 @@ def prepare(
             if len(devices) > 1:
                 pipe.spread_encoders(devices)
             batch = BATCH.value * len(devices)
-            write_parts(folder, manifest, todo, encoder, lengths, root, batch)
+            write_parts(folder, manifest, todo, encoder, layouts, root, batch)
     print(f"prepared: {folder}, {name}", flush=True)
 
 
@@ -176,17 +183,20 @@ def write_parts(
     manifest: parts.Manifest,
     todo: Sequence[int],
     encoder: Encoder,
-    lengths: Int[np.ndarray, "k 2"],
+    layouts: Sequence[tuple[parts.Layout, ...]],
     root: Path,
     batch: int,
 ) -> None:
     """Encodes and writes the parts `todo`, which hold the rows of the encoder's data set in order.
 
-    `lengths`: of the features of all its captions, 0 where none are kept.
+    `layouts`: of the features of all its captions, by role; empty where none are kept.
     """
-    dataset, pipe = encoder.dataset, encoder.pipe
+    dataset = encoder.dataset
     captions = dataset.captions()
-    shown, progress = set(spread(manifest.rows, SHOWN)), Progress(np.count_nonzero(lengths))
+    shown, progress = (
+        set(spread(manifest.rows, SHOWN)),
+        Progress(sum(bool(one) for pair in layouts for one in pair)),
+    )
     row = caption = 0  # the first ones of the part, among the data set's
     for part in todo:
         pictures, records = io.BytesIO(), []
@@ -195,8 +205,11 @@ def write_parts(
             records.append(record(dataset, row, root, kept))
             row += 1
         own = captions[caption : caption + sum(len(r["captions"]) for r in records)]
-        sizes = lengths[caption : caption + len(own)]
-        kinds = {name: np.flatnonzero(size).tolist() for name, size in zip(own, sizes, strict=True)}
+        sizes = layouts[caption : caption + len(own)]
+        kinds = {
+            name: [role for role, layout in enumerate(pair) if layout]
+            for name, pair in zip(own, sizes, strict=True)
+        }
         made = encoder.encode(kinds, batch)
         place = {name: i for i, name in enumerate(own)}
         parts.write_part(
@@ -206,8 +219,6 @@ def write_parts(
             ((place[name], role, features) for name, role, features in progress.over(made)),
             records,
             pictures.getvalue(),
-            pipe.config.caption_dim,
-            np.dtype(pipe.dtype),
         )
         caption += len(own)
 

@@ -31,7 +31,8 @@ import dopsd_jax
 from dopsd_jax.common.atomic import disk_error
 from dopsd_jax.common.errors import UserError
 from dopsd_jax.common.progress import duration
-from dopsd_jax.families.zimage.pipeline import start_noise
+from dopsd_jax.families.base import STUDENT
+from dopsd_jax.families.pipeline import start_noise
 from dopsd_jax.reporting.metrics import StepTimer
 from dopsd_jax.reporting.pictures import save_picture
 
@@ -45,7 +46,7 @@ def main() -> None:
     height, width = HEIGHT.value or pipe.own_size, WIDTH.value or pipe.own_size
     shape = pipe.latent_shape(height, width)
     for prompt in PROMPT.value:  # all faults before the first picture
-        pipe.student_tokens(prompt)
+        pipe.request(STUDENT, prompt)
     try:
         out.mkdir(parents=True, exist_ok=True)
     except FileExistsError:

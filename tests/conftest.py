@@ -31,8 +31,8 @@ check_shapes(
 
 import dopsd_jax
 from dopsd_jax.adapters import attach
-from dopsd_jax.families.zimage.family import LORA_PRESETS
-from dopsd_jax.families.zimage.pipeline import lora_layers
+from dopsd_jax.families.pipeline import lora_layers
+from dopsd_jax.families.zimage import family
 from dopsd_jax.models import zimage
 from dopsd_jax.random_model import write_random_model
 from dopsd_jax.weights.lora_files import LoraModule
@@ -69,7 +69,7 @@ def lora_file(random_model, tmp_path_factory):
     """A strong random adapter of the miniature, as the training program would write it."""
     rng = np.random.default_rng(0)
     config = dopsd_jax.load_pipeline(str(random_model)).config
-    chosen = attach.select(attach.slots(zimage.names(config)), "blocks", LORA_PRESETS)
+    chosen = attach.select(attach.slots(zimage.names(config)), "blocks", family.LORA_PRESETS)
     modules = {
         path: LoraModule(
             rng.standard_normal((4, slot.din)).astype(np.float32) / slot.din**0.5,
@@ -79,7 +79,7 @@ def lora_file(random_model, tmp_path_factory):
         for path, slot in chosen.items()
     }
     path = tmp_path_factory.mktemp("lora") / "strong.safetensors"
-    write_lora(path, modules, lora_layers(config))
+    write_lora(path, modules, lora_layers(family, config))
     return path
 
 

@@ -6,10 +6,10 @@ from conftest import relative_error
 from diffusers import ZImageTransformer2DModel
 from safetensors.numpy import save_file
 
+from dopsd_jax.families.zimage.networks import ZIMAGE
 from dopsd_jax.models.zimage import ZImageConfig
 from dopsd_jax.weights.lora_dialects import layers_of
 from dopsd_jax.weights.lora_files import LoraModule
-from dopsd_jax.weights.networks import ZIMAGE
 
 CONFIG = ZImageConfig(
     dim=48, layers=2, refiner_layers=1, heads=2, caption_dim=16, axes_dims=(8, 8, 8),

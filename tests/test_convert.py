@@ -13,13 +13,13 @@ from flax import nnx
 from safetensors.numpy import load_file, save_file
 from weights_helpers import SMALL, TRANSFORMER, run_python, same_modules, tensors_of
 
+from dopsd_jax.conversion.export import export_diffusers, export_single
+from dopsd_jax.conversion.importing import import_model
+from dopsd_jax.families.zimage.networks import VLM, ZIMAGE
 from dopsd_jax.models.zimage import ZImageConfig, names
 from dopsd_jax.random_model import write_random_model
-from dopsd_jax.weights.export import export_diffusers, export_single
-from dopsd_jax.weights.importing import import_model
 from dopsd_jax.weights.layouts import Found, in_layout
 from dopsd_jax.weights.load import load_component
-from dopsd_jax.weights.networks import VLM, ZIMAGE
 from dopsd_jax.weights.safetensors_io import TensorFiles
 from dopsd_jax.weights.safetensors_write import file_order, header_bytes
 from dopsd_jax.weights.stored import open_stored
@@ -255,7 +255,7 @@ from pathlib import Path
 import jax, numpy as np
 from flax import nnx
 from dopsd_jax.weights.load import load_component
-from dopsd_jax.weights.networks import ZIMAGE
+from dopsd_jax.families.zimage.networks import ZIMAGE
 mesh = jax.make_mesh((2, 2), ("fsdp", "tensor"), axis_types=(jax.sharding.AxisType.Auto,) * 2)
 def place(path, shape):
     # The last two axes over the mesh, where they divide; the layer axis whole.

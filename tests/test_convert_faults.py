@@ -16,14 +16,14 @@ from weights_helpers import (
 )
 
 from dopsd_jax.common.errors import UserError
+from dopsd_jax.conversion.export import export_diffusers, export_single
+from dopsd_jax.conversion.importing import import_model
+from dopsd_jax.conversion.inspection import inspect
+from dopsd_jax.families.zimage.networks import ZIMAGE
 from dopsd_jax.random_model import write_random_model
 from dopsd_jax.weights import converted
 from dopsd_jax.weights.digest import digest
-from dopsd_jax.weights.export import export_diffusers, export_single
-from dopsd_jax.weights.importing import import_model
-from dopsd_jax.weights.inspection import inspect
 from dopsd_jax.weights.load import load_component
-from dopsd_jax.weights.networks import ZIMAGE
 from dopsd_jax.weights.stored import open_stored, source_digest
 
 

@@ -11,10 +11,11 @@ import pytest
 from safetensors.numpy import save_file
 from weights_helpers import ROOT, SMALL, Interrupt, run_python, tensors_of
 
+from dopsd_jax.conversion import importing
+from dopsd_jax.conversion.importing import import_model
 from dopsd_jax.models.zimage import ZImageConfig, names
 from dopsd_jax.random_model import write_random_model
-from dopsd_jax.weights import converted, importing
-from dopsd_jax.weights.importing import import_model
+from dopsd_jax.weights import converted
 from dopsd_jax.weights.safetensors_io import TensorFiles
 from dopsd_jax.weights.validation import sources
 
@@ -29,8 +30,8 @@ def tiny(tmp_path_factory):
 MEMORY = """
 import json, resource, sys
 from pathlib import Path
-from dopsd_jax.weights.importing import import_model
-from dopsd_jax.weights.export import export_diffusers
+from dopsd_jax.conversion.importing import import_model
+from dopsd_jax.conversion.export import export_diffusers
 peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 warm, model, out, part = sys.argv[1:]
 run = lambda source, name: (

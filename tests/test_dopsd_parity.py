@@ -116,7 +116,11 @@ def test_three_optimizer_steps_equal_pytorch(name):
         both = dopsd.Contexts(
             *(
                 jax.tree.map(
-                    lambda *x: np.stack(x), *(family.pad_features(g[role], 64) for g in group)
+                    lambda *x: np.stack(x),
+                    *(
+                        family.collate([{"features": f} for f in g[role]], {"features": 64})
+                        for g in group
+                    ),
                 )
                 for role in (0, 1)
             )

@@ -24,6 +24,7 @@ from dopsd_jax.estimation import (
     remedies,
     tpu_topologies,
 )
+from dopsd_jax.families.zimage import family
 from dopsd_jax.models import attention, zimage
 from dopsd_jax.parallel import sharding
 
@@ -31,9 +32,11 @@ ROOT = pathlib.Path(__file__).parents[1]
 TINY = zimage.ZImageConfig(
     dim=32, layers=2, refiner_layers=1, heads=2, caption_dim=8, axes_dims=(4, 6, 6)
 )
-CASE = abstract_step.Case(height=32, width=48, rows_student=32, rows_teacher=64)
+CASE = abstract_step.Case(family, TINY, height=32, width=48, rows_student=32, rows_teacher=64)
 PUBLISHED = zimage.ZImageConfig()
-FULL_SIZE = abstract_step.Case(height=1024, width=1024, rows_student=512, rows_teacher=1024)
+FULL_SIZE = abstract_step.Case(
+    family, PUBLISHED, height=1024, width=1024, rows_student=512, rows_teacher=1024
+)
 GIB, CPU = 2**30, {"JAX_PLATFORMS": "cpu"}
 
 needs_libtpu = pytest.mark.skipif(
@@ -60,7 +63,7 @@ def run(*arguments):
 @pytest.fixture(scope="module")
 def local_report():
     config = load_config("random")
-    return config, compiled_step.compile_step(config, TINY, CASE, jax.devices()[:1])
+    return config, compiled_step.compile_step(config, CASE, jax.devices()[:1])
 
 
 def test_a_report_counts_what_the_state_holds(local_report):
@@ -101,10 +104,14 @@ def test_the_account_of_a_full_run(changes, state):
     sizes = {"batch_size": 8, "mesh.data": 2, "mesh.fsdp": 4}
     config = load_config("random_full", **sizes, **changes)
     mesh = AbstractMesh((2, 4, 1, 1), sharding.AXES, axis_types=(AxisType.Auto,) * 4)
-    found = memory.count(config, abstract_step.make_program(config, TINY, CASE, mesh, "cpu"), mesh)
+    found = memory.count(config, abstract_step.make_program(config, CASE, mesh, "cpu"), mesh)
     split = sum(n for kind, n in found.live.items() if kind != "batch")
     # Vectors are not split.
-    assert state * flops.parameters(TINY) / 4 <= split < 1.5 * state * flops.parameters(TINY) / 4
+    assert (
+        state * flops.parameters(family, TINY) / 4
+        <= split
+        < 1.5 * state * flops.parameters(family, TINY) / 4
+    )
     held = sum(found.host.values())
     assert held / split == pytest.approx(3 if "offload" in changes else 0, rel=0.01)
 
@@ -117,7 +124,7 @@ def test_what_does_not_fit_is_explained(local_report, monkeypatch):
     )
     failing = lambda self: (_ for _ in ()).throw(jax.errors.JaxRuntimeError(message))
     monkeypatch.setattr(jax.stages.Lowered, "compile", failing)
-    report = compiled_step.compile_step(config, TINY, CASE, jax.devices()[:1])
+    report = compiled_step.compile_step(config, CASE, jax.devices()[:1])
     assert not report.fits and report.needed == int(40.71 * GIB)
     assert any(
         "Used 40.71G of 31.25G hbm" in line for line in estimate.describe(report, config, CASE)
@@ -131,9 +138,7 @@ def test_advice_is_priced():
 
     def total(config, shape):
         mesh = AbstractMesh(shape, sharding.AXES, axis_types=axes)
-        return memory.count(
-            config, abstract_step.make_program(config, TINY, CASE, mesh, "tpu"), mesh
-        )
+        return memory.count(config, abstract_step.make_program(config, CASE, mesh, "tpu"), mesh)
 
     now, rest = total(config, (4, 1, 1, 1)), 12345
     report = compiled_step.Report(
@@ -147,7 +152,7 @@ def test_advice_is_priced():
         needed=now.total + rest,
         problem="Used too much",
     )
-    single, together, _ = remedies.advise(config, TINY, CASE, report)
+    single, together, _ = remedies.advise(config, CASE, report)
     fields = [remedy.fields for remedy in single]
     assert fields[0] == {"batch_size": 4, "accumulate": 2}
     assert {"mesh.data": 1, "mesh.fsdp": 4} in fields and {"remat": "full"} in fields
@@ -170,9 +175,9 @@ def test_hopeless_runs_are_told_how_many_devices_they_need(monkeypatch):
     failing = lambda self: pytest.fail("compiled")
     monkeypatch.setattr(jax.stages.Lowered, "compile", failing)
     monkeypatch.setattr(flops, "device_memory", lambda kind: 31.25 * GIB)
-    report = compiled_step.compile_step(config, PUBLISHED, FULL_SIZE, jax.devices()[:1])
+    report = compiled_step.compile_step(config, FULL_SIZE, jax.devices()[:1])
     assert report.problem == "what lives through the run takes 91.72 GiB by itself"
-    lines = "\n".join(remedies.describe(config, PUBLISHED, FULL_SIZE, report))
+    lines = "\n".join(remedies.describe(config, FULL_SIZE, report))
     assert "at least" in lines and "or 8 devices: --config.mesh.data=1" in lines
 
 
@@ -180,7 +185,7 @@ def test_other_compiler_errors_are_not_swallowed(monkeypatch):
     failing = lambda self: (_ for _ in ()).throw(jax.errors.JaxRuntimeError("INTERNAL: a bug"))
     monkeypatch.setattr(jax.stages.Lowered, "compile", failing)
     with pytest.raises(jax.errors.JaxRuntimeError, match="INTERNAL"):
-        compiled_step.compile_step(load_config("random"), TINY, CASE, jax.devices()[:1])
+        compiled_step.compile_step(load_config("random"), CASE, jax.devices()[:1])
 
 
 @pytest.mark.parametrize(
@@ -196,26 +201,29 @@ def test_an_impossible_case_is_refused(case, message):
     fields = {**vars(CASE), **case}
     with pytest.raises(UserError, match=message):
         compiled_step.compile_step(
-            load_config("random"), TINY, abstract_step.Case(**fields), jax.devices()[:1]
+            load_config("random"), abstract_step.Case(family, TINY, **fields), jax.devices()[:1]
         )
 
 
 def test_an_impossible_mesh_is_refused():
     config = load_config("random", **{"mesh.data": 1, "mesh.fsdp": 3})
     with pytest.raises(UserError, match=r"config\.mesh: data 1 x fsdp 3"):
-        compiled_step.compile_step(config, TINY, CASE, jax.devices()[:1])
+        compiled_step.compile_step(config, CASE, jax.devices()[:1])
 
 
 def test_sizes_come_from_the_folder_or_are_the_published_ones(tmp_path):
     published = zimage.ZImageConfig()
-    assert abstract_step.network_size("Tongyi-MAI/Z-Image-Turbo", False)[0] == published
-    assert abstract_step.network_size(str(tmp_path), True)[0] == published
-    with pytest.raises(UserError, match="no such file"):
-        abstract_step.network_size(str(tmp_path), False)
+
+    def size(model, full_size=False):
+        return abstract_step.find_network(load_config(model=model), full_size)[1]
+
+    assert size("Tongyi-MAI/Z-Image-Turbo") == size(str(tmp_path), True) == published
+    with pytest.raises(UserError, match="not a model folder"):
+        size(str(tmp_path))
+    (tmp_path / "model_index.json").write_text('{"_class_name": "ZImagePipeline"}')
     (tmp_path / "transformer").mkdir()
     (tmp_path / "transformer" / "config.json").write_text(json.dumps(TINY.to_dict()))
-    assert abstract_step.network_size(str(tmp_path), False)[0] == TINY
-    assert abstract_step.network_size("random", False)[0].dim < 512
+    assert size(str(tmp_path)) == TINY and size("random").dim < 512
 
 
 def test_without_the_tpu_compiler_one_line_says_so(monkeypatch):
@@ -369,9 +377,9 @@ def compile_full_size(devices, **changes):
     """The published network, 1024 x 1024, K = 4, rank 64, an image a chip: a few minutes."""
     config = load_config(batch_size=len(devices), **changes)
     assert (config.remat, config.base_dtype, config.lora.rank) == ("full", "bfloat16", 64)
-    case = abstract_step.Case(height=1024, width=1024, rows_student=512, rows_teacher=1024)
-    size, _ = abstract_step.network_size(config.model, full_size=True)
-    report = compiled_step.compile_step(config, size, case, devices)
+    own, size, _ = abstract_step.find_network(config, full_size=True)
+    case = abstract_step.Case(own, size, 1024, 1024, 512, 1024)
+    report = compiled_step.compile_step(config, case, devices)
     print("\n".join(estimate.describe(report, config, case)))
     assert report.attention == "splash"
     return report

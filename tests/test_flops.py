@@ -11,6 +11,7 @@ from jax.extend.core import jaxprs_in_params
 from dopsd_jax import dopsd
 from dopsd_jax.adapters import attach
 from dopsd_jax.estimation import flops
+from dopsd_jax.families.work import adapter_parameters
 from dopsd_jax.families.zimage import family
 from dopsd_jax.methods import registry
 from dopsd_jax.methods.method import Count, Passes
@@ -78,6 +79,7 @@ def test_a_traced_step_has_the_counted_products(targets):
     contexts = dopsd.Contexts(*map(context, rows))
     traced = jax.make_jaxpr(step)(adapter, adapter, base, contexts, jnp.zeros((1, *latent, 16)))
     counted = flops.step_work(
+        family,
         TINY,
         dopsd_passes(3),
         height=latent[0],
@@ -114,7 +116,7 @@ def test_a_layer_costs_what_xla_says(gradient):
         return jax.jit(function).lower(adapter, base, x, c).cost_analysis()["flops"]
 
     two, one = (
-        flops.velocity_work(
+        family.velocity_work(
             zimage.ZImageConfig(**{**vars(cfg), "layers": n}), 32, 32, 0,
             chosen(zimage.ZImageConfig(**{**vars(cfg), "layers": n}), "main"), rank,
         )
@@ -137,6 +139,7 @@ def test_a_layer_costs_what_xla_says(gradient):
 def test_the_documented_budget(rows, remat, model, executed):
     """TFLOP for an image of 1024 x 1024, K = 4, rank 64; captions refined at every node."""
     work = flops.step_work(
+        family,
         FULL, dopsd_passes(4, hoisted=False), height=128, width=128, rows_student=rows[0],
         rows_teacher=rows[1], chosen=chosen(FULL), rank=64, remat=remat,
     )  # fmt: skip
@@ -151,7 +154,7 @@ def test_options_change_the_count_as_they_should():
             "chosen": chosen(FULL), "rank": 64,
         }  # fmt: skip
         passes = dopsd_passes(4, taught, hoisted)
-        return flops.step_work(FULL, passes, **{**settings, **options})
+        return flops.step_work(family, FULL, passes, **{**settings, **options})
 
     assert count().model < count(hoisted=False).model < 1.01 * count().model
     nothing, all_four = count(taught=0), count(taught=4)
@@ -166,8 +169,8 @@ def test_options_change_the_count_as_they_should():
 
 
 def test_the_published_network_has_its_published_size():
-    assert flops.parameters(FULL) == 6_154_908_736
-    assert flops.adapter_parameters(chosen(FULL).values(), 64) == 158_760_960
+    assert flops.parameters(family, FULL) == 6_154_908_736
+    assert adapter_parameters(chosen(FULL).values(), 64) == 158_760_960
 
 
 def test_the_counted_parameters_are_those_of_the_module():
@@ -175,8 +178,8 @@ def test_the_counted_parameters_are_those_of_the_module():
     size = lambda tree, kind: sum(
         leaf.size for _, leaf in nnx.to_flat_state(tree) if type(leaf) is kind
     )
-    assert size(base, nnx.Param) == flops.parameters(TINY)
-    assert size(adapter, nnx.LoRAParam) == flops.adapter_parameters(chosen(TINY).values(), 4)
+    assert size(base, nnx.Param) == flops.parameters(family, TINY)
+    assert size(adapter, nnx.LoRAParam) == adapter_parameters(chosen(TINY).values(), 4)
 
 
 def test_rates_of_devices():

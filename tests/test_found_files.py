@@ -11,11 +11,11 @@ from weights_helpers import SMALL, TRANSFORMER, same_modules, tensors_of
 
 from dopsd_jax import convert
 from dopsd_jax.common.errors import UserError
+from dopsd_jax.conversion.export import export_single
+from dopsd_jax.conversion.importing import import_model
+from dopsd_jax.conversion.inspection import inspect
 from dopsd_jax.random_model import write_random_model
 from dopsd_jax.weights import hub
-from dopsd_jax.weights.export import export_single
-from dopsd_jax.weights.importing import import_model
-from dopsd_jax.weights.inspection import inspect
 from dopsd_jax.weights.load import load_component
 from dopsd_jax.weights.safetensors_io import TensorFiles
 from dopsd_jax.weights.safetensors_write import write_safetensors
@@ -132,9 +132,9 @@ def test_all_networks_are_found_in_one_file(model, native, tmp_path):
 
 
 def _network(component):
-    from dopsd_jax.weights.networks import ZIMAGE
+    from dopsd_jax.families.zimage.networks import NETWORKS
 
-    return ZIMAGE[component]
+    return NETWORKS[component]
 
 
 def _changed(model, tmp_path, change):

@@ -138,7 +138,11 @@ def test_three_optimizer_steps_of_every_parameter_equal_pytorch(name):
         both = dopsd.Contexts(
             *(
                 jax.tree.map(
-                    lambda *x: np.stack(x), *(family.pad_features(g[r], 64) for g in group)
+                    lambda *x: np.stack(x),
+                    *(
+                        family.collate([{"features": f} for f in g[r]], {"features": 64})
+                        for g in group
+                    ),
                 )
                 for r in (0, 1)
             )

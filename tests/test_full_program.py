@@ -9,8 +9,8 @@ from conftest import ROOT, run_program
 from torch_reference import sample_with_diffusers
 
 import dopsd_jax
-from dopsd_jax.families.zimage.pipeline import start_noise
-from dopsd_jax.weights import networks
+from dopsd_jax.families.pipeline import start_noise
+from dopsd_jax.families.zimage import networks
 from dopsd_jax.weights.stored import open_stored
 
 pytestmark = pytest.mark.slow

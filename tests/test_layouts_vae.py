@@ -7,11 +7,11 @@ import numpy as np
 import pytest
 
 from dopsd_jax.common.errors import UserError
+from dopsd_jax.families.zimage.networks import ZIMAGE
 from dopsd_jax.models.autoencoder import names
 from dopsd_jax.models.autoencoder_config import AutoencoderConfig
 from dopsd_jax.weights.layouts import as_canonical, in_layout, recognise
 from dopsd_jax.weights.layouts_vae import original
-from dopsd_jax.weights.networks import ZIMAGE
 from dopsd_jax.weights.tensors import ArrayTensors
 
 DATA = pathlib.Path(__file__).parent / "data"

@@ -22,7 +22,7 @@ from lora_helpers import (
 
 from dopsd_jax import convert
 from dopsd_jax.common.errors import UserError, few
-from dopsd_jax.weights.inspection import inspect
+from dopsd_jax.conversion.inspection import inspect
 from dopsd_jax.weights.lora_files import LoraModule, read_lora
 from dopsd_jax.weights.lora_settings import HEADER, Pattern
 from dopsd_jax.weights.lora_write import write_lora

@@ -5,10 +5,10 @@ import pytest
 from weights_helpers import SMALL, tensors_of
 
 from dopsd_jax.common.errors import UserError
+from dopsd_jax.conversion.export import export_diffusers, export_single
+from dopsd_jax.conversion.importing import import_model
 from dopsd_jax.models.zimage import ZImageConfig, names
 from dopsd_jax.random_model import write_random_model
-from dopsd_jax.weights.export import export_diffusers, export_single
-from dopsd_jax.weights.importing import import_model
 from dopsd_jax.weights.lora_files import LoraModule
 from dopsd_jax.weights.safetensors_io import TensorFiles
 from dopsd_jax.weights.validation import sources

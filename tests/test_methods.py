@@ -21,6 +21,7 @@ from dopsd_jax.conditioning.features import Features
 from dopsd_jax.config import schema
 from dopsd_jax.config.fields import declared
 from dopsd_jax.data.loader import BatchIndex
+from dopsd_jax.families.base import STUDENT
 from dopsd_jax.methods import registry
 from dopsd_jax.random_model import Size, write_random_model
 from dopsd_jax.random_model.synthetic import write_folder
@@ -140,7 +141,7 @@ def test_latents_and_class_prompts_are_encoded_once_and_need_no_vision_model(
     assert not np.allclose(batch.target[0], batch.target[1])
     length, found = batch.prior.lengths[0, 0], batch.prior.features[0, 0]
     np.testing.assert_allclose(
-        found[:length], features.pipe.student_features("a dog"), rtol=1e-5, atol=1e-5
+        found[:length], features.pipe.features(STUDENT, "a dog")["features"], rtol=1e-5, atol=1e-5
     )
     assert class_prompt(CAPTIONS["detailed_en"], features.store.config.dreambooth).startswith(
         "a dog, large"
@@ -148,7 +149,7 @@ def test_latents_and_class_prompts_are_encoded_once_and_need_no_vision_model(
     # A second time nothing is encoded: neither encoder is even loaded.
     again = open_features(model, path, tmp_path, **options)
     jax.tree.map(np.testing.assert_array_equal, batch_of(again, [1, 0], 0), batch)
-    assert not {"text_encoder", "vision", "vae"} & again.pipe.__dict__.keys()
+    assert not {"text_encoder", "vlm", "vae"} & again.pipe.__dict__.keys()
     options["dreambooth__concept_word"] = "<dog>"
     problems = problems_of(open_features, model, path, tmp_path, **options)
     assert (
@@ -162,7 +163,7 @@ def test_a_teacher_is_told_another_caption_of_the_row(random_model, tmp_path):
     features = open_features(random_model, path, tmp_path, **prompt)
     assert features.dataset.prompt_keys == ("short_en",)
     student, teacher = batch_of(features, [0, 1], 0).contexts
-    told = features.pipe.student_features(CAPTIONS["detailed_en"])
+    told = features.pipe.features(STUDENT, CAPTIONS["detailed_en"])["features"]
     assert (teacher.lengths == len(told)).all() and student.lengths[0, 0] < len(told)
     np.testing.assert_allclose(teacher.features[1, 0, : len(told)], told, rtol=1e-5, atol=1e-5)
     # Told its own, it has nothing to tell.

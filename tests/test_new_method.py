@@ -15,6 +15,7 @@ from dopsd_jax.config.fields import conditions, declared
 from dopsd_jax.config.reference import help_text, markdown
 from dopsd_jax.dopsd import Losses
 from dopsd_jax.estimation.abstract_step import Case, make_program
+from dopsd_jax.families.zimage import family
 from dopsd_jax.methods import registry
 from dopsd_jax.methods.method import Method, Needs, Passes
 from dopsd_jax.models import zimage
@@ -72,12 +73,12 @@ def test_it_trains_a_step_through_the_plan(toy):
     fields = {"method": "toy", "batch_size": "1", "lora.targets": "attention"}
     config = loading.load("zimage:random", fields)
     mesh = sharding.make_mesh({"data": 1}, jax.devices()[:1])
-    case = Case(height=32, width=32, rows_student=32, rows_teacher=32)
+    case = Case(family, SIZE, height=32, width=32, rows_student=32, rows_teacher=32)
     zeros = lambda tree: jax.tree.map(
         lambda x: jnp.zeros(x.shape, x.dtype, device=x.sharding), tree
     )
     with jax.set_mesh(mesh):
-        program = make_program(config, SIZE, case, mesh, "cpu")
+        program = make_program(config, case, mesh, "cpu")
         student = jax.tree.map(jnp.ones_like, zeros(program.plan.like.student))
         state = program.plan.begin(student)
         assert state.teacher is None

@@ -22,16 +22,24 @@ from dopsd_jax.data.buckets import make_buckets
 from dopsd_jax.data.dataset import measure
 from dopsd_jax.data.prepared import Prepared
 from dopsd_jax.data.rows import load_rows
-from dopsd_jax.families.zimage.pipeline import Pipeline
+from dopsd_jax.families.pipeline import pipeline
 from dopsd_jax.random_model.synthetic import write_folder
 
 SETTINGS = {"buckets": [[64, 64]], "dtype": "float32"}
 CHANNELS = 6
 
 
-def feature(row, caption, role):
-    length = 3 + row + 2 * caption + 7 * role
-    return np.random.default_rng([row, caption, role]).normal(size=(length, CHANNELS))
+def features(row, caption, role, dtype):
+    """A text of its own length; for the teacher also two arrays as a picture's latents are."""
+    length, rng = 3 + row + 2 * caption + 7 * role, np.random.default_rng([row, caption, role])
+    shapes = {"text": (length, CHANNELS)}
+    shapes |= {"first": (2 + row % 2, 4, 3), "second": (1, 2, 3)} if role == TEACHER else {}
+    types = {"text": dtype, "first": np.float32, "second": np.float32}
+    return {name: rng.normal(size=shape).astype(types[name]) for name, shape in shapes.items()}
+
+
+def longest(prepared, role):
+    return max(shapes["text"][0] for shapes in prepared.shapes(role))
 
 
 def write(folder, rows=5, rows_per_part=2, dtype=np.float32, keys=("short_en", "detailed_en")):
@@ -55,13 +63,11 @@ def write(folder, rows=5, rows_per_part=2, dtype=np.float32, keys=("short_en", "
                 "digest": f"{row:064x}", "notes": [], "size": [64 + row, 64], "bucket": [64, 64],
                 "shown": shown,
             })  # fmt: skip
-            made += [[feature(row, i, role).astype(dtype) for role in (0, 1)] for i in (0, 1)]
-        lengths = np.array([[len(f) for f in pair] for pair in made])
+            made += [[features(row, i, role, dtype) for role in (0, 1)] for i in (0, 1)]
+        layouts = [[parts.layout_of(one) for one in pair] for pair in made]
         order = [(i, role, made[i][role]) for role in (1, 0) for i in range(len(made))]
         path = folder / parts.part_name(number)
-        parts.write_part(
-            path, manifest.identity, lengths, order, records, pictures, CHANNELS, np.dtype(dtype)
-        )
+        parts.write_part(path, manifest.identity, layouts, order, records, pictures)
     return folder
 
 
@@ -77,8 +83,11 @@ def test_every_feature_comes_back(tmp_path, dtype):
     for row in range(5):
         for caption in range(2):
             for role, found in enumerate(prepared.load((row, caption))):
-                np.testing.assert_array_equal(found, feature(row, caption, role).astype(dtype))
-    assert (prepared.longest(STUDENT), prepared.longest(TEACHER)) == (9, 16)
+                expected = features(row, caption, role, dtype)
+                assert found.keys() == expected.keys()
+                jax.tree.map(np.testing.assert_array_equal, found, expected)
+    assert (longest(prepared, STUDENT), longest(prepared, TEACHER)) == (9, 16)
+    assert {shapes["first"] for shapes in prepared.shapes(TEACHER)} == {(2, 4, 3), (3, 4, 3)}
     assert [row.captions[1][1] for row in prepared.rows] == [f"detailed_en {i}" for i in range(5)]
     assert prepared.rows[4].where.endswith("set:4")
     assert [info.width for info in prepared.infos] == [64, 65, 66, 67, 68]
@@ -89,10 +98,10 @@ def test_some_of_the_prompt_keys(tmp_path):
     folder = write(tmp_path / "set")
     prepared = Prepared(folder, ["detailed_en"])
     assert prepared.rows[2].captions == (("detailed_en", "detailed_en 2"),)
-    np.testing.assert_array_equal(
-        prepared.load((2, 0))[1], feature(2, 1, TEACHER).astype(np.float32)
-    )
-    assert prepared.longest(STUDENT) == 9 and Prepared(folder, ["short_en"]).longest(0) == 7
+    expected = features(2, 1, TEACHER, np.float32)
+    jax.tree.map(np.testing.assert_array_equal, prepared.load((2, 0))[1], expected)
+    assert longest(prepared, STUDENT) == 9
+    assert longest(Prepared(folder, ["short_en"]), STUDENT) == 7
     assert "was prepared with short_en, detailed_en only" in problems_of(Prepared, folder, ["x"])[0]
 
 
@@ -135,7 +144,7 @@ def test_no_damage_passes(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "text", ["", "[]", "{}", '{"format": 2}', '{"format": 1, "rows": -1}', "{" * 9]
+    "text", ["", "[]", "{}", '{"format": 1}', '{"format": 2, "rows": -1}', "{" * 9]
 )
 def test_a_damaged_manifest_is_told(tmp_path, text):
     folder = write(tmp_path / "set")
@@ -148,22 +157,21 @@ def test_a_write_that_is_stopped_leaves_no_part(tmp_path):
     path = folder / parts.part_name(0)
     old = path.read_bytes()
 
+    feature = {"text": np.zeros((3, CHANNELS), np.float32)}
+
     def stopped():
-        yield 0, 0, np.zeros((3, CHANNELS), np.float32)
+        yield 0, 0, feature
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        parts.write_part(
-            path, "i", np.array([[3, 3]]), stopped(), [], b"", CHANNELS, np.dtype(np.float32)
-        )
+        parts.write_part(path, "i", [[parts.layout_of(feature)] * 2], stopped(), [], b"")
     assert path.read_bytes() == old
     assert sorted(p.name for p in folder.iterdir()) == [path.name, parts.MANIFEST]
 
 
 def test_prepared_data_in_a_store(bucket, tmp_path):
     remote, local = Prepared(write(f"{bucket}/set")), Prepared(write(tmp_path / "set"))
-    for ours, theirs in zip(remote.load((4, 1)), local.load((4, 1)), strict=True):
-        np.testing.assert_array_equal(ours, theirs)
+    jax.tree.map(np.testing.assert_array_equal, remote.load((4, 1)), local.load((4, 1)))
     np.testing.assert_array_equal(remote.picture(3), local.picture(3))
     assert len(list(epath.Path(f"{bucket}/set").iterdir())) == 4  # nothing half-written
 
@@ -173,21 +181,22 @@ def test_prepared_data_in_a_store(bucket, tmp_path):
 
 def test_batches_give_what_single_captions_give(random_model, tmp_path):
     dataset = measure(load_rows(write_folder(tmp_path / "set", count=5)), make_buckets(128)[:2])
-    pipe = Pipeline(random_model)
+    pipe = pipeline(random_model)
     teacher = {"doubled_template": False, "min_pixels": 64 * 64, "max_pixels": 128 * 128}
     encoder = Encoder(pipe, dataset, ConfigDict({"teacher": teacher, "dreambooth": {}}))
     wanted = dict.fromkeys(dataset.captions(), (STUDENT, TEACHER))
     encode = lambda batch: {(c, role): f for c, role, f in encoder.encode(wanted, batch)}
     one, some = encode(1), encode(3)
     assert one.keys() == some.keys() and len(one) == 10
-    lengths = encoder.lengths(wanted)
-    for (caption, role), found in some.items():
-        assert len(found) == lengths[dataset.captions().index(caption), role]
-        np.testing.assert_allclose(found, one[caption, role], rtol=1e-5, atol=1e-5)
+    shapes = encoder.shapes(wanted)
+    for key, found in some.items():
+        assert parts.layout_of(found) == parts.layout_of(shapes[key])
+        np.testing.assert_allclose(found["features"], one[key]["features"], rtol=1e-5, atol=1e-5)
     for (row, _), role in one:
         if role == STUDENT:
             text = dataset.rows[row].captions[0][1]
-            np.testing.assert_array_equal(one[(row, 0), role], pipe.student_features(text))
+            expected = pipe.features(STUDENT, text)["features"]
+            np.testing.assert_array_equal(one[(row, 0), role]["features"], expected)
 
 
 @pytest.mark.slow

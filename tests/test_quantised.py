@@ -20,12 +20,12 @@ from dopsd_jax import dopsd
 from dopsd_jax.adapters import attach
 from dopsd_jax.common.errors import UserError
 from dopsd_jax.config import schema
+from dopsd_jax.conversion.importing import import_model
 from dopsd_jax.estimation import abstract_step, compiled_step, tpu_topologies
 from dopsd_jax.families.zimage import family
 from dopsd_jax.models import quantised, zimage
 from dopsd_jax.models.layers import Dense, scan_blocks, stack
 from dopsd_jax.random_model import write_random_model
-from dopsd_jax.weights.importing import import_model
 from dopsd_jax.weights.load import load_component
 
 SCHEMES = sorted(quantised.SCHEMES)
@@ -298,7 +298,7 @@ def test_a_footprint_counts_codes(scheme, bits, monkeypatch):
     full = jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: not compiled here")
     monkeypatch.setattr(jax.stages.Lowered, "compile", lambda self: (_ for _ in ()).throw(full))
     config = load_config("random", base_dtype=scheme)
-    report = compiled_step.compile_step(config, TINY, CASE, jax.devices()[:1])
+    report = compiled_step.compile_step(config, CASE, jax.devices()[:1])
     sizes = {True: 0, False: 0}
     for leaf in zimage.names(TINY):
         sizes[quantised.is_quantised(leaf.path)] += math.prod(leaf.shape)
@@ -323,11 +323,11 @@ def test_the_tpu_compiler_makes_no_copy_of_the_base():
     size = zimage.ZImageConfig(
         dim=768, layers=12, refiner_layers=1, heads=6, caption_dim=64, axes_dims=(32, 48, 48)
     )
-    case = abstract_step.Case(height=128, width=128, rows_student=32, rows_teacher=64)
+    case = abstract_step.Case(family, size, height=128, width=128, rows_student=32, rows_teacher=64)
     config = load_config(base_dtype="int8", batch_size=1, **{"lora.rank": 4, "lora.alpha": 8.0})
     with jax.default_matmul_precision("default"):
         devices = tpu_topologies.devices("v5e-1")
-        report = compiled_step.compile_step(config, size, case, devices)
+        report = compiled_step.compile_step(config, case, devices)
     kernels = [leaf for leaf in zimage.names(size) if quantised.is_quantised(leaf.path)]
     weights = sum(np.prod(leaf.shape) for leaf in kernels)
     assert report.temporaries < weights / 2, "bfloat16 copies would have 2 bytes a weight"

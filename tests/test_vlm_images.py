@@ -122,10 +122,10 @@ for name in ("train", "check", "sample", "prepare", "estimate"):
     for flag in set(flags.FLAGS) - known:  # each program has its own
         delattr(flags.FLAGS, flag)
 from dopsd_jax.models.vlm_images import ImageSettings, preprocess
-from dopsd_jax.families.zimage.pipeline import Pipeline
+from dopsd_jax.families.pipeline import pipeline
 s = ImageSettings(16, 2, 2, 1024, 65536, (0.5,) * 3, (0.5,) * 3)
 patches, _ = preprocess(np.zeros((40, 50, 3), np.uint8), s)
-tokens = Pipeline(sys.argv[1]).tokenizer("a dog").input_ids
+tokens = pipeline(sys.argv[1]).tokenizer("a dog").input_ids
 print(patches.shape, len(tokens) > 1, "torch" in sys.modules)
 """
     root = pathlib.Path(__file__).parents[1]

@@ -13,8 +13,8 @@ from dopsd_jax.common.errors import UserError
 from dopsd_jax.common.flow import shifted_grid
 from dopsd_jax.conditioning.encoding import STUDENT, TEACHER
 from dopsd_jax.evaluation.drawing import Painter, Shot, without_adapters
+from dopsd_jax.families.pipeline import start_noise
 from dopsd_jax.families.zimage import family
-from dopsd_jax.families.zimage.pipeline import start_noise
 from dopsd_jax.miniature import captions, concepts, frechet, judge, world
 from dopsd_jax.miniature import world_scorers as scores
 from dopsd_jax.miniature.exam import Exam, table
@@ -197,12 +197,12 @@ def test_a_picture_is_the_pipelines_from_the_noise_of_its_seed(pipe, cases, role
     found = list(painter.draw(pipe.split[1], shots, role))
     assert [shot for shot, _ in found] == shots
     if role == STUDENT:
-        features = [pipe.student_features(s.case.prompt) for s in shots]
+        features = [pipe.features(STUDENT, s.case.prompt) for s in shots]
     else:
         bounds = {"min_pixels": 64 * 64, "max_pixels": 128 * 128}
-        features = [pipe.teacher_features(s.case.prompt, s.case.source, **bounds) for s in shots]
+        features = [pipe.features(TEACHER, s.case.prompt, s.case.source, bounds) for s in shots]
     order = [4, 2, 0, 1]
-    context = family.pad_features([features[i] for i in order], rows=64)
+    context = family.collate([features[i] for i in order], {"features": 64})
     noise = np.concatenate([start_noise(shots[i].seed, 1, (8, 8, 16)) for i in order])
     wanted = pipe.decode(pipe.sample(pipe.split[1], noise, context, shifted_grid(8, 3.0)))
     for i, image in zip(order, wanted, strict=True):

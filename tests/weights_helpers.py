@@ -8,8 +8,8 @@ from pathlib import Path
 import numpy as np
 from flax import nnx
 
+from dopsd_jax.families.zimage.networks import ZIMAGE
 from dopsd_jax.random_model import Size
-from dopsd_jax.weights.networks import ZIMAGE
 from dopsd_jax.weights.progress import Progress
 from dopsd_jax.weights.safetensors_io import TensorFiles
 

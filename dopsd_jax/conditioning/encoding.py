@@ -1,27 +1,27 @@
 """Captions and pictures through the encoders, one by one or in batches of one shape."""
 
-import functools
 import re
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 
+import jax
 import numpy as np
-from jaxtyping import Float, Int
+from jaxtyping import Float
 from ml_collections import ConfigDict
 
 from dopsd_jax.common.errors import UserError, raise_if
 from dopsd_jax.data.dataset import Dataset
 from dopsd_jax.data.images import fit, open_image
 from dopsd_jax.data.prepared import Caption
-from dopsd_jax.families.zimage.encoders import padded_tokens
-from dopsd_jax.families.zimage.pipeline import Pipeline
-from dopsd_jax.models import vlm_images
+from dopsd_jax.families.base import STUDENT, TEACHER, Features, Request
+from dopsd_jax.families.pipeline import Pipeline
 
 MAX_FAULTS = 20
-# What is made of a caption: its text alone, as students are told it; the text with the row's
-# picture; and the text of its class prompt.
-STUDENT, TEACHER, PRIOR = range(3)
+# Kinds of features: STUDENT, TEACHER (with the row's picture), and for the student's role the text
+# of a class prompt.
+PRIOR = 2
 KINDS = 3
+Shapes = dict[str, jax.ShapeDtypeStruct]
 
 
 class Encoder:
@@ -29,7 +29,8 @@ class Encoder:
 
     def __init__(self, pipe: Pipeline, dataset: Dataset, config: ConfigDict):
         self.pipe, self.dataset = pipe, dataset
-        self.teacher, self.dreambooth = config.teacher, config.dreambooth
+        self.dreambooth = config.dreambooth
+        self.options = [pipe.options(role, config.teacher) for role in (STUDENT, TEACHER)]
 
     def image(self, row: int) -> np.ndarray:
         """The row's picture as training sees it: cut to its bucket."""
@@ -45,33 +46,27 @@ class Encoder:
         text = self.dataset.rows[row].captions[i][1]
         return class_prompt(text, self.dreambooth) if kind == PRIOR else text
 
-    @functools.cached_property
-    def settings(self) -> vlm_images.ImageSettings:
-        """How the pictures that the teacher sees are made."""
-        return self.pipe.image_settings(self.teacher.min_pixels, self.teacher.max_pixels)
-
-    def _tokens(self, caption: Caption, kind: int) -> tuple[list[int], tuple[int, int] | None]:
-        """Tokens of a caption, and the grid of the picture that goes with them."""
+    def request(self, caption: Caption, kind: int) -> Request:
+        """A caption as it will be encoded. Raises `UserError` if it is too long."""
         row, text = self.dataset.rows[caption[0]], self.text(caption, kind)
         if kind != TEACHER:
             # What only teachers are told may be as long as what they are told with a picture.
             trained = row.captions[caption[1]][0] in self.dataset.prompt_keys
-            limit = self.pipe.student_limit if trained else self.pipe.teacher_limit
-            return self.pipe.student_tokens(text, limit), None
+            return self.pipe.request(STUDENT, text, told=STUDENT if trained else TEACHER)
         width, height = self.dataset.buckets[caption[0]]
-        grid = vlm_images.grid_of(self.settings, height, width, str(row.image))
-        return self.pipe.teacher_tokens(text, grid, self.teacher.doubled_template), grid
+        options, where = self.options[TEACHER], str(row.image)
+        return self.pipe.request(TEACHER, text, size=(height, width), options=options, where=where)
 
-    def lengths(self, wanted: Mapping[Caption, Sequence[int]]) -> Int[np.ndarray, "k {KINDS}"]:
-        """Positions of each caption's features, 0 for a kind that is not wanted.
+    def shapes(self, wanted: Mapping[Caption, Sequence[int]]) -> dict[tuple[Caption, int], Shapes]:
+        """The shapes of the features of each caption's wanted kinds.
 
         Raises `UserError` with every caption that is too long.
         """
-        faults, found = [], np.zeros((len(wanted), KINDS), np.int64)
-        for i, (caption, kinds) in enumerate(wanted.items()):
+        faults, found = [], {}
+        for caption, kinds in wanted.items():
             try:
                 for kind in kinds:
-                    found[i, kind] = len(self._tokens(caption, kind)[0])
+                    found[caption, kind] = self.request(caption, kind).shapes
             except UserError as error:
                 faults += [f"{self.dataset.rows[caption[0]].where}: {p}" for p in error.problems]
         raise_if(faults, MAX_FAULTS)
@@ -79,32 +74,27 @@ class Encoder:
 
     def encode(
         self, wanted: Mapping[Caption, Sequence[int]], batch: int = 1
-    ) -> Iterator[tuple[Caption, int, Float[np.ndarray, "n c"]]]:
+    ) -> Iterator[tuple[Caption, int, Features]]:
         """(caption, kind, features) for each caption's wanted kinds, in the order they are made.
 
-        Captions of the same padded length, and pictures of the same size, share a batch; a batch
-        that is not full is filled up by repeating, so that every shape is compiled once.
+        Requests of one group share a batch; one that is not full is filled up by repeating, so that
+        every shape is compiled once.
         """
         # Pictures are decoded when their batch is run: only one batch of them is in memory.
         groups: dict[tuple, list] = defaultdict(list)
         for caption, kinds in wanted.items():
             for kind in kinds:
-                tokens, grid = self._tokens(caption, kind)
-                groups[padded_tokens(len(tokens)), grid].append((caption, kind, tokens))
-        for (_, grid), group in groups.items():
+                request, role = self.request(caption, kind), TEACHER if kind == TEACHER else STUDENT
+                groups[role, request.group].append((caption, kind, request))
+        for (role, _), group in groups.items():
             for first in range(0, len(group), batch):
                 some = group[first : first + batch]
-                ids = _filled([tokens for _, _, tokens in some], batch)
-                if grid is None:
-                    features = self.pipe.encode_texts(ids)
-                else:
-                    patches = [self._patches(row) for (row, _), _, _ in some]
-                    features = self.pipe.encode_image_texts(ids, _filled(patches, batch), grid)
-                for (caption, kind, _), feature in zip(some, features[: len(some)], strict=True):
-                    yield caption, kind, feature
-
-    def _patches(self, row: int) -> np.ndarray:
-        return vlm_images.preprocess(self.image(row), self.settings)[0]
+                requests = _filled([request for _, _, request in some], batch)
+                pictures = [self.image(row) for (row, _), _, _ in some] if role == TEACHER else []
+                pictures = _filled(pictures, batch) if pictures else []
+                made = self.pipe.encode(role, requests, pictures, self.options[role])
+                for (caption, kind, _), features in zip(some, made[: len(some)], strict=True):
+                    yield caption, kind, features
 
 
 def concept_pattern(word: str) -> re.Pattern:

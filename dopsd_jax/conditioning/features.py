@@ -1,7 +1,7 @@
 """What the encoders make of a data set: computed once and cached by content, or prepared before."""
 
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -11,23 +11,17 @@ from jaxtyping import Float
 from ml_collections import ConfigDict
 
 from dopsd_jax.common.errors import UserError, raise_if
-from dopsd_jax.conditioning.encoding import (
-    MAX_FAULTS,
-    PRIOR,
-    STUDENT,
-    TEACHER,
-    Encoder,
-    concept_pattern,
-)
+from dopsd_jax.conditioning.encoding import MAX_FAULTS, PRIOR, Encoder, concept_pattern
 from dopsd_jax.data.cache import FeatureCache, feature_key
 from dopsd_jax.data.dataset import Dataset
 from dopsd_jax.data.images import crop_name
 from dopsd_jax.data.loader import BatchIndex
-from dopsd_jax.data.padding import pad_stack, padded_length
+from dopsd_jax.data.padding import padded_length
 from dopsd_jax.data.prepared import Caption, Prepared
 from dopsd_jax.dopsd import Contexts
-from dopsd_jax.families.zimage.family import Context
-from dopsd_jax.families.zimage.pipeline import Pipeline
+from dopsd_jax.families.base import STUDENT, TEACHER, Family, Rows, Tree
+from dopsd_jax.families.base import Features as Arrays
+from dopsd_jax.families.pipeline import Pipeline
 from dopsd_jax.methods import registry
 from dopsd_jax.methods.flow_matching import Batch
 
@@ -35,6 +29,7 @@ ROWS = (
     64  # features are padded to a multiple of it: one length for the student, one for the teacher
 )
 DIGESTS = "digests.json"
+ROLE_NAMES = ("student", "teacher")  # in the keys of the cache
 # The settings of a prepared data set, as messages name them.
 SETTINGS = {
     "text_encoder": "the text encoder",
@@ -42,9 +37,15 @@ SETTINGS = {
     "dtype": "config.dtype",
     "min_pixels": "config.teacher.min_pixels",
     "max_pixels": "config.teacher.max_pixels",
-    "doubled_template": "config.teacher.doubled_template",
+    "doubled": "config.teacher.doubled_template",
     "crop": "crops",
 }
+
+
+def sees_picture(config: ConfigDict, family: Family) -> bool:
+    """Whether the teacher is shown the row's picture: only then are its own encoders needed."""
+    context = config.teacher.context
+    return registry.needs(config).teacher and family.CONTEXTS.get(context, False)
 
 
 def prepared_settings(config: ConfigDict, pipe: Pipeline, memo: Path) -> dict[str, object]:
@@ -52,22 +53,24 @@ def prepared_settings(config: ConfigDict, pipe: Pipeline, memo: Path) -> dict[st
 
     Encoders whose folders are not here are left out: a machine that trains needs none.
     """
-    names, found = ["text_encoder"], {"dtype": config.dtype}
-    if registry.sees_image(config):
-        names.append("vlm")
-        shared = ("min_pixels", "max_pixels", "doubled_template")
-        found |= {name: config.teacher[name] for name in shared} | {"crop": crop_name(0, 0)}
-    return found | {name: pipe.part_digest(name, memo) for name in names if pipe.has_encoder(name)}
+    shown = sees_picture(config, pipe.family)
+    role = TEACHER if shown else STUDENT
+    found = {"dtype": config.dtype} | pipe.options(role, config.teacher)
+    if shown:
+        found["crop"] = crop_name(0, 0)
+    names = dict.fromkeys((*pipe.ENCODERS[STUDENT], *pipe.ENCODERS[role]))
+    here = [name for name in names if pipe.part_folder(name).is_dir()]
+    return found | {name: pipe.part_digest(name, memo) for name in here}
 
 
 class Store(Protocol):
     """Features by caption; kinds are those of `encoding`."""
 
-    def load(self, caption: Caption, kinds: Sequence[int]) -> tuple[np.ndarray, ...]:
+    def load(self, caption: Caption, kinds: Sequence[int]) -> tuple[Arrays, ...]:
         """The features of these kinds, in their order."""
 
-    def longest(self, kind: int, keys: Sequence[str]) -> int:
-        """Positions of the longest feature of a kind, of all captions under `keys`."""
+    def shapes(self, kind: int, keys: Sequence[str]) -> Iterable[Mapping[str, tuple[int, ...]]]:
+        """All shapes that the features of a kind have, of all captions under `keys`."""
 
     def latent(self, row: int) -> Float[np.ndarray, "h w c"]:
         """The clean latent of the row's picture."""
@@ -79,7 +82,8 @@ class Store(Protocol):
 class Features:
     """What a method needs of every caption and picture of a data set; see `methods.needs`.
 
-    `student_rows`, `teacher_rows`: the padded lengths, the same for all batches; 0 without teacher.
+    `rows`: by role the padded lengths, the same for all batches; None for a teacher that is not
+    asked.
     """
 
     def __init__(self, pipe: Pipeline, dataset: Dataset, config: ConfigDict, folder: Path):
@@ -100,22 +104,15 @@ class Features:
             self.store.compute(report)
         self.pipe.release_encoders()
         keys = self.dataset.prompt_keys
-        student = [self.store.longest(STUDENT, keys)]
-        if self.needs.prior:
-            student.append(self.store.longest(PRIOR, keys))
-        self.student_rows = self._padded(max(student), self.pipe.student_limit)
-        self.teacher_rows = 0
+        student = [(STUDENT, keys)] + [(PRIOR, keys)] * self.needs.prior
+        self.rows = [self._rows(student, STUDENT), None]
         if self.needs.teacher:
             told = (TEACHER, keys) if self.teacher_key is None else (STUDENT, [self.teacher_key])
-            self.teacher_rows = self._padded(self.store.longest(*told), self.pipe.teacher_limit)
+            self.rows[TEACHER] = self._rows([told], TEACHER)
 
-    def _padded(self, longest: int, limit: int) -> int:
-        if longest > limit:
-            raise UserError(
-                f"config.data.path: holds captions of {longest} tokens, the model takes {limit}; "
-                "leave their key out of data.prompt_keys"
-            )
-        return padded_length(longest, ROWS, limit)
+    def _rows(self, told: Sequence[tuple[int, Sequence[str]]], role: int) -> Rows:
+        shapes = [shapes for kind, keys in told for shapes in self.store.shapes(kind, keys)]
+        return padded_rows(shapes, self.pipe, role)
 
     def image(self, row: int) -> np.ndarray:
         """The row's picture as training sees it: cut to its bucket."""
@@ -123,20 +120,17 @@ class Features:
 
     def contexts(self, captions: Sequence[Caption]) -> Contexts:
         """The contexts of the captions, padded, as host arrays."""
+        student = self._context(captions, STUDENT, STUDENT)
         if not self.needs.teacher:
-            return Contexts(self._context(captions, STUDENT), None)
+            return Contexts(student, None)
         if self.teacher_key is None:
-            both = zip(*(self.store.load(c, (STUDENT, TEACHER)) for c in captions), strict=True)
-            rows = self.student_rows, self.teacher_rows
-            return Contexts(*(Context(*pad_stack(f, r)) for f, r in zip(both, rows, strict=True)))
+            return Contexts(student, self._context(captions, TEACHER, TEACHER))
         told = [self.dataset.caption(row, [self.teacher_key]) for row, _ in captions]
-        return Contexts(
-            self._context(captions, STUDENT), self._context(told, STUDENT, self.teacher_rows)
-        )
+        return Contexts(student, self._context(told, STUDENT, TEACHER))
 
-    def _context(self, captions: Sequence[Caption], kind: int, rows: int = 0) -> Context:
+    def _context(self, captions: Sequence[Caption], kind: int, role: int) -> Tree:
         features = [self.store.load(caption, (kind,))[0] for caption in captions]
-        return Context(*pad_stack(features, rows or self.student_rows))
+        return self.pipe.family.collate(features, self.rows[role])
 
     def latents(self, rows: Iterable[int]) -> Float[np.ndarray, "b h w c"]:
         """The clean latents of rows of one bucket."""
@@ -149,7 +143,7 @@ class Features:
         whole = Batch(
             self.contexts(captions),
             self.latents(rows) if self.needs.target else None,
-            self._context(captions, PRIOR) if self.needs.prior else None,
+            self._context(captions, PRIOR, STUDENT) if self.needs.prior else None,
         )
         return jax.tree.map(lambda x: x.reshape(accumulate, -1, *x.shape[1:]), whole)
 
@@ -162,19 +156,19 @@ class CachedFeatures:
         self.cache = FeatureCache(folder)
         self.encoder = Encoder(pipe, dataset, config)
         self.needs = registry.needs(config)
-        seen, memo = registry.sees_image(config), Path(folder) / DIGESTS
-        names = ["text_encoder"] + ["vlm"] * seen + ["vae"] * self.needs.target
+        self.shown, memo = sees_picture(config, pipe.family), Path(folder) / DIGESTS
+        self.encoders = pipe.ENCODERS
+        roles = (STUDENT, TEACHER) if self.shown else (STUDENT,)
+        names = [name for role in roles for name in pipe.ENCODERS[role]] + [
+            "vae"
+        ] * self.needs.target
         digest = lambda name: f"{pipe.part_digest(name, memo)} {config.dtype}"
-        self.digests = {name: digest(name) for name in names}
+        self.digests = {name: digest(name) for name in dict.fromkeys(names)}
         self.picture = self.encoder.image
 
     def wanted(self) -> dict[Caption, list[int]]:
         """The kinds of features that each caption needs."""
-        kinds = [
-            STUDENT,
-            *[TEACHER] * registry.sees_image(self.config),
-            *[PRIOR] * self.needs.prior,
-        ]
+        kinds = [STUDENT, *[TEACHER] * self.shown, *[PRIOR] * self.needs.prior]
         wanted = {caption: kinds for caption in self.dataset.captions(self.dataset.prompt_keys)}
         key = registry.teacher_key(self.config)
         if key is not None and key not in self.dataset.prompt_keys:
@@ -183,21 +177,13 @@ class CachedFeatures:
 
     def key(self, caption: Caption, kind: int) -> str:
         """Where the cache has a caption's features."""
-        text, row = self.encoder.text(caption, kind), caption[0]
-        if kind != TEACHER:
-            digest = self.digests["text_encoder"]
-            return feature_key(role="student", prompt=text, encoder=digest, options={})
-        options = {
-            "min_pixels": self.config.teacher.min_pixels,
-            "max_pixels": self.config.teacher.max_pixels,
-            "doubled": self.config.teacher.doubled_template,
-        }
+        role = TEACHER if kind == TEACHER else STUDENT
         return feature_key(
-            role="teacher",
-            prompt=text,
-            encoder=f"{self.digests['text_encoder']} {self.digests['vlm']}",
-            options=options,
-            **self._picture(row),
+            role=ROLE_NAMES[role],
+            prompt=self.encoder.text(caption, kind),
+            encoder=" ".join(self.digests[name] for name in self.encoders[role]),
+            options=self.encoder.options[role],
+            **(self._picture(caption[0]) if role == TEACHER else {}),
         )
 
     def latent_key(self, row: int) -> str:
@@ -222,29 +208,47 @@ class CachedFeatures:
             if key in missing:
                 missing.remove(key)  # captions may be equal
                 todo.setdefault(caption, []).append(kind)
-        self.encoder.lengths({caption: wanted[caption] for caption in todo})
+        self.encoder.shapes({caption: wanted[caption] for caption in todo})
         made = self.encoder.encode(todo)
         total = sum(map(len, todo.values()))
         for caption, kind, features in _reported(made, total, "captions and images", report):
-            self.cache.put(keys[caption, kind], {"features": features})
+            self.cache.put(keys[caption, kind], features)
         if self.needs.target:
             rows = {self.latent_key(row): row for row in range(len(self.dataset.rows))}
             lacking = self.cache.missing(rows)
             for key in _reported(lacking, len(lacking), "pictures to latents", report):
                 self.cache.put(key, {"latent": self.encoder.latent(rows[key])})
 
-    def longest(self, kind: int, keys: Sequence[str]) -> int:
+    def shapes(self, kind: int, keys: Sequence[str]) -> Iterable[Mapping[str, tuple[int, ...]]]:
         """See `Store`."""
         entries = {self.key(caption, kind) for caption in self.dataset.captions(keys)}
-        return max(self.cache.shapes(entry)["features"][0] for entry in entries)
+        return map(self.cache.shapes, entries)
 
-    def load(self, caption: Caption, kinds: Sequence[int]) -> tuple[np.ndarray, ...]:
+    def load(self, caption: Caption, kinds: Sequence[int]) -> tuple[Arrays, ...]:
         """See `Store`."""
-        return tuple(self.cache.load(self.key(caption, kind))["features"] for kind in kinds)
+        return tuple(self.cache.load(self.key(caption, kind)) for kind in kinds)
 
     def latent(self, row: int) -> Float[np.ndarray, "h w c"]:
         """See `Store`."""
         return self.cache.load(self.latent_key(row))["latent"]
+
+
+def padded_rows(shapes: Iterable[Mapping[str, tuple[int, ...]]], pipe: Pipeline, role: int) -> Rows:
+    """One padded length for all features of these shapes, for each name that varies.
+
+    Raises `UserError` for features that are longer than the model takes.
+    """
+    limits, longest = pipe.limits(role), {}
+    for found in shapes:
+        for name in limits.keys() & found.keys():
+            longest[name] = max(longest.get(name, 1), found[name][0])
+    for name, rows in longest.items():
+        if rows > limits[name].shape[0]:
+            raise UserError(
+                f"config.data.path: holds captions of {rows} tokens, the model takes "
+                f"{limits[name].shape[0]}; leave their key out of data.prompt_keys"
+            )
+    return {name: padded_length(n, ROWS, limits[name].shape[0]) for name, n in longest.items()}
 
 
 def _reported(
@@ -286,14 +290,22 @@ def check_prepared(prepared: Prepared, pipe: Pipeline, config: ConfigDict, folde
         for what, needed in (("latents of pictures", needs.target), ("class prompts", needs.prior))
         if needed
     )
-    if registry.sees_image(config) and not prepared.longest(TEACHER):
+    if sees_picture(config, pipe.family) and not any(prepared.shapes(TEACHER)):
         raise UserError(
             f"{prepared.folder}: was prepared without pictures for a teacher; prepare it again "
-            f"with config.method = {config.method} and config.teacher.context = vlm"
+            f"with config.method = {config.method} and config.teacher.context = "
+            f"{config.teacher.context}"
         )
     prepared.check(prepared_settings(config, pipe, Path(folder) / DIGESTS), SETTINGS)
-    if prepared.channels != pipe.config.caption_dim:
-        raise UserError(
-            f"{prepared.folder}: its features have {prepared.channels} channels, the model takes "
-            f"{pipe.config.caption_dim}; prepare the data set with this model's encoder"
-        )
+    roles = (STUDENT, TEACHER) if sees_picture(config, pipe.family) else (STUDENT,)
+    for role in roles:
+        limits = pipe.limits(role)
+        for shapes in prepared.shapes(role):
+            wrong = [n for n, like in limits.items() if shapes.get(n, ())[1:] != like.shape[1:]]
+            if wrong:
+                name = wrong[0]
+                have = shapes[name][1:] if name in shapes else "none"
+                raise UserError(
+                    f"{prepared.folder}: its {name} have {have} channels, the model takes "
+                    f"{limits[name].shape[1:]}; prepare the data set with this model's encoder"
+                )

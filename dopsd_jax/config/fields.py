@@ -8,6 +8,7 @@ from collections.abc import Mapping
 
 from ml_collections import ConfigDict
 
+from dopsd_jax import families
 from dopsd_jax.common.config_fields import ALWAYS, NEVER, Field
 from dopsd_jax.methods.registry import METHODS
 from dopsd_jax.models import kinds
@@ -28,7 +29,8 @@ def _axis(name: str, default: int, help: str) -> Field:
 
 # fmt: off
 _RUN = (
-    Field("family", "zimage", "kind of model", choices=("zimage",), change=NEVER),
+    Field("family", families.AUTO, "kind of model; auto: the one that the model's folder names",
+          choices=(families.AUTO, *families.FAMILIES), change=NEVER),
     Field("method", "dopsd", "how the student learns", change=NEVER),
     Field("train", "lora", "adapters beside the frozen network, or every parameter of it",
           choices=("lora", "full"), change=NEVER),

@@ -1,6 +1,7 @@
 """A prepared data set: read by random access, without pictures and without encoders."""
 
 import io
+import math
 import zlib
 from array import array
 from collections.abc import Callable, Mapping, Sequence
@@ -9,7 +10,7 @@ from typing import Any
 
 import numpy as np
 from etils import epath
-from jaxtyping import Float, UInt8
+from jaxtyping import UInt8
 from PIL import Image
 
 from dopsd_jax.common.errors import UserError, raise_if
@@ -19,6 +20,7 @@ from dopsd_jax.data.images import ImageInfo
 from dopsd_jax.data.picture_index import Infos
 from dopsd_jax.data.sources.collector import listing
 from dopsd_jax.data.table import Table
+from dopsd_jax.weights.tensors import DTYPES
 
 THREADS = 16  # parts are opened at once, for storage that is far away
 AT_ONCE = 64  # parts
@@ -53,12 +55,13 @@ class Prepared:
         self._check_all_there()
         self.rows, self.infos = Table(self.prompt_keys, str(folder)), Infos()
         self.buckets: list[Bucket] = []
-        self._starts = np.zeros(self.manifest.parts, np.int64)
+        self._starts = [0] * self.manifest.parts
         self._numbers = array("i")  # of each caption that is used, within its part
         self._index: list[np.ndarray] = []
+        self._layouts: list[list[parts.Layout]] = []
         self._crcs: list[np.ndarray] = []
         self._pictures: dict[int, list[int]] = {}
-        known: dict[Bucket, Bucket] = {}
+        known: dict = {}  # equal buckets and layouts are kept once
         with ThreadPoolExecutor(THREADS) as pool:
             read = lambda path: parts.read_part(path, self.manifest.identity)
             for first in range(0, len(self._paths), AT_ONCE):
@@ -79,18 +82,15 @@ class Prepared:
                 f"({listing(lacking)}); run dopsd_jax.prepare until all shards are done"
             )
 
-    def _add(self, number: int, part: parts.Part, known: dict[Bucket, Bucket]) -> None:
+    def _add(self, number: int, part: parts.Part, known: dict) -> None:
         path, own = self._paths[number], self.manifest.rows_of(number)
-        if number == 0:
-            self.channels, self.dtype = part.channels, part.dtype
-        if (part.channels, part.dtype) != (self.channels, self.dtype):
-            raise UserError(f"{path}: its features are of another kind; {parts.AGAIN}")
         if len(part.rows) != len(own) or len(part.index) != sum(
             len(row["captions"]) for row in part.rows
         ):
             raise UserError(f"{path}: holds other rows than it should; {parts.AGAIN}")
         self._starts[number] = part.start
-        self._index.append(part.index.astype(np.int32))
+        self._index.append(part.index)
+        self._layouts.append([known.setdefault(one, one) for one in part.layouts])
         self._crcs.append(part.crc32.astype(np.uint32))
         caption = 0
         for row_number, row in zip(own, part.rows, strict=True):
@@ -122,41 +122,43 @@ class Prepared:
             if have.get(name) != value
         )
 
-    def longest(self, role: int, keys: Sequence[str] | None = None) -> int:
-        """Positions of the longest feature of the student (0) or the teacher (1).
+    def shapes(
+        self, role: int, keys: Sequence[str] | None = None
+    ) -> list[dict[str, tuple[int, ...]]]:
+        """All shapes that the features of the student (0) or the teacher (1) have, by name.
 
         `keys`: of the captions under these alone.
         """
         chosen, used = np.array(self._numbers, np.int64), self.rows.under(keys)
         ends = np.array(self.rows.caption_ends(), np.int64)
-        longest, size = 0, self.manifest.rows_per_part
-        for number, index in enumerate(self._index):
+        found, size = set(), self.manifest.rows_per_part
+        for number, (index, layouts) in enumerate(zip(self._index, self._layouts, strict=True)):
             rows = self.manifest.rows_of(number)
             part = slice(ends[number * size], ends[rows.stop])
             own = chosen[part][used[part]]
-            longest = max(longest, int(index[own, role, 1].max(initial=0)))
-        return longest
+            found.update(layouts[n - 1] for n in np.unique(index[own, role, 1]) if n)
+        return [{name: shape for name, _, shape in layout} for layout in sorted(found)]
 
     def load(
         self, caption: Caption, roles: Sequence[int] = tuple(range(parts.ROLES))
-    ) -> tuple[Float[np.ndarray, "_n _c"], ...]:
+    ) -> tuple[dict[str, np.ndarray], ...]:
         """The features of a caption, from storage: for the student (0), for the teacher (1)."""
         row, i = caption
         part = row // self.manifest.rows_per_part
         number = self._numbers[self.rows.caption_ends()[row] + i]
-        width = self.channels * self.dtype.itemsize
         found = []
         with parts.reading(self._paths[part]), self._paths[part].open("rb") as file:
             for role in roles:
-                first, count = self._index[part][number, role].tolist()
-                file.seek(int(self._starts[part]) + first * width)
-                content = file.read(count * width)
-                whole = len(content) == count * width
-                if not whole or zlib.crc32(content) != self._crcs[part][number, role]:
+                first, kind = self._index[part][number, role].tolist()
+                layout = self._layouts[part][kind - 1] if kind else ()
+                file.seek(self._starts[part] + first)
+                content = file.read(parts.layout_bytes(layout))
+                # What is cut short has another checksum.
+                if zlib.crc32(content) != self._crcs[part][number, role]:
                     raise UserError(
                         f"{self._paths[part]}: a feature of row {row} is damaged; {parts.AGAIN}"
                     )
-                found.append(np.frombuffer(content, self.dtype).reshape(count, self.channels))
+                found.append(_arrays(content, layout))
         return tuple(found)
 
     def picture(self, row: int) -> UInt8[np.ndarray, "h w 3"]:
@@ -171,6 +173,15 @@ class Prepared:
                 if picture.size == self.buckets[row] and picture.mode == "RGB":
                     return np.asarray(picture)
         raise UserError(f"{path}: the picture of row {row} is damaged; {parts.AGAIN}")
+
+
+def _arrays(content: bytes, layout: parts.Layout) -> dict[str, np.ndarray]:
+    found, place = {}, 0
+    for name, code, shape in layout:
+        count, dtype = math.prod(shape), DTYPES[code]
+        found[name] = np.frombuffer(content, dtype, count, place).reshape(shape)
+        place += count * dtype.itemsize
+    return found
 
 
 def _short(value: object) -> str:

@@ -5,12 +5,15 @@
 
 A part is one safetensors file with few tensors, so that any number of rows costs one small header:
 
-    features  [n, c]           all features of the part one behind the other
-    index     int32 [k, 2, 2]  for each caption its (first row, rows) for student and for teacher
-    crc32     int64 [k, 2]     of each feature's bytes
+    features  uint8            all features of the part one behind the other
+    index     int64 [k, 2, 2]  for each caption, for student and for teacher: where its features
+                               begin, and 1 + which of `layouts` they have (0: there are none)
+    crc32     int64 [k, 2]     of the bytes of these features
+    layouts   uint8            JSON: a list of layouts, each the list of its arrays [name, type,
+                               shape], which stand one behind the other
     rows      uint8            a line of JSON for each row
     pictures  uint8            PNG files of the few rows that previews show
-    whole     int64 [1]        crc32 of index, crc32 and rows
+    whole     int64 [1]        crc32 of index, crc32, layouts and rows
 
 Parts are independent of each other: any process may write any of them, and one that is there is
 whole, because it gets its name last.
@@ -19,6 +22,7 @@ whole, because it gets its name last.
 import contextlib
 import hashlib
 import json
+import math
 import os
 import re
 import zlib
@@ -28,7 +32,6 @@ from typing import Any, NamedTuple
 
 import numpy as np
 from etils import epath
-from jaxtyping import Int
 
 from dopsd_jax.common.atomic import atomic_file, is_remote, partials, write_text
 from dopsd_jax.common.errors import UserError, raise_if
@@ -37,12 +40,14 @@ from dopsd_jax.weights.safetensors_write import header_bytes
 from dopsd_jax.weights.tensors import CODES, DTYPES, TensorInfo
 
 MANIFEST = "prepared.json"
-FORMAT = 1
-TYPES = ("BF16", "F32")
+FORMAT = 2
+TYPES = ("BF16", "F32", "I32")  # of features
 AGAIN = "remove it and run dopsd_jax.prepare again"
 ROLES = 2  # student, teacher
 ROW_FIELDS = {"captions", "picture", "digest", "notes", "size", "bucket", "shown"}
-_SMALL = ("index", "crc32", "rows")
+_SMALL = ("index", "crc32", "layouts", "rows")
+# The arrays that features consist of: name, code of the type, shape.
+Layout = tuple[tuple[str, str, tuple[int, ...]], ...]
 
 
 class Manifest(NamedTuple):
@@ -112,27 +117,38 @@ def part_name(number: int) -> str:
     return f"part-{number:06d}.safetensors"
 
 
+def layout_of(arrays: Mapping[str, Any]) -> Layout:
+    """The layout of named arrays, or of their shapes."""
+    return tuple((name, CODES[np.dtype(a.dtype)], tuple(a.shape)) for name, a in arrays.items())
+
+
+def layout_bytes(layout: Layout) -> int:
+    return sum(math.prod(shape) * DTYPES[code].itemsize for _, code, shape in layout)
+
+
 def write_part(
     path: epath.Path,
     identity: str,
-    lengths: Int[np.ndarray, "k 2"],
-    features: Iterable[tuple[int, int, np.ndarray]],
+    layouts: Sequence[Sequence[Layout]],
+    features: Iterable[tuple[int, int, Mapping[str, np.ndarray]]],
     rows: Sequence[Mapping[str, Any]],
     pictures: bytes,
-    channels: int,
-    dtype: np.dtype,
 ) -> None:
-    """Writes a part as its features come: (caption, role, [length, c]), in any order, each once.
+    """Writes a part as its features come: (caption, role, arrays), in any order, each once.
 
-    Only one feature is in memory. Raises `UserError` when it cannot be written.
+    `layouts`: for each caption those of student and teacher; an empty one where there is nothing.
+    Only one caption's features are in memory. Raises `UserError` when it cannot be written.
     """
     lines = "\n".join(json.dumps(row, ensure_ascii=False) for row in rows).encode()
+    kinds = list(dict.fromkeys(own for pair in layouts for own in pair if own))
+    total = sum(layout_bytes(own) for pair in layouts for own in pair)
     small = {
-        "index": np.zeros((len(lengths), ROLES, 2), np.int32),
-        "crc32": np.zeros((len(lengths), ROLES), np.int64),
+        "index": np.zeros((len(layouts), ROLES, 2), np.int64),
+        "crc32": np.zeros((len(layouts), ROLES), np.int64),
+        "layouts": np.frombuffer(json.dumps(kinds).encode(), np.uint8),
         "rows": np.frombuffer(lines, np.uint8),
     }
-    infos = {"features": TensorInfo(CODES[dtype], (int(lengths.sum()), channels))}
+    infos = {"features": TensorInfo("U8", (total,))}
     infos |= {name: TensorInfo(CODES[a.dtype], a.shape) for name, a in small.items()}
     infos |= {"whole": TensorInfo("I64", (1,)), "pictures": TensorInfo("U8", (len(pictures),))}
     done = 0
@@ -141,16 +157,18 @@ def write_part(
             left.unlink(missing_ok=True)
     with atomic_file(path) as file:
         file.write(header_bytes(list(infos), infos, {"prepared": identity}))
-        for caption, role, feature in features:
-            if feature.shape != (lengths[caption, role], channels) or feature.dtype != dtype:
-                raise ValueError(f"{feature.dtype}{feature.shape}, not {lengths[caption, role]}")
-            content = memoryview(np.ascontiguousarray(feature).reshape(-1).view(np.uint8))
-            small["index"][caption, role] = done, len(feature)
+        for caption, role, arrays in features:
+            layout = layouts[caption][role]
+            if layout_of(arrays) != layout:
+                raise ValueError(f"{layout_of(arrays)}, not {layout}")
+            content = b"".join(np.ascontiguousarray(a).tobytes() for a in arrays.values())
+            small["index"][caption, role] = done, 1 + kinds.index(layout)
             small["crc32"][caption, role] = zlib.crc32(content)
             file.write(content)
-            done += len(feature)
-        if done != lengths.sum() or (small["index"][..., 1] != lengths).any():
-            raise ValueError(f"{done} rows of features, announced {lengths.sum()}")
+            done += len(content)
+        announced = [[bool(layout) for layout in pair] for pair in layouts]
+        if done != total or (small["index"][..., 1].astype(bool) != announced).any():
+            raise ValueError(f"{done} bytes of features, announced {total}")
         for name in _SMALL:
             file.write(small[name].tobytes())
         file.write(np.array([_whole(small)], np.int64).tobytes())
@@ -169,8 +187,7 @@ class Part(NamedTuple):
 
     start: int
     pictures: int
-    channels: int
-    dtype: np.dtype
+    layouts: list[Layout]
     index: np.ndarray
     crc32: np.ndarray
     rows: list[dict[str, Any]]
@@ -192,20 +209,34 @@ def read_part(path: epath.Path, identity: str) -> Part:
     whole = int(small.pop("whole")[0])
     if _whole(small) != whole:
         raise UserError(f"{path}: is damaged (its checksum is wrong); {AGAIN}")
-    start, (count, channels) = infos["features"].start, infos["features"].shape
-    index = small["index"].astype(np.int64)
-    if (index < 0).any() or (index.sum(axis=2) > count).any():
+    try:
+        layouts = [_layout(found) for found in json.loads(small["layouts"].tobytes())]
+    except (ValueError, TypeError, KeyError):
+        raise UserError(f"{path}: is damaged (a layout is none); {AGAIN}") from None
+    sizes, index = np.array([0, *map(layout_bytes, layouts)]), small["index"]
+    where, kind = index[..., 0], index[..., 1]
+    outside = (index < 0).any() or (kind >= len(sizes)).any()
+    if outside or (where + sizes[kind] > infos["features"].nbytes).any():
         raise UserError(f"{path}: is damaged (its index points outside); {AGAIN}")
     rows = [json.loads(line) for line in small["rows"].tobytes().split(b"\n")]
     if not all(_is_row(row, infos["pictures"].nbytes) for row in rows):
         raise UserError(f"{path}: is damaged (a row is no row); {AGAIN}")
-    dtype = infos["features"].numpy
-    return Part(start, infos["pictures"].start, channels, dtype, index, small["crc32"], rows)
+    start, pictures = infos["features"].start, infos["pictures"].start
+    return Part(start, pictures, layouts, index, small["crc32"], rows)
+
+
+def _layout(found: Any) -> Layout:
+    layout = tuple((name, code, tuple(shape)) for name, code, shape in found)
+    for name, code, shape in layout:
+        sizes = all(type(n) is int and 0 < n < 2**31 for n in shape)
+        if not isinstance(name, str) or code not in TYPES or not shape or not sizes:
+            raise ValueError(name)
+    return layout
 
 
 def _check_shapes(path: epath.Path, infos: Mapping[str, FileInfo]) -> None:
-    wanted = {"features": (TYPES, 2), "index": (("I32",), 3), "crc32": (("I64",), 2)}
-    wanted |= {"rows": (("U8",), 1), "pictures": (("U8",), 1), "whole": (("I64",), 1)}
+    wanted = {"index": (("I64",), 3), "crc32": (("I64",), 2), "whole": (("I64",), 1)}
+    wanted |= {name: (("U8",), 1) for name in ("features", "layouts", "rows", "pictures")}
     if infos.keys() != wanted.keys():
         raise UserError(f"{path}: holds {', '.join(sorted(infos))}, which is no part; {AGAIN}")
     raise_if(
@@ -216,7 +247,7 @@ def _check_shapes(path: epath.Path, infos: Mapping[str, FileInfo]) -> None:
     captions = infos["index"].shape[0]
     if infos["index"].shape[1:] != (ROLES, 2) or infos["crc32"].shape != (captions, ROLES):
         raise UserError(f"{path}: its index has a wrong shape; {AGAIN}")
-    if infos["whole"].shape != (1,) or infos["features"].dtype not in DTYPES:
+    if infos["whole"].shape != (1,):
         raise UserError(f"{path}: has a wrong shape; {AGAIN}")
 
 

@@ -15,7 +15,6 @@ from dopsd_jax.estimation.abstract_step import Case, Program, make_program
 from dopsd_jax.estimation.collectives import Collectives, Traffic, activations, collectives
 from dopsd_jax.estimation.memory import Account
 from dopsd_jax.methods import registry
-from dopsd_jax.models import zimage
 from dopsd_jax.parallel import sharding
 
 
@@ -53,15 +52,13 @@ class Report:
         return self.problem is None and not (self.capacity and self.needed > self.capacity)
 
 
-def compile_step(
-    config: ConfigDict, size: zimage.ZImageConfig, case: Case, devices: list[jax.Device]
-) -> Report:
-    """Compiles the step of `config` on a network of `size`. Nothing is allocated.
+def compile_step(config: ConfigDict, case: Case, devices: list[jax.Device]) -> Report:
+    """Compiles the step of `config` on the network of `case`. Nothing is allocated.
 
     Not if what lives through the run is more than a device holds: that takes no compiler to see.
-    Raises `UserError`: see `program.make_program`.
+    Raises `UserError`: see `make_program`.
     """
-    report, lower = prepare(config, size, case, devices)
+    report, lower = prepare(config, case, devices)
     if report.problem:
         return report
     platform, clock = devices[0].platform, time.monotonic()
@@ -81,7 +78,7 @@ def compile_step(
         results = stats.output_size_in_bytes - stats.alias_size_in_bytes
         needed = stats.argument_size_in_bytes + results + stats.temp_size_in_bytes
     sent = collectives(compiled.as_text())
-    parts = {n // split for n in case.tokens(size) for split in (1, report.mesh["context"])}
+    parts = {n // split for n in case.tokens() for split in (1, report.mesh["context"])}
     return dataclasses.replace(
         report,
         seconds=time.monotonic() - clock,
@@ -92,12 +89,12 @@ def compile_step(
 
 
 def prepare(
-    config: ConfigDict, size: zimage.ZImageConfig, case: Case, devices: list[jax.Device]
+    config: ConfigDict, case: Case, devices: list[jax.Device]
 ) -> tuple[Report, Callable[[], tuple[jax.stages.Lowered, Program]]]:
     """What is known before the compiler is asked, and the step for it; see `compile_step`."""
     platform, kind = devices[0].platform, devices[0].device_kind
     mesh = sharding.make_mesh(config.mesh, devices)
-    program = make_program(config, size, case, mesh, platform)
+    program = make_program(config, case, mesh, platform)
     held = memory.count(config, program, mesh)
     capacity = flops.device_memory(kind) or _local_memory(devices[0])
     problem = None
@@ -109,7 +106,7 @@ def prepare(
         attention=program.attention,
         images=config.batch_size * config.accumulate,
         account=held,
-        work=_work(config, size, case, program),
+        work=_work(config, case, program),
         capacity=capacity,
         problem=problem,
     )
@@ -127,9 +124,10 @@ def digest(lowered: jax.stages.Lowered) -> str:
     return hashlib.sha256(lowered.as_text().encode()).hexdigest()
 
 
-def _work(config, size, case: Case, program: Program) -> flops.StepWork:
+def _work(config, case: Case, program: Program) -> flops.StepWork:
     return flops.step_work(
-        size,
+        case.family,
+        case.size,
         registry.passes(config, program.plan.grid),
         height=case.latent[0],
         width=case.latent[1],

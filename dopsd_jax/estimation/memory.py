@@ -9,7 +9,6 @@ from jax.sharding import AbstractMesh, Mesh
 from ml_collections import ConfigDict
 
 from dopsd_jax.estimation.abstract_step import Program
-from dopsd_jax.families.zimage import family
 from dopsd_jax.methods import registry
 from dopsd_jax.parallel.sharding import BATCH_AXES
 
@@ -84,7 +83,7 @@ def _activations(config: ConfigDict, program: Program, mesh: Mesh | AbstractMesh
         program.batch.contexts.student,
     )
     noise = jax.ShapeDtypeStruct((rows, *program.latent[1:]), jnp.float32)
-    net = family.denoiser(program.graphdef)
+    net = program.plan.net
 
     def kept(student, base, noise, context):
         hoisted = net.hoist(student, base, context)

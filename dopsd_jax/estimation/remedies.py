@@ -17,7 +17,6 @@ from dopsd_jax.estimation import memory
 from dopsd_jax.estimation.abstract_step import Case, make_program
 from dopsd_jax.estimation.compiled_step import Report
 from dopsd_jax.methods import registry
-from dopsd_jax.models.zimage import ZImageConfig
 from dopsd_jax.parallel import sharding
 
 LARGEST = 1024  # devices; more are not asked for
@@ -39,8 +38,8 @@ class Remedy(NamedTuple):
 class Pricing:
     """The memory of a configuration that is like `config` but for some fields."""
 
-    def __init__(self, config: ConfigDict, size: ZImageConfig, case: Case, report: Report):
-        self.config, self.size, self.case = config, size, case
+    def __init__(self, config: ConfigDict, case: Case, report: Report):
+        self.config, self.case = config, case
         self.platform = "tpu" if report.device_kind.startswith("TPU") else "gpu"
         if report.device_kind == "cpu":
             self.platform = "cpu"
@@ -63,12 +62,12 @@ class Pricing:
         shape = sharding.mesh_shape(config.mesh, devices)
         types = (AxisType.Auto,) * len(shape)
         mesh = AbstractMesh(shape, sharding.AXES, axis_types=types)
-        program = make_program(config, self.size, self.case, mesh, self.platform)
+        program = make_program(config, self.case, mesh, self.platform)
         return memory.count(config, program, mesh).total
 
 
 def advise(
-    config: ConfigDict, size: ZImageConfig, case: Case, report: Report
+    config: ConfigDict, case: Case, report: Report
 ) -> tuple[list[Remedy], list[Remedy], int | None]:
     """(what helps by itself, what fits together, the devices on which it would fit).
 
@@ -76,7 +75,7 @@ def advise(
     that save nothing are left out. Together: the fewest of them, in that order; empty if not even
     all of them suffice. Devices: with everything split over them; None if that is no remedy.
     """
-    pricing = Pricing(config, size, case, report)
+    pricing = Pricing(config, case, report)
     now = pricing.needed({})
     single, chain, fields, best = [], [], {}, now
     for changed, why in _changes(config, report):
@@ -94,9 +93,9 @@ def advise(
     return single, chain if best <= report.capacity else [], _devices(config, report, pricing)
 
 
-def describe(config: ConfigDict, size: ZImageConfig, case: Case, report: Report) -> list[str]:
+def describe(config: ConfigDict, case: Case, report: Report) -> list[str]:
     """`advise` in lines."""
-    single, chain, devices = advise(config, size, case, report)
+    single, chain, devices = advise(config, case, report)
     gib = lambda count: f"{count / 2**30:8.2f} GiB"
     least = "about" if report.needed is not None else "at least"
     lines = [f"what to change, and what a device would need then ({least}, counted from shapes):"]

@@ -14,15 +14,15 @@ from ml_collections import ConfigDict
 from dopsd_jax.common.atomic import is_remote
 from dopsd_jax.common.errors import UserError, raise_if
 from dopsd_jax.common.json_files import read_json
-from dopsd_jax.conditioning.encoding import STUDENT, TEACHER
 from dopsd_jax.conditioning.features import DIGESTS
 from dopsd_jax.config.schema import flat
 from dopsd_jax.data.cache import FeatureCache
 from dopsd_jax.evaluation.drawing import Painter, Shot, without_adapters
 from dopsd_jax.evaluation.gallery import key
-from dopsd_jax.families.zimage.pipeline import Pipeline, lora_layers
+from dopsd_jax.families.base import STUDENT, TEACHER
+from dopsd_jax.families.pipeline import Pipeline, lora_layers, pipeline
 from dopsd_jax.run.workdir import CONFIG
-from dopsd_jax.weights import lora_files, networks
+from dopsd_jax.weights import lora_files
 from dopsd_jax.weights.stored import open_stored, source_digest
 
 
@@ -50,7 +50,7 @@ class Arm(NamedTuple):
         """What a picture depends on."""
         pipe, case = self.painter.pipe, shot.case
         types = [str(pipe.dtype), str(pipe.base_dtype)]
-        size, grid = [case.height, case.width], list(self.painter.grid)
+        size, grid = [case.height, case.width], list(self.painter.grid(case))
         return key(self.weights, self.painter.key(case, self.role), shot.seed, size, grid, types)
 
 
@@ -100,7 +100,7 @@ def make_arms(
     if student is None or student.whole:
         own = lambda: pipe.split[1]
     else:
-        file = lora_files.read_lora(student.path, lora_layers(pipe.config))
+        file = lora_files.read_lora(student.path, lora_layers(pipe.family, pipe.config))
         if not file.modules:
             raise UserError(f"{student.path}: adapts nothing")
         pipe.lora_file = student.path
@@ -116,9 +116,10 @@ def make_arms(
             adapters = hashlib.file_digest(content, "sha256").hexdigest()
         tuned = lambda: pipe.split[1]
         return [*arms, Arm("student", STUDENT, painter, key(base, adapters), tuned)]
-    other = Pipeline(
+    other = pipeline(
         student.path,
-        vlm=pipe.vlm_folder,
+        pipe.family.NAME,
+        beside=pipe.beside,
         dtype=config.dtype,
         base_dtype=config.base_dtype,
         attention=pipe.attention,
@@ -135,8 +136,8 @@ def make_arms(
 
 def _digest(pipe: Pipeline, memo: Path) -> str:
     """Of what makes a picture out of features: transformer, autoencoder, scheduler."""
-    parts: list[Any] = [pipe.shift]
+    parts: list[Any] = [pipe.scheduler]
     for name in ("transformer", "vae"):
-        stored = open_stored(pipe.folder / name, networks.ZIMAGE[name])
+        stored = open_stored(pipe.folder / name, pipe.family.NETWORKS[name])
         parts += [source_digest(stored, pipe.folder / name, memo), stored.config_text]
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()

@@ -15,7 +15,7 @@ from ml_collections import ConfigDict
 
 from dopsd_jax.common.errors import UserError
 from dopsd_jax.evaluation.scorer import Case, Judge, Picture
-from dopsd_jax.families.zimage.pipeline import Pipeline
+from dopsd_jax.families.pipeline import Pipeline
 
 GROUP = "dopsd_jax.judges"
 

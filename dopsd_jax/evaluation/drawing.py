@@ -11,21 +11,15 @@ from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from dopsd_jax.common.errors import UserError, raise_if
-from dopsd_jax.common.flow import shifted_grid
-from dopsd_jax.conditioning.encoding import STUDENT, TEACHER
-from dopsd_jax.conditioning.features import ROWS
+from dopsd_jax.conditioning.features import ROLE_NAMES, padded_rows
 from dopsd_jax.data.cache import feature_key
-from dopsd_jax.data.padding import pad_stack, padded_length
 from dopsd_jax.evaluation.scorer import Case, Picture, digest
 from dopsd_jax.evaluation.seeds import picture_seed
-from dopsd_jax.families.zimage import family
-from dopsd_jax.families.zimage.family import Context
-from dopsd_jax.families.zimage.pipeline import Pipeline, start_noise
-from dopsd_jax.models import vlm_images
+from dopsd_jax.families.base import STUDENT, TEACHER, Rows
+from dopsd_jax.families.pipeline import Pipeline, start_noise
 from dopsd_jax.parallel import multihost
 from dopsd_jax.parallel.sharding import BATCH_AXES
 
-ROLES = {STUDENT: "student", TEACHER: "teacher"}
 DECODED_PIXELS = 1 << 21  # of pictures that are decoded together: two at 1024 x 1024
 MAX_FAULTS = 20
 
@@ -69,7 +63,7 @@ class Painter:
     """Draws cases, as the student (from the prompt) or as the teacher (shown the source as well).
 
     Args:
-      teacher: config.teacher: what the vision tower sees.
+      teacher: config.teacher: what the teacher sees of the picture.
       batch: pictures drawn together. Every shape is compiled once.
       mesh: devices that share a batch; a multiple of their number is drawn.
       kept, encoder: where features are kept, and the digest of the encoders they are of.
@@ -85,42 +79,38 @@ class Painter:
         encoder: str = "",
     ):
         self.pipe, self.mesh = pipe, mesh
-        self.options = {
-            "min_pixels": teacher["min_pixels"],
-            "max_pixels": teacher["max_pixels"],
-            "doubled": teacher["doubled_template"],
-        }
+        self.options = [pipe.options(role, teacher) for role in (STUDENT, TEACHER)]
         places = 1 if mesh is None else math.prod(mesh.shape[axis] for axis in BATCH_AXES)
         self.batch = -(-batch // places) * places
         self.kept, self.encoder = Memory() if kept is None else kept, encoder
-        self.grid = shifted_grid(family.DEPLOYED_STEPS, pipe.shift)
-        self.rows = {STUDENT: 0, TEACHER: 0}
+        self.rows: list[Rows] = [{}, {}]
 
     def key(self, case: Case, role: int) -> str:
         """Where the features of a case are kept."""
-        if role == STUDENT:
-            return feature_key(role="student", prompt=case.prompt, encoder=self.encoder, options={})
+        seen = {"image": digest(case.source), "crop": "as it is"} if role == TEACHER else {}
         return feature_key(
-            role="teacher",
+            role=ROLE_NAMES[role],
             prompt=case.prompt,
             encoder=self.encoder,
-            options=self.options,
-            image=digest(case.source),
-            crop="as it is",
+            options=self.options[role],
+            **seen,
         )
+
+    def grid(self, case: Case) -> tuple[float, ...]:
+        """The noise levels at which a case is drawn."""
+        return self.pipe.deployed_grid(self.pipe.latent_shape(case.height, case.width))
 
     def check(self, cases: Sequence[Case]) -> None:
         """Raises `UserError` with every prompt and every size that the model cannot take."""
-        bounds = self.options["min_pixels"], self.options["max_pixels"]
-        settings, faults = self.pipe.image_settings(*bounds), []
+        faults = []
         for case in cases:
             try:
                 self.pipe.latent_shape(case.height, case.width)
-                self.pipe.student_tokens(case.prompt)
+                self.pipe.request(STUDENT, case.prompt)
                 if case.source is not None:
                     where = f"the picture shown with {case.prompt[:60]!r}"
-                    grid = vlm_images.grid_of(settings, *case.source.shape[:2], where)
-                    self.pipe.teacher_tokens(case.prompt, grid, self.options["doubled"])
+                    size, options = case.source.shape[:2], self.options[TEACHER]
+                    self.pipe.request(TEACHER, case.prompt, size=size, options=options, where=where)
             except UserError as error:
                 faults += error.problems
         raise_if(dict.fromkeys(faults), MAX_FAULTS)
@@ -132,15 +122,13 @@ class Painter:
         for done, key in enumerate(missing):
             yield len(missing) - done
             case = keys[key]
-            if role == STUDENT:
-                features = self.pipe.student_features(case.prompt)
-            else:
-                features = self.pipe.teacher_features(case.prompt, case.source, **self.options)
-            self.kept.put(key, {"features": features})
+            seen = case.source if role == TEACHER else None
+            made = self.pipe.features(role, case.prompt, seen, self.options[role])
+            self.kept.put(key, made)
         # One length for all, so that contexts have one shape.
-        longest = max((self.kept.shapes(key)["features"][0] for key in keys), default=1)
-        limit = self.pipe.student_limit if role == STUDENT else self.pipe.teacher_limit
-        self.rows[role] = max(self.rows[role], padded_length(longest, ROWS, limit))
+        rows = padded_rows(map(self.kept.shapes, keys), self.pipe, role)
+        old = self.rows[role]
+        self.rows[role] = {name: max(old.get(name, 0), count) for name, count in rows.items()}
 
     def draw(
         self, trained: nnx.State, shots: Sequence[Shot], role: int
@@ -158,15 +146,16 @@ class Painter:
                 yield from zip(some, self._decoded(latents, height * width), strict=True)
 
     def _latents(self, trained, shots: Sequence[Shot], role: int, shape) -> np.ndarray:
-        features = [self.kept.load(self.key(s.case, role))["features"] for s in shots]
-        context = Context(*pad_stack(features, self.rows[role]))
+        features = [self.kept.load(self.key(s.case, role)) for s in shots]
+        context = self.pipe.family.collate(features, self.rows[role])
+        grid = self.pipe.deployed_grid(shape)
         noise = _noise(np.array([shot.seed for shot in shots], np.uint32), shape)
         if self.mesh is None:
-            return multihost.to_host(self.pipe.sample(trained, noise, context, self.grid))
+            return multihost.to_host(self.pipe.sample(trained, noise, context, grid))
         place = NamedSharding(self.mesh, PartitionSpec(BATCH_AXES))
         with jax.set_mesh(self.mesh):
             noise, context = jax.device_put((noise, context), place)
-            return multihost.to_host(self.pipe.sample(trained, noise, context, self.grid))
+            return multihost.to_host(self.pipe.sample(trained, noise, context, grid))
 
     def _decoded(self, latents: np.ndarray, pixels: int) -> Iterator[Picture]:
         together = max(1, min(self.batch, DECODED_PIXELS // pixels))

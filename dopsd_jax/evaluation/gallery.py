@@ -14,7 +14,8 @@ from PIL import Image
 
 from dopsd_jax.common.atomic import atomic_file, disk_error
 from dopsd_jax.common.errors import UserError
-from dopsd_jax.evaluation.drawing import ROLES, Shot
+from dopsd_jax.conditioning.features import ROLE_NAMES
+from dopsd_jax.evaluation.drawing import Shot
 from dopsd_jax.evaluation.scorer import Judge, Picture, digest
 from dopsd_jax.reporting.pictures import save_picture
 
@@ -62,7 +63,7 @@ class Gallery:
 
     def put(self, name: str, image: Picture, shot: Shot, model: str, role: int) -> None:
         about = {"prompt": shot.case.prompt, "seed": str(shot.seed), "model": model}
-        save_picture(self.path(name), image, about | {"context": ROLES[role]})
+        save_picture(self.path(name), image, about | {"context": ROLE_NAMES[role]})
 
     def picture(self, name: str) -> Picture:
         with Image.open(self.path(name)) as image:

@@ -11,7 +11,7 @@ from dopsd_jax.data.dataset import Dataset
 from dopsd_jax.data.images import open_image
 from dopsd_jax.evaluation import data_judges
 from dopsd_jax.evaluation.data_judges import RunScores
-from dopsd_jax.families.zimage.pipeline import Pipeline
+from dopsd_jax.families.pipeline import Pipeline
 from dopsd_jax.parallel import multihost
 from dopsd_jax.reporting.run_page import SCORES
 from dopsd_jax.run import build

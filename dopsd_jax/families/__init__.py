@@ -1,1 +1,76 @@
-"""Kinds of checkpoints: how the parts of a model belong together."""
+"""The families of models: a room each, and one line in `FAMILIES`.
+
+What is particular to a family stands in its room: networks and their PyTorch names, contexts,
+grids, sign and time, work, adapter targets. All programs ask the `Family` (see `families.base`) and
+name none. A family may import common, parallel, models, weights, data, adapters, `dopsd` and
+random_model. This file imports no large library.
+"""
+
+import importlib
+from pathlib import Path
+from typing import TYPE_CHECKING, NamedTuple
+
+from dopsd_jax.common.errors import UserError
+from dopsd_jax.common.json_files import read_json
+from dopsd_jax.weights.hub import MODEL_MANIFEST
+from dopsd_jax.weights.model_folder import INDEX
+
+if TYPE_CHECKING:
+    from dopsd_jax.families.base import Family
+
+AUTO = "auto"  # config.family: the model's own
+
+
+class Listing(NamedTuple):
+    """pipeline: the `_class_name` in model_index.json. module: where its `Family` is."""
+
+    pipeline: str
+    module: str
+
+
+FAMILIES = {
+    "zimage": Listing("ZImagePipeline", "dopsd_jax.families.zimage.family"),
+}
+
+
+def load(name: str) -> "Family":
+    """The family of a name; `AUTO` where no model says it: the first of `FAMILIES`."""
+    listing = next(iter(FAMILIES.values())) if name == AUTO else FAMILIES[name]
+    return importlib.import_module(listing.module)
+
+
+def every() -> list["Family"]:
+    """All families."""
+    return [load(name) for name in FAMILIES]
+
+
+def of_folder(folder: Path, asked: str = AUTO) -> "Family":
+    """The family of a model folder. Raises `UserError`, also if it is not the one `asked` for."""
+    name, where = _named(folder)
+    if asked not in (AUTO, name):
+        raise UserError(
+            f"config.family: is {asked}, but {where} says {name}; set it to {AUTO} or {name}"
+        )
+    return load(name)
+
+
+def _named(folder: Path) -> tuple[str, Path]:
+    path = folder / MODEL_MANIFEST
+    if path.is_file():
+        manifest, _ = read_json(path)
+        name = manifest.get("family") if isinstance(manifest, dict) else None
+        if name not in FAMILIES:
+            raise UserError(f"{path}: family {name!r} is unknown; {', '.join(FAMILIES)} is known")
+        return name, path
+    path = folder / INDEX
+    if not path.is_file():
+        raise UserError(
+            f"{folder}: has neither {INDEX} nor {MODEL_MANIFEST}: not a model folder, or an "
+            "interrupted import (run it again)"
+        )
+    index, _ = read_json(path)
+    pipeline = index.get("_class_name") if isinstance(index, dict) else None
+    known = {listing.pipeline: name for name, listing in FAMILIES.items()}
+    if pipeline not in known:
+        raise UserError(f"{path}: pipeline {pipeline!r} is not supported; {', '.join(known)} is")
+    return known[pipeline], path

@@ -7,6 +7,7 @@ teacher: those that the run keeps beside the student. batch: a `flow_matching.Ba
 method needs. draws: what is random about each sample. key: what is random about the step.
 """
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 from jaxtyping import Array, Key
@@ -21,8 +22,18 @@ Tree = Any
 Result = tuple[Losses, Tree]
 
 
+class Schedule(NamedTuple):
+    """Functions of a latent's height and width: the grid of noise levels, and their shift."""
+
+    grid: Callable[[int, int], tuple[float, ...]]
+    shift: Callable[[int, int], float]
+
+
 class Setup(NamedTuple):
-    """config: of the run. net: the network. grid: of the rollouts. shift: the model's."""
+    """config: of the run. net: the network. grid: of the rollouts. shift: the model's.
+
+    Grid and shift are those of the pictures' size, which is known when a step is traced.
+    """
 
     config: Config
     net: Denoiser

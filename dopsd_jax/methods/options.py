@@ -14,8 +14,8 @@ TEACHER = (
           high=10**9, unit="steps"),
     Field("teacher.warmup_decay", 0.999, "decay in these steps", low=0, high=1),
     Field("teacher.context", "vlm",
-          "what the teacher is told: the picture through the vision-language model, or a caption",
-          choices=("vlm", "prompt")),
+          "what the teacher is told: the picture as the family shows it (Z-Image: vlm), or another "
+          "caption (prompt)", choices=("vlm", "prompt")),
     Field("teacher.prompt_key", "", "the key of the captions that it is told",
           when={"teacher.context": ("prompt",)}),
     Field("teacher.doubled_template", False,

@@ -13,6 +13,7 @@ from dopsd_jax.methods.options import LEVELS, NODES, TEACHER
 
 if TYPE_CHECKING:
     from dopsd_jax.dopsd import Denoiser
+    from dopsd_jax.methods.losses import Schedule
 
 
 def _loss(name: str) -> Callable:
@@ -137,11 +138,6 @@ def needs(config: Config) -> Needs:
     return method(config).needs(config)
 
 
-def sees_image(config: Config) -> bool:
-    """Whether a teacher sees pictures: only then the vision-language model is needed."""
-    return needs(config).teacher and config["teacher"]["context"] == "vlm"
-
-
 def teacher_key(config: Config) -> str | None:
     """The key of the captions that the teacher is told; None: it is told the student's."""
     told = needs(config).teacher and config["teacher"]["context"] == "prompt"
@@ -175,15 +171,19 @@ def draw(config: Config) -> Callable:
     return flow_matching.start_noise if method(config).start_only else flow_matching.draw
 
 
-def loss_function(
-    config: Config, net: "Denoiser", grid: tuple[float, ...], shift: float
-) -> Callable:
+def loss_function(config: Config, net: "Denoiser", schedule: "Schedule") -> Callable:
     """(student, teacher, base, batch, draws, key) -> (losses, gradient), by config.method.
 
-    `batch`: a `flow_matching.Batch` with what `needs` says. `draws`: what `draw` draws. `shift`:
-    the model's. See `train_step.make_step`.
+    `batch`: a `flow_matching.Batch` with what `needs` says. `draws`: what `draw` draws. See
+    `train_step.make_step`.
     """
+    import jax
+
     from dopsd_jax.methods.losses import Setup
 
-    setup, loss = Setup(config, net, grid, shift), method(config).loss
-    return lambda *args: loss(setup, *args)
+    def run(student, teacher, base, batch, draws, key):
+        size = jax.tree.leaves(draws)[0].shape[1:3]  # the start noise [b, h, w, c] is the first
+        setup = Setup(config, net, schedule.grid(*size), schedule.shift(*size))
+        return method(config).loss(setup, student, teacher, base, batch, draws, key)
+
+    return run

@@ -8,7 +8,7 @@ from flax import nnx
 from ml_collections import ConfigDict
 
 from dopsd_jax.evaluation.scorer import Case, Judge, Picture
-from dopsd_jax.families.zimage.pipeline import Pipeline
+from dopsd_jax.families.pipeline import Pipeline
 from dopsd_jax.miniature import world_scorers
 from dopsd_jax.miniature.concepts import FILE, read_concept
 from dopsd_jax.miniature.exam import Exam, table

@@ -10,7 +10,7 @@ from jaxtyping import Float
 from dopsd_jax.conditioning.encoding import STUDENT, TEACHER
 from dopsd_jax.evaluation.drawing import Painter, Shot
 from dopsd_jax.evaluation.scorer import Picture
-from dopsd_jax.families.zimage.pipeline import Pipeline
+from dopsd_jax.families.pipeline import Pipeline
 from dopsd_jax.miniature import judge, render, world_scorers
 from dopsd_jax.miniature.world import Concept
 from dopsd_jax.miniature.world_scorers import CONCEPT, ORDINARY

@@ -19,7 +19,7 @@ from dopsd_jax.common.json_files import read_json
 from dopsd_jax.conditioning.encoding import STUDENT, TEACHER
 from dopsd_jax.evaluation.drawing import Painter, Shot
 from dopsd_jax.evaluation.scorer import Case
-from dopsd_jax.families.zimage.pipeline import Pipeline
+from dopsd_jax.families.pipeline import Pipeline
 from dopsd_jax.miniature import captions, judge, render, world
 from dopsd_jax.miniature import world_scorers as scores
 

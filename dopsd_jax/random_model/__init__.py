@@ -34,7 +34,6 @@ def write_random_model(folder: str | os.PathLike, seed: int = 0, size: Size | No
     """
     folder, size = Path(folder), size or Size()
     folder.mkdir(parents=True, exist_ok=True)
-    _write_json(folder / "model_index.json", configs.MODEL_INDEX)
     _write_json(folder / "scheduler" / "scheduler_config.json", configs.SCHEDULER)
     write_tokenizer(folder / "tokenizer", QWEN3_TEMPLATE, max_length=131072)
 
@@ -56,6 +55,8 @@ def write_random_model(folder: str | os.PathLike, seed: int = 0, size: Size | No
     _write_json(folder / "vlm" / "preprocessor_config.json", configs.PREPROCESSOR)
     _write_json(folder / "vlm" / "chat_template.json", {"chat_template": QWEN3_VL_TEMPLATE})
     write_tokenizer(folder / "vlm", QWEN3_VL_TEMPLATE, max_length=262144)
+    # The last: a folder that has it is whole.
+    _write_json(folder / "model_index.json", configs.MODEL_INDEX)
     return folder
 
 

@@ -8,12 +8,10 @@ import jax
 import numpy as np
 
 from dopsd_jax.common.errors import UserError
-from dopsd_jax.common.flow import shifted_grid
 from dopsd_jax.conditioning.features import Features
 from dopsd_jax.data.dataset import Dataset, spread
 from dopsd_jax.dopsd import Contexts
-from dopsd_jax.families.zimage import family
-from dopsd_jax.families.zimage.pipeline import Pipeline, start_noise
+from dopsd_jax.families.pipeline import Pipeline, start_noise
 from dopsd_jax.parallel import multihost
 from dopsd_jax.reporting import pictures
 
@@ -51,7 +49,6 @@ class Previews:
 
     def __init__(self, pipe: Pipeline, features: Features, rows: Sequence[int], workdir: Path):
         self.pipe, self.workdir = pipe, workdir
-        self.grid = shifted_grid(family.DEPLOYED_STEPS, pipe.shift)
         taught = features.needs.teacher
         self.columns = ("target", "base", *["teacher"] * taught, "tuned")
         self.samples = []
@@ -67,7 +64,8 @@ class Previews:
         self.base = [self._picture(base, s.contexts.student, s.noise) for s in self.samples]
 
     def _picture(self, trained, context, noise) -> np.ndarray:
-        latents = self.pipe.sample(trained, noise, context, self.grid)
+        grid = self.pipe.deployed_grid(noise.shape[1:])
+        latents = self.pipe.sample(trained, noise, context, grid)
         return self.pipe.decode(multihost.to_host(latents))[0]
 
     def rows(self, student, teacher) -> list[pictures.Row]:
@@ -87,7 +85,7 @@ class Previews:
     def write(self, step: int, student, teacher) -> Path:
         """Writes the grid of a step; returns its path. Every process calls it, the first writes."""
         path = pictures.sample_path(self.workdir, step)
-        title = f"step {step}, {len(self.grid) - 1} forwards"
+        title = f"step {step}, {self.pipe.family.DEPLOYED_STEPS} forwards"
         rows = self.rows(student, teacher)
         if multihost.is_first():
             pictures.save_grid(path, self.columns, rows, title=title)

@@ -3,7 +3,7 @@
 import dataclasses
 from collections.abc import Callable
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -12,9 +12,10 @@ from flax import nnx
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from dopsd_jax import dopsd
+from dopsd_jax import dopsd, families
 from dopsd_jax.common.atomic import is_remote
 from dopsd_jax.common.errors import UserError
+from dopsd_jax.conditioning.features import sees_picture
 from dopsd_jax.config import schema
 from dopsd_jax.data.buckets import Bucket, make_buckets, parse_buckets
 from dopsd_jax.data.cache import FeatureCache
@@ -24,16 +25,18 @@ from dopsd_jax.data.picture_index import PictureIndex
 from dopsd_jax.data.prepared import Prepared
 from dopsd_jax.data.prepared_parts import is_prepared
 from dopsd_jax.data.rows import Rows, load_rows
-from dopsd_jax.families.zimage import family
-from dopsd_jax.families.zimage.pipeline import Pipeline
+from dopsd_jax.dopsd import Denoiser
+from dopsd_jax.families.base import Family, Size
+from dopsd_jax.families.pipeline import Pipeline
 from dopsd_jax.methods import registry
-from dopsd_jax.models import attention, quantised, zimage
+from dopsd_jax.methods.losses import Schedule
+from dopsd_jax.models import attention, quantised
 from dopsd_jax.parallel import sharding
-from dopsd_jax.random_model import write_random_model
 from dopsd_jax.random_model.synthetic import write_folder
 from dopsd_jax.training import optimizers, state, train_step
 from dopsd_jax.training.trainable import VARIABLES, Trained, trained
 from dopsd_jax.weights import hub
+from dopsd_jax.weights.model_folder import INDEX
 
 BUCKETS = "buckets (config.data.resolution, config.data.buckets)"
 # Fields of config.data that the readers of rows take as they are.
@@ -51,12 +54,15 @@ RANDOM = "random"  # config.model, config.data.path: made in the work directory
 class Plan(NamedTuple):
     """The step of a configuration.
 
+    grid: the noise levels of a square picture of config.data.resolution; schedule: of any size.
     like: shapes, types and placement of the training state; nothing is allocated for it.
     begin: the state before step 1, from the trained part of the network, which it takes over.
     step: the compiled optimizer step; see `train_step.make_step`.
     """
 
     grid: tuple[float, ...]
+    schedule: Schedule
+    net: Denoiser
     trained: Trained
     like: state.TrainState
     begin: Callable[[nnx.State], state.TrainState]
@@ -69,39 +75,36 @@ class Plan(NamedTuple):
 
 
 def open_pipeline(
-    config: ConfigDict, workdir: Path, mesh: Mesh | None = None, vlm_needed: bool | None = None
+    config: ConfigDict, workdir: Path, mesh: Mesh | None = None, shown: bool | None = None
 ) -> tuple[Pipeline, dict]:
     """The model of config.model and what to record of its origin; nothing is loaded yet.
 
-    `vlm_needed`: whether a teacher is shown pictures; None: as config.method says.
+    `shown`: whether a teacher is shown pictures; None: as config.method says.
     """
     if config.model == RANDOM:
         folder = workdir / "random_model"
-        if not (folder / "vlm" / "preprocessor_config.json").exists():
-            write_random_model(folder)
-        model, vlm = hub.Resolved(folder, None), hub.Resolved(folder / "vlm", None)
+        if not (folder / INDEX).exists():
+            families.load(config.family).write_random_model(folder)
+        model = hub.Resolved(folder, None)
     else:
         model = hub.resolve(config.model)
-        vlm = hub.Resolved(model.path / "vlm", model.revision)
-        # Where no picture is encoded, the model of a hub id is not downloaded for it.
-        shown = registry.sees_image(config) if vlm_needed is None else vlm_needed
-        encodes = shown and not is_prepared(config.data.path)
-        here = Path(config.teacher.vlm).expanduser().is_dir()
-        if config.teacher.vlm and (here or encodes):
-            vlm = hub.resolve(config.teacher.vlm, patterns=hub.ROOT)
-        elif encodes and not vlm.path.is_dir():
-            raise UserError(
-                f"config.teacher.vlm: is empty and {vlm.path} does not exist; name the folder or "
-                "hub id of Qwen3-VL-4B-Instruct"
-            )
+    family = families.of_folder(model.path, config.family)
+    if config.teacher.context not in ("prompt", *family.CONTEXTS):
+        raise UserError(
+            f"config.teacher.context: {config.teacher.context!r} is none of prompt, "
+            f"{', '.join(family.CONTEXTS)}, which the family {family.NAME} has"
+        )
+    shown = sees_picture(config, family) if shown is None else shown
+    vlm = find_vlm(config, model, family, shown and not is_prepared(config.data.path))
     place = None
     if mesh is not None:
         place = lambda path, shape: jax.NamedSharding(
             mesh, sharding.parameter_spec(path, shape, mesh)
         )
-    pipe = Pipeline(
+    pipe = family.Pipeline(
+        family,
         model.path,
-        vlm=vlm.path,
+        beside={} if vlm is None else {"vlm": vlm.path},
         dtype=config.dtype,
         base_dtype=config.base_dtype,
         attention="xla",
@@ -111,7 +114,28 @@ def open_pipeline(
     )
     dtype, size = jnp.dtype(config.dtype), pipe.config.head_dim
     pipe.attention = attention.resolve(config.attention, jax.default_backend(), dtype, size)
-    return pipe, {"model_revision": model.revision, "vlm_revision": vlm.revision}
+    return pipe, {"model_revision": model.revision, "vlm_revision": vlm and vlm.revision}
+
+
+def find_vlm(
+    config: ConfigDict, model: hub.Resolved, family: Family, encodes: bool
+) -> hub.Resolved | None:
+    """The vision-language model of config.teacher.vlm, or in the model's folder; None without one.
+
+    `encodes`: whether it will be asked: else none is downloaded.
+    """
+    if "vlm" not in family.NETWORKS or config.model == RANDOM:
+        return None
+    here = Path(config.teacher.vlm).expanduser().is_dir()
+    if config.teacher.vlm and (here or encodes):
+        return hub.resolve(config.teacher.vlm, patterns=hub.ROOT)
+    inside = hub.Resolved(model.path / "vlm", model.revision)
+    if encodes and not inside.path.is_dir():
+        raise UserError(
+            f"config.teacher.vlm: is empty and {inside.path} does not exist; name the folder or "
+            "hub id of the vision-language model"
+        )
+    return inside
 
 
 def open_data(config: ConfigDict, workdir: Path, step: int) -> Dataset:
@@ -219,31 +243,41 @@ def picture_index(config: ConfigDict, workdir: Path, name: str = "") -> PictureI
 
 def check_method(config: ConfigDict, pipe: Pipeline) -> None:
     """Raises `UserError` for a grid, a loss, targets or a LoRA file that do not fit the model."""
-    grid = family.grid(schema.values(config.grid), pipe.shift)
+    side = config.data.resolution // pipe.family.LATENT_FACTOR
+    grid = make_schedule(config, pipe.family, pipe.scheduler).grid(side, side)
     loss, loss_steps = schema.values(config.loss), schema.values(config.loss_steps)
     dopsd.make_nodes(grid, loss, loss_steps, jax.random.key(0))
-    trained(config, pipe.config).check()
+    trained(config, pipe.family, pipe.config).check()
+
+
+def make_schedule(config: ConfigDict, family: Family, scheduler: Any) -> Schedule:
+    """config.grid, and the shift of noise levels, for latents of any size."""
+    name = schema.values(config.grid)
+    return Schedule(
+        lambda height, width: family.grid(name, scheduler, height, width),
+        lambda height, width: family.shift(scheduler, height, width),
+    )
 
 
 def make_plan(config: ConfigDict, pipe: Pipeline, mesh: Mesh) -> Plan:
     """The training step around the pipeline's transformer, which is loaded."""
-    what = trained(config, pipe.config)
+    what = trained(config, pipe.family, pipe.config)
     what.attach(pipe.transformer)
     graphdef, student, _ = pipe.split
-    return _plan(config, what, graphdef, student, pipe.shift, mesh)
+    return _plan(config, pipe.family, what, graphdef, student, pipe.scheduler, mesh)
 
 
 def abstract_plan(
-    config: ConfigDict, size: zimage.ZImageConfig, attention: str, shift: float, mesh: Mesh
+    config: ConfigDict, family: Family, size: Size, attention: str, mesh: Mesh
 ) -> tuple[Plan, nnx.GraphDef, nnx.State]:
     """`make_plan` for a network that is not loaded, with its graph and base: shapes, placements.
 
-    `attention`: a resolved name of `attention.IMPLEMENTATIONS`; `shift`: the scheduler's.
+    `attention`: a resolved name of `attention.IMPLEMENTATIONS`. The scheduler is the published one.
     """
-    what = trained(config, size)
+    what = trained(config, family, size)
 
     def build():
-        network = zimage.ZImage(
+        network = family.build(
             size, dtype=config.dtype, attention=attention, remat=config.remat, rngs=nnx.Rngs(0)
         )
         if config.base_dtype in quantised.SCHEMES:
@@ -256,12 +290,14 @@ def abstract_plan(
     cast = lambda leaf: leaf.replace(jax.ShapeDtypeStruct(leaf.shape, stored))
     flat = [(p, cast(v) if type(v) is nnx.Param else v) for p, v in nnx.to_flat_state(base)]
     base = nnx.from_flat_state(flat)
-    plan = _plan(config, what, graphdef, student, shift, mesh)
+    plan = _plan(config, family, what, graphdef, student, family.SCHEDULER, mesh)
     return plan, graphdef, sharding.abstract(base, sharding.state_shardings(base, mesh))
 
 
-def _plan(config, what: Trained, graphdef, student, shift: float, mesh: Mesh) -> Plan:
-    grid = family.grid(schema.values(config.grid), shift)
+def _plan(config, family: Family, what: Trained, graphdef, student, scheduler, mesh: Mesh) -> Plan:
+    schedule = make_schedule(config, family, scheduler)
+    side = config.data.resolution // family.LATENT_FACTOR
+    net = family.denoiser(graphdef)
     teacher = registry.teacher(config)
     tx = optimizers.optimizer(config)
     create = lambda student: state.create(student, teacher, tx)
@@ -270,19 +306,26 @@ def _plan(config, what: Trained, graphdef, student, shift: float, mesh: Mesh) ->
         sharding.state_shardings(like, mesh), like, schema.names(config.offload)
     )
     jitted = jax.jit(create, out_shardings=placement, donate_argnums=0)
-    step = make_step(config, graphdef, grid, shift, tx, placement)
+    step = make_step(config, net, schedule, tx, placement)
 
     def begin(student: nnx.State) -> state.TrainState:
         return jitted(jax.device_put(what.start(student), placement.student))
 
-    return Plan(grid, what, sharding.abstract(like, placement), begin, step)
+    return Plan(
+        schedule.grid(side, side),
+        schedule,
+        net,
+        what,
+        sharding.abstract(like, placement),
+        begin,
+        step,
+    )
 
 
 def make_step(
     config: ConfigDict,
-    graphdef: nnx.GraphDef,
-    grid: tuple[float, ...],
-    shift: float,
+    net: Denoiser,
+    schedule: Schedule,
     tx: optax.GradientTransformation,
     placement: state.TrainState | None = None,
     seed: int | jax.Array | None = None,
@@ -291,7 +334,7 @@ def make_step(
 
     `seed`: instead of config.seed; traced, one program serves many.
     """
-    method = registry.loss_function(config, family.denoiser(graphdef), grid, shift)
+    method = registry.loss_function(config, net, schedule)
     teacher, lr = registry.teacher(config), optimizers.schedule(config)
     skip, draw = config.nonfinite == "skip", registry.draw(config)
     seed = config.seed if seed is None else seed

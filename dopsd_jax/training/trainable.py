@@ -19,11 +19,10 @@ from ml_collections import ConfigDict
 from dopsd_jax.adapters import attach
 from dopsd_jax.adapters.attach import Slot
 from dopsd_jax.config import schema
-from dopsd_jax.families.zimage import family
-from dopsd_jax.families.zimage.pipeline import lora_layers
-from dopsd_jax.models import zimage
+from dopsd_jax.conversion.export import export_diffusers, export_single
+from dopsd_jax.families.base import Family, Size
+from dopsd_jax.families.pipeline import lora_layers
 from dopsd_jax.weights import lora_files
-from dopsd_jax.weights.export import export_diffusers, export_single
 from dopsd_jax.weights.live import LiveTensors
 from dopsd_jax.weights.lora_write import write_lora
 from dopsd_jax.weights.progress import ConsoleProgress
@@ -39,7 +38,7 @@ class Trained(Protocol):
     variables: ClassVar[type[nnx.Variable]]
     chosen: Mapping[str, Slot]
 
-    def attach(self, network: zimage.ZImage) -> None:
+    def attach(self, network: nnx.Module) -> None:
         """Gives a network the variables that are trained, where it has none yet."""
 
     def check(self) -> None:
@@ -69,7 +68,8 @@ class Adapters:
     """LoRA on the layers that config.lora.targets names; the file loads in diffusers, ComfyUI."""
 
     config: ConfigDict
-    network: zimage.ZImageConfig
+    family: Family
+    network: Size
     chosen: Mapping[str, Slot]
     variables: ClassVar = nnx.LoRAParam
 
@@ -77,19 +77,19 @@ class Adapters:
     def scale(self) -> float:
         return self.config.lora.alpha / self.config.lora.rank
 
-    def attach(self, network: zimage.ZImage) -> None:
+    def attach(self, network: nnx.Module) -> None:
         options, key = self.config.lora, jax.random.key(self.config.seed)
         attach.attach(network, self.chosen, options.rank, options.alpha, key)
 
     def check(self) -> None:
         if self.config.lora.init_from:
-            lora_files.read_lora(self.config.lora.init_from, lora_layers(self.network))
+            lora_files.read_lora(self.config.lora.init_from, lora_layers(self.family, self.network))
 
     def start(self, student: nnx.State) -> nnx.State:
         path = self.config.lora.init_from
         if not path:
             return student
-        file = lora_files.read_lora(path, lora_layers(self.network))
+        file = lora_files.read_lora(path, lora_layers(self.family, self.network))
         return attach.load(student, self.chosen, file.modules, self.scale, path)
 
     def describe(self, student: nnx.State) -> list[str]:
@@ -107,7 +107,7 @@ class Adapters:
             (path,) = self.export_paths(workdir, step)
             path.parent.mkdir(parents=True, exist_ok=True)
             modules = attach.export(student, self.chosen, self.scale)
-            write_lora(path, modules, lora_layers(self.network))
+            write_lora(path, modules, lora_layers(self.family, self.network))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -115,11 +115,12 @@ class FullNetwork:
     """Every parameter of the transformer; a whole model comes out."""
 
     config: ConfigDict
-    network: zimage.ZImageConfig
+    family: Family
+    network: Size
     variables: ClassVar = nnx.Param
     chosen: ClassVar[Mapping[str, Slot]] = {}
 
-    def attach(self, network: zimage.ZImage) -> None:
+    def attach(self, network: nnx.Module) -> None:
         pass
 
     def check(self) -> None:
@@ -145,7 +146,11 @@ class FullNetwork:
         return [names[name] for name in schema.names(self.config.export)]
 
     def export(self, model: Path, workdir: Path, step: int, student: nnx.State) -> None:
-        tensors = LiveTensors(student, zimage.names(self.network), self.config.export_dtype)
+        tensors = LiveTensors(
+            student,
+            self.family.NETWORKS["transformer"].names(self.network),
+            self.config.export_dtype,
+        )
         write, written = jax.process_index() == 0, self.export_paths(workdir, step)
         options = {"transformer": tensors, "write": write, "progress": ConsoleProgress()}
         if write:
@@ -164,13 +169,14 @@ class FullNetwork:
 VARIABLES = {"lora": Adapters.variables, "full": FullNetwork.variables}
 
 
-def trained(config: ConfigDict, network: zimage.ZImageConfig) -> Trained:
+def trained(config: ConfigDict, family: Family, network: Size) -> Trained:
     """What config.train names. Raises `UserError` for targets that the network has not."""
     if config.train == "full":
-        return FullNetwork(config, network)
+        return FullNetwork(config, family, network)
     targets = schema.values(config.lora.targets)
-    chosen = attach.select(attach.slots(zimage.names(network)), targets, family.LORA_PRESETS)
-    return Adapters(config, network, chosen)
+    slots = attach.slots(family.NETWORKS["transformer"].names(network))
+    chosen = attach.select(slots, targets, family.LORA_PRESETS)
+    return Adapters(config, family, network, chosen)
 
 
 def _count(tree) -> int:

@@ -34,11 +34,13 @@ class Layers:
     """All linear layers of a network by diffusers path, and by the authors' path.
 
     `config` is the network's config.json: a LoRA file of our own says what it was made for.
+    `architecture`: what the header of a LoRA file calls the network (`modelspec.architecture`).
     """
 
     split: Mapping[str, Target]
     native: Mapping[str, Target]
     config: Mapping[str, Any] | None = None
+    architecture: str = ""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -120,7 +122,7 @@ def layers_of(network: Network, config: Any) -> Layers:
                 rows, width = tuple(split[p][0] for p in paths), split[paths[0]][1]
                 native[entry.name.removesuffix(".weight")] = Target(paths, rows, width)
     own = {path: Target((path,), (shape[0],), shape[1]) for path, shape in split.items()}
-    return Layers(own, native, config.to_dict())
+    return Layers(own, native, config.to_dict(), network.lora)
 
 
 def split_name(name: str) -> tuple[str, str | None, str, str]:

@@ -15,8 +15,6 @@ from dopsd_jax.weights.lora_settings import ALPHAS, BASE, HEADER, HEADER_PREFIX,
 from dopsd_jax.weights.safetensors_write import write_safetensors
 from dopsd_jax.weights.tensors import DTYPES, ArrayTensors
 
-ARCHITECTURE = "Z-Image/lora"  # SAI model spec, as musubi-tuner writes it
-
 
 def write_lora(
     path: str | Path,
@@ -63,7 +61,7 @@ def write_lora(
     kept = {name: text for name, text in (metadata or {}).items() if name not in stale}
     if layers.config is not None:
         kept[BASE] = json.dumps(dict(layers.config), sort_keys=True)
-    _write(path, arrays, dialect, modules, kept)
+    _write(path, arrays, dialect, modules, kept, layers.architecture)
 
 
 def baked(module: LoraModule) -> LoraModule:
@@ -129,13 +127,13 @@ def _cast(path: Path, name: str, array: np.ndarray, dtype: str) -> np.ndarray:
     return cast
 
 
-def _write(path: Path, arrays, dialect: str, modules, metadata) -> None:
+def _write(path: Path, arrays, dialect: str, modules, metadata, architecture: str) -> None:
     tensors = ArrayTensors(arrays)
     header = {"format": "pt", **metadata}
     if dialect != "Q":
         header = {
             "modelspec.sai_model_spec": "1.0.0",
-            "modelspec.architecture": ARCHITECTURE,
+            "modelspec.architecture": architecture,
             "modelspec.title": path.stem,
         } | header
     if dialect == "D":

@@ -5,17 +5,14 @@ The same shape whether it is a Hugging Face folder or a converted one; the latte
 """
 
 import shutil
-from collections.abc import Mapping
 from pathlib import Path
 
 from dopsd_jax.common.errors import UserError, raise_if
 from dopsd_jax.common.json_files import read_json
 from dopsd_jax.weights.hub import MODEL_MANIFEST
-from dopsd_jax.weights.networks import FAMILIES, Network
 from dopsd_jax.weights.tokenizers import check_tokenizer
 
 INDEX = "model_index.json"
-PIPELINE_FAMILIES = {"ZImagePipeline": "zimage"}
 ASSET_FOLDERS = ("tokenizer", "scheduler")
 ASSET_SUFFIXES = (".json", ".txt", ".jinja", ".model")
 NOT_ASSETS = ("config.json", "manifest.json", "incomplete.json")  # written for each network
@@ -23,27 +20,6 @@ NOT_ASSETS = ("config.json", "manifest.json", "incomplete.json")  # written for 
 
 def is_converted_model(folder: Path) -> bool:
     return (folder / MODEL_MANIFEST).is_file()
-
-
-def family_of(folder: Path) -> str:
-    """The family of a model folder. Raises `UserError`."""
-    if is_converted_model(folder):
-        manifest, _ = read_json(folder / MODEL_MANIFEST)
-        family = manifest.get("family") if isinstance(manifest, dict) else None
-        if not isinstance(family, str) or family not in FAMILIES:
-            raise UserError(f"{folder / MODEL_MANIFEST}: family {family!r} is unknown")
-        return family
-    if not (folder / INDEX).is_file():
-        raise UserError(
-            f"{folder}: has neither {INDEX} nor {MODEL_MANIFEST}: not a model folder, or an "
-            "interrupted import (run it again)"
-        )
-    index, _ = read_json(folder / INDEX)
-    pipeline = index.get("_class_name") if isinstance(index, dict) else None
-    if not isinstance(pipeline, str) or pipeline not in PIPELINE_FAMILIES:
-        known = ", ".join(PIPELINE_FAMILIES)
-        raise UserError(f"{folder / INDEX}: pipeline {pipeline!r} is not supported; {known} is")
-    return PIPELINE_FAMILIES[pipeline]
 
 
 def check_assets(folder: Path) -> None:
@@ -61,11 +37,6 @@ def check_assets(folder: Path) -> None:
         except UserError as error:
             faults += error.problems
     raise_if(faults)
-
-
-def networks_of(folder: Path) -> Mapping[str, Network]:
-    """The pipeline's networks, by component."""
-    return FAMILIES[family_of(folder)]
 
 
 def copy_assets(source: Path, target: Path) -> None:

@@ -1,24 +1,44 @@
-"""Z-Image-Turbo: its sign and time, its grids, its contexts, its adapter targets."""
+"""Z-Image-Turbo as a `Family`: see `families.base`."""
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
+import jax
 import jax.numpy as jnp
-import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
 from dopsd_jax.common.errors import UserError
 from dopsd_jax.common.flow import check_grid, shifted_grid
+from dopsd_jax.common.json_fields import Fields
 from dopsd_jax.data.padding import pad_stack
 from dopsd_jax.dopsd import Denoiser
-from dopsd_jax.models.zimage import PAD_MULTIPLE, STACKS
+from dopsd_jax.families.base import Features, Rows
+from dopsd_jax.families.zimage.flops import context_work, image_tokens, velocity_work
+from dopsd_jax.families.zimage.networks import NETWORKS
+from dopsd_jax.families.zimage.pipeline import ZImagePipeline as Pipeline
+from dopsd_jax.models.zimage import PAD_MULTIPLE, STACKS, ZImage, ZImageConfig
 from dopsd_jax.parallel.sharding import to_device
+from dopsd_jax.random_model import configs as random_configs
+from dopsd_jax.random_model import write_random_model
+
+__all__ = [
+    "NETWORKS",
+    "Pipeline",
+    "context_work",
+    "image_tokens",
+    "velocity_work",
+    "write_random_model",
+]
 
 NAME = "zimage"
-DEPLOYED_STEPS = 8  # forwards of the released few-step sampler (models.md 2.8)
+PUBLISHED = ZImageConfig()
+SCHEDULER = 3.0  # the static shift of the published one
+LATENT_FACTOR = 8
+DEPLOYED_STEPS = 8
+CONTEXTS = {"vlm": True}  # the picture through the vision-language model
 
-# The seven linear layers of every block are upstream's own targets (d-opsd.md 6): 238 modules.
+# The seven linear layers of every block are upstream's own targets: 238 modules.
 _ATTENTION = ("attention.to_q", "attention.to_k", "attention.to_v", "attention.to_out.0")
 _FEED_FORWARD = ("feed_forward.w1", "feed_forward.w2", "feed_forward.w3")
 LORA_PRESETS = {
@@ -28,7 +48,7 @@ LORA_PRESETS = {
     "before_pr5": (*_ATTENTION, "feed_forward.w3"),  # what a missing comma left until 2026-05-12
 }
 
-# Upstream's 8-step list: shift 6 instead of Turbo's 3 (d-opsd.md 4). For comparison only.
+# Upstream's 8-step list: shift 6 instead of Turbo's 3. For comparison only.
 _LEGACY8 = (1000, 976.8991, 947.7647, 909.8782, 858.5987, 785.2998, 671.9212, 473.2203)
 
 
@@ -39,8 +59,20 @@ class Context(NamedTuple):
     lengths: Int[Array, " b"]
 
 
-def grid(name: str | Sequence[float], shift: float) -> tuple[float, ...]:
-    """The sigma nodes that config.grid names, with the final 0.
+def read_scheduler(content: Any, where: str) -> float:
+    """The static shift. Raises `UserError` for a scheduler of another kind."""
+    fields = Fields(content, where)
+    fields.only("_class_name", "FlowMatchEulerDiscreteScheduler", required=True)
+    fields.only("use_dynamic_shifting", False, None)
+    shift = fields.positive("shift")
+    fields.finish()
+    return shift
+
+
+def grid(
+    name: str | Sequence[float], scheduler: float, height: int = 0, width: int = 0
+) -> tuple[float, ...]:
+    """The sigma nodes that config.grid names, with the final 0: the same for all sizes.
 
     `nodes8`: the deployed sampler's; `nodes4`: every second of these, the released recipe's;
     `legacy8`: upstream's 8-step list; or a list of sigmas.
@@ -48,8 +80,8 @@ def grid(name: str | Sequence[float], shift: float) -> tuple[float, ...]:
     if not isinstance(name, str):
         return check_grid(name, "config.grid")
     grids = {
-        "nodes8": shifted_grid(8, shift),
-        "nodes4": shifted_grid(4, shift),
+        "nodes8": shifted_grid(8, scheduler),
+        "nodes4": shifted_grid(4, scheduler),
         "legacy8": (*(s / 1000 for s in _LEGACY8), 0.0),
     }
     if name not in grids:
@@ -57,6 +89,21 @@ def grid(name: str | Sequence[float], shift: float) -> tuple[float, ...]:
             f"config.grid: {name!r} is not one of {', '.join(grids)} or a list of sigmas"
         )
     return grids[name]
+
+
+def deployed_grid(steps: int, scheduler: float, height: int, width: int) -> tuple[float, ...]:
+    """The nodes of the released sampler."""
+    return shifted_grid(steps, scheduler)
+
+
+def shift(scheduler: float, height: int, width: int) -> float:
+    """The scheduler's own, for all sizes."""
+    return scheduler
+
+
+def build(size: ZImageConfig, *, dtype: Any, attention: str, remat: str, rngs: nnx.Rngs) -> ZImage:
+    """The transformer, to be filled with weights."""
+    return ZImage(size, dtype=dtype, attention=attention, remat=remat, rngs=rngs)
 
 
 def denoiser(graphdef: nnx.GraphDef) -> Denoiser:
@@ -80,7 +127,37 @@ def denoiser(graphdef: nnx.GraphDef) -> Denoiser:
     return Denoiser(hoist, velocity)
 
 
-def pad_features(features: Sequence[np.ndarray], rows: int | None = None) -> Context:
-    """Caption features [n_i, c] of a batch as one context of `rows` rows, or as few as it needs."""
-    rows = rows or -(-max(map(len, features)) // PAD_MULTIPLE) * PAD_MULTIPLE
-    return Context(*pad_stack(features, rows))
+def largest_latent(size: ZImageConfig) -> tuple[int, int]:
+    """As far as the rotary tables go."""
+    return size.axes_lens[1] * size.patch, size.axes_lens[2] * size.patch
+
+
+def collate(features: Sequence[Features], rows: Rows | None = None) -> Context:
+    """Caption features [n_i, c] of a batch as one context, padded."""
+    arrays = [one["features"] for one in features]
+    fewest = -(-max(map(len, arrays)) // PAD_MULTIPLE) * PAD_MULTIPLE
+    return Context(*pad_stack(arrays, rows["features"] if rows else fewest))
+
+
+def abstract_features(
+    size: ZImageConfig, role: int, rows: int, dtype: Any, height: int, width: int
+) -> Context:
+    """One sample's context in shapes; both roles have the same."""
+    if rows % PAD_MULTIPLE or not 0 < rows <= size.max_caption:
+        raise UserError(
+            f"{rows} must be a multiple of {PAD_MULTIPLE}, from {PAD_MULTIPLE} to "
+            f"{size.max_caption}"
+        )
+    features = jax.ShapeDtypeStruct((rows, size.caption_dim), dtype)
+    return Context(features, jax.ShapeDtypeStruct((), jnp.int32))
+
+
+def positions(context: Context) -> int:
+    """Rows of the padded features."""
+    return context.features.shape[-2]
+
+
+def random_size() -> ZImageConfig:
+    """The transformer of the random model."""
+    sizes = random_configs.transformer(random_configs.Size())
+    return ZImageConfig.from_dict(sizes, "random model")

@@ -4,10 +4,10 @@ from collections import Counter
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
+from dopsd_jax import families
 from dopsd_jax.common.errors import UserError, few, one_line
 from dopsd_jax.common.json_fields import Fields
 from dopsd_jax.common.json_files import parse_json, read_json
-from dopsd_jax.models.zimage import ZImageConfig
 from dopsd_jax.weights import converted
 from dopsd_jax.weights.found_files import components, readable
 from dopsd_jax.weights.hub import MODEL_MANIFEST
@@ -15,8 +15,8 @@ from dopsd_jax.weights.layouts import as_canonical, recognise
 from dopsd_jax.weights.lora_dialects import UNSUPPORTED_PARTS, Layers, layers_of, split_name
 from dopsd_jax.weights.lora_files import PEFT_CONFIG, PEFT_WEIGHTS, read_lora
 from dopsd_jax.weights.lora_settings import BASE
-from dopsd_jax.weights.model_folder import INDEX, check_assets, family_of, is_converted_model
-from dopsd_jax.weights.networks import FAMILIES, VLM, ZIMAGE, Network
+from dopsd_jax.weights.model_folder import INDEX, check_assets, is_converted_model
+from dopsd_jax.weights.networks import Network, present
 from dopsd_jax.weights.progress import size
 from dopsd_jax.weights.safetensors_io import TensorFiles, read_header
 from dopsd_jax.weights.stored import Stored, open_stored, read_config
@@ -52,18 +52,27 @@ def layers_for(model: Path | None, lora: Path | None = None) -> Layers:
     """The layers of a model's transformer.
 
     Without a model, of the one that the LoRA file `lora` says it was made for; else of the
-    published Z-Image.
+    published one of the first family.
     """
-    network = ZIMAGE["transformer"]
     if model is not None:
+        network = families.of_folder(model).NETWORKS["transformer"]
         config, _ = read_config(model / network.component / converted.CONFIG, network)
         return layers_of(network, config)
     file = lora / PEFT_WEIGHTS if lora is not None and lora.is_dir() else lora
     text = read_header(file).metadata.get(BASE) if file is not None else None
     if text is None:
-        return layers_of(network, ZImageConfig())
+        family = families.load(families.AUTO)
+        return layers_of(family.NETWORKS["transformer"], family.PUBLISHED)
     where = f"{file}: header string {BASE}"
-    return layers_of(network, network.read_config(parse_json(text, where), where))
+    content = parse_json(text, where)
+    candidates = [family.NETWORKS["transformer"] for family in families.every()]
+    faults = []
+    for network in candidates:
+        try:
+            return layers_of(network, network.read_config(content, where))
+        except UserError as error:
+            faults += error.problems
+    raise UserError(*faults)
 
 
 def _is_adapter(name: str) -> bool:
@@ -71,9 +80,9 @@ def _is_adapter(name: str) -> bool:
 
 
 def _model(path: Path, verify: bool) -> Iterator[str]:
-    family = family_of(path)
+    family = families.of_folder(path)
     form = "converted model" if is_converted_model(path) else "Hugging Face folder"
-    yield f"{path}: {form}, family {family}"
+    yield f"{path}: {form}, family {family.NAME}"
     if is_converted_model(path):
         about = Fields(read_json(path / MODEL_MANIFEST)[0], str(path / MODEL_MANIFEST))
         source, revision = about.text("source"), about.text("revision", "not recorded")
@@ -83,10 +92,7 @@ def _model(path: Path, verify: bool) -> Iterator[str]:
         check_assets(path)
     except UserError as error:
         yield from (f"  {problem}" for problem in few(error.problems))
-    networks = dict(FAMILIES[family])
-    if (path / VLM.component).is_dir():
-        networks[VLM.component] = VLM
-    for name, network in networks.items():
+    for name, network in present(family.NETWORKS, path).items():
         try:
             yield from _stored(name, open_stored(path / name, network), verify)
         except UserError as error:
@@ -97,7 +103,7 @@ def _model(path: Path, verify: bool) -> Iterator[str]:
 def _component(path: Path, verify: bool) -> Iterator[str]:
     """A folder with one network: whichever accepts its config.json."""
     faults = []
-    for network in (*ZIMAGE.values(), VLM):
+    for network in (n for f in families.every() for n in f.NETWORKS.values()):
         try:
             read_config(path / converted.CONFIG, network)
         except UserError as error:
@@ -141,14 +147,17 @@ def _lora(path: Path, model: Path | None) -> Iterator[str]:
 
 
 def _single(path: Path, files: TensorFiles, model: Path | None) -> Iterator[str]:
-    """A file of one network. Without a model, only the published transformer can be recognised."""
+    """A file of one network. Without a model, only published transformers can be recognised."""
     yield f"{path}: {_summary(files.infos.values())}"
-    candidates: list[tuple[Network, object]] = [(ZIMAGE["transformer"], ZImageConfig())]
+    candidates: list[tuple[Network, object]] = [
+        (family.NETWORKS["transformer"], family.PUBLISHED) for family in families.every()
+    ]
     if model is not None:
-        networks = FAMILIES[family_of(model)].values()
+        networks = families.of_folder(model).NETWORKS.values()
         candidates = [
             (network, read_config(model / network.component / converted.CONFIG, network)[0])
             for network in networks
+            if not network.beside
         ]
     several, known = components(files.infos), False
     if several:

@@ -4,14 +4,15 @@ import dataclasses
 from collections.abc import Mapping
 from pathlib import Path
 
+from dopsd_jax import families
 from dopsd_jax.common.atomic import atomic_folder, need_space, write_text
 from dopsd_jax.common.errors import UserError, raise_if
 from dopsd_jax.weights.converted import CONFIG
 from dopsd_jax.weights.layouts import CANONICAL, Found, in_layout
 from dopsd_jax.weights.lora_files import LoraModule
 from dopsd_jax.weights.merge import Merged
-from dopsd_jax.weights.model_folder import copy_assets, copy_shared_assets, networks_of
-from dopsd_jax.weights.networks import VLM, Network
+from dopsd_jax.weights.model_folder import copy_assets, copy_shared_assets
+from dopsd_jax.weights.networks import Network, present
 from dopsd_jax.weights.progress import SILENT, Progress
 from dopsd_jax.weights.safetensors_write import (
     MAX_SHARD,
@@ -49,10 +50,8 @@ def export_diffusers(
     it. `replace`: an `out` that is there already is replaced.
     """
     opened, faults = {}, []
-    networks = dict(networks_of(model))
-    if (model / VLM.component).is_dir():  # diffusers does not mind it; our own teacher needs it
-        networks[VLM.component] = VLM
-    for name, network in networks.items():
+    # What is beside a published model, diffusers does not mind; our own teacher needs it.
+    for name, network in present(families.of_folder(model).NETWORKS, model).items():
         try:
             opened[name] = network, open_stored(model / name, network)
         except UserError as error:
@@ -93,7 +92,7 @@ def export_single(
     The names carry a prefix if the file that the model was imported from did. `transformer` and
     `write` are those of `export_diffusers`. Raises `UserError`.
     """
-    network = networks_of(model)["transformer"]
+    network = families.of_folder(model).NETWORKS["transformer"]
     stored = open_stored(model / network.component, network)
     layout = next(x for x in network.layouts(stored.config) if x.name == network.single)
     prefix = stored.found.prefix if stored.found.layout.name == network.single else ""

@@ -4,6 +4,7 @@ import json
 from collections.abc import Mapping
 from pathlib import Path
 
+from dopsd_jax import families
 from dopsd_jax.common.atomic import disk_error, write_text
 from dopsd_jax.common.errors import UserError, raise_if
 from dopsd_jax.weights import converted
@@ -14,10 +15,9 @@ from dopsd_jax.weights.model_folder import (
     check_assets,
     copy_assets,
     copy_shared_assets,
-    family_of,
     is_converted_model,
 )
-from dopsd_jax.weights.networks import FAMILIES, VLM, Network
+from dopsd_jax.weights.networks import Network
 from dopsd_jax.weights.progress import SILENT, Progress
 from dopsd_jax.weights.stored import Stored, is_converted, open_stored
 from dopsd_jax.weights.tensors import Cast, total_bytes
@@ -30,11 +30,12 @@ def open_all(
 
     Raises `UserError` with the faults of all networks at once.
     """
-    networks = FAMILIES[family_of(folder)]
-    faults, opened = [], {}
-    wanted = [(folder / name, network) for name, network in networks.items()]
-    if vlm is not None:
-        wanted.append((vlm, VLM))
+    faults, opened, wanted = [], {}, []
+    for name, network in families.of_folder(folder).NETWORKS.items():
+        if not network.beside:
+            wanted.append((folder / name, network))
+        elif vlm is not None or (folder / name).is_dir():
+            wanted.append((vlm or folder / name, network))
     for path, network in wanted:
         file = (files or {}).get(network.component)
         try:
@@ -83,15 +84,13 @@ def import_model(
     begun = any(is_converted(child) for child in out.iterdir()) if out.is_dir() else False
     if out.is_dir() and any(out.iterdir()) and not begun:
         raise UserError(f"{out}: is not empty; give another folder")
-    if vlm is None and (source / VLM.component).is_dir():
-        vlm = source / VLM.component
     opened = open_all(source, files, vlm)
     check_assets(source)
     progress.start(sum(total_bytes(stored.tensors) for _, _, stored in opened.values()))
     digests = {}
-    for name, (path, _, stored) in opened.items():
+    for name, (path, network, stored) in opened.items():
         tensors = Cast(stored.tensors, dtype) if dtype else stored.tensors
-        label = str((files or {}).get(name) or (vlm if path == vlm else described or source))
+        label = str((files or {}).get(name) or (path if network.beside else described or source))
         origin = converted.Origin(label, file_stamp(stored.files), stored.found)
         digests[name] = converted.convert(
             tensors,
@@ -111,7 +110,7 @@ def import_model(
         raise disk_error(error, out / INDEX) from error
     manifest = {
         "format": converted.FORMAT,
-        "family": family_of(source),
+        "family": families.of_folder(source).NAME,
         "source": described or str(source),
         "revision": revision,
         "components": digests,

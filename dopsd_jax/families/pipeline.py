@@ -1,0 +1,370 @@
+"""A model folder put together: what all families have in common."""
+
+import functools
+import hashlib
+import json
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, ClassVar
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jaxtyping import Array, Float, UInt8
+
+from dopsd_jax import dopsd, families
+from dopsd_jax.adapters import attach
+from dopsd_jax.common.errors import UserError, raise_if
+from dopsd_jax.common.json_files import read_json
+from dopsd_jax.families.base import STUDENT, TEACHER, Family, Features, Request, Size, Tree
+from dopsd_jax.models import quantised
+from dopsd_jax.models.autoencoder import Autoencoder, to_uint8
+from dopsd_jax.models.tiling import Tiling
+from dopsd_jax.parallel import multihost, sharding
+from dopsd_jax.weights import lora_files
+from dopsd_jax.weights.load import load_component
+from dopsd_jax.weights.lora_dialects import Layers, layers_of
+from dopsd_jax.weights.stored import open_stored, read_config, source_digest
+from dopsd_jax.weights.tokenizers import tokenizer_digest
+
+TILED_ABOVE = 1536  # pixels a side; larger images are decoded in tiles
+
+
+def pipeline(folder: str | Path, asked: str = families.AUTO, **options: Any) -> "Pipeline":
+    """The pipeline of a model folder's family; `options`: see `Pipeline`. Raises `UserError`."""
+    family = families.of_folder(Path(folder), asked)
+    return family.Pipeline(family, folder, **options)
+
+
+class Pipeline:
+    """One model folder, each part loaded when it is first used.
+
+    A family says how its encoders make features: `ENCODERS`, `options`, `limits`, `request` and
+    `encode`.
+
+    Args:
+      folder: model in Hugging Face layout, or converted.
+      beside: folders of networks that are not in `folder`, by component.
+      dtype: type of activations.
+      base_dtype: type of the transformer's weights, or a scheme of `models.quantised`; None: as
+        stored.
+      attention, remat: see `Family.build`.
+      lora_file: adapters to attach to the transformer.
+      sharding_for: path and shape of a transformer parameter -> its sharding.
+      trained: type of the transformer's variables that are kept apart from the rest; see `split`.
+    """
+
+    # By role: the networks that its features come from. Each is an attribute of its own name.
+    ENCODERS: ClassVar[tuple[tuple[str, ...], tuple[str, ...]]]
+
+    def __init__(
+        self,
+        family: Family,
+        folder: str | Path,
+        *,
+        beside: Mapping[str, Path] | None = None,
+        dtype: str = "float32",
+        base_dtype: str | None = None,
+        attention: str = "xla",
+        remat: str = "none",
+        lora_file: str | Path | None = None,
+        sharding_for: Callable | None = None,
+        trained: type[nnx.Variable] = nnx.LoRAParam,
+    ):
+        self.family, self.folder, self.beside = family, Path(folder), dict(beside or {})
+        self.dtype, self.base_dtype = jnp.dtype(dtype), base_dtype
+        self.rest_dtype = quantised.stored_type(base_dtype)
+        self.attention, self.remat = attention, remat
+        self.lora_file, self.sharding_for, self.trained = lora_file, sharding_for, trained
+        self.encoder_mesh: Mesh | None = None
+
+    def spread_encoders(self, devices: Sequence[jax.Device]) -> None:
+        """Loads the encoders to each of `devices`, which then take equal shares of every batch.
+
+        To be called before they are loaded. Batches must be multiples of the number of devices.
+        """
+        self.encoder_mesh = sharding.make_mesh({"data": -1}, devices)
+
+    def encoder_place(self) -> Callable | None:
+        """The `sharding_for` of an encoder: whole on every device that encodes."""
+        mesh = self.encoder_mesh
+        return mesh and (lambda path, shape: NamedSharding(mesh, PartitionSpec()))
+
+    # Parts.
+
+    def part_folder(self, name: str) -> Path:
+        """The folder of a network."""
+        return self.beside.get(name) or self.folder / name
+
+    def part_config(self, name: str) -> Any:
+        """The configuration of a network. Raises `UserError`."""
+        return read_config(self.part_folder(name) / "config.json", self.family.NETWORKS[name])[0]
+
+    @functools.cached_property
+    def config(self) -> Size:
+        return self.part_config("transformer")
+
+    @functools.cached_property
+    def scheduler(self) -> Any:
+        """What the family's grids depend on. Raises `UserError`."""
+        path = self.folder / "scheduler" / "scheduler_config.json"
+        return self.family.read_scheduler(read_json(path, finite=False)[0], str(path))
+
+    @functools.cached_property
+    def vae(self) -> Autoencoder:
+        return load_component(self.part_folder("vae"), self.family.NETWORKS["vae"])
+
+    @functools.cached_property
+    def transformer(self) -> nnx.Module:
+        build = functools.partial(
+            self.family.build, dtype=self.dtype, attention=self.attention, remat=self.remat
+        )
+        model = load_component(
+            self.part_folder("transformer"),
+            self.family.NETWORKS["transformer"],
+            dtype=self.rest_dtype,
+            scheme=self.base_dtype if self.base_dtype in quantised.SCHEMES else None,
+            sharding_for=self.sharding_for,
+            build=lambda size, rngs: build(size, rngs=rngs),
+        )
+        if self.lora_file is not None:
+            attach_file(model, self.family, self.config, self.lora_file)
+        return model
+
+    @functools.cached_property
+    def split(self) -> tuple[nnx.GraphDef, nnx.State, nnx.State]:
+        """The transformer as (graphdef, trained, base): all adapters, by default, and the rest."""
+        return nnx.split(self.transformer, self.trained, ...)
+
+    def hand_over(self) -> nnx.State:
+        """The trained part of the transformer, which the pipeline then has no longer."""
+        graphdef, trained, base = self.split
+        self.__dict__.pop("transformer", None)
+        self.__dict__["split"] = graphdef, None, base
+        return trained
+
+    def release_encoders(self) -> None:
+        """Frees the encoders; the autoencoder stays."""
+        for part in {*self.ENCODERS[STUDENT], *self.ENCODERS[TEACHER]} - {"vae"}:
+            self.__dict__.pop(part, None)
+
+    def release_transformer(self) -> None:
+        """Frees the transformer."""
+        for part in ("transformer", "split"):
+            self.__dict__.pop(part, None)
+
+    def encoder_digest(self, memo: Path) -> str:
+        """What the contexts of both roles depend on: weights and settings of the encoders."""
+        names = dict.fromkeys((*self.ENCODERS[STUDENT], *self.ENCODERS[TEACHER]))
+        parts = [self.part_digest(name, memo) for name in names]
+        return hashlib.sha256(json.dumps([*parts, str(self.dtype)]).encode()).hexdigest()
+
+    def part_digest(self, name: str, memo: Path) -> str:
+        """Of the weights and settings of a network, with what stands beside it."""
+        folder = self.part_folder(name)
+        stored = open_stored(folder, self.family.NETWORKS[name])
+        parts = [source_digest(stored, folder, memo), stored.config_text]
+        if name == "text_encoder":
+            parts.append(tokenizer_digest(self.folder))
+        if (folder / "preprocessor_config.json").exists():
+            parts.append(read_json(folder / "preprocessor_config.json")[1])
+        return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
+
+    # Contexts.
+
+    def options(self, role: int, teacher: Mapping[str, Any]) -> dict[str, Any]:
+        """What of config.teacher the features of a role depend on, as plain JSON."""
+        raise NotImplementedError
+
+    def limits(self, role: int) -> dict[str, jax.ShapeDtypeStruct]:
+        """The features whose first axis varies, by name, with their largest shapes.
+
+        All others have the same shape for all pictures of one size.
+        """
+        raise NotImplementedError
+
+    def request(
+        self,
+        role: int,
+        prompt: str,
+        *,
+        size: tuple[int, int] | None = None,
+        options: Mapping[str, Any] | None = None,
+        told: int | None = None,
+        where: str = "",
+    ) -> Request:
+        """A prompt as it will be encoded. Raises `UserError` for one that the model cannot take.
+
+        Args:
+          size: height and width of the picture, where the role is shown one.
+          options: of `options`; None: the family's defaults.
+          told: the role whose limits count; None: `role`.
+          where: what messages call the picture.
+        """
+        raise NotImplementedError
+
+    def encode(
+        self,
+        role: int,
+        requests: Sequence[Request],
+        pictures: Sequence[UInt8[np.ndarray, "H W 3"]],
+        options: Mapping[str, Any] | None = None,
+    ) -> list[Features]:
+        """The features of requests of one group; `pictures`: one each, where the role is shown one.
+
+        The number of requests is a multiple of the devices of `spread_encoders`.
+        """
+        raise NotImplementedError
+
+    def features(
+        self,
+        role: int,
+        prompt: str,
+        picture: UInt8[np.ndarray, "H W 3"] | None = None,
+        options: Mapping[str, Any] | None = None,
+    ) -> Features:
+        """The features of one prompt. Raises `UserError` for one that the model cannot take."""
+        size = None if picture is None else np.shape(picture)[:2]
+        request = self.request(role, prompt, size=size, options=options)
+        return self.encode(role, [request], [] if picture is None else [picture], options)[0]
+
+    def encode_prompt(self, prompts: Sequence[str]) -> Tree:
+        """The student's context."""
+        return self.family.collate([self.features(STUDENT, p) for p in prompts])
+
+    def encode_prompt_with_image(
+        self, prompts: Sequence[str], images: Sequence[UInt8[np.ndarray, "H W 3"]], **options: Any
+    ) -> Tree:
+        """The teacher's context; `options`: see the family's `options`."""
+        pairs = zip(prompts, images, strict=True)
+        return self.family.collate(
+            [self.features(TEACHER, p, np.asarray(i), options) for p, i in pairs]
+        )
+
+    # Images.
+
+    def velocity(self, x: Float[Array, "b h w c"], sigma, context: Tree) -> Float[Array, "b h w c"]:
+        """dx/dsigma at a state, in float32."""
+        sigma = jnp.asarray(sigma, jnp.float32)
+        return _velocity(self.family, *self.split, jnp.asarray(x), sigma, context)
+
+    def encode_image(self, images: UInt8[np.ndarray, "b H W 3"]) -> Float[Array, "b h w c"]:
+        """Clean latents of images (the posterior's mode)."""
+        return self.vae.encode_images(
+            images, tiling=Tiling(above=TILED_ABOVE), dtype=self.dtype
+        ).astype(jnp.float32)
+
+    def decode(self, latents: Float[Array, "b h w c"]) -> UInt8[np.ndarray, "b H W 3"]:
+        """Images of clean latents."""
+        latents = jnp.asarray(latents, self.dtype)
+        return np.asarray(
+            to_uint8(self.vae.decode_images(latents, tiling=Tiling(above=TILED_ABOVE)))
+        )
+
+    @property
+    def size_multiple(self) -> int:
+        """What both sides of an image must be multiples of."""
+        return self.vae_config.factor * self.config.patch
+
+    @property
+    def own_size(self) -> int:
+        """Pixels a side of the pictures that the model was made for."""
+        return self.vae_config.sample_size
+
+    def latent_shape(self, height: int, width: int) -> tuple[int, int, int]:
+        """[h, w, c] of an image's latent. Raises `UserError` for a side the model cannot make."""
+        factor, multiple = self.vae_config.factor, self.size_multiple
+        limit = [cells * factor for cells in self.family.largest_latent(self.config)]
+        raise_if(
+            f"image {name} {side}: must be a multiple of {multiple}, from {multiple} to {most}"
+            for name, side, most in (("height", height, limit[0]), ("width", width, limit[1]))
+            if side % multiple or not 0 < side <= most
+        )
+        return height // factor, width // factor, self.config.channels
+
+    @functools.cached_property
+    def vae_config(self) -> Any:
+        return self.part_config("vae")
+
+    def deployed_grid(self, latent: Sequence[int], steps: int | None = None) -> tuple[float, ...]:
+        """The released sampler's nodes for a latent [h, w, ...]; `steps`: None: the deployed."""
+        steps = steps or self.family.DEPLOYED_STEPS
+        return self.family.deployed_grid(steps, self.scheduler, *latent[:2])
+
+    def __call__(
+        self,
+        prompts: Sequence[str],
+        *,
+        height: int | None = None,
+        width: int | None = None,
+        steps: int | None = None,
+        seed: int = 0,
+        latents: Float[Array, "b h w c"] | None = None,
+    ) -> UInt8[np.ndarray, "b H W 3"]:
+        """Images of the prompts by the few-step sampler, without guidance.
+
+        `height`, `width`: pixels; None: `own_size`. `steps`: forwards; None: the deployed number.
+        `latents`: start noise, float32; None: drawn from `seed`, image i of any batch from
+        (seed, i).
+        """
+        shape = self.latent_shape(height or self.own_size, width or self.own_size)
+        if latents is None:
+            latents = start_noise(seed, len(prompts), shape)
+        elif jnp.shape(latents) != (len(prompts), *shape):
+            raise ValueError(f"latents {jnp.shape(latents)}, needed {(len(prompts), *shape)}")
+        grid, context = self.deployed_grid(shape, steps), self.encode_prompt(prompts)
+        return self.decode(self.sample(self.split[1], latents, context, grid))
+
+    def sample(self, trained: nnx.State, noise, context: Tree, grid: tuple[float, ...]):
+        """Clean latents: a rollout with the given trained part of the transformer."""
+        graphdef, _, base = self.split
+        noise = jnp.asarray(noise, jnp.float32)
+        return _sample(
+            trained, base, noise, context, family=self.family, graphdef=graphdef, grid=grid
+        )
+
+
+def start_noise(seed: int, count: int, shape: tuple[int, ...]) -> Float[Array, "b h w c"]:
+    """Unit Gaussian start noise; image i depends on (seed, i) only."""
+    key = jax.random.key(seed)
+    draw = lambda i: jax.random.normal(jax.random.fold_in(key, i), shape, jnp.float32)
+    return jax.vmap(draw)(jnp.arange(count))
+
+
+def too_long(prompt: str, count: int, limit: int) -> UserError:
+    """A prompt makes more tokens than the model takes."""
+    start = prompt if len(prompt) < 60 else f"{prompt[:57]}..."
+    return UserError(
+        f"the prompt {start!r} makes {count} tokens with its template, the model takes {limit}; "
+        "shorten it"
+    )
+
+
+def attach_file(model: nnx.Module, family: Family, size: Size, path: str | Path) -> None:
+    """Gives the transformer the adapters of a LoRA file, of any dialect we read."""
+    slots = attach.slots(family.NETWORKS["transformer"].names(size))
+    file = lora_files.read_lora(path, lora_layers(family, size))
+    chosen = {name: slots[name] for name in file.modules}
+    rank = max(module.a.shape[0] for module in file.modules.values())
+    attach.attach(model, chosen, rank, rank, jax.random.key(0))
+    adapter = nnx.state(model, nnx.LoRAParam)
+    nnx.update(model, attach.load(adapter, chosen, file.modules, 1.0, str(path)))
+
+
+def lora_layers(family: Family, size: Size) -> Layers:
+    """The transformer's linear layers by every name that LoRA files call them."""
+    return layers_of(family.NETWORKS["transformer"], size)
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _velocity(family, graphdef, adapter, base, x, sigma, context):
+    net = family.denoiser(graphdef)
+    return net.velocity(adapter, base, x, sigma, context, net.hoist(adapter, base, context))
+
+
+@multihost.begin_together
+@functools.partial(jax.jit, static_argnames=("family", "graphdef", "grid"))
+def _sample(adapter, base, noise, context, *, family, graphdef, grid):
+    return dopsd.rollout(family.denoiser(graphdef), adapter, base, context, noise, grid)

@@ -1,0 +1,51 @@
+"""Work of a network's forward pass, by how much a backward pass adds."""
+
+import dataclasses
+from collections.abc import Iterable
+
+from dopsd_jax.adapters.attach import Slot
+from dopsd_jax.adapters.lora import Lora
+
+
+@dataclasses.dataclass(frozen=True)
+class Work:
+    """FLOP of one forward pass, by how much a backward pass adds.
+
+    once: products on the way to nothing that is trained.
+    linear: products whose backward pass needs one gradient, 1x: with frozen weights the input's;
+      in full tuning, at the network's inputs, the weights'.
+    attention: 2x. trained: products with adapters or trained weights: both gradients, 2x.
+    """
+
+    once: float = 0.0
+    linear: float = 0.0
+    attention: float = 0.0
+    trained: float = 0.0
+
+    @property
+    def forward(self) -> float:
+        return self.once + self.linear + self.attention + self.trained
+
+    @property
+    def backward(self) -> float:
+        return self.linear + 2 * self.attention + 2 * self.trained
+
+    def again(self, remat: str, flash: bool) -> float:
+        """What a backward pass computes a second time."""
+        kept = {
+            "none": 0.0,
+            "dots": self.attention,
+            "full": self.linear + self.attention + self.trained,
+        }
+        # A flash kernel keeps no probabilities: one of the forward's two products is done again.
+        return kept[remat] + (0.5 * self.attention if flash else 0.0)
+
+
+def add(*works: Work) -> Work:
+    """The sum, kind by kind."""
+    return Work(*(sum(kinds) for kinds in zip(*map(dataclasses.astuple, works), strict=True)))
+
+
+def adapter_parameters(chosen: Iterable[Slot], rank: int) -> int:
+    """Numbers in the adapters of the chosen layers."""
+    return sum(Lora.size(slot.din, slot.dout, rank) for slot in chosen)
