@@ -4,8 +4,9 @@
     python benchmarks/step.py --config configs/zimage.py --config.batch_size=1 --repeats=20
 
 Weights, captions and noise are random: the time does not depend on them, and nothing is read. The
-sizes are those of config.model: `tiny`, a folder, or the published Z-Image-Turbo. With --torch the
-PyTorch loop (diffusers, peft, one backward over all K steps) is timed first, in its own process.
+sizes are those of config.model: `random`, a folder, or the published Z-Image-Turbo. With --torch,
+the PyTorch loop (diffusers, peft, one backward over all K steps) is timed first, in a process of
+its own.
 """
 
 import json
@@ -98,13 +99,13 @@ def main() -> None:
 def transformer_sizes(model: str) -> zimage.ZImageConfig:
     """The architecture that config.model names. Raises `UserError` if that takes a download."""
     if model == build.RANDOM:
-        return zimage.ZImageConfig.from_dict(configs.transformer(Size()), "tiny")
+        return zimage.ZImageConfig.from_dict(configs.transformer(Size()), "random")
     if model.partition("@")[0] == PUBLISHED:
         return zimage.ZImageConfig()
     path = Path(model) / "transformer" / "config.json"
     if not path.is_file():
         raise UserError(
-            f"config.model: {model!r} is not tiny, {PUBLISHED} or a folder with "
+            f"config.model: {model!r} is not random, {PUBLISHED} or a folder with "
             "transformer/config.json; the benchmark downloads nothing"
         )
     try:

@@ -69,7 +69,7 @@ def test_velocity_has_the_projects_sign(pipe, latents):
 
 
 def test_the_teachers_context_is_qwen3_vl_on_the_models_own_text_encoder(random_model, pipe):
-    """Against transformers: Qwen3-VL with its language model overwritten (d-opsd.md 5.2 A)."""
+    """Against transformers: Qwen3-VL with its language model overwritten."""
     model = Qwen3VLForConditionalGeneration.from_pretrained(
         random_model / "vlm", dtype=torch.float32, local_files_only=True
     ).eval()

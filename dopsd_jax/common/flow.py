@@ -15,7 +15,7 @@ from dopsd_jax.common.errors import UserError
 def shifted_grid(steps: int, shift: float) -> tuple[float, ...]:
     """`steps` + 1 nodes from 1 to 0: 1, ..., 1/steps under sigma' = s sigma / (1 + (s - 1) sigma).
 
-    A static shift, as Z-Image's scheduler has it (models.md 2.8).
+    A static shift, as Z-Image's published scheduler has it.
     """
     sigma = np.linspace(1.0, 1.0 / steps, steps)
     return (*(shift * sigma / (1 + (shift - 1) * sigma)).tolist(), 0.0)
