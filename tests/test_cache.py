@@ -106,6 +106,18 @@ def test_missing_tells_what_is_to_be_computed(tmp_path):
     assert len(lines) == 2 and all("damaged" in line and "removed" in line for line in lines)
 
 
+def test_missing_finds_all_damage_at_once(tmp_path):
+    cache = FeatureCache(tmp_path, lambda line: None)
+    keys = [feature_key(**BASE | {"prompt": str(i)}) for i in range(4)]
+    for i, key in enumerate(keys):
+        cache.put(key, arrays(i))
+    for key in keys[1:3]:  # bits of the values: the header is whole
+        content = bytearray(cache.path(key).read_bytes())
+        content[-5] ^= 1
+        cache.path(key).write_bytes(content)
+    assert cache.missing(keys) == keys[1:3]
+
+
 def test_no_damage_goes_unseen(tmp_path):
     lines = []
     cache = FeatureCache(tmp_path, report=lines.append)

@@ -9,6 +9,7 @@ import secrets
 import struct
 import zlib
 from collections.abc import Callable, Iterable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Literal
 
@@ -18,6 +19,7 @@ import safetensors
 import safetensors.numpy
 
 from dopsd_jax.common.errors import UserError
+from dopsd_jax.common.files import open_regular
 
 FORMAT = 1  # part of every key: raise it when old entries must not be read
 _DTYPES = {
@@ -27,6 +29,7 @@ _DTYPES = {
     "I64": np.dtype(np.int64),
     "U8": np.dtype(np.uint8),
 }
+READERS = 4  # threads
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
@@ -90,10 +93,11 @@ class FeatureCache:
     def get(self, key: str) -> dict[str, np.ndarray] | None:
         """An entry, or None if it is missing or damaged."""
         place = self.path(key)
-        try:
-            content = place.read_bytes()
-        except FileNotFoundError:
+        if not os.path.exists(place):
             return None
+        try:
+            with open_regular(place) as file:
+                content = file.read()
         except OSError as error:
             raise UserError(f"{place}: cannot be read ({error.strerror})") from error
         fault = None
@@ -112,6 +116,8 @@ class FeatureCache:
             fault = str(error)
         except KeyError as error:
             fault = f"holds {error}"
+        except (ValueError, AttributeError, struct.error) as error:
+            fault = f"its header cannot be read: {error}"
         if fault is None:
             return arrays
         self._drop(place, fault)
@@ -142,8 +148,14 @@ class FeatureCache:
             raise UserError(f"{place}: cannot be read ({error.strerror})") from error
 
     def missing(self, keys: Iterable[str]) -> list[str]:
-        """Those keys, each once and in order, that are missing or whose file is not whole."""
-        return [key for key in dict.fromkeys(keys) if self.shapes(key) is None]
+        """Those keys, each once and in order, that are missing or damaged.
+
+        Entries are read whole: damage that is found later, without the encoders, ends a run.
+        """
+        keys = list(dict.fromkeys(keys))
+        with ThreadPoolExecutor(READERS) as pool:
+            found = pool.map(lambda key: self.get(key) is not None, keys)
+            return [key for key, there in zip(keys, found, strict=True) if not there]
 
     def _drop(self, place: Path, fault: str) -> None:
         self.report(f"{place}: damaged ({fault}); removed, to be computed anew")

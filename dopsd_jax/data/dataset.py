@@ -164,19 +164,22 @@ def describe(dataset: Dataset, batch_size: int) -> list[str]:
     batches = sum(-(-len(rows) // batch_size) for rows in by_bucket.values())
     repeated = batches * batch_size - len(dataset.rows)
     pictures = dataset.infos.distinct()
-    lines = [f"data: {len(dataset.rows)} rows, {pictures} pictures, {dataset.digest()[:12]}"]
+    lines = [
+        f"data: {len(dataset.rows)} rows (a picture with its captions), {pictures} different "
+        f"pictures, digest {dataset.digest()[:12]}"
+    ]
     for bucket, rows in by_bucket.items():
         sizes = dataset.infos.sizes()[rows]
         enlarged = int(np.sum((sizes < np.array(bucket)).any(axis=1)))
-        lines.append(f"bucket {bucket}: {len(rows)} rows, {enlarged} enlarged")
+        lines.append(f"bucket {bucket}: {len(rows)} rows, {enlarged} of them enlarged")
     lengths: dict[str, array] = {}
     for row in dataset.rows:
         for key, text in row.captions:
             lengths.setdefault(key, array("i")).append(len(text))
     for key, found in lengths.items():
         lines.append(
-            f"captions {key}: {len(found)}, {min(found)} to {max(found)} characters, "
-            f"median {np.median(found):g}"
+            f"captions under {key!r}: {len(found)}, of {min(found)} to {max(found)} characters "
+            f"(median {np.median(found):g})"
         )
     lines.append(
         f"batches of {batch_size}: {batches} an epoch"
