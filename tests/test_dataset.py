@@ -68,11 +68,11 @@ def test_the_report_says_what_there_is(tmp_path):
     rows = write_set(tmp_path, [(64, 64)] * 3 + [(2000, 1400)])
     lines = describe(measure(rows, UPSTREAM), batch_size=2)
     text = "\n".join(lines)
-    assert "data: 4 rows, 4 pictures, " in text
-    assert "bucket 1024x1024: 3 rows, 3 enlarged" in text
-    assert "bucket 1152x832" not in text and "bucket 1248x832: 1 rows, 0 enlarged" in text
-    assert "captions short_en: 4, 9 to 9 characters, median 9" in text
-    assert "captions detailed_en: 4, 5 to 20 characters, median 12.5" in text
+    assert "data: 4 rows (a picture with its captions), 4 different pictures, digest " in text
+    assert "bucket 1024x1024: 3 rows, 3 of them enlarged" in text
+    assert "bucket 1152x832" not in text and "bucket 1248x832: 1 rows, 0 of them enlarged" in text
+    assert "captions under 'short_en': 4, of 9 to 9 characters (median 9)" in text
+    assert "captions under 'detailed_en': 4, of 5 to 20 characters (median 12.5)" in text
     assert "batches of 2: 3 an epoch, 2 places filled by repeating rows" in text
     assert "3 of 4 pictures are smaller than their bucket and are enlarged, up to 16.00" in text
     assert "note: " in text and "prompt keys short_en, detailed_en" in text
@@ -91,7 +91,7 @@ def test_repeated_pictures_are_noted(tmp_path):
     (tmp_path / "2.png").write_bytes((tmp_path / "0.png").read_bytes())
     dataset = measure(rows, UPSTREAM)
     assert any("2 rows share a picture" in note for note in dataset.notes)
-    assert "data: 3 rows, 2 pictures" in describe(dataset, 1)[0]
+    assert "data: 3 rows (a picture with its captions), 2 different" in describe(dataset, 1)[0]
 
 
 def test_the_digest_follows_pictures_captions_and_buckets(tmp_path):
