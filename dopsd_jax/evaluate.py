@@ -127,7 +127,7 @@ def evaluate(config: ConfigDict, out: Path) -> None:
         "pictures": {
             "per_prompt": SEEDS.value,
             "first_seed": FIRST_SEED.value,
-            "grid": list(every[0].painter.grid),
+            "grid": list(every[0].painter.grid(cases[0])),
             "rule": "first_seed + 100 row (+ k + 1 for test k) + 1000000 picture",
         },
         "versions": versions(),

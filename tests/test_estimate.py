@@ -201,7 +201,7 @@ def test_an_impossible_case_is_refused(case, message):
     fields = {**vars(CASE), **case}
     with pytest.raises(UserError, match=message):
         compiled_step.compile_step(
-            load_config("random"), abstract_step.Case(family, TINY, **fields), jax.devices()[:1]
+            load_config("random"), abstract_step.Case(**fields), jax.devices()[:1]
         )
 
 
@@ -239,7 +239,7 @@ def test_the_program_runs():
         "--height=32", "--width=32",
     )  # fmt: skip
     assert code == 0, err
-    assert "network: the miniature" in out and "compiled in" in out
+    assert "network: the random model" in out and "compiled in" in out
     code, out, err = run("--config=configs/zimage.py:random", "--config.attention=splash")
     assert code == 2 and out.count("\n") == 1
     assert err.strip() == (

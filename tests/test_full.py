@@ -118,7 +118,7 @@ def test_a_run_with_teacher_and_optimizer_in_host_memory(tmp_path):
     options = config(("offload", "teacher,optimizer"), ("weight_decay", 0.1), ("adam_eps", 1e-3))
     _, student, _, contexts, _ = world()
     mesh = sharding.make_mesh({"data": 1, "fsdp": 1}, jax.devices()[:1])
-    plan, *_ = build.abstract_plan(options, SIZE, "xla", 3.0, mesh)
+    plan, *_ = build.abstract_plan(options, family, SIZE, "xla", mesh)
     now = plan.begin(jax.tree.map(jnp.copy, student))
 
     tx, teacher = optimizers.optimizer(options), student

@@ -90,7 +90,7 @@ _OPTIMIZER = (
           change=NEVER),
     Field("offload", "", "kept in the host's memory between uses", "list",
           listed=("teacher", "optimizer"), change=ALWAYS),
-    Field("learning_rate", 1e-4, "its highest value", above=0, high=1e3),
+    Field("learning_rate", 1e-4, "its highest value", above=0, high=1e29),
     Field("lr_schedule", "constant", "the learning rate after the warm-up",
           choices=("constant", "linear", "cosine")),
     _steps("warmup_steps", 0, "first steps, in which the learning rate rises"),

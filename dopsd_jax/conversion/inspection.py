@@ -55,7 +55,9 @@ def layers_for(model: Path | None, lora: Path | None = None) -> Layers:
     published one of the first family.
     """
     if model is not None:
-        network = families.of_folder(model).NETWORKS["transformer"]
+        whole = is_converted_model(model) or (model / INDEX).is_file()
+        family = families.of_folder(model) if whole else families.load(families.AUTO)
+        network = family.NETWORKS["transformer"]
         config, _ = read_config(model / network.component / converted.CONFIG, network)
         return layers_of(network, config)
     file = lora / PEFT_WEIGHTS if lora is not None and lora.is_dir() else lora

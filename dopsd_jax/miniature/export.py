@@ -74,7 +74,7 @@ def write_model(
 def read_model(folder: Path) -> tuple[Parameters, vae_model.Autoencoder]:
     """What `write_model` was given, but for rounding to the stored types."""
     pipe = dopsd_jax.load_pipeline(folder)
-    rooms = {"transformer": pipe.transformer, "text": pipe.text_encoder, "vision": pipe.vision}
+    rooms = {"transformer": pipe.transformer, "text": pipe.text_encoder, "vision": pipe.vlm}
     parameters = {}
     for room, network in rooms.items():
         named = optimizer.flat(network)[1]
