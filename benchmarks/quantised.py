@@ -164,8 +164,8 @@ def measure(cfg: zimage.ZImageConfig, graphdef, adapter, base):
     @jax.jit
     def step(adapter, base):
         _, gradient = dopsd.loss_and_gradient(net, adapter, adapter, base, contexts, noise, nodes)
-        hoisted = net.hoist(adapter, base, contexts.student)
-        return net.velocity(adapter, base, noise, nodes.sigma[0], contexts.student, hoisted), (
+        precomputed = net.precompute(adapter, base, contexts.student)
+        return net.velocity(adapter, base, noise, nodes.sigma[0], contexts.student, precomputed), (
             gradient
         )
 

@@ -162,12 +162,12 @@ def gap(family: Family, split, student, teacher, contexts: Contexts, noise, grid
 
 
 def _gaps(net: Denoiser, student, teacher, base, contexts: Contexts, noise, sigma):
-    hoisted = net.hoist(student, base, contexts.student)
-    hoisted_teacher = net.hoist(teacher, base, contexts.teacher)
+    precomputed = net.precompute(student, base, contexts.student)
+    precomputed_teacher = net.precompute(teacher, base, contexts.teacher)
 
     def denoise(x, pair):
-        v = net.velocity(student, base, x, pair[0], contexts.student, hoisted)
-        target = net.velocity(teacher, base, x, pair[0], contexts.teacher, hoisted_teacher)
+        v = net.velocity(student, base, x, pair[0], contexts.student, precomputed)
+        target = net.velocity(teacher, base, x, pair[0], contexts.teacher, precomputed_teacher)
         size = jnp.sqrt(jnp.mean(jnp.square(target)))
         return euler(x, v, *pair), jnp.sqrt(jnp.mean(jnp.square(v - target))) / size
 

@@ -27,13 +27,13 @@ Tree = Any
 class Denoiser(NamedTuple):
     """What the method knows of a model: two pure functions.
 
-    hoist(trainable, base, context) -> hoisted: what depends on neither time nor state, as a tree of
-      floating-point arrays; computed once per rollout, outside its loop.
-    velocity(trainable, base, x, sigma, context, hoisted) -> dx/dsigma, float32, of x's shape;
+    precompute(trainable, base, context) -> precomputed: what depends on neither time nor state, a
+      tree of floating-point arrays; called once per rollout, outside its loop.
+    velocity(trainable, base, x, sigma, context, precomputed) -> dx/dsigma, float32, of x's shape;
       sigma: one for all samples, or one each [b].
     """
 
-    hoist: Callable[[Tree, Tree, Tree], Tree]
+    precompute: Callable[[Tree, Tree, Tree], Tree]
     velocity: Callable[[Tree, Tree, Float[Array, "b h w c"], Array, Tree, Tree], Array]
 
 
@@ -138,23 +138,25 @@ def loss_and_gradient(
     are taught, and the program has no branch. Noise, states, losses and gradients are float32.
     """
     count = jnp.sum(nodes.taught).astype(jnp.float32)
-    hoisted_teacher = net.hoist(teacher, base, contexts.teacher)
-    hoisted, hoist_vjp = jax.vjp(lambda s: net.hoist(s, base, contexts.student), student)
+    precomputed_teacher = net.precompute(teacher, base, contexts.teacher)
+    precomputed, precompute_vjp = jax.vjp(
+        lambda s: net.precompute(s, base, contexts.student), student
+    )
 
-    def loss(student, hoisted, x, node, target):
-        v = net.velocity(student, base, x, node.sigma, contexts.student, hoisted)
+    def loss(student, precomputed, x, node, target):
+        v = net.velocity(student, base, x, node.sigma, contexts.student, precomputed)
         mse = jnp.mean(jnp.square(v - target))
         return node.weight * mse / count, (v, mse)
 
     def step_with_loss(x, node):
-        target = net.velocity(teacher, base, x, node.sigma, contexts.teacher, hoisted_teacher)
+        target = net.velocity(teacher, base, x, node.sigma, contexts.teacher, precomputed_teacher)
         grad = jax.grad(loss, argnums=(0, 1), has_aux=True)
-        gradients, (v, mse) = grad(student, hoisted, x, node, target)
+        gradients, (v, mse) = grad(student, precomputed, x, node, target)
         return v, mse, gradients
 
     def step_without_loss(x, node):
-        v = net.velocity(student, base, x, node.sigma, contexts.student, hoisted)
-        return v, jnp.float32(jnp.nan), jax.tree.map(jnp.zeros_like, (student, hoisted))
+        v = net.velocity(student, base, x, node.sigma, contexts.student, precomputed)
+        return v, jnp.float32(jnp.nan), jax.tree.map(jnp.zeros_like, (student, precomputed))
 
     def denoise(carry, node):
         x, total = carry
@@ -167,9 +169,9 @@ def loss_and_gradient(
         x = euler(x, v, node.sigma, node.sigma_next)
         return (x, jax.tree.map(jnp.add, total, gradients)), mse
 
-    zeros = jax.tree.map(jnp.zeros_like, (student, hoisted))
-    (_, (gradient, hoisted_gradient)), mse = jax.lax.scan(denoise, (noise, zeros), nodes)
-    gradient = jax.tree.map(jnp.add, gradient, *hoist_vjp(hoisted_gradient))
+    zeros = jax.tree.map(jnp.zeros_like, (student, precomputed))
+    (_, (gradient, precomputed_gradient)), mse = jax.lax.scan(denoise, (noise, zeros), nodes)
+    gradient = jax.tree.map(jnp.add, gradient, *precompute_vjp(precomputed_gradient))
     per_step = nodes.weight * mse
     total = jnp.sum(jnp.where(nodes.taught, per_step, 0.0)) / count
     return Losses(total, per_step, mse), gradient
@@ -179,11 +181,11 @@ def rollout(
     net: Denoiser, trainable: Tree, base: Tree, context: Tree, x: Float[Array, "b h w c"], grid
 ) -> Float[Array, "b h w c"]:
     """Few-step sampling: the Euler solver along the grid, from noise to the clean latent."""
-    hoisted = net.hoist(trainable, base, context)
+    precomputed = net.precompute(trainable, base, context)
     sigma = jnp.asarray(grid, jnp.float32)
 
     def denoise(x, pair):
-        v = net.velocity(trainable, base, x, pair[0], context, hoisted)
+        v = net.velocity(trainable, base, x, pair[0], context, precomputed)
         return euler(x, v, *pair), None
 
     return jax.lax.scan(denoise, x, (sigma[:-1], sigma[1:]))[0]

@@ -25,8 +25,8 @@ def gradient(parts, mesh):
     x = jax.random.normal(jax.random.key(3), (8, 4, 6, 16))
 
     def loss(adapter, base):
-        hoisted = net.hoist(adapter, base, context)
-        return jnp.sum(net.velocity(adapter, base, x, jnp.float32(0.7), context, hoisted) ** 2)
+        precomputed = net.precompute(adapter, base, context)
+        return jnp.sum(net.velocity(adapter, base, x, jnp.float32(0.7), context, precomputed) ** 2)
 
     with jax.set_mesh(mesh):
         result = jax.jit(jax.value_and_grad(loss))(adapter, base)

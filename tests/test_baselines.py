@@ -21,14 +21,14 @@ LEVELS = flow_matching.Levels("logit_normal", 3, GRID, 3.0)
 def toy_denoiser() -> dopsd.Denoiser:
     """Two layers over the channels; sigma is one number, or one for each sample."""
 
-    def hoist(trainable, base, context):
+    def precompute(trainable, base, context):
         return jnp.tanh(context @ (base["c"] + trainable["c"]))
 
-    def velocity(trainable, base, x, sigma, context, hoisted):
-        time = jnp.broadcast_to(sigma, (len(x),))[:, None] + hoisted
+    def velocity(trainable, base, x, sigma, context, precomputed):
+        time = jnp.broadcast_to(sigma, (len(x),))[:, None] + precomputed
         return jnp.tanh(x @ (base["w"] + trainable["w"]) + time[:, None, None]) @ base["v"]
 
-    return dopsd.Denoiser(hoist, velocity)
+    return dopsd.Denoiser(precompute, velocity)
 
 
 NET = toy_denoiser()
@@ -59,7 +59,9 @@ def nodes(loss="velocity", loss_steps="all", grid=GRID):
 
 
 def velocity(trainable, base, x, sigma, context):
-    return NET.velocity(trainable, base, x, sigma, context, NET.hoist(trainable, base, context))
+    return NET.velocity(
+        trainable, base, x, sigma, context, NET.precompute(trainable, base, context)
+    )
 
 
 @functools.partial(jax.jit, static_argnames="grid")

@@ -25,16 +25,16 @@ CONFIG = dict(
 
 
 def toy_denoiser() -> dopsd.Denoiser:
-    """Two layers over the channels; the context enters through a hoisted, trainable product."""
+    """Two layers over the channels; the context enters through a precomputed, trainable product."""
 
-    def hoist(trainable, base, context):
+    def precompute(trainable, base, context):
         return jnp.tanh(context @ (base["c"] + trainable["c"]))
 
-    def velocity(trainable, base, x, sigma, context, hoisted):
-        hidden = jnp.tanh(x @ (base["w"] + trainable["w"]) + hoisted[:, None, None] + sigma)
+    def velocity(trainable, base, x, sigma, context, precomputed):
+        hidden = jnp.tanh(x @ (base["w"] + trainable["w"]) + precomputed[:, None, None] + sigma)
         return hidden @ base["v"]
 
-    return dopsd.Denoiser(hoist, velocity)
+    return dopsd.Denoiser(precompute, velocity)
 
 
 def world(seed=0):
@@ -60,7 +60,7 @@ def whole_loss(student, teacher, base, contexts, noise, the_nodes, taught=None):
     net, x, total = toy_denoiser(), noise, 0.0
     taught = range(len(the_nodes.sigma)) if taught is None else taught
     for k, (sigma, following, weight) in enumerate(zip(*the_nodes[:3], strict=True)):
-        run = lambda t, c, x=x, s=sigma: net.velocity(t, base, x, s, c, net.hoist(t, base, c))
+        run = lambda t, c, x=x, s=sigma: net.velocity(t, base, x, s, c, net.precompute(t, base, c))
         v, target = run(student, contexts.student), run(teacher, contexts.teacher)
         if k in taught:
             total += weight * jnp.mean((v - jax.lax.stop_gradient(target)) ** 2) / len(taught)
@@ -130,8 +130,8 @@ def test_the_students_states_are_those_of_sampling():
     final = dopsd.rollout(net, student, base, contexts.student, noise, GRID)
     x = noise
     for sigma, following in itertools.pairwise(GRID):
-        hoisted = net.hoist(student, base, contexts.student)
-        v = net.velocity(student, base, x, sigma, contexts.student, hoisted)
+        precomputed = net.precompute(student, base, contexts.student)
+        v = net.velocity(student, base, x, sigma, contexts.student, precomputed)
         x = flow.euler(x, v, sigma, following)
     assert relative_error(final, x) < 1e-6
 

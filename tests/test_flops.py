@@ -27,10 +27,10 @@ def chosen(cfg, targets="blocks"):
     return attach.select(attach.slots(zimage.names(cfg)), targets, family.LORA_PRESETS)
 
 
-def dopsd_passes(steps, taught=None, hoisted=True):
-    """hoisted: captions are refined once a rollout, as `dopsd` does; False: at every node."""
+def dopsd_passes(steps, taught=None, precomputed=True):
+    """precomputed: captions are refined once a rollout, as `dopsd` does; False: at every node."""
     taught = steps if taught is None else taught
-    if hoisted:
+    if precomputed:
         return registry.METHODS["dopsd"].passes({}, Count(steps, taught, 0))
     return Passes(taught, steps - taught, taught, steps - taught, taught, taught)
 
@@ -140,7 +140,7 @@ def test_the_documented_budget(rows, remat, model, executed):
     """TFLOP for an image of 1024 x 1024, K = 4, rank 64; captions refined at every node."""
     work = flops.step_work(
         family,
-        FULL, dopsd_passes(4, hoisted=False), height=128, width=128, rows_student=rows[0],
+        FULL, dopsd_passes(4, precomputed=False), height=128, width=128, rows_student=rows[0],
         rows_teacher=rows[1], chosen=chosen(FULL), rank=64, remat=remat,
     )  # fmt: skip
     assert abs(work.model / 1e12 - model) < 0.51
@@ -148,15 +148,15 @@ def test_the_documented_budget(rows, remat, model, executed):
 
 
 def test_options_change_the_count_as_they_should():
-    def count(taught=4, hoisted=True, **options):
+    def count(taught=4, precomputed=True, **options):
         settings = {
             "height": 128, "width": 128, "rows_student": 512, "rows_teacher": 1024,
             "chosen": chosen(FULL), "rank": 64,
         }  # fmt: skip
-        passes = dopsd_passes(4, taught, hoisted)
+        passes = dopsd_passes(4, taught, precomputed)
         return flops.step_work(family, FULL, passes, **{**settings, **options})
 
-    assert count().model < count(hoisted=False).model < 1.01 * count().model
+    assert count().model < count(precomputed=False).model < 1.01 * count().model
     nothing, all_four = count(taught=0), count(taught=4)
     assert all_four == count()
     assert count(taught=2).model - nothing.model == pytest.approx(

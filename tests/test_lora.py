@@ -34,7 +34,7 @@ def run(graphdef, adapter, base):
     x = jnp.asarray(rng.standard_normal((2, 8, 8, 4), np.float32))
     context = Context(rng.standard_normal((2, 32, 20)).astype(np.float32), np.array([9, 30]))
     net = denoiser(graphdef)
-    f = jax.jit(lambda a, b: net.velocity(a, b, x, 0.6, context, net.hoist(a, b, context)))
+    f = jax.jit(lambda a, b: net.velocity(a, b, x, 0.6, context, net.precompute(a, b, context)))
     return f(adapter, base)
 
 

@@ -204,7 +204,7 @@ def test_a_new_student_is_the_quantised_base(networks):
 
     def run(graphdef, adapter, base):
         net = family.denoiser(graphdef)
-        return net.velocity(adapter, base, x, 0.6, context, net.hoist(adapter, base, context))
+        return net.velocity(adapter, base, x, 0.6, context, net.precompute(adapter, base, context))
 
     ours = run(graphdef, adapter, base)
     np.testing.assert_array_equal(ours, run(graphdef2, none, base2))

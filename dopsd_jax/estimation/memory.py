@@ -86,9 +86,9 @@ def _activations(config: ConfigDict, program: Program, mesh: Mesh | AbstractMesh
     net = program.plan.net
 
     def kept(student, base, noise, context):
-        hoisted = net.hoist(student, base, context)
+        precomputed = net.precompute(student, base, context)
         velocity = lambda s, h: net.velocity(s, base, noise, jnp.float32(1), context, h)
-        return jax.vjp(velocity, student, hoisted)[1]
+        return jax.vjp(velocity, student, precomputed)[1]
 
     residuals = jax.tree.leaves(jax.eval_shape(kept, student, base, noise, context))
     weights = {(x.shape, x.dtype) for x in jax.tree.leaves((student, base))}

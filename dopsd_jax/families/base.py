@@ -128,7 +128,7 @@ class Family(Protocol):
     def context_work(
         self, size: Size, rows: int, chosen: Mapping[str, Slot], rank: int, full: bool = False
     ) -> Work:
-        """What `Denoiser.hoist` computes for a context of `rows` positions."""
+        """What `Denoiser.precompute` computes for a context of `rows` positions."""
 
     def velocity_work(
         self,

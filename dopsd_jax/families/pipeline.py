@@ -361,7 +361,7 @@ def lora_layers(family: Family, size: Size) -> Layers:
 @functools.partial(jax.jit, static_argnums=(0, 1))
 def _velocity(family, graphdef, adapter, base, x, sigma, context):
     net = family.denoiser(graphdef)
-    return net.velocity(adapter, base, x, sigma, context, net.hoist(adapter, base, context))
+    return net.velocity(adapter, base, x, sigma, context, net.precompute(adapter, base, context))
 
 
 @multihost.begin_together

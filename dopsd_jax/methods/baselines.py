@@ -103,8 +103,8 @@ def offpolicy(
     sigma_k noise of the data set's pictures.
     """
     context = batch.contexts.teacher
-    hoisted = net.hoist(teacher, base, context)
-    ask = lambda x, sigma: net.velocity(teacher, base, x, sigma, context, hoisted)
+    precomputed = net.precompute(teacher, base, context)
+    ask = lambda x, sigma: net.velocity(teacher, base, x, sigma, context, precomputed)
 
     def visit(x, node: Nodes):
         v = ask(x, node.sigma)
@@ -162,8 +162,8 @@ def pso(
     artist = student if options.negatives == "student" else start
     lost_x0 = rollout(net, artist, base, context, draws.start, grid)
     noise = normals(draws.keys, len(nodes.sigma), lost_x0)
-    hoisted = net.hoist(start, base, context)
-    reference = lambda x, sigma: net.velocity(start, base, x, sigma, context, hoisted)
+    precomputed = net.precompute(start, base, context)
+    reference = lambda x, sigma: net.velocity(start, base, x, sigma, context, precomputed)
 
     def loss(velocity, point):
         node, noise = point

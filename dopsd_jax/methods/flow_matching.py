@@ -140,20 +140,20 @@ def over_points(
     number = len(jax.tree.leaves(points)[0])
     asked = jnp.ones((number,), bool) if taught is None else taught
     count = jnp.sum(asked).astype(jnp.float32)
-    hoisted, pull = jax.vjp(lambda s: net.hoist(s, base, context), student)
+    precomputed, pull = jax.vjp(lambda s: net.precompute(s, base, context), student)
 
-    def at(student, hoisted, point):
+    def at(student, precomputed, point):
         value, mse = loss(
-            lambda x, sigma: net.velocity(student, base, x, sigma, context, hoisted), point
+            lambda x, sigma: net.velocity(student, base, x, sigma, context, precomputed), point
         )
         return value / count, (value, mse)
 
     def learn(point):
-        gradients, found = jax.grad(at, argnums=(0, 1), has_aux=True)(student, hoisted, point)
+        gradients, found = jax.grad(at, argnums=(0, 1), has_aux=True)(student, precomputed, point)
         return gradients, found
 
     def skip(point):
-        return jax.tree.map(jnp.zeros_like, (student, hoisted)), (jnp.float32(jnp.nan),) * 2
+        return jax.tree.map(jnp.zeros_like, (student, precomputed)), (jnp.float32(jnp.nan),) * 2
 
     def add(total, item):
         is_taught, point = item
@@ -162,8 +162,8 @@ def over_points(
         )
         return jax.tree.map(jnp.add, total, gradients), found
 
-    zeros = jax.tree.map(jnp.zeros_like, (student, hoisted))
-    (gradient, hoisted_gradient), (per_point, mse) = jax.lax.scan(add, zeros, (asked, points))
-    gradient = jax.tree.map(jnp.add, gradient, *pull(hoisted_gradient))
+    zeros = jax.tree.map(jnp.zeros_like, (student, precomputed))
+    (gradient, precomputed_gradient), (per_point, mse) = jax.lax.scan(add, zeros, (asked, points))
+    gradient = jax.tree.map(jnp.add, gradient, *pull(precomputed_gradient))
     total = jnp.sum(jnp.where(asked, per_point, 0.0)) / count
     return Losses(total, per_point, mse), gradient

@@ -117,14 +117,14 @@ def denoiser(graphdef: nnx.GraphDef) -> Denoiser:
         ]
         return nnx.merge(graphdef, nnx.from_flat_state(flat), base)
 
-    def hoist(trainable, base, context: Context):
+    def precompute(trainable, base, context: Context):
         return network(trainable, base).refine(*context)
 
     def velocity(trainable, base, x, sigma, context: Context, refined):
         t = jnp.broadcast_to(1.0 - sigma, (len(x),))
         return -network(trainable, base)(x, t, refined, context.lengths)
 
-    return Denoiser(hoist, velocity)
+    return Denoiser(precompute, velocity)
 
 
 def largest_latent(size: ZImageConfig) -> tuple[int, int]:
