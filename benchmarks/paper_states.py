@@ -10,8 +10,8 @@ import numpy as np
 from paper_records import CONCEPT, CRISP
 from paper_run import PROMPTS, Bench
 
+from dopsd_jax.common.config_fields import name_or_list
 from dopsd_jax.common.flow import euler, x0_hat
-from dopsd_jax.config import schema
 from dopsd_jax.families.pipeline import start_noise
 from dopsd_jax.families.zimage import family
 from dopsd_jax.miniature import judge, render
@@ -31,7 +31,7 @@ def run(bench: Bench, _, number: int, seed: int) -> dict[str, object]:
         prompts, [case.source for case in cases], **seen, doubled=config.teacher.doubled_template
     )
     told = pipe.encode_prompt(prompts)
-    nodes = family.grid(schema.values(config.grid), pipe.scheduler)
+    nodes = family.grid(name_or_list(config.grid), pipe.scheduler)
     shape = pipe.latent_shape(*cases[0].source.shape[:2])
     found = {}
     for name, mover in (("on-policy", told), ("off-policy", shown)):

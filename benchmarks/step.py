@@ -25,8 +25,8 @@ from flax import nnx
 
 from dopsd_jax import dopsd
 from dopsd_jax.common import program
+from dopsd_jax.common.config_fields import name_or_list
 from dopsd_jax.common.errors import UserError, raise_if
-from dopsd_jax.config import schema
 from dopsd_jax.config.flags import CONFIG, parse
 from dopsd_jax.estimation import flops
 from dopsd_jax.families.zimage import family
@@ -65,7 +65,7 @@ def main() -> None:
     kernel = attention.resolve(
         config.attention, jax.default_backend(), jnp.dtype(config.dtype), sizes.head_dim
     )
-    grid = family.grid(schema.values(config.grid), family.SCHEDULER)
+    grid = family.grid(name_or_list(config.grid), family.SCHEDULER)
     device = jax.devices()[0]
     trains = "full" if config.train == "full" else f"LoRA rank {config.lora.rank}"
     facts = {
@@ -158,8 +158,8 @@ def image_work(config, sizes, latent, grid, kernel) -> flops.StepWork:
 def time_jax(config, sizes, latent, grid, kernel, mesh) -> list[float]:
     """Seconds of each timed step."""
     plan, _, base = build.abstract_plan(config, family, sizes, kernel, mesh)
-    base, student = random_weights(base), random_weights(plan.like.student)
-    start, step = plan.begin(student), plan.step
+    base, student = random_weights(base), random_weights(plan.abstract_state.student)
+    start, step = plan.initial_state(student), plan.step
     batch = sharding.put_batch(random_batch(config, sizes, latent), mesh)
 
     begin = time.perf_counter()
@@ -215,7 +215,7 @@ def random_batch(config, sizes: zimage.ZImageConfig, latent) -> Batch:
 
 def time_torch(config, sizes: zimage.ZImageConfig, latent) -> dict:
     """What `torch_step.py` measures, in a process of its own: it has all of the device's memory."""
-    loss, loss_steps = schema.values(config.loss), schema.values(config.loss_steps)
+    loss, loss_steps = name_or_list(config.loss), name_or_list(config.loss_steps)
     others = {
         "method": "dopsd" if config.method != "dopsd" else "",
         "train": "lora" if config.train == "full" else "",
@@ -236,7 +236,7 @@ def time_torch(config, sizes: zimage.ZImageConfig, latent) -> dict:
         "accumulate": config.accumulate,
         "student_tokens": STUDENT.value,
         "teacher_tokens": TEACHER.value,
-        "sigmas": family.grid(schema.values(config.grid), family.SCHEDULER)[:-1],
+        "sigmas": family.grid(name_or_list(config.grid), family.SCHEDULER)[:-1],
         "loss": loss,
         "loss_steps": None if loss_steps == "all" else loss_steps,
         "teacher": config.teacher.weights,

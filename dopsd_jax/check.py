@@ -54,7 +54,7 @@ def main() -> None:
 
     rows = rows_of(dataset, config.sample_rows)
     previews = Previews(pipe, features, rows, workdir)
-    start = plan.begin(pipe.hand_over())
+    start = plan.initial_state(pipe.hand_over())
     teacher = start.student if start.teacher is None else start.teacher
     grid = previews.rows(start.student, teacher)
     path = workdir / "check.png"
@@ -108,7 +108,7 @@ def budget(config, pipe, plan, features) -> list[str]:
     h, w, _ = pipe.latent_shape(height, width)
     size = sharding.whole_bytes
     count = lambda tree: sum(x.size for x in jax.tree.leaves(tree))
-    like = plan.like
+    like = plan.abstract_state
     # Not counted from the base: one that is quantised has scales too.
     frozen = 0 if config.train == "full" else flops.parameters(pipe.family, pipe.config)
     memory = {

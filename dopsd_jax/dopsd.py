@@ -50,17 +50,17 @@ class Contexts(NamedTuple):
 class Nodes(NamedTuple):
     """The noise levels of a rollout of K steps, each with the weight of its loss.
 
-    taught: whether the teacher is asked there, and the step has a loss.
+    loss_mask: whether the step has a loss; only there is the teacher asked.
     """
 
     sigma: Float[Array, " K"]
     sigma_next: Float[Array, " K"]
     weight: Float[Array, " K"]
-    taught: Bool[Array, " K"]
+    loss_mask: Bool[Array, " K"]
 
 
 class Losses(NamedTuple):
-    """total: the loss. per_step: w_k MSE_k, NaN where not taught. mse: velocity MSE, likewise."""
+    """total: the loss. per_step: w_k MSE_k. mse: velocity MSE. NaN for a step without a loss."""
 
     total: Float[Array, ""]
     per_step: Float[Array, " K"]
@@ -89,8 +89,8 @@ def step_weights(loss: str | Sequence[float], grid: Sequence[float]) -> tuple[fl
     return tuple(float(w) for w in loss)
 
 
-def taught_steps(loss_steps: str | Sequence[int], count: int, key: Array) -> Bool[Array, " K"]:
-    """On which of `count` steps the teacher is asked.
+def draw_loss_mask(loss_steps: str | Sequence[int], count: int, key: Array) -> Bool[Array, " K"]:
+    """Which of `count` steps have a loss.
 
     `all`, a list of step numbers (0 is the noisiest), or `random:m` (m of them, drawn from `key`).
     """
@@ -118,7 +118,7 @@ def make_nodes(
     """The nodes of one rollout. Raises `UserError` naming config.loss or config.loss_steps."""
     sigma = jnp.asarray(grid, jnp.float32)
     weight = jnp.asarray(step_weights(loss, grid), jnp.float32)
-    return Nodes(sigma[:-1], sigma[1:], weight, taught_steps(loss_steps, len(grid) - 1, key))
+    return Nodes(sigma[:-1], sigma[1:], weight, draw_loss_mask(loss_steps, len(grid) - 1, key))
 
 
 def loss_and_gradient(
@@ -135,9 +135,9 @@ def loss_and_gradient(
 
     No gradient flows from one step's state to the step before, so the whole gradient is a sum over
     steps: it is computed inside the scan, and memory does not grow with K. `every_step`: all nodes
-    are taught, and the program has no branch. Noise, states, losses and gradients are float32.
+    have a loss, and the program has no branch. Noise, states, losses and gradients are float32.
     """
-    count = jnp.sum(nodes.taught).astype(jnp.float32)
+    count = jnp.sum(nodes.loss_mask).astype(jnp.float32)
     precomputed_teacher = net.precompute(teacher, base, contexts.teacher)
     precomputed, precompute_vjp = jax.vjp(
         lambda s: net.precompute(s, base, contexts.student), student
@@ -164,7 +164,7 @@ def loss_and_gradient(
             v, mse, gradients = step_with_loss(x, node)
         else:
             v, mse, gradients = jax.lax.cond(
-                node.taught, step_with_loss, step_without_loss, x, node
+                node.loss_mask, step_with_loss, step_without_loss, x, node
             )
         x = euler(x, v, node.sigma, node.sigma_next)
         return (x, jax.tree.map(jnp.add, total, gradients)), mse
@@ -173,7 +173,7 @@ def loss_and_gradient(
     (_, (gradient, precomputed_gradient)), mse = jax.lax.scan(denoise, (noise, zeros), nodes)
     gradient = jax.tree.map(jnp.add, gradient, *precompute_vjp(precomputed_gradient))
     per_step = nodes.weight * mse
-    total = jnp.sum(jnp.where(nodes.taught, per_step, 0.0)) / count
+    total = jnp.sum(jnp.where(nodes.loss_mask, per_step, 0.0)) / count
     return Losses(total, per_step, mse), gradient
 
 

@@ -85,9 +85,9 @@ def train(config: ConfigDict, workdir: epath.Path) -> int | None:
 
     # ---- Restore.
     checkpoints = Checkpoints(workdir / "checkpoints", config.keep_checkpoints, config.keep_every)
-    restored = checkpoints.restore(plan.like)
+    restored = checkpoints.restore(plan.abstract_state)
     if restored is None:
-        first, state = 0, plan.begin(initial)
+        first, state = 0, plan.initial_state(initial)
     else:
         first, state = restored
         multihost.say(f"resuming at step {first}")

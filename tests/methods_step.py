@@ -59,8 +59,8 @@ def run(name):
     with jax.set_mesh(mesh):
         program = make_program(config, CASE, mesh, "cpu")
         plan, batch = program.plan, random(program.batch, 2, 1.0)
-        base, student = random(program.base, 0, 0.1), random(plan.like.student, 1, 0.1)
-        state, records = plan.begin(student), []
+        base, student = random(program.base, 0, 0.1), random(plan.abstract_state.student, 1, 0.1)
+        state, records = plan.initial_state(student), []
         for n in range(STEPS):
             state, metrics = plan.step(state, base, batch, n, latent=program.latent)
             records.append(jax.device_get(metrics))

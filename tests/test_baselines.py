@@ -171,7 +171,7 @@ def test_offpolicy_is_the_loss_on_states_that_are_not_the_students(whose, loss_s
     else:
         noise = flow_matching.normals(draws.keys, len(GRID) - 1, batch.target)
         x = [(1 - s) * batch.target + s * n for s, n in zip(GRID[:-1], noise, strict=True)]
-    taught = range(len(GRID) - 1) if every else loss_steps
+    with_loss = range(len(GRID) - 1) if every else loss_steps
 
     def loss(student):
         error = lambda k: jnp.mean(
@@ -181,10 +181,10 @@ def test_offpolicy_is_the_loss_on_states_that_are_not_the_students(whose, loss_s
             )
             ** 2
         )
-        return sum(GRID[k] ** 2 * error(k) for k in taught) / len(taught)
+        return sum(GRID[k] ** 2 * error(k) for k in with_loss) / len(with_loss)
 
     agree(found, loss, student)
-    assert np.isfinite(found[0].mse).nonzero()[0].tolist() == list(taught)
+    assert np.isfinite(found[0].mse).nonzero()[0].tolist() == list(with_loss)
 
 
 def test_on_and_off_policy_are_one_where_there_is_one_state():
@@ -221,7 +221,7 @@ def test_one_random_step_a_rollout_is_right_on_average():
     for name in gradient:
         assert relative_error(mean[name], gradient[name]) < 5e-6
     drawn = np.stack([
-        dopsd.taught_steps("random:1", 3, key) for key in jax.random.split(jax.random.key(2), 400)
+        dopsd.draw_loss_mask("random:1", 3, key) for key in jax.random.split(jax.random.key(2), 400)
     ])  # fmt: skip
     assert (drawn.sum(1) == 1).all() and (np.abs(drawn.mean(0) - 1 / 3) < 0.08).all()
 

@@ -5,7 +5,7 @@ import json
 import pytest
 from conftest import ROOT, run_program
 
-from dopsd_jax.common.config_fields import Field, names, values
+from dopsd_jax.common.config_fields import Field, as_list, name_or_list
 from dopsd_jax.common.errors import UserError
 from dopsd_jax.config import changes, flags, loading, schema
 from dopsd_jax.config.fields import choices, conditions, declared, defaults
@@ -123,8 +123,8 @@ def test_fields_are_read_from_the_command_line_as_their_kind_says():
     assert rest == ["--other=1"]
     assert (config.steps, config.teacher.decay, config.seed) == (7, 0.5, 2)
     assert config.data.caption_lines is True and config.data.folder_repeats is False
-    assert values(config.grid) == (1, 0.5) and config.model == "x=y"
-    assert names(config.data.buckets) == ("128x128", "144x112")
+    assert name_or_list(config.grid) == (1, 0.5) and config.model == "x=y"
+    assert as_list(config.data.buckets) == ("128x128", "144x112")
 
 
 def test_all_wrong_fields_of_a_command_line_are_told_together():

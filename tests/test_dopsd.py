@@ -55,15 +55,15 @@ def losses_and_gradient(student, teacher, base, contexts, noise, the_nodes, ever
     )
 
 
-def whole_loss(student, teacher, base, contexts, noise, the_nodes, taught=None):
+def whole_loss(student, teacher, base, contexts, noise, the_nodes, with_loss=None):
     """One loss over a python loop of steps, the state cut between them: the paper's algorithm."""
     net, x, total = toy_denoiser(), noise, 0.0
-    taught = range(len(the_nodes.sigma)) if taught is None else taught
+    with_loss = range(len(the_nodes.sigma)) if with_loss is None else with_loss
     for k, (sigma, following, weight) in enumerate(zip(*the_nodes[:3], strict=True)):
         run = lambda t, c, x=x, s=sigma: net.velocity(t, base, x, s, c, net.precompute(t, base, c))
         v, target = run(student, contexts.student), run(teacher, contexts.teacher)
-        if k in taught:
-            total += weight * jnp.mean((v - jax.lax.stop_gradient(target)) ** 2) / len(taught)
+        if k in with_loss:
+            total += weight * jnp.mean((v - jax.lax.stop_gradient(target)) ** 2) / len(with_loss)
         x = jax.lax.stop_gradient(flow.euler(x, v, sigma, following))
     return total
 
@@ -82,17 +82,17 @@ def test_gradient_inside_the_scan_is_the_gradient_of_the_whole_loss(loss):
         assert relative_error(gradient[name], expected[name]) < 5e-6
 
 
-@pytest.mark.parametrize("taught", [(0,), (1, 3), (0, 1, 2, 3)])
-def test_only_the_taught_steps_count_and_the_others_move_the_state(taught):
+@pytest.mark.parametrize("with_loss", [(0,), (1, 3), (0, 1, 2, 3)])
+def test_only_the_draw_loss_mask_count_and_the_others_move_the_state(with_loss):
     base, student, teacher, contexts, noise = world()
-    the_nodes = nodes("velocity", taught)
+    the_nodes = nodes("velocity", with_loss)
     losses, gradient = losses_and_gradient(
         student, teacher, base, contexts, noise, the_nodes, every=False
     )
     value, expected = jax.value_and_grad(whole_loss)(
-        student, teacher, base, contexts, noise, the_nodes, taught
+        student, teacher, base, contexts, noise, the_nodes, with_loss
     )
-    assert np.isfinite(losses.per_step).nonzero()[0].tolist() == list(taught)
+    assert np.isfinite(losses.per_step).nonzero()[0].tolist() == list(with_loss)
     assert relative_error(losses.total, value) < 2e-6
     for name in expected:
         assert relative_error(gradient[name], expected[name]) < 5e-6
@@ -100,7 +100,7 @@ def test_only_the_taught_steps_count_and_the_others_move_the_state(taught):
 
 def test_random_steps_are_as_many_as_asked_and_all_get_their_turn():
     keys = jax.random.split(jax.random.key(1), 200)
-    drawn = np.stack([dopsd.taught_steps("random:2", 4, key) for key in keys])
+    drawn = np.stack([dopsd.draw_loss_mask("random:2", 4, key) for key in keys])
     assert (drawn.sum(1) == 2).all()
     assert (np.abs(drawn.mean(0) - 0.5) < 0.12).all()
 

@@ -30,7 +30,7 @@ CASES = {
     "live teacher, two micro-batches, tight clipping": dict(
         teacher="live", accumulate=2, clip_norm=1e-3
     ),
-    "two of four steps taught": dict(loss_steps=(0, 2)),
+    "two of four steps with a loss": dict(loss_steps=(0, 2)),
 }
 
 
@@ -78,7 +78,7 @@ def test_three_optimizer_steps_equal_pytorch(name):
     settings = reference.Settings(adam_eps=1e-4, learning_rate=1e-3, **CASES[name])
     model, graphdef, base, chosen, (student, teacher), take, captions = world()
     count, nodes = settings.accumulate, len(GRID) - 1
-    taught = list(settings.loss_steps or range(nodes))
+    with_loss = list(settings.loss_steps or range(nodes))
 
     micro_key = lambda step, n: jax.random.fold_in(state.step_key(SEED, step), n)
     noises = [
@@ -134,8 +134,8 @@ def test_three_optimizer_steps_equal_pytorch(name):
             assert worst(arrays(gradient, chosen), expected[i].gradients) < 1e-4
         ours, metrics = step(ours, base, both, latent=LATENT)
         per_step = np.asarray(metrics["loss_per_step"])
-        assert np.isnan(per_step).tolist() == [k not in taught for k in range(nodes)]
-        assert relative_error(per_step[taught], expected[i].node_losses[taught]) < 1e-4
+        assert np.isnan(per_step).tolist() == [k not in with_loss for k in range(nodes)]
+        assert relative_error(per_step[with_loss], expected[i].node_losses[with_loss]) < 1e-4
         assert relative_error(metrics["loss"], expected[i].loss) < 1e-4
         assert relative_error(metrics["grad_norm"], expected[i].grad_norm) < 1e-4
     if ours.teacher is not None:

@@ -27,12 +27,12 @@ def chosen(cfg, targets="blocks"):
     return attach.select(attach.slots(zimage.names(cfg)), targets, family.LORA_PRESETS)
 
 
-def dopsd_passes(steps, taught=None, precomputed=True):
+def dopsd_passes(steps, with_loss=None, precomputed=True):
     """precomputed: captions are refined once a rollout, as `dopsd` does; False: at every node."""
-    taught = steps if taught is None else taught
+    with_loss = steps if with_loss is None else with_loss
     if precomputed:
-        return registry.METHODS["dopsd"].passes({}, Count(steps, taught, 0))
-    return Passes(taught, steps - taught, taught, steps - taught, taught, taught)
+        return registry.METHODS["dopsd"].passes({}, Count(steps, with_loss, 0))
+    return Passes(with_loss, steps - with_loss, with_loss, steps - with_loss, with_loss, with_loss)
 
 
 def adapted(cfg, targets, rank, remat="none"):
@@ -148,18 +148,18 @@ def test_the_documented_budget(rows, remat, model, executed):
 
 
 def test_options_change_the_count_as_they_should():
-    def count(taught=4, precomputed=True, **options):
+    def count(with_loss=4, precomputed=True, **options):
         settings = {
             "height": 128, "width": 128, "rows_student": 512, "rows_teacher": 1024,
             "chosen": chosen(FULL), "rank": 64,
         }  # fmt: skip
-        passes = dopsd_passes(4, taught, precomputed)
+        passes = dopsd_passes(4, with_loss, precomputed)
         return flops.step_work(family, FULL, passes, **{**settings, **options})
 
     assert count().model < count(precomputed=False).model < 1.01 * count().model
-    nothing, all_four = count(taught=0), count(taught=4)
+    nothing, all_four = count(with_loss=0), count(with_loss=4)
     assert all_four == count()
-    assert count(taught=2).model - nothing.model == pytest.approx(
+    assert count(with_loss=2).model - nothing.model == pytest.approx(
         (all_four.model - nothing.model) / 2
     )
     none, dots, full = (count(remat=remat) for remat in ("none", "dots", "full"))

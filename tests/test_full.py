@@ -119,7 +119,7 @@ def test_a_run_with_teacher_and_optimizer_in_host_memory(tmp_path):
     _, student, _, contexts, _ = world()
     mesh = sharding.make_mesh({"data": 1, "fsdp": 1}, jax.devices()[:1])
     plan, *_ = build.abstract_plan(options, family, SIZE, "xla", mesh)
-    now = plan.begin(jax.tree.map(jnp.copy, student))
+    now = plan.initial_state(jax.tree.map(jnp.copy, student))
 
     tx, teacher = optimizers.optimizer(options), student
     update, opt_state = jax.jit(tx.update), tx.init(student)
@@ -142,7 +142,7 @@ def test_a_run_with_teacher_and_optimizer_in_host_memory(tmp_path):
     checkpoints = Checkpoints(tmp_path, 1)
     checkpoints.save(3, now)
     checkpoints.close()
-    _, restored = Checkpoints(tmp_path, 1).restore(plan.like)
+    _, restored = Checkpoints(tmp_path, 1).restore(plan.abstract_state)
     for state_ in (now, restored):
         arrays = jax.tree.leaves((state_.teacher, state_.opt_state))
         assert all(x.sharding.memory_kind == "pinned_host" for x in arrays if x.ndim)

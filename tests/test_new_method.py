@@ -79,8 +79,8 @@ def test_it_trains_a_step_through_the_plan(toy):
     )
     with jax.set_mesh(mesh):
         program = make_program(config, case, mesh, "cpu")
-        student = jax.tree.map(jnp.ones_like, zeros(program.plan.like.student))
-        state = program.plan.begin(student)
+        student = jax.tree.map(jnp.ones_like, zeros(program.plan.abstract_state.student))
+        state = program.plan.initial_state(student)
         assert state.teacher is None
         state, metrics = program.plan.step(
             state, zeros(program.base), zeros(program.batch), 0, latent=program.latent

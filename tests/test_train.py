@@ -16,7 +16,7 @@ from PIL import Image
 from torch_reference import sample_with_diffusers
 
 import dopsd_jax
-from dopsd_jax.common.config_fields import values
+from dopsd_jax.common.config_fields import name_or_list
 from dopsd_jax.common.errors import UserError
 from dopsd_jax.config import schema
 from dopsd_jax.config.fields import declared
@@ -223,15 +223,15 @@ def test_every_configuration_has_exactly_the_known_fields():
 
 
 def test_a_list_may_be_written_on_the_command_line():
-    assert values("1, 0.9,0.5") == (1, 0.9, 0.5)
-    assert values("(0, 2)") == (0, 2)
-    assert values("attention.to_q,feed_forward.w1") == (
+    assert name_or_list("1, 0.9,0.5") == (1, 0.9, 0.5)
+    assert name_or_list("(0, 2)") == (0, 2)
+    assert name_or_list("attention.to_q,feed_forward.w1") == (
         "attention.to_q",
         "feed_forward.w1",
     )
-    assert values("nodes4") == "nodes4"
-    assert values("random:1") == "random:1"
-    assert values("3") == (3,)
+    assert name_or_list("nodes4") == "nodes4"
+    assert name_or_list("random:1") == "random:1"
+    assert name_or_list("3") == (3,)
 
 
 def test_a_caption_longer_than_the_model_takes_is_named_before_training(random_run, tmp_path):

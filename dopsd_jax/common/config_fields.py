@@ -72,7 +72,7 @@ class Field:
         return f"must be at most {self.high}" if value > self.high else None
 
     def _list_fault(self, value: str | list | tuple) -> str | None:
-        for item in values(value) if self.kind == "name or list" else names(value):
+        for item in name_or_list(value) if self.kind == "name or list" else as_list(value):
             number = type(item) in (int, float)
             if number and not abs(item) <= MAX_NUMBER:  # NaN is not either
                 return f"must have numbers from -{MAX_NUMBER:g} to {MAX_NUMBER:g} only"
@@ -105,18 +105,18 @@ def shown(value: Any) -> str:
         return "a value with a number of thousands of digits"
 
 
-def values(value: str | list | tuple) -> str | tuple:
+def name_or_list(value: str | list | tuple) -> str | tuple:
     """A field that is a name or a list: `1, 0.9` on the command line means the list."""
     if not isinstance(value, str):
         return tuple(value)
-    items = names(value)
+    items = as_list(value)
     numbers = tuple(_number(item) for item in items)
     if items and None not in numbers:
         return numbers
     return items if "," in value else value
 
 
-def names(value: str | list | tuple) -> tuple:
+def as_list(value: str | list | tuple) -> tuple:
     """A field that is a list, or one string with commas between the items."""
     if not isinstance(value, str):
         return tuple(value)

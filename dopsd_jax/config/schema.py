@@ -4,8 +4,7 @@ import difflib
 from collections.abc import Collection, Mapping
 from typing import Any
 
-from dopsd_jax.common.config_fields import Field, names, shown
-from dopsd_jax.common.config_fields import values as values
+from dopsd_jax.common.config_fields import Field, as_list, shown
 from dopsd_jax.common.errors import raise_if
 from dopsd_jax.config.fields import choices, conditions, declared
 from dopsd_jax.methods.registry import METHODS
@@ -51,10 +50,10 @@ def check(config: Mapping[str, Any], asked: Collection[str] = ()) -> None:
     faults += [
         f"config.{name}: {item!r} is not one of {', '.join(field.listed)}"
         for name, field in fields.items()
-        for item in (names(given[name]) if field.listed else ())
+        for item in (as_list(given[name]) if field.listed else ())
         if item not in field.listed
     ]
-    if given["train"] == "full" and not names(given["export"]):
+    if given["train"] == "full" and not as_list(given["export"]):
         faults.append(
             f"config.export: is empty; name {' or '.join(fields['export'].listed)}, or both"
         )
@@ -148,7 +147,7 @@ def _teacher(given: Mapping[str, Any]) -> list[str]:
         none = f"config.method = {method}"
     elif keeps == "teacher" and given["teacher.weights"] == "live":
         none = "config.teacher.weights = live"
-    if none and "teacher" in names(given["offload"]):
+    if none and "teacher" in as_list(given["offload"]):
         faults.append(
             f"config.offload: names the teacher, which has no weights of its own with {none}"
         )

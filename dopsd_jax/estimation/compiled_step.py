@@ -113,7 +113,7 @@ def prepare(
 
     def lower():
         with jax.set_mesh(mesh):
-            arguments = program.plan.like, program.base, program.batch
+            arguments = program.plan.abstract_state, program.base, program.batch
             return program.plan.step.lower(*arguments, 0, latent=program.latent), program
 
     return report, lower
@@ -143,7 +143,7 @@ def _work(config, case: Case, program: Program) -> flops.StepWork:
 
 def _parameter_sizes(program: Program) -> set[int]:
     """Numbers of elements of every parameter, and of a layer of it."""
-    leaves = jax.tree.leaves((program.plan.like.student, program.base))
+    leaves = jax.tree.leaves((program.plan.abstract_state.student, program.base))
     layers = {leaf.size // leaf.shape[0] for leaf in leaves if leaf.ndim > 2}
     return layers | {leaf.size for leaf in leaves}
 

@@ -66,15 +66,15 @@ def step_work(
         for rows in (rows_student, rows_teacher)
     )
     model = (
-        (passes.learn + passes.follow) * student.forward
-        + passes.learn * student.backward
-        + passes.ask * teacher.forward
-        + (passes.captions + passes.learned_captions) * captions[0].forward
-        + passes.learned_captions * captions[0].backward
+        (passes.backward + passes.forward) * student.forward
+        + passes.backward * student.backward
+        + passes.teacher_forward * teacher.forward
+        + (passes.captions + passes.backward_captions) * captions[0].forward
+        + passes.backward_captions * captions[0].backward
         + passes.teacher_captions * captions[1].forward
     )
-    again = passes.learn * student.again(remat, flash)
-    again += passes.learned_captions * captions[0].again(remat, flash)
+    again = passes.backward * student.again(remat, flash)
+    again += passes.backward_captions * captions[0].again(remat, flash)
     return StepWork(model, model + again)
 
 

@@ -47,7 +47,7 @@ class Account(NamedTuple):
 
 def count(config: ConfigDict, program: Program, mesh: Mesh | AbstractMesh) -> Account:
     """The account of a program on one device of `mesh`."""
-    like = program.plan.like
+    like = program.plan.abstract_state
     kinds = {
         "base": program.base,
         STUDENT[config.train]: like.student,
@@ -77,7 +77,7 @@ def _activations(config: ConfigDict, program: Program, mesh: Mesh | AbstractMesh
     samples = math.prod(mesh.shape[axis] for axis in BATCH_AXES)
     rows = max(program.latent[0] // samples, 1)
     bare = lambda tree: jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), tree)
-    student, base = bare(program.plan.like.student), bare(program.base)
+    student, base = bare(program.plan.abstract_state.student), bare(program.base)
     context = jax.tree.map(
         lambda x: jax.ShapeDtypeStruct((rows, *x.shape[2:]), x.dtype),
         program.batch.contexts.student,

@@ -11,8 +11,8 @@ from typing import Any, NamedTuple
 from jax.sharding import AbstractMesh, AxisType
 from ml_collections import ConfigDict
 
+from dopsd_jax.common.config_fields import as_list
 from dopsd_jax.common.errors import UserError
-from dopsd_jax.config import schema
 from dopsd_jax.estimation import memory
 from dopsd_jax.estimation.abstract_step import Case, make_program
 from dopsd_jax.estimation.compiled_step import Report
@@ -137,7 +137,7 @@ def _changes(config: ConfigDict, report: Report) -> Iterator[tuple[dict[str, Any
         yield {"base_dtype": "int8"}, "frozen weights of one byte"
     if config.moments_dtype == "float32" and config.optimizer == "adamw":
         yield {"moments_dtype": "bfloat16"}, "the optimizer's moments of two bytes"
-    held = schema.names(config.offload)
+    held = as_list(config.offload)
     kept = ("teacher",) if registry.teacher(config).weights != "live" else ()
     for names in dict.fromkeys((kept, (*kept, "optimizer"))):
         if not set(names) <= set(held):

@@ -114,7 +114,7 @@ def offpolicy(
         x, node = item
         if every_step:
             return ask(x, node.sigma)
-        return jax.lax.cond(node.taught, ask, lambda x, _: jnp.zeros_like(x), x, node.sigma)
+        return jax.lax.cond(node.loss_mask, ask, lambda x, _: jnp.zeros_like(x), x, node.sigma)
 
     if states == "teacher":
         _, (x, wanted) = jax.lax.scan(visit, draws.start, nodes)
@@ -124,8 +124,8 @@ def offpolicy(
         wanted = jax.lax.map(answer, (x, nodes))
     sigma = jnp.broadcast_to(nodes.sigma[:, None], x.shape[:2])
     points = Points(x, sigma, wanted, nodes.weight)
-    taught = None if every_step else nodes.taught
-    return fit(net, student, base, batch.contexts.student, points, taught)
+    loss_mask = None if every_step else nodes.loss_mask
+    return fit(net, student, base, batch.contexts.student, points, loss_mask)
 
 
 class Preference(NamedTuple):
@@ -181,5 +181,5 @@ def pso(
         preference = jax.nn.softplus(-options.beta * (delta_reference - delta))
         return jnp.mean(preference + options.prior * node.weight * lost), jnp.mean(won)
 
-    taught = None if every_step else nodes.taught
-    return over_points(net, student, base, context, loss, (nodes, noise), taught)
+    loss_mask = None if every_step else nodes.loss_mask
+    return over_points(net, student, base, context, loss, (nodes, noise), loss_mask)

@@ -1,4 +1,4 @@
-"""What the baselines share: states that are known before the student is asked, and its loss there.
+"""What the baselines share: states that are known before the student is mask, and its loss there.
 
 D-OPSD's states come from the student's own predictions, one after the other; a baseline's do not,
 so each of them is a point of its own: P of them, for all samples of a batch. The gradient is taken
@@ -111,15 +111,15 @@ def fit(
     base: Tree,
     context: Tree,
     points: Points,
-    taught: Bool[Array, " p"] | None = None,
+    loss_mask: Bool[Array, " p"] | None = None,
 ) -> tuple[Losses, Tree]:
-    """L = 1/P sum_p w_p mean( (v_student(x_p) - wanted_p)^2 ) over the taught points."""
+    """L = 1/P sum_p w_p mean( (v_student(x_p) - wanted_p)^2 ) over the points of `loss_mask`."""
 
     def loss(velocity, point: Points):
         mse = jnp.mean(jnp.square(velocity(point.x, point.sigma) - point.wanted))
         return point.weight * mse, mse
 
-    return over_points(net, student, base, context, loss, points, taught)
+    return over_points(net, student, base, context, loss, points, loss_mask)
 
 
 def over_points(
@@ -129,18 +129,18 @@ def over_points(
     context: Tree,
     loss: Callable[[Callable, Tree], tuple[Float[Array, ""], Float[Array, ""]]],
     points: Tree,
-    taught: Bool[Array, " p"] | None = None,
+    loss_mask: Bool[Array, " p"] | None = None,
 ) -> tuple[Losses, Tree]:
-    """The mean of `loss` over the taught points, and its gradient for the student.
+    """The mean of `loss` over the points of `loss_mask`, and its gradient for the student.
 
     `loss(velocity, point)` gives the loss at one point, and the mean squared error to be reported;
     `velocity(x, sigma)` is the student's, in `context`. `points`: a tree of arrays [P, ...].
-    `taught`: which of them count, for the others nothing is computed; None: all.
+    `loss_mask`: which of them count; for the others nothing is computed. None: all.
     """
     number = len(jax.tree.leaves(points)[0])
-    asked = jnp.ones((number,), bool) if taught is None else taught
-    count = jnp.sum(asked).astype(jnp.float32)
-    precomputed, pull = jax.vjp(lambda s: net.precompute(s, base, context), student)
+    mask = jnp.ones((number,), bool) if loss_mask is None else loss_mask
+    count = jnp.sum(mask).astype(jnp.float32)
+    precomputed, precompute_vjp = jax.vjp(lambda s: net.precompute(s, base, context), student)
 
     def at(student, precomputed, point):
         value, mse = loss(
@@ -148,7 +148,7 @@ def over_points(
         )
         return value / count, (value, mse)
 
-    def learn(point):
+    def with_loss(point):
         gradients, found = jax.grad(at, argnums=(0, 1), has_aux=True)(student, precomputed, point)
         return gradients, found
 
@@ -156,14 +156,16 @@ def over_points(
         return jax.tree.map(jnp.zeros_like, (student, precomputed)), (jnp.float32(jnp.nan),) * 2
 
     def add(total, item):
-        is_taught, point = item
+        has_loss, point = item
         gradients, found = (
-            learn(point) if taught is None else jax.lax.cond(is_taught, learn, skip, point)
+            with_loss(point)
+            if loss_mask is None
+            else jax.lax.cond(has_loss, with_loss, skip, point)
         )
         return jax.tree.map(jnp.add, total, gradients), found
 
     zeros = jax.tree.map(jnp.zeros_like, (student, precomputed))
-    (gradient, precomputed_gradient), (per_point, mse) = jax.lax.scan(add, zeros, (asked, points))
-    gradient = jax.tree.map(jnp.add, gradient, *pull(precomputed_gradient))
-    total = jnp.sum(jnp.where(asked, per_point, 0.0)) / count
+    (gradient, precomputed_gradient), (per_point, mse) = jax.lax.scan(add, zeros, (mask, points))
+    gradient = jax.tree.map(jnp.add, gradient, *precompute_vjp(precomputed_gradient))
+    total = jnp.sum(jnp.where(mask, per_point, 0.0)) / count
     return Losses(total, per_point, mse), gradient

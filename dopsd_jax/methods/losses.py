@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 from jaxtyping import Array, Key
 
-from dopsd_jax.common.config_fields import values
+from dopsd_jax.common.config_fields import name_or_list
 from dopsd_jax.dopsd import Denoiser, Losses, Nodes, loss_and_gradient, make_nodes
 from dopsd_jax.methods import baselines
 from dopsd_jax.methods.flow_matching import Batch, Levels
@@ -42,13 +42,13 @@ class Setup(NamedTuple):
 
     def nodes(self, key: Key[Array, ""]) -> Nodes:
         """The nodes of one rollout, by config.loss and config.loss_steps."""
-        loss, steps = values(self.config["loss"]), values(self.config["loss_steps"])
+        loss, steps = name_or_list(self.config["loss"]), name_or_list(self.config["loss_steps"])
         return make_nodes(self.grid, loss, steps, key)
 
     @property
     def every_step(self) -> bool:
         """Whether all nodes are learned."""
-        return values(self.config["loss_steps"]) == "all"
+        return name_or_list(self.config["loss_steps"]) == "all"
 
     @property
     def levels(self) -> Levels:

@@ -35,28 +35,28 @@ class Teacher(NamedTuple):
 class Passes(NamedTuple):
     """How often a step runs the network on one image.
 
-    learn: by the student, with a backward pass. follow: with the student's caption, without one,
-    whoever's the weights are. ask: with the teacher's caption. captions, teacher_captions: how many
-    captions of each length are refined without a backward pass; learned_captions: with one.
+    backward: by the student, with a backward pass. forward: without one, with the student's caption
+    and any weights. teacher_forward: with the teacher's caption. captions, teacher_captions: how
+    many captions of each length are refined without a backward pass; backward_captions: with one.
     """
 
-    learn: int
-    follow: int = 0
-    ask: int = 0
+    backward: int
+    forward: int = 0
+    teacher_forward: int = 0
     captions: int = 0
-    learned_captions: int = 1
+    backward_captions: int = 1
     teacher_captions: int = 0
 
 
 class Count(NamedTuple):
     """What decides how often a step runs the network.
 
-    steps: nodes of the grid, K. taught: those that are learned, T. samples: noise levels of a
+    steps: nodes of the grid, K. loss_steps: those with a loss, T. samples: noise levels of a
     picture, config.sft.samples, M.
     """
 
     steps: int
-    taught: int
+    loss_steps: int
     samples: int
 
 

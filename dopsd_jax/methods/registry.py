@@ -7,7 +7,7 @@ import importlib
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
-from dopsd_jax.common.config_fields import Field, values
+from dopsd_jax.common.config_fields import Field, name_or_list
 from dopsd_jax.methods.method import Config, Count, Method, Needs, Passes, Teacher
 from dopsd_jax.methods.options import LEVELS, NODES, TEACHER
 
@@ -34,7 +34,9 @@ _RECORDS = (
         fields=(*NODES, *TEACHER),
         needs=lambda config: Needs(teacher=True),
         keeps="teacher",
-        passes=lambda config, n: Passes(n.taught, n.steps - n.taught, n.taught, teacher_captions=1),
+        passes=lambda config, n: Passes(
+            n.loss_steps, n.steps - n.loss_steps, n.loss_steps, teacher_captions=1
+        ),
         loss=_loss("dopsd"),
         gap="student and teacher",
         start_only=True,
@@ -56,7 +58,7 @@ _RECORDS = (
         fields=(*LEVELS, *TEACHER),
         needs=lambda config: Needs(teacher=True),
         keeps="teacher",
-        passes=lambda config, n: Passes(n.samples, ask=n.steps, teacher_captions=1),
+        passes=lambda config, n: Passes(n.samples, teacher_forward=n.steps, teacher_captions=1),
         loss=_loss("sft_teacher"),
     ),
     Method(
@@ -76,8 +78,8 @@ _RECORDS = (
         needs=lambda config: Needs(True, target=config["offpolicy"]["states"] == "targets"),
         keeps="teacher",
         passes=lambda config, n: Passes(
-            n.taught,
-            ask=n.steps if config["offpolicy"]["states"] == "teacher" else n.taught,
+            n.loss_steps,
+            teacher_forward=n.steps if config["offpolicy"]["states"] == "teacher" else n.loss_steps,
             teacher_captions=1,
         ),
         loss=_loss("offpolicy"),
@@ -101,7 +103,7 @@ _RECORDS = (
         ),
         needs=lambda config: Needs(target=True),
         keeps="start",
-        passes=lambda config, n: Passes(2 * n.taught, n.steps + 2 * n.taught, captions=2),
+        passes=lambda config, n: Passes(2 * n.loss_steps, n.steps + 2 * n.loss_steps, captions=2),
         loss=_loss("pso"),
         together=2,
     ),
@@ -117,7 +119,7 @@ _RECORDS = (
         ),
         needs=lambda config: Needs(target=True, prior=True),
         keeps="start",
-        passes=lambda config, n: Passes(2 * n.samples, n.steps, captions=1, learned_captions=2),
+        passes=lambda config, n: Passes(2 * n.samples, n.steps, captions=1, backward_captions=2),
         loss=_loss("dreambooth"),
         requires={
             "dreambooth.concept_word": "name the word that stands for the concept in the captions",
@@ -156,11 +158,11 @@ def passes(config: Config, grid: tuple[float, ...]) -> Passes:
     """How often a step runs the network on one image."""
     import jax
 
-    from dopsd_jax.dopsd import taught_steps
+    from dopsd_jax.dopsd import draw_loss_mask
 
     steps = len(grid) - 1
-    taught = taught_steps(values(config["loss_steps"]), steps, jax.random.key(0))
-    count = Count(steps, int(taught.sum()), config["sft"]["samples"])
+    mask = draw_loss_mask(name_or_list(config["loss_steps"]), steps, jax.random.key(0))
+    count = Count(steps, int(mask.sum()), config["sft"]["samples"])
     return method(config).passes(config, count)
 
 

@@ -88,7 +88,7 @@ def at_image(features: Float[Array, "b n c"], ids: Int[Array, "b n"]) -> Float[A
 
 
 def start(size: Size, seed: int) -> Networks:
-    """Networks at random, so begun that they learn soon.
+    """Networks with random weights, initialized so that they learn fast.
 
     The velocity is zero, the gates are half open, and the vision tower's positions are the waves
     that the transformer's own rotation turns its queries by: a query can then find the image token

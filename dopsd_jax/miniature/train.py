@@ -57,13 +57,13 @@ def main() -> None:
         raise disk_error(error, out) from error
     log = _logger(out / "log.txt")
     size = configs.Size()
-    begun = pretrain.start(size, SEED.value)
+    initial = pretrain.start(size, SEED.value)
     if START.value is None:
         vae = autoencoder.train(out, SEED.value, AUTOENCODER_STEPS.value, log)
     else:
         learned, vae = export.read_model(Path(START.value).expanduser())
-        _check_sizes(size, begun, learned, vae)
-        begun |= learned
+        _check_sizes(size, initial, learned, vae)
+        initial |= learned
     encode, decode = _coders(vae)
 
     export.write_words(out / "tokenizer", QWEN3_TEMPLATE, 131072)
@@ -86,7 +86,7 @@ def main() -> None:
         PRETRAIN_STEPS.value,
         pretrain.loss(size),
         pretrain.transform(PRETRAIN_STEPS.value),
-        begun,
+        initial,
         source,
         report("pretrain", steps=PROBE_STEPS, guidance=distill.GUIDANCE),
         log,
@@ -109,10 +109,10 @@ def main() -> None:
     _scores(out, many, measure.sampler, lambda x: decode(encode(x)), log)
 
 
-def _check_sizes(size: configs.Size, begun, learned: optimizer.Parameters, vae: Autoencoder):
+def _check_sizes(size: configs.Size, initial, learned: optimizer.Parameters, vae: Autoencoder):
     """Raises `UserError` unless the model of --start has the sizes that are trained here."""
     shapes = lambda parameters: {name: value.shape for name, value in parameters.items()}
-    wanted = shapes(pretrain.without_heads(begun))
+    wanted = shapes(pretrain.without_heads(initial))
     cfg = configs.parsed(size, vae.cfg.scaling_factor, vae.cfg.shift_factor)[-1]
     if shapes(learned) != wanted or vae.cfg != cfg:
         raise UserError(

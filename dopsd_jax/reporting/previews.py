@@ -49,8 +49,8 @@ class Previews:
 
     def __init__(self, pipe: Pipeline, features: Features, rows: Sequence[int], workdir: Path):
         self.pipe, self.workdir = pipe, workdir
-        taught = features.needs.teacher
-        self.columns = ("target", "base", *["teacher"] * taught, "tuned")
+        has_teacher = features.needs.teacher
+        self.columns = ("target", "base", *["teacher"] * has_teacher, "tuned")
         self.samples = []
         for row in rows:
             width, height = features.dataset.buckets[row]

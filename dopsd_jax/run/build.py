@@ -14,9 +14,9 @@ from ml_collections import ConfigDict
 
 from dopsd_jax import dopsd, families
 from dopsd_jax.common.atomic import is_remote
+from dopsd_jax.common.config_fields import as_list, name_or_list
 from dopsd_jax.common.errors import UserError
 from dopsd_jax.conditioning.features import sees_picture
-from dopsd_jax.config import schema
 from dopsd_jax.data.buckets import Bucket, make_buckets, parse_buckets
 from dopsd_jax.data.cache import FeatureCache
 from dopsd_jax.data.dataset import Dataset, measure
@@ -55,8 +55,8 @@ class Plan(NamedTuple):
     """The step of a configuration.
 
     grid: the noise levels of a square picture of config.data.resolution; schedule: of any size.
-    like: shapes, types and placement of the training state; nothing is allocated for it.
-    begin: the state before step 1, from the trained part of the network, which it takes over.
+    abstract_state: shapes, types and placement of the training state; nothing is allocated.
+    initial_state: the state before step 1, from the trained part of the network (donated).
     step: the compiled optimizer step; see `train_step.make_step`.
     """
 
@@ -64,13 +64,13 @@ class Plan(NamedTuple):
     schedule: Schedule
     net: Denoiser
     trained: Trained
-    like: state.TrainState
-    begin: Callable[[nnx.State], state.TrainState]
+    abstract_state: state.TrainState
+    initial_state: Callable[[nnx.State], state.TrainState]
     step: Callable
 
     def describe(self) -> list[str]:
         """What is trained, in a few lines."""
-        lines = self.trained.describe(self.like.student)
+        lines = self.trained.describe(self.abstract_state.student)
         return [*lines, "grid: " + ", ".join(f"{sigma:.4f}" for sigma in self.grid)]
 
 
@@ -166,7 +166,7 @@ def open_data(config: ConfigDict, workdir: Path, step: int) -> Dataset:
 
 def asked_keys(config: ConfigDict) -> tuple[str, ...]:
     """The keys of the captions that are asked for; none: all that every row has."""
-    keys, key = tuple(schema.names(config.data.prompt_keys)), config.data.caption_key
+    keys, key = tuple(as_list(config.data.prompt_keys)), config.data.caption_key
     if key and keys:
         raise UserError(
             "config.data.caption_key: is set beside config.data.prompt_keys, and both say where "
@@ -199,7 +199,7 @@ def trained_keys(config: ConfigDict, found: tuple[str, ...]) -> tuple[str, ...]:
 
 def data_buckets(config: ConfigDict, step: int) -> tuple[Bucket, ...]:
     """The sizes that pictures are cut to."""
-    sizes = schema.names(config.data.buckets)
+    sizes = as_list(config.data.buckets)
     return parse_buckets(sizes, step) if sizes else make_buckets(config.data.resolution, step)
 
 
@@ -245,14 +245,14 @@ def check_method(config: ConfigDict, pipe: Pipeline) -> None:
     """Raises `UserError` for a grid, a loss, targets or a LoRA file that do not fit the model."""
     side = config.data.resolution // pipe.family.LATENT_FACTOR
     grid = make_schedule(config, pipe.family, pipe.scheduler).grid(side, side)
-    loss, loss_steps = schema.values(config.loss), schema.values(config.loss_steps)
+    loss, loss_steps = name_or_list(config.loss), name_or_list(config.loss_steps)
     dopsd.make_nodes(grid, loss, loss_steps, jax.random.key(0))
     trained(config, pipe.family, pipe.config).check()
 
 
 def make_schedule(config: ConfigDict, family: Family, scheduler: Any) -> Schedule:
     """config.grid, and the shift of noise levels, for latents of any size."""
-    name = schema.values(config.grid)
+    name = name_or_list(config.grid)
     return Schedule(
         lambda height, width: family.grid(name, scheduler, height, width),
         lambda height, width: family.shift(scheduler, height, width),
@@ -301,14 +301,14 @@ def _plan(config, family: Family, what: Trained, graphdef, student, scheduler, m
     teacher = registry.teacher(config)
     tx = optimizers.optimizer(config)
     create = lambda student: state.create(student, teacher, tx)
-    like = jax.eval_shape(create, student)
+    abstract = jax.eval_shape(create, student)
     placement = state.offload(
-        sharding.state_shardings(like, mesh), like, schema.names(config.offload)
+        sharding.state_shardings(abstract, mesh), abstract, as_list(config.offload)
     )
     jitted = jax.jit(create, out_shardings=placement, donate_argnums=0)
     step = make_step(config, net, schedule, tx, placement)
 
-    def begin(student: nnx.State) -> state.TrainState:
+    def initial_state(student: nnx.State) -> state.TrainState:
         return jitted(jax.device_put(what.start(student), placement.student))
 
     return Plan(
@@ -316,8 +316,8 @@ def _plan(config, family: Family, what: Trained, graphdef, student, scheduler, m
         schedule,
         net,
         what,
-        sharding.abstract(like, placement),
-        begin,
+        sharding.abstract(abstract, placement),
+        initial_state,
         step,
     )
 

@@ -18,7 +18,7 @@ from ml_collections import ConfigDict
 
 from dopsd_jax.adapters import attach
 from dopsd_jax.adapters.attach import Slot
-from dopsd_jax.config import schema
+from dopsd_jax.common.config_fields import as_list, name_or_list
 from dopsd_jax.conversion.export import export_diffusers, export_single
 from dopsd_jax.families.base import Family, Size
 from dopsd_jax.families.pipeline import lora_layers
@@ -143,7 +143,7 @@ class FullNetwork:
     def export_paths(self, workdir: Path, step: int) -> list[Path]:
         path = workdir / "model" / f"step_{step}"
         names = {"diffusers": path, "comfyui": path.with_name(f"{path.name}.safetensors")}
-        return [names[name] for name in schema.names(self.config.export)]
+        return [names[name] for name in as_list(self.config.export)]
 
     def export(self, model: Path, workdir: Path, step: int, student: nnx.State) -> None:
         tensors = LiveTensors(
@@ -173,7 +173,7 @@ def trained(config: ConfigDict, family: Family, network: Size) -> Trained:
     """What config.train names. Raises `UserError` for targets that the network has not."""
     if config.train == "full":
         return FullNetwork(config, family, network)
-    targets = schema.values(config.lora.targets)
+    targets = name_or_list(config.lora.targets)
     slots = attach.slots(family.NETWORKS["transformer"].names(network))
     chosen = attach.select(slots, targets, family.LORA_PRESETS)
     return Adapters(config, family, network, chosen)
