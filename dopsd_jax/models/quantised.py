@@ -5,7 +5,6 @@ network takes the memory of its codes and of one layer's weights. No gradient re
 """
 
 import dataclasses
-import re
 from types import ModuleType
 from typing import Any
 
@@ -17,13 +16,9 @@ from jaxtyping import Array, Float
 
 from dopsd_jax.common.errors import UserError, raise_if
 from dopsd_jax.models.kinds import WHOLE, quantised_faults
-from dopsd_jax.parallel.sharding import gather_weights
+from dopsd_jax.parallel.sharding import block_kernel, gather_weights
 
 REST = "bfloat16"  # type of what a quantised network keeps whole
-
-# What is quantised: the large kernels of every block, 98 % of Z-Image. Norms, modulations,
-# embedders and the final layer are small and every token feels their error: they stay.
-KERNELS = r"\.(attention\.(qkv|out)|feed_forward\.(w13|w2))\.kernel$"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -84,12 +79,16 @@ def stored_type(base_dtype: str | None) -> str | None:
 
 
 def is_quantised(path: str) -> bool:
-    """Whether a quantised network stores the parameter `path` (joined by dots) in few bits."""
-    return re.search(KERNELS, path) is not None
+    """Whether a quantised network stores the parameter `path` (joined by dots) in few bits.
+
+    The large kernels of blocks are: 98 % of Z-Image. Norms, modulations, embedders and the final
+    layer are small and every token feels their error: they stay.
+    """
+    return path.endswith(".kernel") and block_kernel(path) is not None
 
 
 def quantised(model: nnx.Module, base_dtype: str) -> nnx.Module:
-    """`model`, its kernels that `KERNELS` names quantised in place; all else stays.
+    """`model`, its kernels that `is_quantised` names quantised in place; all else stays.
 
     Works under `nnx.eval_shape` too: that is how the abstract base is made. Raises `UserError`
     without qwix.

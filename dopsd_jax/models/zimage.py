@@ -18,7 +18,7 @@ from dopsd_jax.models.attention import attention
 from dopsd_jax.models.layers import Dense, RMSNorm, normalize, scan_blocks, sinusoids, stack
 from dopsd_jax.models.names import Leaf, linear, vector
 from dopsd_jax.models.zimage_rope import caption_positions, image_positions, rope_tables, rotate
-from dopsd_jax.parallel.sharding import constrain_batch
+from dopsd_jax.parallel.sharding import constrain_batch, declare_block_kernels
 
 MODULATION_DIM = 256  # ADALN_EMBED_DIM; narrower models use their own width
 TIME_HIDDEN = 1024
@@ -28,6 +28,10 @@ QK_NORM_EPS = 1e-5  # fixed in the block, whatever `norm_eps` says
 FINAL_NORM_EPS = 1e-6
 MAX_POSITIONS = 1 << 16  # of an axis of the rotary tables
 STACKS = ("noise_refiner", "context_refiner", "layers")  # parameters with a leading layer axis
+
+declare_block_kernels(
+    columns=("attention.qkv", "feed_forward.w13"), rows=("attention.out", "feed_forward.w2")
+)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -7,7 +7,6 @@ moments, are small and stand on every device; in full fine-tuning these are spli
 
 import contextvars
 import math
-import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol
 
@@ -27,20 +26,33 @@ AXES = ("data", "fsdp", "context", "tensor")
 BATCH_AXES = ("data", "fsdp")
 _sample_axes = contextvars.ContextVar("sample_axes", default=BATCH_AXES)
 
-# Path of an array -> how it is split; the first match counts. Kernels are [..., in, out].
+# How the large kernels [..., in, out] of a network's blocks are split, by the ends of their paths.
 # columns: out over tensor, in over fsdp; rows: in over tensor, out over fsdp; so fsdp splits the
-# residual's width. fsdp: the larger one of in and out. What a size does not divide stays whole.
-RULES = (
-    # Adafactor's factored moments: a row and a column for each kernel, under the kernel's name.
-    (r"\.v_(row|col)\.", "replicate"),
-    # A quantised kernel's codes are split as the kernel; its scales are few.
-    (r"\.attention\.qkv\.kernel(\.codes)?$", "columns"),
-    (r"\.feed_forward\.w13\.kernel(\.codes)?$", "columns"),
-    (r"\.attention\.out\.kernel(\.codes)?$", "rows"),
-    (r"\.feed_forward\.w2\.kernel(\.codes)?$", "rows"),
-    (r"\.kernel$", "fsdp"),
-    (r"", "replicate"),
-)
+# residual's width. Other kernels: fsdp splits the larger one of in and out. All else stays whole,
+# and so does what a size does not divide.
+_BLOCK_KERNELS: dict[str, str] = {}
+
+
+def declare_block_kernels(*, columns: Sequence[str], rows: Sequence[str]) -> None:
+    """States which linear layers of a network are large, and how `tensor` splits them.
+
+    Names are ends of paths, such as `attention.qkv`. Every file of a network calls it once. These
+    kernels, and no others, are also what a quantised base quantises.
+    """
+    for ends, tactic in ((columns, "columns"), (rows, "rows")):
+        for end in ends:
+            if _BLOCK_KERNELS.setdefault(end, tactic) != tactic:
+                raise ValueError(f"{end} is declared as {_BLOCK_KERNELS[end]} already")
+
+
+def block_kernel(path: str) -> str | None:
+    """columns or rows, if the array at `path` is a declared kernel or the codes of one."""
+    path = path.removesuffix(".codes")  # a quantised kernel's; its scales are few
+    if not path.endswith(".kernel"):
+        return None
+    parts = path.split(".")[:-1]
+    ends = (".".join(parts[start:]) for start in range(1, len(parts)))
+    return next((_BLOCK_KERNELS[end] for end in ends if end in _BLOCK_KERNELS), None)
 
 
 def make_mesh(sizes: Mapping[str, int], devices: Sequence[jax.Device] | None = None) -> Mesh:
@@ -155,9 +167,11 @@ def axes_dividing(mesh, axes: Sequence[str], size: int) -> tuple[str, ...] | Non
 
 
 def parameter_spec(path: str, shape: tuple[int, ...], mesh: Mesh) -> PartitionSpec:
-    """How the array at `path` (joined by dots) is split; see `RULES`."""
-    tactic = next(tactic for pattern, tactic in RULES if re.search(pattern, path))
-    if tactic == "replicate" or len(shape) < 2:
+    """How the array at `path` (joined by dots) is split; see `declare_block_kernels`."""
+    # Adafactor keeps a row and a column for each kernel, under the kernel's name: they stay whole.
+    factored = ".v_row." in path or ".v_col." in path
+    tactic = block_kernel(path)
+    if factored or len(shape) < 2 or not (tactic or path.endswith(".kernel")):
         return PartitionSpec()
     orders = {"columns": ("fsdp", "tensor"), "rows": ("tensor", "fsdp")}
     order = orders.get(tactic) or (("fsdp", None) if shape[-2] > shape[-1] else (None, "fsdp"))
@@ -169,7 +183,7 @@ def parameter_spec(path: str, shape: tuple[int, ...], mesh: Mesh) -> PartitionSp
 
 
 def state_shardings(state: Tree, mesh: Mesh) -> Tree:
-    """A sharding for every array of `state`, in its own structure, by `RULES`.
+    """A sharding for every array of `state`, in its own structure; see `parameter_spec`.
 
     `state`: a `TrainState` or any tree of parameters, moments or shapes of these; an array is known
     by the end of its path, so a moment is split as the parameter whose name it bears.
@@ -253,7 +267,7 @@ def constrain_batch(x: Array, *rest: Any) -> Array:
 
 
 def constrain_weights(module: Tree) -> Tree:
-    """States that the weights of one layer lie as `RULES` says.
+    """States that the weights of one layer lie as `parameter_spec` says.
 
     Inside a loop over layers this keeps the others' weights split while one is gathered; and the
     gradient of a weight, which lies as the weight, is scattered at once.
