@@ -118,7 +118,7 @@ def test_the_doubled_template_and_the_image_change_the_teachers_context(pipe):
     image = [np.full((96, 96, 3), 120, np.uint8)]
     bounds = dict(min_pixels=64 * 64, max_pixels=128 * 128)
     clean = pipe.encode_prompt_with_image(PROMPTS[:1], image, **bounds)
-    doubled = pipe.encode_prompt_with_image(PROMPTS[:1], image, doubled=True, **bounds)
+    doubled = pipe.encode_prompt_with_image(PROMPTS[:1], image, doubled_template=True, **bounds)
     assert doubled.lengths[0] > clean.lengths[0]
     other = pipe.encode_prompt_with_image(PROMPTS[:1], [255 - image[0] // 2], **bounds)
     assert relative_error(other.features, clean.features) > 1e-3

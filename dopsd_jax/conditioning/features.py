@@ -35,9 +35,6 @@ SETTINGS = {
     "text_encoder": "the text encoder",
     "vlm": "the vision-language model",
     "dtype": "config.dtype",
-    "min_pixels": "config.teacher.min_pixels",
-    "max_pixels": "config.teacher.max_pixels",
-    "doubled": "config.teacher.doubled_template",
     "crop": "crops",
 }
 
@@ -296,7 +293,8 @@ def check_prepared(prepared: Prepared, pipe: Pipeline, config: ConfigDict, folde
             f"with config.method = {config.method} and config.teacher.context = "
             f"{config.teacher.context}"
         )
-    prepared.check(prepared_settings(config, pipe, Path(folder) / DIGESTS), SETTINGS)
+    settings = prepared_settings(config, pipe, Path(folder) / DIGESTS)
+    prepared.check(settings, {n: SETTINGS.get(n, f"config.teacher.{n}") for n in settings})
     roles = (STUDENT, TEACHER) if sees_picture(config, pipe.family) else (STUDENT,)
     for role in roles:
         limits = pipe.limits(role)

@@ -10,6 +10,7 @@ from ml_collections import ConfigDict
 
 from dopsd_jax import families
 from dopsd_jax.common.config_fields import ALWAYS, NEVER, Field
+from dopsd_jax.methods.options import OTHER_CAPTION
 from dopsd_jax.methods.registry import METHODS
 from dopsd_jax.models import kinds
 
@@ -133,10 +134,11 @@ _MESH = (
 def sections() -> dict[str, tuple[Field, ...]]:
     """The fields in the order of the documents, by section."""
     of_methods = {f.name: f for m in METHODS.values() for f in m.fields}
+    of_families = {f.name: f for own in families.options() for f in own.FIELDS}
     return {
         "The run": _RUN,
         "The model": _MODEL,
-        METHOD: (*_GRID, *of_methods.values()),
+        METHOD: (*_GRID, *of_methods.values(), *of_families.values()),
         "The adapters": _ADAPTERS,
         "The optimizer": _OPTIMIZER,
         "The data": _DATA,
@@ -151,13 +153,19 @@ def declared() -> dict[str, Field]:
 
 def choices(field: Field) -> tuple[str, ...]:
     """The names that a field may have; empty: any."""
+    if field.name == "teacher.context":
+        shown = dict.fromkeys(name for own in families.options() for name in own.CONTEXTS)
+        return (*shown, OTHER_CAPTION)
     return tuple(METHODS) if field.name == "method" else field.choices
 
 
 def conditions(field: Field) -> Mapping[str, tuple[str, ...]]:
     """Values of other fields with which alone this one has an effect."""
     users = tuple(m.name for m in METHODS.values() if field.name in {f.name for f in m.fields})
-    return {"method": users, **field.when} if users else field.when
+    found = {"method": users} if users else {}
+    for other in field.when:
+        found |= conditions(declared()[other])
+    return found | field.when
 
 
 def defaults() -> ConfigDict:

@@ -4,9 +4,11 @@ import difflib
 from collections.abc import Collection, Mapping
 from typing import Any
 
+from dopsd_jax import families
 from dopsd_jax.common.config_fields import Field, as_list, shown
 from dopsd_jax.common.errors import raise_if
 from dopsd_jax.config.fields import choices, conditions, declared
+from dopsd_jax.methods.options import OTHER_CAPTION
 from dopsd_jax.methods.registry import METHODS
 from dopsd_jax.models import kinds
 
@@ -37,11 +39,7 @@ def check(config: Mapping[str, Any], asked: Collection[str] = ()) -> None:
     ]
     raise_if(faults)
     faults += _empty(given)
-    if given["teacher.max_pixels"] < given["teacher.min_pixels"]:
-        faults.append(
-            f"config.teacher.max_pixels: {given['teacher.max_pixels']} is below "
-            f"config.teacher.min_pixels, {given['teacher.min_pixels']}"
-        )
+    faults += [fault for own in families.options() for fault in own.faults(given)]
     if given["base_dtype"] in kinds.QUANTISED:
         faults += kinds.quantised_faults()
     if given["train"] == "full":
@@ -104,7 +102,7 @@ def _empty(given: Mapping[str, Any]) -> list[str]:
     """Fields that must name something and do not."""
     required = {"model": "name a model folder or hub id", "data.path": "name a data set"}
     method = METHODS[given["method"]]
-    if method.keeps == "teacher" and given["teacher.context"] == "prompt":
+    if method.keeps == "teacher" and given["teacher.context"] == OTHER_CAPTION:
         required["teacher.prompt_key"] = (
             "name the key of the captions that the teacher is told, such as detailed_en"
         )

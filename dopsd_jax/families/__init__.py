@@ -16,32 +16,39 @@ from dopsd_jax.weights.hub import MODEL_MANIFEST
 from dopsd_jax.weights.model_folder import INDEX
 
 if TYPE_CHECKING:
-    from dopsd_jax.families.base import Family
+    from dopsd_jax.families.base import Family, Options
 
 AUTO = "auto"  # config.family: the model's own
 
 
 class Listing(NamedTuple):
-    """pipeline: the `_class_name` in model_index.json. module: where its `Family` is."""
+    """pipeline: the `_class_name` in model_index.json. room: the package with its modules `family`,
+    a `base.Family`, and `options`, a `base.Options`.
+    """
 
     pipeline: str
-    module: str
+    room: str
 
 
 FAMILIES = {
-    "zimage": Listing("ZImagePipeline", "dopsd_jax.families.zimage.family"),
+    "zimage": Listing("ZImagePipeline", "dopsd_jax.families.zimage"),
 }
 
 
 def load(name: str) -> "Family":
     """The family of a name; `AUTO` where no model says it: the first of `FAMILIES`."""
     listing = next(iter(FAMILIES.values())) if name == AUTO else FAMILIES[name]
-    return importlib.import_module(listing.module)
+    return importlib.import_module(f"{listing.room}.family")
 
 
 def every() -> list["Family"]:
     """All families."""
     return [load(name) for name in FAMILIES]
+
+
+def options() -> list["Options"]:
+    """What all families add to the configuration; imports no JAX."""
+    return [importlib.import_module(f"{listing.room}.options") for listing in FAMILIES.values()]
 
 
 def of_folder(folder: Path, asked: str = AUTO) -> "Family":

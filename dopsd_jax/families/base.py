@@ -8,6 +8,7 @@ import numpy as np
 from flax import nnx
 
 from dopsd_jax.adapters.attach import Slot
+from dopsd_jax.common.config_fields import Field
 from dopsd_jax.dopsd import Denoiser
 from dopsd_jax.families.work import Work
 from dopsd_jax.weights.networks import Network
@@ -42,6 +43,22 @@ class Size(Protocol):
     head_dim: int
 
 
+class Options(Protocol):
+    """A module with these names, which imports no JAX: what a family adds to the configuration.
+
+    CONTEXTS: the values of config.teacher.context besides `prompt` (another caption), and for each
+      whether the teacher is shown the row's picture.
+    FIELDS: the family's own. Of a field in the group `teacher`, the last part of its name is what
+      `Pipeline.options` calls it, where features depend on it.
+    """
+
+    CONTEXTS: Mapping[str, bool]
+    FIELDS: Sequence[Field]
+
+    def faults(self, given: Mapping[str, Any]) -> list[str]:
+        """What does not go together; `given`: all fields by dotted name, each right by itself."""
+
+
 class Family(Protocol):
     """A module with these names; all of a family that others may use.
 
@@ -51,8 +68,7 @@ class Family(Protocol):
       PUBLISHED, SCHEDULER: configuration of the published transformer, and its scheduler.
       LATENT_FACTOR: pixels a side of one cell of the latent.
       DEPLOYED_STEPS: forwards of the released few-step sampler.
-      CONTEXTS: the values of config.teacher.context besides `prompt` (another caption), and for
-        each whether the teacher is shown the row's picture.
+      CONTEXTS: see `Options`.
       LORA_PRESETS: names for sets of adapted layers: patterns of PyTorch paths.
       Pipeline: the class that puts a model folder together.
     """

@@ -2,7 +2,7 @@
 
 from dopsd_jax.common.config_fields import NEVER, Field
 
-_VLM = {"teacher.context": ("vlm",)}
+OTHER_CAPTION = "prompt"  # the teacher.context of every family: no picture
 
 # fmt: off
 TEACHER = (
@@ -14,18 +14,10 @@ TEACHER = (
           high=10**9, unit="steps"),
     Field("teacher.warmup_decay", 0.999, "decay in these steps", low=0, high=1),
     Field("teacher.context", "vlm",
-          "what the teacher is told: the picture as the family shows it (Z-Image: vlm), or another "
-          "caption (prompt)", choices=("vlm", "prompt")),
+          "what the teacher is told: the picture, as the model's family can show it, or another "
+          "caption (prompt)"),
     Field("teacher.prompt_key", "", "the key of the captions that it is told",
-          when={"teacher.context": ("prompt",)}),
-    Field("teacher.doubled_template", False,
-          "the prompt in its template twice, as in the released code", when=_VLM),
-    Field("teacher.min_pixels", 512 * 512,
-          "area of the picture that the vision tower sees, at least", low=1, high=2**28,
-          unit="pixels", when=_VLM),
-    Field("teacher.max_pixels", 768 * 768,
-          "area of the picture that the vision tower sees, at most", low=1, high=2**28,
-          unit="pixels", when=_VLM),
+          when={"teacher.context": (OTHER_CAPTION,)}),
 )
 NODES = (
     Field("loss", "x0",

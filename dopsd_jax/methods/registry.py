@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from dopsd_jax.common.config_fields import Field, name_or_list
 from dopsd_jax.methods.method import Config, Count, Method, Needs, Passes, Teacher
-from dopsd_jax.methods.options import LEVELS, NODES, TEACHER
+from dopsd_jax.methods.options import LEVELS, NODES, OTHER_CAPTION, TEACHER
 
 if TYPE_CHECKING:
     from dopsd_jax.dopsd import Denoiser
@@ -142,7 +142,7 @@ def needs(config: Config) -> Needs:
 
 def teacher_key(config: Config) -> str | None:
     """The key of the captions that the teacher is told; None: it is told the student's."""
-    told = needs(config).teacher and config["teacher"]["context"] == "prompt"
+    told = needs(config).teacher and config["teacher"]["context"] == OTHER_CAPTION
     return config["teacher"]["prompt_key"] if told else None
 
 

@@ -30,6 +30,7 @@ from dopsd_jax.families.base import Family, Size
 from dopsd_jax.families.pipeline import Pipeline
 from dopsd_jax.methods import registry
 from dopsd_jax.methods.losses import Schedule
+from dopsd_jax.methods.options import OTHER_CAPTION
 from dopsd_jax.models import attention, quantised
 from dopsd_jax.parallel import sharding
 from dopsd_jax.random_model.synthetic import write_folder
@@ -89,10 +90,11 @@ def open_pipeline(
     else:
         model = hub.resolve(config.model)
     family = families.of_folder(model.path, config.family)
-    if config.teacher.context not in ("prompt", *family.CONTEXTS):
+    contexts = (*family.CONTEXTS, OTHER_CAPTION)
+    if config.teacher.context not in contexts:
         raise UserError(
-            f"config.teacher.context: {config.teacher.context!r} is none of prompt, "
-            f"{', '.join(family.CONTEXTS)}, which the family {family.NAME} has"
+            f"config.teacher.context: {config.teacher.context!r} is not one of "
+            f"{', '.join(contexts)}, which the model's family, {family.NAME}, has"
         )
     shown = sees_picture(config, family) if shown is None else shown
     vlm = find_vlm(config, model, family, shown and not is_prepared(config.data.path))

@@ -16,6 +16,7 @@ from dopsd_jax.dopsd import Denoiser
 from dopsd_jax.families.base import Features, Rows
 from dopsd_jax.families.zimage.flops import context_work, image_tokens, velocity_work
 from dopsd_jax.families.zimage.networks import NETWORKS
+from dopsd_jax.families.zimage.options import CONTEXTS
 from dopsd_jax.families.zimage.pipeline import ZImagePipeline as Pipeline
 from dopsd_jax.models.zimage import PAD_MULTIPLE, STACKS, ZImage, ZImageConfig
 from dopsd_jax.parallel.sharding import to_device
@@ -23,6 +24,7 @@ from dopsd_jax.random_model import configs as random_configs
 from dopsd_jax.random_model import write_random_model
 
 __all__ = [
+    "CONTEXTS",
     "NETWORKS",
     "Pipeline",
     "context_work",
@@ -36,7 +38,6 @@ PUBLISHED = ZImageConfig()
 SCHEDULER = 3.0  # the static shift of the published one
 LATENT_FACTOR = 8
 DEPLOYED_STEPS = 8
-CONTEXTS = {"vlm": True}  # the picture through the vision-language model
 
 # The seven linear layers of every block are upstream's own targets: 238 modules.
 _ATTENTION = ("attention.to_q", "attention.to_k", "attention.to_v", "attention.to_out.0")

@@ -67,15 +67,15 @@ class ZImagePipeline(Pipeline):
         return _settings(self.part_folder("vlm") / "preprocessor_config.json", low, high)
 
     def options(self, role: int, teacher: Mapping[str, Any]) -> dict[str, Any]:
-        """`min_pixels`, `max_pixels` bound the area that the vision tower sees; `doubled` templates
-        the prompt twice, as upstream's code does.
+        """`min_pixels`, `max_pixels` bound the area that the vision tower sees; `doubled_template`
+        puts the prompt into its template twice, as upstream's code does.
         """
         if role == STUDENT:
             return {}
         return {
             "min_pixels": teacher["min_pixels"],
             "max_pixels": teacher["max_pixels"],
-            "doubled": teacher["doubled_template"],
+            "doubled_template": teacher["doubled_template"],
         }
 
     def limits(self, role: int) -> dict[str, jax.ShapeDtypeStruct]:
@@ -100,7 +100,7 @@ class ZImagePipeline(Pipeline):
         else:
             grid = vlm_images.grid_of(self.image_settings(options), *size, where)
             count = self.vlm_config.vision.image_tokens(grid)
-            text = templates.teacher_text(prompt, count, doubled=options.get("doubled", False))
+            text = templates.teacher_text(prompt, count, doubled=options.get("doubled_template", False))
         ids = self.tokenizer(text, add_special_tokens=False)["input_ids"]
         limit = self.limits(role if told is None else told)["features"]
         if len(ids) > limit.shape[0]:

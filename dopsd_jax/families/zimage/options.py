@@ -1,0 +1,29 @@
+"""Z-Image's fields of the configuration: how the teacher is shown the picture. Imports no JAX."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from dopsd_jax.common.config_fields import Field
+
+CONTEXTS = {"vlm": True}  # the picture through the vision-language model
+
+_VLM = {"teacher.context": ("vlm",)}
+_AREA = {"low": 1, "high": 2**28, "unit": "pixels", "when": _VLM}
+# fmt: off
+FIELDS = (
+    Field("teacher.doubled_template", False,
+          "the prompt in its template twice, as in the released code", when=_VLM),
+    Field("teacher.min_pixels", 512 * 512,
+          "area of the picture that the vision tower sees, at least", **_AREA),
+    Field("teacher.max_pixels", 768 * 768,
+          "area of the picture that the vision tower sees, at most", **_AREA),
+)
+# fmt: on
+
+
+def faults(given: Mapping[str, Any]) -> list[str]:
+    """What does not go together."""
+    low, high = given["teacher.min_pixels"], given["teacher.max_pixels"]
+    if high >= low:
+        return []
+    return [f"config.teacher.max_pixels: {high} is below config.teacher.min_pixels, {low}"]
