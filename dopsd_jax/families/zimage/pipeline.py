@@ -100,7 +100,9 @@ class ZImagePipeline(Pipeline):
         else:
             grid = vlm_images.grid_of(self.image_settings(options), *size, where)
             count = self.vlm_config.vision.image_tokens(grid)
-            text = templates.teacher_text(prompt, count, doubled=options.get("doubled_template", False))
+            text = templates.teacher_text(
+                prompt, count, doubled=options.get("doubled_template", False)
+            )
         ids = self.tokenizer(text, add_special_tokens=False)["input_ids"]
         limit = self.limits(role if told is None else told)["features"]
         if len(ids) > limit.shape[0]:
