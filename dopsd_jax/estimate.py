@@ -7,19 +7,16 @@ Nothing is loaded or allocated. The exit status is 1 if the step does not fit.
 
 import math
 
-from absl import flags
-
 from dopsd_jax.common import program
 from dopsd_jax.config.flags import CONFIG, parse
 
-TOPOLOGY = flags.DEFINE_string(
-    "topology", "local", "local, or a TPU slice such as v5p-8 or v5p:2x2x1"
-)
-FULL_SIZE = flags.DEFINE_bool("full_size", False, "the published network, not config.model's")
-HEIGHT = flags.DEFINE_integer("height", 0, "pixels; 0: config.data.resolution", 0, 65536)
-WIDTH = flags.DEFINE_integer("width", 0, "pixels; 0: config.data.resolution", 0, 65536)
-STUDENT_ROWS = flags.DEFINE_integer("student_rows", 512, "caption tokens of the student", 1, 10**6)
-TEACHER_ROWS = flags.DEFINE_integer("teacher_rows", 1024, "caption tokens of the teacher", 1, 10**6)
+OPTIONS = program.options(__name__)
+TOPOLOGY = OPTIONS.string("topology", "local", "local, or a TPU slice such as v5p-8 or v5p:2x2x1")
+FULL_SIZE = OPTIONS.bool("full_size", False, "the published network, not config.model's")
+HEIGHT = OPTIONS.integer("height", 0, "pixels; 0: config.data.resolution", 0, 65536)
+WIDTH = OPTIONS.integer("width", 0, "pixels; 0: config.data.resolution", 0, 65536)
+STUDENT_ROWS = OPTIONS.integer("student_rows", 512, "caption tokens of the student", 1, 10**6)
+TEACHER_ROWS = OPTIONS.integer("teacher_rows", 1024, "caption tokens of the teacher", 1, 10**6)
 
 if __name__ == "__main__":
     parse(data=False)  # a wrong option is told now: the imports below take seconds

@@ -12,28 +12,27 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
-from absl import flags
-
 from dopsd_jax.common import program
 from dopsd_jax.config.flags import CONFIG, WORKDIR, parse
 from dopsd_jax.evaluation import seeds
 
-LORA = flags.DEFINE_string("lora", None, "LoRA file; it is the student")
-MODEL = flags.DEFINE_string("model", None, "model folder of a full run; it is the student")
-OUT = flags.DEFINE_string("out", None, "folder of the evaluation; default: WORKDIR/evaluation")
-PROMPTS = flags.DEFINE_string("prompts", None, "test prompts: .txt, one a line, or .jsonl")
-CLASS_WORD = flags.DEFINE_string("class_word", "", "what [V] is one of, for scorers of texts")
-ROWS = flags.DEFINE_integer("rows", 4, "rows of the data set, at most", 1, 10**6)
-COUNT = flags.DEFINE_integer("count", 24, "prompts, for data with its own judge", 1, 10**6)
-SEEDS = flags.DEFINE_integer("seeds", 4, "pictures a prompt", 1, 10**6)
-FIRST_SEED = flags.DEFINE_integer("first_seed", seeds.BASE, "of the noise", 0, 2**31 - 1)
-SCORERS = flags.DEFINE_list("scorers", None, "names, or module:attribute; default: all that fit")
-CLIP = flags.DEFINE_string("clip", None, "folder or hub id of CLIP, for CLIP-S")
-DINO = flags.DEFINE_string("dino", None, "of DINOv3, for DINO-D")
-VGG = flags.DEFINE_string("vgg", None, "of VGG-16, for LPIPS-D")
-LPIPS_WEIGHTS = flags.DEFINE_string("lpips_weights", "", "LPIPS's linear layers, safetensors")
-TORCH_DEVICE = flags.DEFINE_string("torch_device", "cpu", "where the PyTorch scorers run")
-BATCH = flags.DEFINE_integer("batch", None, "pictures drawn together", 1, 65536)
+OPTIONS = program.options(__name__)
+LORA = OPTIONS.string("lora", None, "LoRA file; it is the student")
+MODEL = OPTIONS.string("model", None, "model folder of a full run; it is the student")
+OUT = OPTIONS.string("out", None, "folder of the evaluation; default: WORKDIR/evaluation")
+PROMPTS = OPTIONS.string("prompts", None, "test prompts: .txt, one a line, or .jsonl")
+CLASS_WORD = OPTIONS.string("class_word", "", "what [V] is one of, for scorers of texts")
+ROWS = OPTIONS.integer("rows", 4, "rows of the data set, at most", 1, 10**6)
+COUNT = OPTIONS.integer("count", 24, "prompts, for data with its own judge", 1, 10**6)
+SEEDS = OPTIONS.integer("seeds", 4, "pictures a prompt", 1, 10**6)
+FIRST_SEED = OPTIONS.integer("first_seed", seeds.BASE, "of the noise", 0, 2**31 - 1)
+SCORERS = OPTIONS.list("scorers", None, "names, or module:attribute; default: all that fit")
+CLIP = OPTIONS.string("clip", None, "folder or hub id of CLIP, for CLIP-S")
+DINO = OPTIONS.string("dino", None, "of DINOv3, for DINO-D")
+VGG = OPTIONS.string("vgg", None, "of VGG-16, for LPIPS-D")
+LPIPS_WEIGHTS = OPTIONS.string("lpips_weights", "", "LPIPS's linear layers, safetensors")
+TORCH_DEVICE = OPTIONS.string("torch_device", "cpu", "where the PyTorch scorers run")
+BATCH = OPTIONS.integer("batch", None, "pictures drawn together", 1, 65536)
 
 if __name__ == "__main__":
     parse(strict=False)  # a wrong option is told now: the imports below take seconds

@@ -19,18 +19,16 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, TypeVar
 
-from absl import flags
-
+from dopsd_jax.common import program
 from dopsd_jax.config.flags import CONFIG, WORKDIR, parse
 from dopsd_jax.parallel import cluster
 
-OUT = flags.DEFINE_string("out", None, "folder of the prepared data set; may be gs://")
-SHARD = flags.DEFINE_integer(
-    "shard", None, "which share of the parts, from 0, to make here", 0, 10**6
-)
-SHARDS = flags.DEFINE_integer("shards", None, "in how many shares the parts are divided", 1, 10**6)
-BATCH = flags.DEFINE_integer("batch", 8, "captions that a device encodes together", 1, 65536)
-ROWS = flags.DEFINE_integer("rows_per_part", 256, "rows a file; the same for all shards", 1, 10**6)
+OPTIONS = program.options(__name__)
+OUT = OPTIONS.string("out", None, "folder of the prepared data set; may be gs://")
+SHARD = OPTIONS.integer("shard", None, "which share of the parts, from 0, to make here", 0, 10**6)
+SHARDS = OPTIONS.integer("shards", None, "in how many shares the parts are divided", 1, 10**6)
+BATCH = OPTIONS.integer("batch", 8, "captions that a device encodes together", 1, 65536)
+ROWS = OPTIONS.integer("rows_per_part", 256, "rows a file; the same for all shards", 1, 10**6)
 
 if __name__ == "__main__":
     parse("out", strict=False)  # a wrong option is told now: the imports below take seconds

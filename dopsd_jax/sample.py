@@ -4,20 +4,19 @@ import itertools
 import sys
 from pathlib import Path
 
-from absl import flags
-
 from dopsd_jax.common import program
 
-MODEL = flags.DEFINE_string("model", None, "model folder, converted checkpoint or hub id")
-LORA = flags.DEFINE_string("lora", None, "LoRA file to apply")
-PROMPT = flags.DEFINE_multi_string("prompt", None, "what to draw; may be given several times")
-OUT = flags.DEFINE_string("out", None, "folder for the pictures")
-HEIGHT = flags.DEFINE_integer("height", None, "pixels; default: the model's own size", 1, 65536)
-WIDTH = flags.DEFINE_integer("width", None, "pixels; default: the model's own size", 1, 65536)
-STEPS = flags.DEFINE_integer("steps", None, "forwards; default: the deployed 8", 1, 1000)
-SEED = flags.DEFINE_integer("seed", 0, "of the first picture of a prompt", 0, 2**32 - 1)
-COUNT = flags.DEFINE_integer("count", 1, "pictures a prompt, with seeds from --seed", 1, 10**6)
-DTYPE = flags.DEFINE_enum(
+OPTIONS = program.options(__name__)
+MODEL = OPTIONS.string("model", None, "model folder, converted checkpoint or hub id")
+LORA = OPTIONS.string("lora", None, "LoRA file to apply")
+PROMPT = OPTIONS.multi_string("prompt", None, "what to draw; may be given several times")
+OUT = OPTIONS.string("out", None, "folder for the pictures")
+HEIGHT = OPTIONS.integer("height", None, "pixels; default: the model's own size", 1, 65536)
+WIDTH = OPTIONS.integer("width", None, "pixels; default: the model's own size", 1, 65536)
+STEPS = OPTIONS.integer("steps", None, "forwards; default: the deployed 8", 1, 1000)
+SEED = OPTIONS.integer("seed", 0, "of the first picture of a prompt", 0, 2**32 - 1)
+COUNT = OPTIONS.integer("count", 1, "pictures a prompt, with seeds from --seed", 1, 10**6)
+DTYPE = OPTIONS.enum(
     "dtype", "auto", ["auto", "float32", "bfloat16"], "of activations; auto: float32 on CPU only"
 )
 

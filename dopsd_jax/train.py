@@ -3,13 +3,13 @@
 Run the same command again to resume. What it writes is described in README.md.
 """
 
-from absl import flags
-
+from dopsd_jax.common import program
 from dopsd_jax.config.changes import check_allowed
 from dopsd_jax.config.flags import CONFIG, WORKDIR, parse
 from dopsd_jax.parallel import cluster
 
-ALLOW_CHANGES = flags.DEFINE_list(
+OPTIONS = program.options(__name__)
+ALLOW_CHANGES = OPTIONS.list(
     "allow_changes",
     [],
     "fields that may differ from the run that is continued, such as "
@@ -96,7 +96,7 @@ def train(config: ConfigDict, workdir: epath.Path) -> int | None:
     with multihost.together():
         writer = MetricsWriter(workdir, first, write=multihost.is_first())
     guard = Guard(writer.kept)
-    results = Results(workdir, {name: config[name] for name in ("export_weights", "export_dtype")})
+    results = Results(workdir, config)
 
     def export(step: int) -> None:
         weights = getattr(state, config.export_weights)

@@ -20,6 +20,7 @@ from dopsd_jax.miniature import world_scorers as scores
 from dopsd_jax.random_model import write_random_model
 from dopsd_jax.run import build
 from dopsd_jax.run.workdir import open_workdir
+from dopsd_jax.training.results import Results
 
 COUNT, BATCH = 2, 4
 
@@ -250,7 +251,14 @@ def test_the_student_of_a_run_is_its_newest_result(config, tmp_path):
     for step in (500, 1500, 90):
         (tmp_path / f"lora/step_{step}.safetensors").touch()
     (tmp_path / "lora/step_9999.safetensors.partial").touch()
-    assert arms.of_run(str(tmp_path), config).path.name == "step_1500.safetensors"
+    newest = tmp_path / "lora/step_1500.safetensors"
+    with pytest.raises(UserError, match="1500.*has no digest"):
+        arms.of_run(str(tmp_path), config)
+    Results(tmp_path, config).record([newest])
+    assert arms.of_run(str(tmp_path), config).path == newest
+    newest.write_bytes(b"altered")
+    with pytest.raises(UserError, match="was changed or damaged; start the training again"):
+        arms.of_run(str(tmp_path), config)
     other = config.copy_and_resolve_references()
     other.model, other.train = "elsewhere", "full"
     with pytest.raises(UserError) as error:

@@ -6,7 +6,7 @@ import pytest
 
 from dopsd_jax.training.results import FILE, Results
 
-SETTINGS = {"export_weights": "student"}
+SETTINGS = {"export_weights": "student", "export_dtype": "bfloat16"}
 
 
 @pytest.fixture

@@ -12,6 +12,8 @@ from PIL import Image
 
 from dopsd_jax.common.errors import UserError
 from dopsd_jax.data import rows as rows_module
+from dopsd_jax.data.buckets import Bucket
+from dopsd_jax.data.dataset import measure
 from dopsd_jax.data.images import inspect_image, open_image
 from dopsd_jax.data.rows import load_rows
 from dopsd_jax.data.sources import tar
@@ -104,6 +106,9 @@ def test_repeats_of_numbered_folders_are_told_or_used(tmp_path):
     rows = load_rows(tmp_path, folder_repeats=True)
     assert [texts(rows).count(text) for text in ("a mug", "a plate")] == [10, 2]
     assert "count as often as their folder says: 10_ohwx mug, 2_ohwx plate" in rows.notes[0]
+    Image.new("RGB", (64, 64), "red").save(tmp_path / "img/2_ohwx plate/b.png")
+    rows = load_rows(tmp_path, folder_repeats=True)
+    assert not any("share a picture" in note for note in measure(rows, [Bucket(64, 64)]).notes)
 
 
 def test_a_folder_s_name_is_the_caption_on_request(tmp_path):

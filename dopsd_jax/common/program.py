@@ -9,8 +9,10 @@ A program reads its command line before it imports JAX, which takes seconds:
 """
 
 import argparse
+import functools
 import sys
 from collections.abc import Callable, Sequence
+from types import SimpleNamespace
 from typing import NoReturn
 
 from absl import flags, logging
@@ -19,6 +21,21 @@ from dopsd_jax.common.errors import USER_ERROR_EXIT, UserError, report
 
 FLAGS = flags.FLAGS
 HELP = ("--help", "-help", "-h", "--helpfull", "-helpfull", "-?")
+
+
+def options(module: str) -> SimpleNamespace:
+    """absl's DEFINE functions (`string`, `integer`, ...) for the program that `module` is.
+
+    Programs share names of options: those of one that is only imported stand apart from the command
+    line's, with their defaults.
+    """
+    values = FLAGS
+    if module != "__main__":
+        values = flags.FlagValues()
+        values.mark_as_parsed()
+    kinds = ("bool", "enum", "integer", "list", "multi_string", "string")
+    define = lambda kind: functools.partial(getattr(flags, f"DEFINE_{kind}"), flag_values=values)
+    return SimpleNamespace(**{kind: define(kind) for kind in kinds})
 
 
 def parse(

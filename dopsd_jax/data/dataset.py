@@ -129,8 +129,10 @@ def _notes(rows: Sequence[Row], infos: Infos, buckets: Sequence[Bucket]) -> Iter
     """One line for each kind of remark, with the rows it concerns."""
     by_remark: dict[str, Examples] = {}
     enlarged, wrong_size, repeated, most = Examples(), Examples(), Examples(), 0.0
-    same = infos.repeated()
+    # A row that only counts several times (data.folder_repeats) stands there as often.
+    new, before = np.ones(len(rows), bool), None
     for i, (row, info, bucket) in enumerate(zip(rows, infos, buckets, strict=True)):
+        new[i], before = row != before, row
         for remark in info.notes:
             by_remark.setdefault(remark, Examples()).add(row.where)
         times = enlargement(info.width, info.height, *bucket)
@@ -140,8 +142,8 @@ def _notes(rows: Sequence[Row], infos: Infos, buckets: Sequence[Bucket]) -> Iter
         if row.declared_size not in (None, (info.width, info.height)):
             declared = "x".join(map(str, row.declared_size))
             wrong_size.add(f"{row.where} ({declared}, is {info.width}x{info.height})")
-        if same[i]:
-            repeated.add(row.where)
+    for i in np.flatnonzero(infos.repeated(new)):
+        repeated.add(rows[i].where)
     for remark, where in by_remark.items():
         yield f"{where.count} of {len(rows)} pictures: {remark}: {where}"
     if enlarged:

@@ -54,19 +54,18 @@ class Infos(Sequence[ImageInfo]):
         """Widths and heights."""
         return np.array(self._sizes, np.int64).reshape(-1, 2)
 
-    def _groups(self) -> tuple[np.ndarray, np.ndarray]:
-        digests = np.frombuffer(bytes(self._digests), "V32")
-        _, group, counts = np.unique(digests, return_inverse=True, return_counts=True)
-        return group, counts
+    def _groups(self) -> np.ndarray:
+        """The same number for pictures of the same content, counted from 0."""
+        return np.unique(np.frombuffer(bytes(self._digests), "V32"), return_inverse=True)[1]
 
-    def repeated(self) -> Bool[np.ndarray, " n"]:
-        """Whether another picture has the same content."""
-        group, counts = self._groups()
-        return counts[group] > 1
+    def repeated(self, counted: Bool[np.ndarray, " n"]) -> Bool[np.ndarray, " n"]:
+        """Which of the `counted` pictures have the content of another one of them."""
+        group = self._groups()
+        return counted & (np.bincount(group, counted)[group] > 1)
 
     def distinct(self) -> int:
         """The number of different contents."""
-        return len(self._groups()[1])
+        return len(np.unique(self._groups()))
 
     # As arrays, to be stored.
 

@@ -22,6 +22,7 @@ from dopsd_jax.evaluation.gallery import key
 from dopsd_jax.families.base import STUDENT, TEACHER
 from dopsd_jax.families.pipeline import Pipeline, lora_layers, pipeline
 from dopsd_jax.run.workdir import CONFIG
+from dopsd_jax.training.results import Results
 from dopsd_jax.weights import lora_files
 from dopsd_jax.weights.stored import open_stored, source_digest
 
@@ -55,7 +56,11 @@ class Arm(NamedTuple):
 
 
 def of_run(workdir: str, config: ConfigDict) -> Student:
-    """The newest result of a run. Raises `UserError` if the run has another model or none yet."""
+    """The newest result of a run.
+
+    Raises `UserError` if the run has another model, or no result yet, or one that is not as it was
+    recorded.
+    """
     if is_remote(workdir):
         raise UserError(f"--workdir {workdir}: copy its lora/ here and name a file with --lora")
     folder = Path(workdir).expanduser()
@@ -79,7 +84,13 @@ def of_run(workdir: str, config: ConfigDict) -> Student:
     if not found:
         what = "model folder (config.export must have diffusers)" if whole else "LoRA file"
         raise UserError(f"--workdir {workdir}: has no {what} in {where}/ yet; train further")
-    return Student(found[max(found)], whole)
+    newest = found[max(found)]
+    raise_if(
+        f"{fault}; start the training again, which writes its last result again, or name what "
+        f"you want to judge with {'--model' if whole else '--lora'}"
+        for fault in Results(folder, recorded["config"]).faults([newest])
+    )
+    return Student(newest, whole)
 
 
 def make_arms(

@@ -11,7 +11,6 @@ from pathlib import Path
 import jax
 import numpy as np
 import transformers
-from absl import flags
 
 import dopsd_jax
 from dopsd_jax.common import program
@@ -32,16 +31,17 @@ from dopsd_jax.miniature import (
 from dopsd_jax.models.autoencoder import Autoencoder, to_uint8
 from dopsd_jax.random_model.tokenizer import QWEN3_TEMPLATE
 
-OUT = flags.DEFINE_string("out", None, "folder for states, logs, pictures and the model")
-START = flags.DEFINE_string(
+OPTIONS = program.options(__name__)
+OUT = OPTIONS.string("out", None, "folder for states, logs, pictures and the model")
+START = OPTIONS.string(
     "start",
     None,
     "model folder to go on from: its autoencoder is kept, flow matching begins with it",
 )
-SEED = flags.DEFINE_integer("seed", 0, "of the whole training", lower_bound=0)
-AUTOENCODER_STEPS = flags.DEFINE_integer("autoencoder_steps", 2600, "of 8 pictures", lower_bound=1)
-PRETRAIN_STEPS = flags.DEFINE_integer("pretrain_steps", 12000, "of 48 samples", lower_bound=1)
-DISTILL_STEPS = flags.DEFINE_integer("distill_steps", 700, "of 48 samples", lower_bound=1)
+SEED = OPTIONS.integer("seed", 0, "of the whole training", lower_bound=0)
+AUTOENCODER_STEPS = OPTIONS.integer("autoencoder_steps", 2600, "of 8 pictures", lower_bound=1)
+PRETRAIN_STEPS = OPTIONS.integer("pretrain_steps", 12000, "of 48 samples", lower_bound=1)
+DISTILL_STEPS = OPTIONS.integer("distill_steps", 700, "of 48 samples", lower_bound=1)
 
 MANY_STEPS = 40  # of the sampler before distillation, which has distillation's guidance
 PROBE_STEPS = 10  # of its probes during training
@@ -161,5 +161,5 @@ def _logger(path: Path):
 
 
 if __name__ == "__main__":
-    flags.mark_flags_as_required(["out"])
+    program.parse(required=("out",))
     program.run(main)

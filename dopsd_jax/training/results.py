@@ -14,17 +14,19 @@ from dopsd_jax.common.file_digests import file_digests, files_below
 from dopsd_jax.parallel import multihost
 
 FILE = "results.json"
+SETTINGS = ("export_weights", "export_dtype")
 
 
 class Results:
     """The results of a work directory.
 
-    `settings`: what else decides what the files hold, such as config.export_weights; a file that
-    was made with others is not the result. Every process of a run calls every method.
+    `config`: the fields of the run's configuration. `SETTINGS` among them decide what the files
+    hold: one that was made with others is not the result. Every process calls every method.
     """
 
-    def __init__(self, workdir: epath.PathLike, settings: Mapping[str, Any]):
-        self.workdir, self.settings = epath.Path(workdir), dict(settings)
+    def __init__(self, workdir: epath.PathLike, config: Mapping[str, Any]):
+        self.workdir = epath.Path(workdir)
+        self.settings = {name: config.get(name) for name in SETTINGS}
 
     def record(self, paths: Sequence[epath.Path]) -> None:
         """Writes down the digests of `paths`, files or folders that were just written."""
