@@ -16,6 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from dopsd_jax.common.atomic import remove_leftovers
 from dopsd_jax.common.flow import euler
 from dopsd_jax.conditioning.encoding import class_prompt
 from dopsd_jax.conditioning.features import Features
@@ -36,6 +37,7 @@ NOTHING = 1e-3  # relative gap below which the context changes nothing
 def main() -> None:
     config = CONFIG.value
     workdir = find_workdir(WORKDIR.value, config)
+    remove_leftovers(workdir)
     mesh = sharding.make_mesh(config.mesh)
     pipe, _ = build.open_pipeline(config, workdir, mesh)
     size = pipe.config

@@ -197,9 +197,18 @@ def run_inspect(args: argparse.Namespace) -> None:
         print(line)
 
 
+def run(args: argparse.Namespace) -> None:
+    if "out" in args:
+        from dopsd_jax.common.atomic import remove_leftovers
+
+        remove_leftovers(args.out.parent, name=args.out.name)
+        remove_leftovers(args.out, *args.out.glob("*"))
+    args.run(args)
+
+
 def main(program: str = "python -m dopsd_jax.convert") -> None:
     args = parser(program).parse_args()
-    sys.exit(report(lambda: args.run(args)))
+    sys.exit(report(lambda: run(args)))
 
 
 if __name__ == "__main__":

@@ -40,7 +40,7 @@ from ml_collections import ConfigDict
 from PIL import Image
 
 from dopsd_jax.common import errors
-from dopsd_jax.common.atomic import is_remote
+from dopsd_jax.common.atomic import is_remote, remove_leftovers
 from dopsd_jax.common.errors import UserError
 from dopsd_jax.common.progress import duration
 from dopsd_jax.conditioning.encoding import Encoder
@@ -85,6 +85,7 @@ def main() -> None:
             # Other shards may be at work in the same folder: each has a lock of its own.
             file = f"lock-{shard}-of-{shards}.json"
             stack.enter_context(exclusive(out, "preparation", file=file))
+            remove_leftovers(out)
         prepare(config, workdir, out, shard, shards)
 
 

@@ -11,10 +11,12 @@ from dopsd_jax.common.program import Parser
 
 
 def main(run: str) -> None:
+    from dopsd_jax.common.atomic import remove_leftovers
     from dopsd_jax.reporting.run_page import holds_run, write_report  # slow: after the options
 
     if not holds_run(run):
         raise errors.UserError(f"{run}: holds no run (neither metrics.jsonl nor config.json)")
+    remove_leftovers(run)
     print(f"report: {write_report(run)}")
 
 

@@ -27,7 +27,7 @@ if __name__ == "__main__":
 import jax
 
 import dopsd_jax
-from dopsd_jax.common.atomic import disk_error
+from dopsd_jax.common.atomic import disk_error, remove_leftovers
 from dopsd_jax.common.errors import UserError
 from dopsd_jax.common.progress import duration
 from dopsd_jax.families.base import STUDENT
@@ -52,6 +52,7 @@ def main() -> None:
         raise UserError(f"--out {out}: is a file; name a folder") from None
     except OSError as error:
         raise disk_error(error, out) from error
+    remove_leftovers(out)
     seeds = range(SEED.value, SEED.value + COUNT.value)
     todo = [(n, prompt, seed) for n, prompt in enumerate(PROMPT.value) for seed in seeds]
     print(

@@ -2,6 +2,7 @@
 
 import fcntl
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -31,6 +32,7 @@ check_shapes(
 
 import dopsd_jax
 from dopsd_jax.adapters import attach
+from dopsd_jax.common.atomic import partial_of
 from dopsd_jax.families.pipeline import lora_layers
 from dopsd_jax.families.zimage import family
 from dopsd_jax.models import zimage
@@ -49,6 +51,12 @@ def pytest_configure(config):
         os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "1")
         jax.config.update("jax_compilation_cache_dir", folder)
         config.add_cleanup(lambda: shutil.rmtree(folder, ignore_errors=True))
+
+
+def left_by_killed(path: Path) -> Path:
+    """What a writer of `path` that was killed leaves: the name has the number of no process."""
+    name = re.sub(r"-\d+-\d+-(?=[0-9a-f]{8}$)", "-4194305-1-", partial_of(path).name)
+    return path.with_name(name)
 
 
 def relative_error(actual, expected) -> float:

@@ -9,6 +9,7 @@ import threading
 import ml_dtypes
 import numpy as np
 import pytest
+from conftest import left_by_killed
 
 from dopsd_jax.common.errors import UserError
 from dopsd_jax.data.cache import FeatureCache, feature_key
@@ -102,7 +103,10 @@ def test_missing_tells_what_is_to_be_computed(tmp_path):
         cache.put(key, arrays())
     cache.path(keys[1]).write_bytes(cache.path(keys[1]).read_bytes()[:-1])
     cache.path(keys[2]).write_bytes(b"")
+    left = left_by_killed(cache.path(keys[0]))
+    left.touch()
     assert cache.missing([*keys, *keys]) == [keys[1], keys[2], keys[4], keys[5]]
+    assert not left.exists()
     assert len(lines) == 2 and all("damaged" in line and "removed" in line for line in lines)
 
 

@@ -8,6 +8,7 @@ import sys
 
 import numpy as np
 import pytest
+from conftest import left_by_killed
 from safetensors.numpy import save_file
 from weights_helpers import ROOT, SMALL, Interrupt, run_python, tensors_of
 
@@ -106,7 +107,10 @@ def test_the_tool_goes_all_the_way_round(tiny, tmp_path, monkeypatch, capsys):
     assert code == 0 and "transformer in comfyui names: complete" in out
     args = ("import", tmp_path / "x.safetensors", tmp_path / "d", "--base", tiny)
     assert tool(*args)[0] == 0
+    for name in ("e", "d"):  # of this output a line later, and of another
+        left_by_killed(tmp_path / name).mkdir()
     assert tool("export", tmp_path / "d", tmp_path / "e")[0] == 0
+    assert [path.name.partition(".partial")[0] for path in tmp_path.glob(".*")] == [".d"]
     assert tensors_of(tmp_path / "e" / "transformer") == tensors_of(tiny / "transformer")
     code, _, err = tool("inspect", tmp_path / "e")
     assert code == 0 and not err

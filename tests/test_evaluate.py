@@ -252,7 +252,7 @@ def test_the_student_of_a_run_is_its_newest_result(config, tmp_path):
         (tmp_path / f"lora/step_{step}.safetensors").touch()
     (tmp_path / "lora/step_9999.safetensors.partial").touch()
     newest = tmp_path / "lora/step_1500.safetensors"
-    with pytest.raises(UserError, match="1500.*has no digest"):
+    with pytest.raises(UserError, match=r"1500.*has no digest"):
         arms.of_run(str(tmp_path), config)
     Results(tmp_path, config).record([newest])
     assert arms.of_run(str(tmp_path), config).path == newest

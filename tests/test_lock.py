@@ -11,8 +11,9 @@ import threading
 import time
 
 import pytest
-from conftest import RANDOM_CONFIG, ROOT, run_program
+from conftest import RANDOM_CONFIG, ROOT, left_by_killed, run_program
 
+from dopsd_jax.common.atomic import partial_of, remove_leftovers
 from dopsd_jax.common.errors import UserError
 from dopsd_jax.run import lock
 from dopsd_jax.run.lock import exclusive, exclusive_run
@@ -159,16 +160,24 @@ def test_a_file_where_the_folder_is_due(tmp_path):
 def test_what_killed_writers_left_is_removed(tmp_path):
     (tmp_path / "lora").mkdir()
     left = [
-        tmp_path / ".metrics.jsonl.partial-77-0a1b2c3d",
-        tmp_path / "lora" / ".step_2.safetensors.partial-77-0a1b2c3d",
+        left_by_killed(tmp_path / "metrics.jsonl"),
+        left_by_killed(tmp_path / "lora" / "step_2.safetensors"),
+        left_by_killed(tmp_path / "lora" / "step_3") / "vae",
     ]
-    kept = [tmp_path / "metrics.jsonl", tmp_path / "lora" / "my.partial-x"]
+    # Of a process that runs: this one; of another machine; of the user.
+    kept = [partial_of(tmp_path / "page"), tmp_path / ".a.partial-00000000-1-1-0a1b2c3d"]
+    kept += [tmp_path / "metrics.jsonl", tmp_path / "lora" / "my.partial-x"]
     for path in (*left, *kept):
+        path.parent.mkdir(exist_ok=True)
         path.write_text("x")
-    (tmp_path / "lora" / "step_3.partial-123").mkdir()
     with exclusive_run(tmp_path, "training"):
         assert all(p.exists() for p in kept) and not any(p.exists() for p in left)
-        assert not (tmp_path / "lora" / "step_3.partial-123").exists()
+        assert not left[-1].parent.exists()
+    os.utime(kept[1], (0, 0))
+    remove_leftovers(tmp_path, name="b")
+    assert all(p.exists() for p in kept)
+    remove_leftovers(tmp_path)
+    assert [p.exists() for p in kept] == [True, False, True, True]
 
 
 @pytest.mark.slow

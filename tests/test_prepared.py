@@ -9,7 +9,7 @@ import zlib
 import jax
 import numpy as np
 import pytest
-from conftest import RANDOM_CONFIG, run_program
+from conftest import RANDOM_CONFIG, left_by_killed, run_program
 from etils import epath
 from ml_collections import ConfigDict
 from PIL import Image
@@ -213,7 +213,7 @@ def test_prepared_on_many_devices_and_processes_then_trained_without_encoders(ra
     assert first.returncode == 0, first.stderr
     assert "encoding on 2 devices" in first.stdout
     assert sorted(p.name for p in out.iterdir()) == [parts.part_name(0), parts.MANIFEST]
-    (out / f".{parts.part_name(1)}.partial-77-0").write_text("left by one that was killed")
+    left_by_killed(out / parts.part_name(1)).write_text("left by one that was killed")
     port = free_port()
     both = [start(["-m", "dopsd_jax.prepare", *common], i, port) for i in range(2)]
     said = [process.communicate(timeout=300) for process in both]

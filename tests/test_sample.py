@@ -3,7 +3,7 @@
 import re
 
 import pytest
-from conftest import ROOT, run_program
+from conftest import ROOT, left_by_killed, run_program
 from PIL import Image
 
 MINIATURE = ROOT / "examples" / "miniature" / "model"
@@ -18,6 +18,7 @@ def runs(tmp_path_factory):
     first = run_program(*command)
     assert first.returncode == 0, first.stderr
     early = {path.name: path.read_bytes() for path in out.iterdir()}
+    left_by_killed(out / "000_seed3.png").touch()
     second = run_program(*command, "--steps=2")
     assert second.returncode == 0, second.stderr
     return out, first.stdout, early

@@ -2,20 +2,27 @@
 
 import contextlib
 import errno
-import glob
 import os
 import re
 import secrets
 import shutil
 import tempfile
+import time
+import zlib
 from collections.abc import Iterator
 from pathlib import Path
 
 from etils import epath
 
+from dopsd_jax.common import processes
 from dopsd_jax.common.errors import UserError
 
 FULL = (errno.ENOSPC, errno.EDQUOT)
+ABANDONED = 24 * 3600.0  # seconds after which no other machine writes a file any more
+_PARTIAL = re.compile(
+    r"\.(?P<name>.+)\.partial-(?P<place>[0-9a-f]{8})-(?P<pid>\d{1,10})-(?P<since>\d+)-[0-9a-f]{8}",
+    re.DOTALL,
+)
 
 
 def disk_error(error: OSError, path: str | os.PathLike) -> UserError:
@@ -39,7 +46,7 @@ def atomic_file(path: str | os.PathLike) -> Iterator:
             yield file
         return
     path = Path(path)
-    partial = path.with_name(f".{path.name}.partial-{os.getpid()}-{secrets.token_hex(4)}")
+    partial = partial_of(path)
     try:
         with open(partial, "wb") as file:
             yield file
@@ -53,21 +60,36 @@ def atomic_file(path: str | os.PathLike) -> Iterator:
         partial.unlink(missing_ok=True)
 
 
-def partials(name: str) -> str:
-    """A pattern of what `atomic_file` leaves of the file `name` when its process is killed."""
-    return f".{glob.escape(name)}.partial-*"
+def partial_of(path: Path) -> Path:
+    """Where `path` is written before it is whole: beside it, under a name that tells the writer."""
+    pid = os.getpid()
+    writer = f"{_place()}-{pid}-{processes.started(pid) or 0}"
+    return path.with_name(f".{path.name}.partial-{writer}-{secrets.token_hex(4)}")
 
 
-def remove_leftovers(folder: Path) -> None:
-    """Removes what writers that were killed left in `folder` and in the folders directly in it.
+def remove_leftovers(*folders: str | os.PathLike, name: str = "") -> None:
+    """Removes what writers that were killed left in `folders`; of the file or folder `name` alone.
 
-    Only for a folder in which no other process is writing.
+    A writer that still runs keeps its own, as does one of another machine for a day.
     """
-    pattern = re.compile(r"\..+\.partial-\d+-[0-9a-f]{8}|.+\.partial-\d+")
-    for place in (folder, *(path for path in folder.iterdir() if path.is_dir())):
-        for path in list(place.iterdir()):
-            if pattern.fullmatch(path.name):
-                shutil.rmtree(path) if path.is_dir() else path.unlink()
+    for folder in folders:
+        # What cannot be removed, or is being removed by another process, is in nobody's way.
+        with contextlib.suppress(OSError):
+            for path in () if is_remote(folder) else list(Path(folder).iterdir()):
+                match = _PARTIAL.fullmatch(path.name)
+                if match and name in ("", match["name"]) and not _in_use(path, match):
+                    shutil.rmtree(path) if path.is_dir() else path.unlink()
+
+
+def _in_use(path: Path, match: re.Match) -> bool:
+    if match["place"] == _place():
+        since = match["since"]
+        return processes.runs(int(match["pid"]), None if since == "0" else since)
+    return time.time() - path.stat().st_mtime < ABANDONED
+
+
+def _place() -> str:
+    return f"{zlib.crc32(processes.place().encode()):08x}"
 
 
 def is_remote(path: str | os.PathLike) -> bool:
@@ -97,7 +119,7 @@ def atomic_folder(path: str | os.PathLike, *, replace: bool = False) -> Iterator
     path = Path(path)
     if not replace and path.exists() and (not path.is_dir() or any(path.iterdir())):
         raise UserError(f"{path}: already there; give another name, or remove it")
-    partial = path.with_name(f"{path.name}.partial-{os.getpid()}")
+    partial = partial_of(path)
     try:
         partial.mkdir(parents=True)
         yield partial

@@ -5,7 +5,6 @@ import errno
 import hashlib
 import json
 import os
-import secrets
 import struct
 import zlib
 from collections.abc import Callable, Iterable, Mapping
@@ -18,6 +17,7 @@ import numpy as np
 import safetensors
 import safetensors.numpy
 
+from dopsd_jax.common.atomic import partial_of, remove_leftovers
 from dopsd_jax.common.errors import UserError
 from dopsd_jax.common.files import open_regular
 
@@ -80,7 +80,7 @@ class FeatureCache:
         place = self.path(key)
         with self._writing():
             place.parent.mkdir(parents=True, exist_ok=True)
-            temporary = place.with_name(f".{key}.{os.getpid()}.{secrets.token_hex(4)}.tmp")
+            temporary = partial_of(place)
             try:
                 with open(temporary, "xb") as file:
                     file.write(content)
@@ -153,6 +153,7 @@ class FeatureCache:
         Entries are read whole: damage that is found later, without the encoders, ends a run.
         """
         keys = list(dict.fromkeys(keys))
+        remove_leftovers(*{self.path(key).parent for key in keys})
         with ThreadPoolExecutor(READERS) as pool:
             found = pool.map(lambda key: self.get(key) is not None, keys)
             return [key for key, there in zip(keys, found, strict=True) if not there]

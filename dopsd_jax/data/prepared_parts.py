@@ -33,7 +33,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from etils import epath
 
-from dopsd_jax.common.atomic import atomic_file, is_remote, partials, write_text
+from dopsd_jax.common.atomic import atomic_file, write_text
 from dopsd_jax.common.errors import UserError, raise_if
 from dopsd_jax.weights.safetensors_io import FileInfo, parse_header
 from dopsd_jax.weights.safetensors_write import header_bytes
@@ -152,9 +152,6 @@ def write_part(
     infos |= {name: TensorInfo(CODES[a.dtype], a.shape) for name, a in small.items()}
     infos |= {"whole": TensorInfo("I64", (1,)), "pictures": TensorInfo("U8", (len(pictures),))}
     done = 0
-    if not is_remote(path):
-        for left in path.parent.glob(partials(path.name)):  # by a process that was killed
-            left.unlink(missing_ok=True)
     with atomic_file(path) as file:
         file.write(header_bytes(list(infos), infos, {"prepared": identity}))
         for caption, role, arrays in features:

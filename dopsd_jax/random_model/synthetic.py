@@ -13,6 +13,7 @@ import numpy as np
 from jaxtyping import Float, UInt8
 from PIL import Image
 
+from dopsd_jax.common.atomic import partial_of, remove_leftovers
 from dopsd_jax.common.errors import UserError
 from dopsd_jax.data.sources.files import IMAGE_SUFFIXES
 
@@ -164,10 +165,11 @@ def write_folder(
                 f"{directory}: holds other pictures or captions ({foreign[0]}); choose an empty "
                 "folder for the drawn example"
             )
+        remove_leftovers(directory)
         for name, content in files.items():
             place = directory / name
             if not place.exists() or place.read_bytes() != content:
-                temporary = directory / f".{name}.{os.getpid()}.tmp"
+                temporary = partial_of(place)
                 temporary.write_bytes(content)
                 os.replace(temporary, place)
     except OSError as error:

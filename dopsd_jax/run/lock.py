@@ -19,6 +19,7 @@ from typing import Any
 
 from etils import epath
 
+from dopsd_jax.common import processes
 from dopsd_jax.common.atomic import is_remote, remove_leftovers
 from dopsd_jax.common.errors import UserError
 from dopsd_jax.parallel import multihost
@@ -85,7 +86,8 @@ def exclusive_run(folder: epath.PathLike, what: str) -> Iterator[None]:
             if multihost.is_first():
                 stack.enter_context(exclusive(folder, what))
                 if not is_remote(folder):
-                    remove_leftovers(folder)
+                    inside = (path for path in epath.Path(folder).iterdir() if path.is_dir())
+                    remove_leftovers(folder, *inside)
         yield
 
 
@@ -151,37 +153,16 @@ def _self() -> dict[str, Any]:
         "host": socket.gethostname(),
         "process": pid,
         "since": time.strftime("%Y-%m-%d %H:%M:%S"),
-        "place": _place(),
-        "started": _started(pid),
+        "place": processes.place(),
+        "started": processes.started(pid),
     }
-
-
-def _place() -> str:
-    """Where process numbers mean the same: a machine, or a container of one."""
-    with contextlib.suppress(OSError):
-        boot = epath.Path("/proc/sys/kernel/random/boot_id").read_text().strip()
-        return f"{socket.gethostname()} {boot} {os.readlink('/proc/self/ns/pid')}"
-    return socket.gethostname()
-
-
-def _started(pid: int) -> str | None:
-    """When a process began, in the system's own count; None where that is not known."""
-    with contextlib.suppress(OSError, IndexError):
-        return epath.Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[19]
-    return None
 
 
 def _alive(owner: dict[str, Any]) -> bool | None:
     """Whether the process that wrote the lock still runs; None if it is not of this machine."""
-    if owner.get("place") != _place() or not isinstance(owner.get("process"), int):
+    if owner.get("place") != processes.place() or not isinstance(owner.get("process"), int):
         return None
-    try:
-        os.kill(owner["process"], 0)
-    except ProcessLookupError:
-        return False
-    except (PermissionError, OverflowError):
-        pass
-    return _started(owner["process"]) == owner.get("started")
+    return processes.runs(owner["process"], owner.get("started"))
 
 
 def _read(handle: int) -> dict[str, Any]:

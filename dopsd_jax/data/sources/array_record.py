@@ -4,6 +4,7 @@ import functools
 import os
 from pathlib import Path
 
+from dopsd_jax.common.atomic import partial_of, remove_leftovers
 from dopsd_jax.common.errors import UserError
 from dopsd_jax.data.blobs import (
     RECORDS,
@@ -52,7 +53,8 @@ def write_array_record(path: str | os.PathLike, rows) -> None:
     path = Path(path)
     if path.suffix != RECORDS:
         raise UserError(f"{path}: must end in {RECORDS}")
-    partial = path.with_name(f".{path.name}.partial-{os.getpid()}")
+    remove_leftovers(path.parent, name=path.name)
+    partial = partial_of(path)
     # Pictures are compressed already; groups of one make a random read cost one record.
     writer = array_record_module().ArrayRecordWriter(str(partial), "group_size:1,uncompressed")
     try:
