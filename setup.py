@@ -1,4 +1,4 @@
-"""Installation: `pip install .`; extras test, bench, eval, quant, gcs, gpu (CUDA), tpu."""
+"""Installation: `pip install .`; extras test, bench, eval, quant, parquet, gcs, gpu (CUDA), tpu."""
 
 import re
 from pathlib import Path
@@ -66,12 +66,14 @@ setup(
             "peft==0.21.2",
             "accelerate",
             "qwix>=0.1.8",
+            "pyarrow>=17",
             "hypothesis>=6",
             "beartype>=0.22",  # checks the shapes in the annotations: tests/conftest.py
             "ruff==0.17.6",  # as .pre-commit-config.yaml and .ci/run have it
         ],
         "eval": ["torch"],  # dopsd_jax.evaluate on real data sets: CLIP-S, DINO-D, LPIPS-D
         "quant": ["qwix>=0.1.8"],  # config.base_dtype int8, nf4, fp8
+        "parquet": ["pyarrow>=17"],  # data sets of Hugging Face as .parquet files
         "gcs": ["gcsfs"],  # gs:// paths
         "bench": ["matplotlib"],  # figures of benchmarks/paper.py
         "gpu": ["jax[cuda13]"],

@@ -4,7 +4,7 @@ import os
 import pytest
 from PIL import Image
 
-from dopsd_jax.common.errors import UserError
+from dopsd_jax.common.errors import UserError, few
 from dopsd_jax.data.rows import load_rows
 from dopsd_jax.data.sources.captions import UPSTREAM_KEYS
 
@@ -162,9 +162,10 @@ def test_all_faults_of_all_lines_are_told_at_once(tmp_path):
 
 
 def test_many_faults_are_counted_not_printed(tmp_path):
-    path = write_jsonl(tmp_path / "d.jsonl", *["{"] * 50)
-    problems = problems_of(load_rows, path)
-    assert len(problems) == 21 and problems[-1] == "... and 30 more"
+    path = write_jsonl(tmp_path / "d.jsonl", *["{"] * 1050)
+    told = few(problems_of(load_rows, path))
+    assert len(told) == 4 and told[-1] == "... and 1047 more like these"
+    assert few(["a/b: x", "... and 4 more", "c/d: y y"])[-1] == "... and 4 more"
 
 
 def test_a_byte_order_mark_and_blank_lines_are_accepted(tmp_path):
@@ -316,14 +317,14 @@ def test_a_path_that_is_no_data_set(tmp_path):
     (tmp_path / "empty").mkdir()
     (tmp_path / "tables").mkdir()
     (tmp_path / "tables/train.jsonl").touch()
-    (tmp_path / "x.parquet").touch()
+    (tmp_path / "x.arrow").touch()
     cases = {
         "nowhere": "no such file or folder",
         "empty": "no pictures in this folder",
         "tables": "holds train.jsonl, give that file",
         "tables/train.jsonl": "holds no rows",
         "pictures/a.png": "is one picture",
-        "x.parquet": "is not a data set",
+        "x.arrow": "is not a data set",
     }
     for path, problem in cases.items():
         assert problem in problems_of(load_rows, tmp_path / path)[0]

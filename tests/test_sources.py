@@ -170,11 +170,11 @@ def test_masks_and_leftovers_are_noted(tmp_path):
 
 
 def test_tables_of_other_programs_are_named(tmp_path):
-    (tmp_path / "train-00000-of-00001.parquet").write_bytes(b"PAR1")
+    (tmp_path / "train-00000-of-00001.arrow").write_bytes(b"ARROW1")
     (problem,) = problems_of(load_rows, tmp_path)
-    assert "it holds train-00000-of-00001.parquet, which is not read: unpack it" in problem
-    (problem,) = problems_of(load_rows, tmp_path / "train-00000-of-00001.parquet")
-    assert "parquet is not read; unpack it" in problem
+    assert "it holds train-00000-of-00001.arrow, which is not read: unpack it" in problem
+    (problem,) = problems_of(load_rows, tmp_path / "train-00000-of-00001.arrow")
+    assert "arrow is not read; unpack it" in problem
 
 
 @pytest.mark.parametrize("kind", ["fifo", "device"])

@@ -238,14 +238,15 @@ def test_a_caption_longer_than_the_model_takes_is_named_before_training(random_r
     workdir, photos = tmp_path / "run", tmp_path / "photos"
     shutil.copytree(random_run / "random_model", workdir / "random_model")
     shutil.copytree(random_run / "random_data", photos)
-    for name in ("001", "004"):
+    for name in ("000", "001", "002", "003", "004"):
         (photos / f"{name}.txt").write_text("word " * 700)
     result = run_program(
         "train", *RANDOM_CONFIG, f"--workdir={workdir}", f"--config.data.path={photos}"
     )
     assert result.returncode == 2 and "Traceback" not in result.stderr
-    for name in ("001", "004"):
+    for name in ("000", "001", "002"):
         assert re.search(rf"{name}\.\w+: the prompt 'word .* tokens .*512", result.stderr)
+    assert result.stderr.splitlines()[3:] == ["error: ... and 2 more like these"]
     assert not (workdir / "metrics.jsonl").exists()
 
 

@@ -10,6 +10,7 @@ SHOWN = 3  # of many problems of one kind
 
 # What differs between problems of one kind: quoted names, lists, numbers, paths, file names.
 _VARYING = re.compile(r"'[^']*'|\"[^\"]*\"|\[[^\]]*\]|\S*/\S*|\S*\d\S*|\S+\.[A-Za-z]{2,5}\b")
+_COUNTED = re.compile(r"\.\.\. and (\d+) more")
 
 
 class UserError(Exception):
@@ -39,29 +40,32 @@ def one_line(text: str) -> str:
 
 
 def few(problems: Sequence[str]) -> list[str]:
-    """The problems to print: of more than four of one kind the first three, and a count."""
+    """The problems to print: of more than four of one kind the first three, and a count.
+
+    A problem `... and N more` stands for such as were only counted.
+    """
     kinds: dict[tuple[str, str], list[str]] = {}
+    hidden = sum(int(m[1]) for problem in problems if (m := _COUNTED.fullmatch(problem)))
     for problem in problems:
+        if _COUNTED.fullmatch(problem):
+            continue
         where, _, what = problem.partition(": ")
         # A path says where a problem is; the name of a setting says what it is.
         where = "" if re.search(r"[/\\\d]", where) else where
         kinds.setdefault((where, _VARYING.sub("#", what)), []).append(problem)
     lines = []
     for alike in kinds.values():
-        if len(alike) > SHOWN + 1:
-            alike = [*alike[:SHOWN], f"... and {len(alike) - SHOWN} more like these"]
+        # What was only counted is most likely of the one kind that there is.
+        count = len(alike) + (hidden if len(kinds) == 1 else 0)
+        if count > SHOWN + 1:
+            alike = [*alike[:SHOWN], f"... and {count - SHOWN} more like these"]
         lines += alike
-    return lines
+    return lines + [f"... and {hidden} more"] * (hidden > 0 and len(kinds) != 1)
 
 
-def raise_if(problems: Iterable[str], limit: int | None = None) -> None:
-    """Raises one `UserError` with all problems, if there are any.
-
-    With a `limit`, problems beyond it are only counted, on a last line.
-    """
+def raise_if(problems: Iterable[str]) -> None:
+    """Raises one `UserError` with all problems, if there are any."""
     problems = list(problems)
-    if limit is not None and len(problems) > limit:
-        problems = [*problems[:limit], f"... and {len(problems) - limit} more"]
     if problems:
         raise UserError(*problems)
 

@@ -16,7 +16,6 @@ from dopsd_jax.data.prepared import Caption
 from dopsd_jax.families.base import STUDENT, TEACHER, Features, Request
 from dopsd_jax.families.pipeline import Pipeline
 
-MAX_FAULTS = 20
 # Kinds of features: STUDENT, TEACHER (with the row's picture), and for the student's role the text
 # of a class prompt.
 PRIOR = 2
@@ -69,7 +68,7 @@ class Encoder:
                     found[caption, kind] = self.request(caption, kind).shapes
             except UserError as error:
                 faults += [f"{self.dataset.rows[caption[0]].where}: {p}" for p in error.problems]
-        raise_if(faults, MAX_FAULTS)
+        raise_if(faults)
         return found
 
     def encode(

@@ -11,7 +11,7 @@ from jaxtyping import Float
 from ml_collections import ConfigDict
 
 from dopsd_jax.common.errors import UserError, raise_if
-from dopsd_jax.conditioning.encoding import MAX_FAULTS, PRIOR, Encoder, concept_pattern
+from dopsd_jax.conditioning.encoding import PRIOR, Encoder, concept_pattern
 from dopsd_jax.data.cache import FeatureCache, feature_key
 from dopsd_jax.data.dataset import Dataset
 from dopsd_jax.data.images import crop_name
@@ -267,14 +267,11 @@ def check_class_prompts(dataset: Dataset, config: ConfigDict) -> None:
     word = config.dreambooth.concept_word
     named = concept_pattern(word)
     raise_if(
-        (
-            f"{row.where}: its caption {key!r} has no {word!r}, which "
-            "config.dreambooth.concept_word says stands for the concept; name the word that does"
-            for row in dataset.rows
-            for key, text in row.captions
-            if key in dataset.prompt_keys and not named.search(text)
-        ),
-        MAX_FAULTS,
+        f"{row.where}: its caption {key!r} has no {word!r}, which "
+        "config.dreambooth.concept_word says stands for the concept; name the word that does"
+        for row in dataset.rows
+        for key, text in row.captions
+        if key in dataset.prompt_keys and not named.search(text)
     )
 
 

@@ -10,10 +10,12 @@ from typing import BinaryIO
 
 from dopsd_jax.common.errors import UserError
 
-TAR, RECORDS = ".tar", ".array_record"
+TAR, RECORDS, PARQUET = ".tar", ".array_record", ".parquet"
 # Readers kept open; each thread has its own, since reading moves a position.
 _OPEN = threading.local()
 _KEPT = 16
+_GROUPS = 2  # groups of rows of Parquet files that are kept in memory
+_GROUP = 1 << 32  # rows, more than any group has
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,7 +67,58 @@ class ArrayRecordEntry(Blob):
         return split_record(record)[1]
 
 
-ARCHIVES = {TAR: TarMember, RECORDS: ArrayRecordEntry}
+class ParquetCell(Blob):
+    """`place` is that of `place_of`; the name is COLUMN[ROW]."""
+
+    __slots__ = ()
+
+    def read(self) -> bytes:
+        status, column = self.archive.stat(), self.name.rpartition("[")[0]
+        group, offset = divmod(self.place, _GROUP)
+        cells = _cells(str(self.archive), status.st_size, status.st_mtime_ns, group, column)
+        return bytes_in(cells[offset].as_py()) if offset < len(cells) else b""
+
+
+ARCHIVES = {TAR: TarMember, RECORDS: ArrayRecordEntry, PARQUET: ParquetCell}
+
+
+def place_of(group: int, offset: int) -> int:
+    """One number for a row of a Parquet file: of its group, and within that."""
+    return group * _GROUP + offset
+
+
+def bytes_in(cell: dict | bytes | None) -> bytes:
+    """The bytes of a picture in a cell of a Parquet file; none if there are none."""
+    return (cell.get("bytes") if isinstance(cell, dict) else cell) or b""
+
+
+def parquet_module():
+    """The library, which is not installed by itself."""
+    try:
+        import pyarrow.parquet
+    except ImportError:
+        raise UserError(
+            ".parquet files are read with pyarrow, which is not installed; pip install "
+            "'dopsd_jax[parquet]', or unpack them to pictures and a metadata.jsonl"
+        ) from None
+    return pyarrow.parquet
+
+
+def parquet_faults() -> tuple[type[Exception], ...]:
+    """What reading a damaged file raises."""
+    import pyarrow
+
+    return (OSError, pyarrow.ArrowException)
+
+
+@functools.lru_cache(_GROUPS)
+def _cells(path: str, size: int, mtime_ns: int, group: int, column: str):
+    """One column of a group of rows of the file in its present state; they are stored together."""
+    try:
+        with parquet_module().ParquetFile(path) as file:
+            return file.read_row_group(group, columns=[column])[column]
+    except (*parquet_faults(), IndexError, KeyError) as error:
+        raise UserError(f"{path}: cannot be read ({error}); make it again") from None
 
 
 def split_record(record: bytes) -> tuple[bytes, bytes]:

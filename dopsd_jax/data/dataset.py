@@ -16,8 +16,8 @@ from dopsd_jax.data.buckets import Bucket, nearest
 from dopsd_jax.data.images import ImageInfo, ImageLimits, enlargement
 from dopsd_jax.data.picture_index import Infos, PictureIndex
 from dopsd_jax.data.prepared import Caption, Prepared
-from dopsd_jax.data.rows import MAX_PROBLEMS, Rows
-from dopsd_jax.data.sources.collector import Examples
+from dopsd_jax.data.rows import Rows
+from dopsd_jax.data.sources.collector import MAX_PROBLEMS, Examples
 from dopsd_jax.data.table import Row
 
 REPORT_SECONDS = 5.0

@@ -11,20 +11,25 @@ from pathlib import Path
 
 from dopsd_jax.common.errors import UserError, raise_if
 from dopsd_jax.data.blobs import ARCHIVES
-from dopsd_jax.data.sources import array_record, folder, records, tar
+from dopsd_jax.data.sources import array_record, folder, parquet, records, tar
 from dopsd_jax.data.sources.archives import has_wildcard
 from dopsd_jax.data.sources.files import FOREIGN, IMAGE_SUFFIXES, UNPACK
 from dopsd_jax.data.sources.layout import Layout, Options
 from dopsd_jax.data.table import Row
 
-MAX_PROBLEMS = 20
 # The first layout that matches reads the data set.
-LAYOUTS: list[Layout] = [tar.LAYOUT, array_record.LAYOUT, records.LAYOUT, folder.LAYOUT]
+LAYOUTS: list[Layout] = [
+    tar.LAYOUT,
+    array_record.LAYOUT,
+    parquet.LAYOUT,
+    records.LAYOUT,
+    folder.LAYOUT,
+]
 # Options that mean nothing elsewhere.
 ONLY_FOR = {
-    "image_key": records.LAYOUT,
-    "folder_captions": folder.LAYOUT,
-    "folder_repeats": folder.LAYOUT,
+    "image_key": (records.LAYOUT, parquet.LAYOUT),
+    "folder_captions": (folder.LAYOUT,),
+    "folder_repeats": (folder.LAYOUT,),
 }
 
 
@@ -57,9 +62,10 @@ def load_rows(
         if layout is None:
             raise UserError(f"data.path {path}: {_what_it_is(path)}")
         for name, of in ONLY_FOR.items():
-            if getattr(chosen, name) and layout is not of:
+            if getattr(chosen, name) and layout not in of:
                 raise UserError(
-                    f"data.{name} is for {of.name}, and {path} is read as {layout.name}; unset it"
+                    f"data.{name} is for {' or '.join(one.name for one in of)}, and {path} is read "
+                    f"as {layout.name}; unset it"
                 )
         collector = layout.read(path, chosen)
     except OSError as error:
@@ -69,7 +75,7 @@ def load_rows(
     table, problems, notes = collector.finish()
     if not table and not problems:
         raise UserError(f"{collector.where}: holds no rows")
-    raise_if(problems, MAX_PROBLEMS)
+    raise_if(problems)
     return Rows(table, table.keys, tuple(notes))
 
 

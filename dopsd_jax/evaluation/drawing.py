@@ -21,7 +21,6 @@ from dopsd_jax.parallel import multihost
 from dopsd_jax.parallel.sharding import BATCH_AXES
 
 DECODED_PIXELS = 1 << 21  # of pictures that are decoded together: two at 1024 x 1024
-MAX_FAULTS = 20
 
 
 class Shot(NamedTuple):
@@ -113,7 +112,7 @@ class Painter:
                     self.pipe.request(TEACHER, case.prompt, size=size, options=options, where=where)
             except UserError as error:
                 faults += error.problems
-        raise_if(dict.fromkeys(faults), MAX_FAULTS)
+        raise_if(dict.fromkeys(faults))
 
     def encode(self, cases: Sequence[Case], role: int) -> Iterator[int]:
         """Computes the features that are not kept yet; yields how many are still to do."""

@@ -22,7 +22,6 @@ TRAINING, TEST = "training", "test"
 PLACEHOLDER = "[V]"
 STYLE = re.compile(re.escape(PLACEHOLDER) + r"\s+style\b", re.IGNORECASE)
 KEYS = ("prompt", "row", "class_name")
-MAX_FAULTS = 20
 
 
 class Test(dict):
@@ -50,7 +49,7 @@ def read_prompts(path: str | Path) -> list[Test]:
         faults += [f"{where}: {fault}" for fault in _faults(test)]
         if isinstance(test, dict):
             found.append(Test(test, where=where))
-    raise_if(faults, MAX_FAULTS)
+    raise_if(faults)
     return found
 
 
@@ -98,7 +97,7 @@ def cases(
         for t in tests
         if t.get("row") is not None and t["row"] >= len(dataset.rows)
     ]
-    raise_if(faults, MAX_FAULTS)
+    raise_if(faults)
     first = [dataset.caption(row, dataset.prompt_keys) for row in chosen]
     asked = [
         (TRAINING, row, dataset.rows[row].captions[i][1], dataset.rows[row].where, None)
@@ -129,7 +128,7 @@ def cases(
         text = with_class(prompt, name, style) if name else prompt
         seed = case_seed(first_seed, row, number)
         found.append(Case(kind, prompt, text, height, width, seed, sources[row]))
-    raise_if(faults, MAX_FAULTS)
+    raise_if(faults)
     return found
 
 

@@ -114,7 +114,7 @@ def _indexed(path: Path, options: Options, read: Callable[[Path, Options], Index
     open_regular(path).close()
     status, cache = path.stat(), options.cache
     stamp = [str(path.resolve()), status.st_size, status.st_mtime_ns]
-    stamp += [options.caption_extension, options.caption_lines]
+    stamp += [options.caption_extension, options.caption_lines, options.image_key]
     key = hashlib.sha256(json.dumps(["archive", VERSION, *stamp]).encode()).hexdigest()
     stored = cache.get(key) if cache is not None else None
     if stored is not None:

@@ -13,8 +13,8 @@ IMAGE_SUFFIXES = (
 )  # fmt: skip
 UNREADABLE_SUFFIXES = (".heic", ".heif", ".jxl", ".jp2", ".psd", ".raw", ".dng", ".svg")
 # Files of other programs, with the pictures inside.
-FOREIGN = (".parquet", ".arrow", ".lance", ".zip", ".rar", ".7z", ".h5", ".lmdb")
-UNPACK = "unpack it to pictures and a metadata.jsonl (docs/data.md shows how)"
+FOREIGN = (".arrow", ".lance", ".zip", ".rar", ".7z", ".h5", ".lmdb")
+UNPACK = "unpack it to pictures and a metadata.jsonl"
 # Endings of files that are surely no pictures, so that they need not be opened.
 _OTHER_SUFFIXES = (".txt", ".json", ".jsonl", ".caption", ".npz", ".safetensors")
 
