@@ -42,6 +42,9 @@ class Size(Protocol):
     channels: int
     head_dim: int
 
+    def to_dict(self) -> dict:
+        """The transformer's config.json; a LoRA file of ours carries it."""
+
 
 class Options(Protocol):
     """A module with these names, which imports no JAX: what a family adds to the configuration.

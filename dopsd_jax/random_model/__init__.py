@@ -22,7 +22,7 @@ from dopsd_jax.random_model.tokenizer import QWEN3_TEMPLATE, QWEN3_VL_TEMPLATE, 
 from dopsd_jax.weights.safetensors_write import write_sharded
 from dopsd_jax.weights.tensors import DTYPES, ArrayTensors
 
-__all__ = ["Size", "write_random_model"]
+__all__ = ["Size", "write_network", "write_random_model"]
 
 
 def write_random_model(folder: str | os.PathLike, seed: int = 0, size: Size | None = None) -> Path:
@@ -39,19 +39,19 @@ def write_random_model(folder: str | os.PathLike, seed: int = 0, size: Size | No
 
     config = configs.transformer(size)
     leaves = zimage.names(zimage.ZImageConfig.from_dict(config, "transformer"))
-    _write_network(folder / "transformer", config, leaves, "F32", seed)
+    write_network(folder / "transformer", config, leaves, "F32", seed)
 
     config = configs.autoencoder(size)
     leaves = autoencoder.names(AutoencoderConfig.from_dict(config, "vae"))
-    _write_network(folder / "vae", config, leaves, "BF16", seed)
+    write_network(folder / "vae", config, leaves, "BF16", seed)
 
     config = configs.text_encoder(size)
     leaves = qwen3.names(qwen3.Qwen3Config.from_dict(config, "text_encoder"))
-    _write_network(folder / "text_encoder", config, leaves, "BF16", seed)
+    write_network(folder / "text_encoder", config, leaves, "BF16", seed)
 
     config = configs.vlm(size)
     leaves = qwen3_vl.names(qwen3_vl.Qwen3VLConfig.from_dict(config, "vlm"))
-    _write_network(folder / "vlm", config, leaves, "BF16", seed)
+    write_network(folder / "vlm", config, leaves, "BF16", seed)
     _write_json(folder / "vlm" / "preprocessor_config.json", configs.PREPROCESSOR)
     _write_json(folder / "vlm" / "chat_template.json", {"chat_template": QWEN3_VL_TEMPLATE})
     write_tokenizer(folder / "vlm", QWEN3_VL_TEMPLATE, max_length=262144)
@@ -60,7 +60,8 @@ def write_random_model(folder: str | os.PathLike, seed: int = 0, size: Size | No
     return folder
 
 
-def _write_network(folder: Path, config: dict, leaves: Iterable[Leaf], dtype: str, seed: int):
+def write_network(folder: Path, config: dict, leaves: Iterable[Leaf], dtype: str, seed: int):
+    """A network's folder: `config` as config.json, and weights drawn from `seed` and their names."""
     base = "diffusion_pytorch_model" if "_class_name" in config else "model"
     _write_json(folder / "config.json", config)
     tensors = {

@@ -1,0 +1,8 @@
+"""What it adds to the configuration."""
+
+CONTEXTS = {"reference": True}
+FIELDS = ()
+
+
+def faults(given):
+    return []
