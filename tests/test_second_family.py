@@ -34,15 +34,16 @@ def folder(tmp_path_factory):
     whole, again = [*config, f"--workdir={out / 'whole'}"], f"--workdir={out / 'again'}"
     rest = [f"--config.model={model}", f"--config.data.path={data}", again]
     lora = out / "whole/lora/step_4.safetensors"
+    alone = "--distributed=off"  # it is looked for before JAX is first used
     commands = [
-        ["train", *whole],
-        ["train", *config, *rest, "--config.steps=2"],
-        ["train", *config, *rest],
+        ["train", alone, *whole],
+        ["train", alone, *config, *rest, "--config.steps=2"],
+        ["train", alone, *config, *rest],
         ["sample", f"--model={model}", f"--lora={lora}", f"--prompt={prompt}",
          f"--out={out / 'pictures'}"],
         ["check", *whole],
-        ["prepare", *whole, f"--out={out / 'prepared'}"],
-        ["train", *config, f"--config.model={model}", f"--config.data.path={out / 'prepared'}",
+        ["prepare", alone, *whole, f"--out={out / 'prepared'}"],
+        ["train", alone, *config, f"--config.model={model}", f"--config.data.path={out / 'prepared'}",
          f"--workdir={out / 'from_prepared'}"],
         ["estimate", *config],
         ["evaluate", *whole, "--rows=1", "--seeds=1",

@@ -61,7 +61,7 @@ def write_random_model(folder: str | os.PathLike, seed: int = 0, size: Size | No
 
 
 def write_network(folder: Path, config: dict, leaves: Iterable[Leaf], dtype: str, seed: int):
-    """A network's folder: `config` as config.json, and weights drawn from `seed` and their names."""
+    """A network's folder: `config` and weights drawn from `seed` and their names."""
     base = "diffusion_pytorch_model" if "_class_name" in config else "model"
     _write_json(folder / "config.json", config)
     tensors = {

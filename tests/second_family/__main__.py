@@ -16,7 +16,6 @@ families.FAMILIES["second"] = LISTING
 
 
 def run(program, *arguments):
-    known = set(flags.FLAGS)
     sys.argv = [program, *arguments]
     print("$", *sys.argv, flush=True)
     try:
@@ -24,8 +23,9 @@ def run(program, *arguments):
     except SystemExit as end:
         if end.code:
             sys.exit(f"{program}: status {end.code}")
-    for name in set(flags.FLAGS) - known:  # the next program has options of the same names
-        delattr(flags.FLAGS, name)
+    # The next program has options of the same names.
+    for flag in list(flags.FLAGS.flags_by_module_dict().get(program, ())):
+        delattr(flags.FLAGS, flag.name)
 
 
 for command in json.loads(sys.argv[1]):
