@@ -22,11 +22,11 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
 import numpy as np
 
+from dopsd_jax.common.progress import byte_progress
 from dopsd_jax.conversion.export import export_diffusers, export_single
 from dopsd_jax.conversion.importing import import_model
 from dopsd_jax.models.zimage import ZImageConfig, names
 from dopsd_jax.random_model import write_random_model
-from dopsd_jax.weights.progress import ConsoleProgress
 from dopsd_jax.weights.safetensors_write import write_sharded
 from dopsd_jax.weights.tensors import TensorInfo, take
 from dopsd_jax.weights.validation import sources
@@ -56,7 +56,7 @@ def make_model(folder: Path, layers: int) -> None:
     shutil.rmtree(folder / "transformer")
     (folder / "transformer").mkdir()
     (folder / "transformer" / "config.json").write_text(json.dumps(config.to_dict()))
-    progress, tensors = ConsoleProgress(), Synthetic(config)
+    progress, tensors = byte_progress("writing"), Synthetic(config)
     progress.start(sum(info.nbytes for info in tensors.infos.values()))
     write_sharded(folder / "transformer", "diffusion_pytorch_model", tensors, progress=progress)
 
@@ -90,7 +90,7 @@ class Step:
         self.function, self.args = function, args
 
     def __call__(self) -> None:
-        self.function(*self.args, progress=ConsoleProgress())
+        self.function(*self.args, progress=byte_progress("converting"))
 
 
 def main() -> None:

@@ -49,7 +49,7 @@ the quickstart does: the data, the method and the step are those of `dopsd_jax.t
 {CONCEPTS} concepts, {SEEDS} seeds each ({ABLATION_SEEDS} in the ablations): the seed draws the
 adapters' start and the training's noise; prompts and noise of the scores are a concept's own and
 the same for all.
-* **concept**: IoU of shape and colours with the true picture, in arrangements that were not shown;
+* **concept**: IoU of shape and colours with the target, in arrangements that were not shown;
 * **crispness**: of the edges in the concept's pictures, relative to the base model's;
 * **shape**, **retention**: share of ordinary prompts with the right shape; with the right shape and
   colour;
@@ -104,7 +104,7 @@ def _methods(records: Records, train: str) -> list[str]:
     ]
     if records.any(train):
         head += [f"| base | | | {_row(records.base(train))} | |"]
-        head += [f"| teacher, before | | | {_row(records.teacher(train))} | | | | |"]
+        head += [f"| teacher | | | {_row(records.teacher(train))} | | | | |"]
     rows = []
     for method in METHODS:
         for rate in RATES[train]:
@@ -156,7 +156,7 @@ def _styles(records: Records) -> list[str]:
         "of ordinary objects in a style that captions never name (outlined or shaded, on a",
         "gradient or lines): four styles, one run each, scored on 48 other scenes. Captions say",
         "the `whole` but the style, or are `short`: colour and shape; place, size and ground are",
-        "left to chance. **FID**: Fréchet distance to the style's true pictures, lower is better",
+        "left to chance. **FID**: Fréchet distance to the style's own pictures, lower is better",
         "(docs/evaluation.md); **crispness**: relative to theirs, raised by noise, too;",
         "**retention**: shape and colour right.",
         "",
@@ -166,7 +166,7 @@ def _styles(records: Records) -> list[str]:
     for kind in STYLE_CAPTIONS:
         if records.any("full", kind):
             lines += [f"| {kind} | base | | {_row(records.base('full', kind))} |"]
-            lines += [f"| {kind} | teacher, before | | {_row(records.teacher('full', kind))} |"]
+            lines += [f"| {kind} | teacher | | {_row(records.teacher('full', kind))} |"]
         for method in STYLE_METHODS:
             arm = records.arm(method, "full", STYLE_RATE, kind)
             found = [arm.final(m) if arm else None for m in STYLE_MEASURES]

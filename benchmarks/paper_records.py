@@ -18,7 +18,7 @@ CONCEPT, CRISP, SHAPE, RETENTION, ORDINARY_CRISP = MEASURES = (
     "ordinary crispness",
 )
 RELATIVE = CRISP, ORDINARY_CRISP  # to the base model's
-# Of styles, besides retention: distance to the true pictures, and crispness relative to theirs.
+# Of styles, besides retention: distance to the style's pictures, crispness relative to theirs.
 FID, CRISPNESS = "FID", "crispness"
 STYLE_MEASURES = FID, CRISPNESS, RETENTION
 

@@ -141,7 +141,7 @@ class Bench:
         pipe = self.pipe(config.train, config.lora.rank)
         dataset = build.open_data(config, self.folder, pipe.size_multiple)
         features = Features(pipe, dataset, config, build.cache_folder(config, self.folder))
-        features.prepare(lambda line: None)
+        features.prepare()
         batches = Batches(
             dataset.rows_by_bucket(),
             dataset.rows,

@@ -28,11 +28,11 @@ def run(bench: Bench, _, number: int, seed: int) -> dict[str, object]:
     prompts = [case.prompt for case in cases]
     seen = {name: config.teacher[name] for name in ("min_pixels", "max_pixels")}
     shown = pipe.encode_prompt_with_image(
-        prompts, [case.source for case in cases], **seen, doubled=config.teacher.doubled_template
+        prompts, [case.target for case in cases], **seen, doubled=config.teacher.doubled_template
     )
     told = pipe.encode_prompt(prompts)
     nodes = family.grid(name_or_list(config.grid), pipe.scheduler)
-    shape = pipe.latent_shape(*cases[0].source.shape[:2])
+    shape = pipe.latent_shape(*cases[0].target.shape[:2])
     found = {}
     for name, mover in (("on-policy", told), ("off-policy", shown)):
         x, found[name] = start_noise(seed, len(cases), shape), []

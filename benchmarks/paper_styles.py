@@ -103,7 +103,7 @@ class StyleExam:
                 pass
 
     def __call__(self, trained: nnx.State, role: int = STUDENT) -> Scores:
-        """Distance to the style's true pictures, crispness relative to theirs, and retention."""
+        """Distance to the style's own pictures, crispness relative to theirs, and retention."""
         images = np.stack([image for _, image in self.painter.draw(trained, self.shots, role)])
         right = [
             (seen.shape, seen.colour) == (scene.things[0].shape, scene.things[0].colour)

@@ -7,16 +7,16 @@ HEAD = """# What a step takes on TPU slices
 Made by `python benchmarks/scaling.py` from `docs/scaling.jsonl`; do not edit. The numbers are those
 of the TPU compiler (libtpu), which compiled the step for each slice; **no step has been run on a
 TPU**. Z-Image-Turbo, 6.15 billion parameters, at 1024 x 1024, captions of 512 and 1024 tokens, four
-rollout steps, one image a chip, full rematerialisation; LoRA of rank 64, or full fine-tuning with a
-float32 master, an EMA teacher and, unless the name says otherwise, AdamW. One micro-batch a step.
+rollout steps, one image per chip, full rematerialisation; LoRA of rank 64, or full fine-tuning with a
+float32 master, an EMA teacher and, unless the name says otherwise, AdamW. One micro-batch per step.
 
 Names count **chips**. Google's own names do too for v5e and v6e; for v5p they count TensorCores,
-two a chip: v5p-4 here is its v5p-8, and v5p-64 here its v5p-128.
+two per chip: v5p-4 here is its v5p-8, and v5p-64 here its v5p-128.
 `python -m dopsd_jax.estimate --topology` takes Google's names, and chips as in `v5p:2x2x1`.
 
-*does not fit* without a peak: what lives through the run is alone more than the chip has, which
-takes no compiler to see, or the compiler found no order of the work that fits (full v5e-8).
-*not compiled*: nobody has, and nothing is guessed.
+*does not fit* without a peak: the arrays that stay for the whole run are already larger than the
+chip's memory (then nothing was compiled), or the compiler found no schedule that fits (full v5e-8).
+*not compiled*: not tried yet.
 """
 MEASURES = ("TFLOP executed", "GiB at the peak", "GiB received", "collectives")
 KINDS = ("all-gather", "reduce-scatter", "all-reduce", "all-to-all", "collective-permute")
@@ -29,7 +29,7 @@ def page(rows: list[tuple[str, dict | None]]) -> str:
         HEAD,
         "## Goals\n\n" + "\n".join(_goals(records)) + "\n",
         "## Memory and work of one chip\n\n" + "\n".join(_memory(rows)) + "\n",
-        "## What collectives give one chip in a step\n\n" + "\n".join(_traffic(rows)) + "\n",
+        "## Collectives of one step, per chip\n\n" + "\n".join(_traffic(rows)) + "\n",
         "## From few chips to many: what one chip does\n\n" + "\n".join(_growth(records)) + "\n",
         "## Versions\n\n" + "\n".join(_versions(rows)) + "\n",
     ]

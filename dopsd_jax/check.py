@@ -60,13 +60,12 @@ def main() -> None:
     teacher = start.student if start.teacher is None else start.teacher
     grid = previews.rows(start.student, teacher)
     path = workdir / "check.png"
-    pictures.save_grid(path, previews.columns, grid, title="before step 1")
+    pictures.save_grid(path, previews.columns, grid, title="step 0, before training")
     drawn = {name: [row.images[i] for row in grid] for i, name in enumerate(previews.columns)}
-    drawn["student"] = drawn.pop("tuned")
     if features.needs.target:
         latents = [features.latents([row]) for row in rows]
         drawn["autoencoder"] = [pipe.decode(latent)[0] for latent in latents]
-    names = [name for name in ("student", "teacher", "autoencoder") if name in drawn]
+    names = [name for name in ("tuned", "teacher", "autoencoder") if name in drawn]
     distances = {name: _distance(drawn[name], drawn["target"]) for name in names}
     if features.needs.prior:
         captions = [s.caption for s in previews.samples]
@@ -92,12 +91,12 @@ def main() -> None:
     print(f"pictures: {path}")
     if gaps is not None and np.mean(gaps) < NOTHING:
         print("warning: the teacher's context changes nothing; there is nothing to learn")
-    elif distances.get("teacher", 0) >= distances["student"]:
+    elif distances.get("teacher", 0) >= distances["tuned"]:
         print(
-            "warning: the teacher is no nearer to the targets than the student; look at the "
+            "warning: the teacher is no nearer to the targets than the tuned model; look at the "
             "pictures before training"
         )
-    if distances.get("autoencoder", 0) >= distances["student"]:
+    if distances.get("autoencoder", 0) >= distances["tuned"]:
         print(
             "warning: the autoencoder does not bring the targets back; is the vae of config.model "
             "the one that belongs to it?"

@@ -99,10 +99,10 @@ def _add_transformer_only(p: argparse.ArgumentParser) -> None:
 
 
 def run_import(args: argparse.Namespace) -> None:
+    from dopsd_jax.common.progress import byte_progress
     from dopsd_jax.conversion.importing import import_model
     from dopsd_jax.weights import hub
     from dopsd_jax.weights.found_files import components
-    from dopsd_jax.weights.progress import ConsoleProgress
     from dopsd_jax.weights.safetensors_io import TensorFiles
 
     files = {"vae": args.vae, "text_encoder": args.text_encoder}
@@ -134,17 +134,17 @@ def run_import(args: argparse.Namespace) -> None:
         files=files,
         vlm=vlm,
         dtype=TYPES.get(args.dtype),
-        progress=ConsoleProgress(),
+        progress=byte_progress("importing"),
     )
     print(f"{args.out}: imported")
 
 
 def run_export(args: argparse.Namespace) -> None:
+    from dopsd_jax.common.progress import byte_progress
     from dopsd_jax.conversion.export import export_diffusers, export_single
     from dopsd_jax.conversion.inspection import layers_for
     from dopsd_jax.weights import hub
     from dopsd_jax.weights.lora_files import LoraModule, read_lora
-    from dopsd_jax.weights.progress import ConsoleProgress
 
     raise_if(
         f"--{name} {value}: must be {what}"
@@ -159,7 +159,7 @@ def run_export(args: argparse.Namespace) -> None:
     if args.lora is not None:
         modules = read_lora(args.lora, layers_for(model), args.transformer_only).modules
         lora = {n: LoraModule(m.a, m.b, m.scale * args.strength) for n, m in modules.items()}
-    dtype, progress = TYPES.get(args.dtype), ConsoleProgress()
+    dtype, progress = TYPES.get(args.dtype), byte_progress("writing")
     if args.format == "diffusers":
         shard = int(args.max_shard_gb * 1e9)
         export_diffusers(
@@ -171,10 +171,10 @@ def run_export(args: argparse.Namespace) -> None:
 
 
 def run_lora(args: argparse.Namespace) -> None:
+    from dopsd_jax.common.progress import size
     from dopsd_jax.conversion.inspection import layers_for
     from dopsd_jax.weights.lora_files import read_lora
     from dopsd_jax.weights.lora_write import write_lora
-    from dopsd_jax.weights.progress import size
 
     if args.out.resolve() == args.source.resolve():
         raise UserError(f"{args.out}: is the source; give another name")

@@ -1,10 +1,10 @@
 """Scores with intervals: python -m dopsd_jax.evaluate --config FILE[:ARG] [--workdir RUN] ...
 
 Draws the same prompts from the same noise with the base model, the teacher (the base model that is
-also shown the picture) and the student, and compares them. The student is the newest result of a
-run (--workdir), a LoRA file (--lora) or a model folder (--model); without any, base and teacher
-alone are compared. What was drawn and scored is kept in --out: the same command again does only
-what is missing. See docs/evaluation.md.
+also shown the target picture) and the tuned model, and compares them. The tuned model is the newest
+result of a run (--workdir), a LoRA file (--lora) or a model folder (--model); without any of these,
+base and teacher alone are compared. What was drawn and scored is
+kept in --out: the same command again does only what is missing. See docs/evaluation.md.
 """
 
 import json
@@ -17,8 +17,8 @@ from dopsd_jax.config.flags import CONFIG, WORKDIR, parse
 from dopsd_jax.evaluation import seeds
 
 OPTIONS = program.options(__name__)
-LORA = OPTIONS.string("lora", None, "LoRA file; it is the student")
-MODEL = OPTIONS.string("model", None, "model folder of a full run; it is the student")
+LORA = OPTIONS.string("lora", None, "LoRA file of the tuned model")
+MODEL = OPTIONS.string("model", None, "model folder of a full run, the tuned model")
 OUT = OPTIONS.string("out", None, "folder of the evaluation; default: WORKDIR/evaluation")
 PROMPTS = OPTIONS.string("prompts", None, "test prompts: .txt, one a line, or .jsonl")
 CLASS_WORD = OPTIONS.string("class_word", "", "what [V] is one of, for scorers of texts")
@@ -46,7 +46,7 @@ from dopsd_jax.data.images import open_image
 from dopsd_jax.data.prepared_parts import is_prepared
 from dopsd_jax.evaluation import arms as models
 from dopsd_jax.evaluation import data_judges, gathering, prompts, results, torch_scorers
-from dopsd_jax.evaluation.arms import Arm, Student
+from dopsd_jax.evaluation.arms import Arm, Tuned
 from dopsd_jax.evaluation.data_judges import DataJudge
 from dopsd_jax.evaluation.drawing import Shot
 from dopsd_jax.evaluation.gallery import Gallery
@@ -56,7 +56,7 @@ from dopsd_jax.evaluation.scorer import Case, Judge, judges, load_scorers
 from dopsd_jax.families.base import TEACHER
 from dopsd_jax.families.pipeline import Pipeline
 from dopsd_jax.parallel import sharding
-from dopsd_jax.reporting.pictures import Row
+from dopsd_jax.reporting.pictures import GridRow
 from dopsd_jax.run import build
 from dopsd_jax.run.lock import exclusive_run
 from dopsd_jax.run.workdir import versions
@@ -95,7 +95,7 @@ def evaluate(config: ConfigDict, out: Path) -> None:
     # ---- Everything that can be wrong is found before anything is drawn, and told together.
     attempt = Attempts()
     gallery = Gallery(out)
-    student = attempt(lambda: find_student(config))
+    tuned = attempt(lambda: find_tuned(config))
     home = Path(WORKDIR.value).expanduser() if WORKDIR.value else out
     own = attempt(lambda: find_judge(config, home))
     scorers = attempt(lambda: find_scorers(own)) or []
@@ -107,7 +107,7 @@ def evaluate(config: ConfigDict, out: Path) -> None:
     cases = find_cases(config, home, pipe, own, tests, scorers)
     cache = build.cache_folder(config, home)
     batch = BATCH.value or (config.batch_size if own is None else own.batch)
-    every = models.make_arms(config, pipe, student, cache, batch, mesh)
+    every = models.make_arms(config, pipe, tuned, cache, batch, mesh)
     every[0].painter.check(cases)
     idle = [s.name for s in scorers if not any(judges(s, case) for case in cases)]
     raise_if(f"--scorers: {name} judges none of these prompts; leave it out" for name in idle)
@@ -122,7 +122,7 @@ def evaluate(config: ConfigDict, out: Path) -> None:
     print("\n".join(["", *results.lines(cells), *notes, ""]))
     facts = {
         "config": schema.flat(config),
-        "facts": {**origin, "student": str(student.path) if student else None},
+        "facts": {**origin, "tuned": str(tuned.path) if tuned else None},
         "pictures": {
             "per_prompt": SEEDS.value,
             "first_seed": FIRST_SEED.value,
@@ -140,14 +140,14 @@ def output_folder() -> Path:
     given = [f"--{f.name}" for f in (WORKDIR, LORA, MODEL) if f.value]
     faults = []
     if len(given) > 1:
-        faults.append(f"{' and '.join(given)}: each names the student; give one of them")
+        faults.append(f"{' and '.join(given)}: each names the tuned model; give one of them")
     if not OUT.value and not WORKDIR.value:
         faults.append("--out: is needed without --workdir; name a folder for pictures and scores")
     raise_if(faults)
     return Path(OUT.value or Path(WORKDIR.value) / "evaluation").expanduser()
 
 
-def find_student(config: ConfigDict) -> Student | None:
+def find_tuned(config: ConfigDict) -> Tuned | None:
     """What the options name, looked for but not loaded."""
     if WORKDIR.value:
         return models.of_run(WORKDIR.value, config)
@@ -155,12 +155,12 @@ def find_student(config: ConfigDict) -> Student | None:
         path = Path(LORA.value).expanduser()
         if not path.is_file():
             raise UserError(f"--lora {LORA.value}: no such file")
-        return Student(path, whole=False)
+        return Tuned(path, whole=False)
     if MODEL.value:
         path = Path(MODEL.value).expanduser()
         if not (path / "transformer").is_dir():
             raise UserError(f"--model {MODEL.value}: is no model folder (it has no transformer/)")
-        return Student(path, whole=True)
+        return Tuned(path, whole=True)
     return None
 
 
@@ -236,24 +236,24 @@ def write(
          "height": c.height, "width": c.width}
         for c in cases
     ]  # fmt: skip
-    content = {"format": 1, **facts, "prompts": asked}
+    content = {"format": 2, **facts, "prompts": asked}
     content["scores"] = {score.name: score.as_json() for score in scores}
     write_text(out / "scores.json", json.dumps(content, indent=1, allow_nan=False) + "\n")
     rows = []
     for case in cases:
         shown = [
             None
-            if arm.role == TEACHER and case.source is None
+            if arm.role == TEACHER and case.target is None
             else gallery.picture(arm.key(Shot(case, 0)))
             for arm in every
         ]
-        rows.append(Row(f"{case.kind}: {case.prompt}", (*shown, case.source)))
+        rows.append(GridRow(f"{case.kind}: {case.prompt}", (case.target, *shown)))
     text = {
         name: value if isinstance(value, str) else json.dumps(value)
         for part in ("facts", "pictures", "versions", "weights", "config")
         for name, value in facts[part].items()
     }
-    columns = [*(arm.name for arm in every), "source"]
+    columns = ["target", *(arm.name for arm in every)]
     content = page(f"Evaluation: {out}", cells, notes, columns, rows, text)
     write_text(out / "evaluation.html", content.encode("utf-8", "replace").decode())
     print(f"scores: {out / 'scores.json'}\npage: {out / 'evaluation.html'}", flush=True)

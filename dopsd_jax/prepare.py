@@ -12,12 +12,11 @@ import hashlib
 import io
 import json
 import os
-import time
 import zlib
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 from dopsd_jax.common import program
 from dopsd_jax.config.flags import CONFIG, WORKDIR, parse
@@ -42,13 +41,13 @@ from PIL import Image
 from dopsd_jax.common import errors
 from dopsd_jax.common.atomic import is_remote, remove_leftovers
 from dopsd_jax.common.errors import UserError
-from dopsd_jax.common.progress import duration
+from dopsd_jax.common.progress import Progress
 from dopsd_jax.conditioning.encoding import Encoder
 from dopsd_jax.conditioning.features import DIGESTS, prepared_settings, sees_picture
 from dopsd_jax.data import prepared_parts as parts
 from dopsd_jax.data.dataset import Dataset, describe, measure, spread
 from dopsd_jax.data.rows import Rows
-from dopsd_jax.data.table import Chosen, Row
+from dopsd_jax.data.table import Chosen, DataRow
 from dopsd_jax.families.base import STUDENT, TEACHER
 from dopsd_jax.families.pipeline import Pipeline
 from dopsd_jax.methods import registry
@@ -57,10 +56,8 @@ from dopsd_jax.run import build
 from dopsd_jax.run.lock import exclusive
 from dopsd_jax.run.workdir import find_workdir
 
-T = TypeVar("T")
 SHOWN = 64  # rows whose pictures are kept, for previews
 THREADS = 16  # parts that are looked at together
-REPORT_SECONDS = 5.0
 
 
 def main() -> None:
@@ -192,10 +189,8 @@ def write_parts(
     """
     dataset = encoder.dataset
     captions = dataset.captions()
-    shown, progress = (
-        set(spread(manifest.rows, SHOWN)),
-        Progress(sum(bool(one) for pair in layouts for one in pair)),
-    )
+    shown = set(spread(manifest.rows, SHOWN))
+    progress = Progress("encoding", sum(bool(one) for pair in layouts for one in pair))
     row = caption = 0  # the first ones of the part, among the data set's
     for part in todo:
         pictures, records = io.BytesIO(), []
@@ -266,7 +261,7 @@ def is_done(folder: epath.Path, part: int, manifest: parts.Manifest) -> bool:
     return True
 
 
-def source_digest(rows: Sequence[Row], root: Path) -> str:
+def source_digest(rows: Sequence[DataRow], root: Path) -> str:
     """sha256 over the rows as they are named and captioned, wherever the folder lies."""
     total = hashlib.sha256()
     for row in rows:
@@ -274,7 +269,7 @@ def source_digest(rows: Sequence[Row], root: Path) -> str:
     return total.hexdigest()
 
 
-def picture_name(row: Row, root: Path) -> str:
+def picture_name(row: DataRow, root: Path) -> str:
     """The picture's name below the data set's folder."""
     name = str(row.image)
     return name.removeprefix(f"{root}{os.sep}")
@@ -301,29 +296,6 @@ def record(dataset: Dataset, row: int, root: Path, shown: list[int] | None) -> M
         "bucket": list(dataset.buckets[row]),
         "shown": shown,
     }
-
-
-class Progress:
-    """Says from time to time how far the encoding is."""
-
-    def __init__(self, total: int):
-        self.total, self.done = total, 0
-        self.begin = self.said = time.monotonic()
-
-    def over(self, items: Iterable[T]) -> Iterator[T]:
-        """The same items, counted as they pass."""
-        for item in items:
-            yield item
-            self.done += 1
-            now = time.monotonic()
-            if now - self.said > REPORT_SECONDS or self.done == self.total:
-                left = (now - self.begin) / self.done * (self.total - self.done)
-                print(
-                    f"encoding: {self.done}/{self.total} ({self.done / self.total:.1%}), "
-                    f"{duration(left)} left",
-                    flush=True,
-                )
-                self.said = now
 
 
 if __name__ == "__main__":

@@ -1,7 +1,6 @@
 """Samples: python -m dopsd_jax.sample --model PATH [--lora FILE] --prompt "..." --out DIR"""
 
 import itertools
-import sys
 from pathlib import Path
 
 from dopsd_jax.common import program
@@ -29,10 +28,9 @@ import jax
 import dopsd_jax
 from dopsd_jax.common.atomic import disk_error, remove_leftovers
 from dopsd_jax.common.errors import UserError
-from dopsd_jax.common.progress import duration
+from dopsd_jax.common.progress import Progress
 from dopsd_jax.families.base import STUDENT
 from dopsd_jax.families.pipeline import start_noise
-from dopsd_jax.reporting.metrics import StepTimer
 from dopsd_jax.reporting.pictures import save_picture
 
 
@@ -60,8 +58,8 @@ def main() -> None:
         f"{jax.default_backend()}; the first takes longer: the sampler is compiled",
         flush=True,
     )
-    timer = StepTimer()
-    for done, (number, prompt, seed) in enumerate(todo, 1):
+    progress = Progress("picture", len(todo), every=0)
+    for number, prompt, seed in todo:
         image = pipe(
             [prompt],
             height=height,
@@ -71,10 +69,7 @@ def main() -> None:
         )[0]
         path = unused(out / f"{number:03d}_seed{seed}.png")
         save_picture(path, image, {"prompt": prompt, "seed": str(seed), "lora": LORA.value or ""})
-        timer.tick()
-        left = (len(todo) - done) * (timer.typical or 0)
-        print(f"{path}  {done} of {len(todo)}" + (f", {duration(left)} left" if left else ""))
-        sys.stdout.flush()
+        progress.advance(text=str(path))
 
 
 def unused(path: Path) -> Path:

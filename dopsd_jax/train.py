@@ -25,6 +25,7 @@ import jax
 from etils import epath
 from ml_collections import ConfigDict
 
+from dopsd_jax.common.progress import Progress
 from dopsd_jax.conditioning.features import Features
 from dopsd_jax.data.dataset import describe
 from dopsd_jax.data.loader import Batches, prefetch
@@ -32,7 +33,7 @@ from dopsd_jax.evaluation import run_scores
 from dopsd_jax.parallel import multihost, sharding
 from dopsd_jax.parallel.preemption import STOPPED_EXIT, StopRequest
 from dopsd_jax.reporting.incidents import write_incident
-from dopsd_jax.reporting.metrics import MetricsWriter, Progress, StepTimer
+from dopsd_jax.reporting.metrics import MetricsWriter
 from dopsd_jax.reporting.previews import Previews, rows_of
 from dopsd_jax.reporting.run_page import write_report
 from dopsd_jax.run import build
@@ -73,7 +74,7 @@ def train(config: ConfigDict, workdir: epath.Path) -> int | None:
     # ---- What the method learns from: computed once, then the encoders leave.
     with multihost.together():
         features = Features(pipe, dataset, config, build.cache_folder(config, workdir))
-    multihost.first_alone(lambda: features.prepare(multihost.say))
+    multihost.first_alone(features.prepare)
 
     # ---- State and step.
     with jax.set_mesh(mesh):
@@ -125,19 +126,20 @@ def train(config: ConfigDict, workdir: epath.Path) -> int | None:
     places = sharding.own_samples(mesh, config.batch_size)
     own = lambda index: index.part(places, config.accumulate)
     load = lambda index: (index.bucket, features.batch(own(index), config.accumulate))
-    timer = StepTimer()
-    progress = Progress(config.steps, timer, quiet=not multihost.is_first())
+    rate = lambda steps: f"{steps * effective_batch:.3g} images/s"
+    quiet = not multihost.is_first()
+    progress = Progress("step", config.steps, done=first, rate=rate, quiet=quiet)
     pending = None
 
     def finish(step: int, metrics) -> None:
         metrics = jax.device_get(metrics)
-        seconds = timer.tick()
+        loss, gap = float(metrics["loss"]), float(metrics["gap"])
+        seconds = progress.advance(text=f"loss {loss:.5g}  gap {gap:.5g}")
         speed = {"seconds": seconds, "images_per_second": effective_batch / seconds}
         verdict = guard.look(metrics)
         del metrics["finite"]  # the verdict names what was not
         record = {"step": step, **metrics, **verdict, **speed}
         writer.write(record)
-        progress.update(step, metrics["loss"], metrics["gap"], effective_batch)
         fault = guard.fault(record)
         if fault is None:
             return
@@ -154,7 +156,7 @@ def train(config: ConfigDict, workdir: epath.Path) -> int | None:
     with writer, checkpoints, StopRequest() as stop:
         if first == 0:
             show(0)
-        timer.skip()
+        progress.skip()
         for n, (bucket, batch) in prefetch(batches, load, first, config.steps):
             latent = (config.batch_size, *pipe.latent_shape(bucket.height, bucket.width))
             with jax.set_mesh(mesh):
@@ -173,7 +175,7 @@ def train(config: ConfigDict, workdir: epath.Path) -> int | None:
                     save(step)
                 if show_now:
                     show(step)
-                timer.skip()
+                progress.skip()
             if stopped and not last:
                 break
     if step < config.steps:

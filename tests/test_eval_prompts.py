@@ -34,7 +34,7 @@ def test_rows_and_tests_have_the_noise_of_the_protocol(dataset):
     ]
     # Tests take the two rows in turn: k = 0, 0, 1, 1, 2.
     assert [c.seed for c in found[2:]] == [31, 331, 32, 332, 33]
-    assert [c.source[0, 0, 0] for c in found] == [0, 120, 0, 120, 0, 120, 0]
+    assert [c.target[0, 0, 0] for c in found] == [0, 120, 0, 120, 0, 120, 0]
     assert {(c.height, c.width) for c in found} == {(64, 96)}
     assert seeds.picture_seed(331, 0) == 331 and seeds.picture_seed(331, 2) == 2_000_331
 

@@ -12,7 +12,7 @@ from PIL import Image
 from dopsd_jax.common.errors import UserError
 from dopsd_jax.config.fields import declared
 from dopsd_jax.evaluation import arms, gathering
-from dopsd_jax.evaluation.arms import Student
+from dopsd_jax.evaluation.arms import Tuned
 from dopsd_jax.evaluation.drawing import Shot
 from dopsd_jax.evaluation.gallery import Gallery
 from dopsd_jax.miniature import concepts, world
@@ -77,9 +77,9 @@ def test_the_table_the_numbers_and_the_page_agree(run, data):
     folder, printed = run
     content = json.loads((folder / "scores.json").read_text())
     arms_of = lambda name: set(content["scores"][name]["arms"])
-    assert arms_of("concept IoU") == {"base", "teacher", "student"}
-    assert arms_of("leaked concept") == {"base", "student"}
-    assert content["facts"]["student"] and "jax" in content["versions"]
+    assert arms_of("concept IoU") == {"base", "teacher", "tuned"}
+    assert arms_of("leaked concept") == {"base", "tuned"}
+    assert content["facts"]["tuned"] and "jax" in content["versions"]
     assert content["config"].keys() == declared().keys()
     assert len(content["prompts"]) == 4 * COUNT
     page = (folder / "evaluation.html").read_text()
@@ -93,10 +93,10 @@ def test_the_table_the_numbers_and_the_page_agree(run, data):
             assert each.shape[1] == 2 and score["arms"][arm]["prompts"] == len(each)
             assert score["arms"][arm]["value"] == pytest.approx(each.mean()), name
         if score["values"]:
-            gap = np.array(score["values"]["student"]) - score["values"]["base"]
-            found = score["differences"]["student - base"]["value"]
+            gap = np.array(score["values"]["tuned"]) - score["values"]["base"]
+            found = score["differences"]["tuned - base"]["value"]
             assert found == pytest.approx(gap.mean(), abs=1e-9)
-    # Three models and the source; of other words there is no source and so no teacher.
+    # Three models and the target; of other words there is no target and so no teacher.
     assert page.count("data:image") == COUNT * (4 + 2 * 4 + 2)
     assert "src=" not in page.replace('src="data:', "") and "<link" not in page
     assert (np.array(gap) != 0).any(), "the adapter changes nothing"
@@ -158,7 +158,7 @@ def make(config, student, folder):
 
 
 def test_a_second_call_draws_and_scores_only_what_is_missing(config, cases, lora_file, tmp_path):
-    every = make(config, Student(lora_file, False), tmp_path)
+    every = make(config, Tuned(lora_file, False), tmp_path)
     asked = []
 
     class Counting:
@@ -174,7 +174,7 @@ def test_a_second_call_draws_and_scores_only_what_is_missing(config, cases, lora
         return gathering.judge(Counting(), every, cases[:2], 1, gallery)
 
     first = evaluate()
-    assert len(asked) == 6 and set(first.arms) == {"base", "teacher", "student"}
+    assert len(asked) == 6 and set(first.arms) == {"base", "teacher", "tuned"}
     files = {p: p.stat().st_mtime_ns for p in (tmp_path / "out/pictures").iterdir()}
     assert len(files) == 3 + 2 + 3
     student, teacher = (every[i].key(Shot(cases[0], 0)) for i in (2, 1))
@@ -192,13 +192,13 @@ def test_a_second_call_draws_and_scores_only_what_is_missing(config, cases, lora
 
 
 def test_a_picture_has_another_key_for_whatever_it_depends_on(config, cases, lora_file, tmp_path):
-    first = make(config, Student(lora_file, False), tmp_path)
+    first = make(config, Tuned(lora_file, False), tmp_path)
     shots = [Shot(case, number) for case in cases for number in (0, 1)]
-    keys = {arm.key(s) for arm in first for s in shots if arm.name != "teacher" or s.case.source
+    keys = {arm.key(s) for arm in first for s in shots if arm.name != "teacher" or s.case.target
             is not None}  # fmt: skip
     assert len(keys) == 6 + 4 + 6
     other = write_random_model(tmp_path / "other", seed=1)
-    whole = make(config, Student(other, True), tmp_path)
+    whole = make(config, Tuned(other, True), tmp_path)
     shot = Shot(cases[0], 0)
     assert [arm.key(shot) for arm in whole[:2]] == [arm.key(shot) for arm in first[:2]]
     assert whole[2].key(shot) not in keys
@@ -282,6 +282,6 @@ def test_a_scorer_that_gives_no_numbers_is_named(config, cases, tmp_path, values
     gallery = Gallery(tmp_path / "out")
     for number in (0, 1):
         shot = Shot(cases[0], number)
-        gallery.put(every[0].key(shot), cases[0].source, shot, "base", 0)
+        gallery.put(every[0].key(shot), cases[0].target, shot, "base", 0)
     with pytest.raises(UserError, match=f"scorer broken.*{fault}"):
         gathering.judge(Broken(), every, cases, 2, gallery)

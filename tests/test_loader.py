@@ -10,14 +10,14 @@ import pytest
 from dopsd_jax.common.errors import UserError
 from dopsd_jax.data.buckets import Bucket
 from dopsd_jax.data.loader import Batches, prefetch
-from dopsd_jax.data.rows import Row
+from dopsd_jax.data.rows import DataRow
 
 KEYS = ("short_en", "medium_en", "short_zh")
 
 
 def make_rows(count):
     captions = tuple((key, f"{key}!") for key in KEYS)
-    return [Row(Path(f"{i}.png"), captions, str(i)) for i in range(count)]
+    return [DataRow(Path(f"{i}.png"), captions, str(i)) for i in range(count)]
 
 
 def split(*sizes):
@@ -125,7 +125,7 @@ def test_one_key_is_drawn_for_a_batch_or_one_for_each_row():
 
 def test_captions_belong_to_the_key_and_alternatives_are_all_drawn():
     captions = (("a", "1"), ("b", "2"), ("a", "3"), ("a", "4"))
-    rows = [Row(Path("x"), captions, "x"), Row(Path("y"), (("b", "5"), ("a", "6")), "y")]
+    rows = [DataRow(Path("x"), captions, "x"), DataRow(Path("y"), (("b", "5"), ("a", "6")), "y")]
     batches = Batches({Bucket(16, 16): np.arange(2)}, rows, "ab", batch_size=2, seed=0)
     drawn = Counter()
     for n in range(400):

@@ -112,7 +112,7 @@ def open_features(model, path, workdir, **fields):
     pipe, _ = build.open_pipeline(config, workdir)
     dataset = build.open_data(config, workdir, pipe.size_multiple)
     features = Features(pipe, dataset, config, build.cache_folder(config, workdir))
-    features.prepare(lambda line: None)
+    features.prepare()
     return features
 
 

@@ -1,7 +1,6 @@
-"""metrics.jsonl survives interruption; the line of progress says what is true."""
+"""metrics.jsonl survives interruption."""
 
 import errno
-import io
 import json
 
 import jax.numpy as jnp
@@ -9,13 +8,7 @@ import numpy as np
 import pytest
 
 from dopsd_jax.common.errors import UserError
-from dopsd_jax.reporting.metrics import (
-    MetricsWriter,
-    Progress,
-    StepTimer,
-    plain,
-    read_metrics,
-)
+from dopsd_jax.reporting.metrics import MetricsWriter, plain, read_metrics
 
 
 def record(step):
@@ -122,73 +115,3 @@ def test_a_full_disk_is_told_and_leaves_whole_lines(tmp_path):
     writer._file = real
     writer.write(record(2))
     assert [r["step"] for r in read_metrics(writer.path)] == [1, 2]
-
-
-class Clock:
-    def __init__(self):
-        self.now = 100.0
-
-    def __call__(self):
-        return self.now
-
-
-def test_the_timer_leaves_out_compilation_and_what_is_skipped():
-    clock = Clock()
-    timer = StepTimer(window=4, clock=clock)
-    clock.now += 60
-    assert timer.tick() == 60 and timer.typical is None
-    for seconds in (2, 2, 30, 3):
-        clock.now += seconds
-        assert timer.tick() == seconds
-    assert timer.typical == 2.5
-    clock.now += 500
-    timer.skip()
-    clock.now += 3
-    assert timer.tick() == 3
-    assert timer.typical == 3  # of 2, 30, 3, 3
-
-
-def run(total, seconds, stream, start=0, **options):
-    clock = Clock()
-    timer = StepTimer(clock=clock)
-    progress = Progress(total, timer, stream=stream, clock=clock, **options)
-    for step in range(start + 1, total + 1):
-        clock.now += 40 if step == start + 1 else seconds
-        timer.tick()
-        progress.update(step, 1.5 / step, jnp.float32(0.25), 8)
-    return progress
-
-
-def test_without_a_terminal_plain_lines_appear_from_time_to_time():
-    stream = io.StringIO()
-    run(100, 2.0, stream)
-    lines = stream.getvalue().splitlines()
-    assert lines[0] == "step   1/100  loss 1.5  gap 0.25  compiled"
-    assert lines[1] == "step   6/100  loss 0.25  gap 0.25  4 images/s  3:08 left"
-    assert lines[-1] == "step 100/100  loss 0.015  gap 0.25  4 images/s  done"
-    assert len(lines) == 21 and "\r" not in stream.getvalue()
-
-
-def test_time_left_counts_from_where_the_run_went_on():
-    stream = io.StringIO()
-    run(100, 2.0, stream, start=90)
-    assert stream.getvalue().splitlines()[1].endswith("8 s left")  # step 96
-
-
-def test_on_a_terminal_the_line_is_written_over():
-    class Terminal(io.StringIO):
-        def isatty(self):
-            return True
-
-    stream = Terminal()
-    progress = run(3, 0.5, stream)
-    *lines, last, end = stream.getvalue().replace("\n", "\r").split("\r")
-    assert len(lines) == 3 and last.rstrip().endswith("done") and len(last) == len(lines[-1])
-    assert stream.getvalue().count("\n") == 1 and end == ""
-    progress.note("saved")
-    assert stream.getvalue().endswith("\nsaved\n")
-    stream = Terminal()
-    progress = Progress(9, StepTimer(), stream=stream)
-    progress.update(1, 1.0, 1.0, 1)
-    progress.note("saved")
-    assert stream.getvalue().endswith("compiled\nsaved\n")

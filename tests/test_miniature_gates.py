@@ -55,7 +55,7 @@ def test_the_trial_asks_for_what_was_never_trained(trial):
     assert len(trial.concepts) >= 20
     known = set(captions.nonce_words())
     assert not any(known & set(case.prompt.split()) for case in trial.concepts)
-    assert len({case.source.tobytes() for case in trial.concepts}) == len(trial.concepts)
+    assert len({case.target.tobytes() for case in trial.concepts}) == len(trial.concepts)
 
 
 def test_what_is_shipped_is_small_and_holds_no_pickle():

@@ -11,7 +11,7 @@ import pytest
 
 from dopsd_jax.data.buckets import Bucket
 from dopsd_jax.data.loader import BatchIndex
-from dopsd_jax.data.rows import Row
+from dopsd_jax.data.rows import DataRow
 from dopsd_jax.dopsd import Losses
 from dopsd_jax.reporting.incidents import write_incident
 from dopsd_jax.training import state, train_step
@@ -145,7 +145,9 @@ def test_a_resumed_run_sees_the_same_spikes():
 
 def test_the_batch_of_an_incident_is_named(tmp_path):
     rows = [
-        Row(tmp_path / f"{n}.png", (("text", f"caption {n}"), ("long", f"long {n}")), f"file:{n}")
+        DataRow(
+            tmp_path / f"{n}.png", (("text", f"caption {n}"), ("long", f"long {n}")), f"file:{n}"
+        )
         for n in range(3)
     ]
     batch = BatchIndex(6, Bucket(64, 48), np.array([2, 0]), ("long", "text"), np.array([1, 0]))

@@ -8,7 +8,7 @@ from shape_checks import unchecked
 from dopsd_jax.common.errors import UserError
 from dopsd_jax.reporting import pictures
 from dopsd_jax.reporting.pictures import (
-    Row,
+    GridRow,
     grid,
     read_labels,
     sample_files,
@@ -32,8 +32,8 @@ def boxes(sheet, colour):
 
 def test_pictures_keep_their_aspect_and_stand_in_their_columns():
     rows = [
-        Row("first", [flat(64, 32, RED), flat(64, 64, GREEN)]),
-        Row("second", [flat(20, 80, BLUE), None]),
+        GridRow("first", [flat(64, 32, RED), flat(64, 64, GREEN)]),
+        GridRow("second", [flat(20, 80, BLUE), None]),
     ]
     sheet = grid(["base", "target"], rows, cell=128)
     red, green, blue = (boxes(sheet, colour) for colour in (RED, GREEN, BLUE))
@@ -47,7 +47,7 @@ def test_large_pictures_are_made_smaller_not_cropped():
     image = flat(600, 900, RED)
     image[:, :30] = GREEN
     image[:, -30:] = BLUE
-    sheet = grid(["a"], [Row("", [image])], cell=150)
+    sheet = grid(["a"], [GridRow("", [image])], cell=150)
     assert boxes(sheet, GREEN)[2] >= 4 and boxes(sheet, BLUE)[2] >= 4
     x, _, _, h = boxes(sheet, GREEN)
     assert h == 100 and boxes(sheet, BLUE)[0] + boxes(sheet, BLUE)[2] - x == 150
@@ -56,17 +56,17 @@ def test_large_pictures_are_made_smaller_not_cropped():
 def test_headers_title_and_captions_are_drawn():
     row = [flat(50, 50, RED)]
     ink = lambda sheet: int((np.asarray(sheet).max(-1) < 200).sum())
-    bare = grid([""], [Row("", row)], cell=100)
+    bare = grid([""], [GridRow("", row)], cell=100)
     assert ink(bare) == 0
-    assert ink(grid(["student"], [Row("", row)], cell=100)) > 20
-    assert ink(grid([""], [Row("a red square", row)], cell=100)) > 20
-    assert ink(grid([""], [Row("", row)], title="step 5", cell=100)) > 20
+    assert ink(grid(["tuned"], [GridRow("", row)], cell=100)) > 20
+    assert ink(grid([""], [GridRow("a red square", row)], cell=100)) > 20
+    assert ink(grid([""], [GridRow("", row)], title="step 5", cell=100)) > 20
 
 
 def test_captions_take_two_lines_at_most_and_stay_inside():
     for caption in ("word " * 500, "x" * 500, "line\nbreaks\n" * 50):
-        sheet = grid(["a", "b"], [Row(caption, [flat(9, 9, RED)] * 2)], cell=200)
-        one = grid(["a", "b"], [Row("short", [flat(9, 9, RED)] * 2)], cell=200)
+        sheet = grid(["a", "b"], [GridRow(caption, [flat(9, 9, RED)] * 2)], cell=200)
+        one = grid(["a", "b"], [GridRow("short", [flat(9, 9, RED)] * 2)], cell=200)
         assert sheet.height - one.height < 25 and sheet.width == one.width
         margin = np.asarray(sheet)[:, -pictures.MARGIN // 2 :]
         assert (margin == 255).all()
@@ -85,11 +85,11 @@ def test_letters_that_no_font_has_are_not_drawn_as_boxes(monkeypatch):
 def test_files_carry_whole_labels(tmp_path):
     path = sample_path(tmp_path, 120)
     caption = "狐狸 <b> " + "long " * 300
-    save_grid(path, ["base", "student"], [Row(caption, [flat(8, 8, RED)] * 2)], title="step 120")
+    save_grid(path, ["base", "tuned"], [GridRow(caption, [flat(8, 8, RED)] * 2)], title="step 120")
     with Image.open(path) as image:
         labels = read_labels(image)
         assert image.format == "PNG"
-    assert labels.title == "step 120" and labels.columns == ("base", "student")
+    assert labels.title == "step 120" and labels.columns == ("base", "tuned")
     assert labels.captions == (caption,)
     assert [p.name for p in path.parent.iterdir()] == ["step_000120.png"]
     Image.new("RGB", (4, 4)).save(tmp_path / "other.png")
@@ -100,14 +100,14 @@ def test_files_carry_whole_labels(tmp_path):
 def test_sample_files_are_in_the_order_of_steps(tmp_path):
     assert sample_files(tmp_path) == []
     for step in (2_000_000, 5, 40):
-        save_grid(sample_path(tmp_path, step), ["a"], [Row("", [flat(4, 4, RED)])], cell=16)
+        save_grid(sample_path(tmp_path, step), ["a"], [GridRow("", [flat(4, 4, RED)])], cell=16)
     (tmp_path / "samples" / "step_x.png").write_bytes(b"")
     assert [step for step, _ in sample_files(tmp_path)] == [5, 40, 2_000_000]
 
 
 def test_a_failed_write_leaves_the_old_file(tmp_path, monkeypatch):
     path = tmp_path / "grid.png"
-    save_grid(path, ["a"], [Row("", [flat(4, 4, RED)])], cell=16)
+    save_grid(path, ["a"], [GridRow("", [flat(4, 4, RED)])], cell=16)
     before = path.read_bytes()
 
     def full(*_):
@@ -115,7 +115,7 @@ def test_a_failed_write_leaves_the_old_file(tmp_path, monkeypatch):
 
     monkeypatch.setattr("os.fsync", full)
     with pytest.raises(UserError, match=r"grid\.png: the disk is full"):
-        save_grid(path, ["a"], [Row("", [flat(4, 4, BLUE)])], cell=16)
+        save_grid(path, ["a"], [GridRow("", [flat(4, 4, BLUE)])], cell=16)
     assert path.read_bytes() == before and list(tmp_path.iterdir()) == [path]
 
 
@@ -125,4 +125,4 @@ def test_a_failed_write_leaves_the_old_file(tmp_path, monkeypatch):
 )
 def test_wrong_pictures_are_refused(images):
     with pytest.raises(ValueError, match="row 0"), unchecked():
-        grid(["a", "b"], [Row("", images)])
+        grid(["a", "b"], [GridRow("", images)])

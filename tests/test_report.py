@@ -13,7 +13,7 @@ from conftest import run_program
 from dopsd_jax.common.errors import UserError
 from dopsd_jax.reporting.charts import HEIGHT, WIDTH, Series, chart, number
 from dopsd_jax.reporting.metrics import MetricsWriter
-from dopsd_jax.reporting.pictures import Row, sample_path, save_grid
+from dopsd_jax.reporting.pictures import GridRow, sample_path, save_grid
 from dopsd_jax.reporting.run_page import ROUNDS, write_report
 
 VOID = {"meta", "img", "input", "line", "polyline", "polygon", "circle", "br"}
@@ -67,7 +67,9 @@ def run(workdir, steps, grids=(), config=None, caption="a fox", **others):
             writer.write(record(step, **others))
     images = [np.full((6, 4, 3), 90, np.uint8)] * 2
     for step in grids:
-        save_grid(sample_path(workdir, step), ["base", "student"], [Row(caption, images)], cell=16)
+        save_grid(
+            sample_path(workdir, step), ["base", "tuned"], [GridRow(caption, images)], cell=16
+        )
     if config is not None:
         (workdir / "config.json").write_text(json.dumps(config))
     path = write_report(workdir)
@@ -82,7 +84,7 @@ def test_a_run_shows_curves_samples_and_settings(tmp_path):
     assert "12 of 20" in text and "0.08333" in text and "24 s" in text
     assert len(page.all("svg")) == 6 and len(points(page)) == 7  # loss_per_step: two are trained
     assert [int(s["data-step"]) for s in page.all("section")] == [0, 5, 10]
-    assert page.all("img")[0]["alt"] == "base, student at step 0"
+    assert page.all("img")[0]["alt"] == "base, tuned at step 0"
     (slider,) = page.all("input")
     assert slider["max"] == "2" and page.all("label")[0].get("hidden", "no") is None
     assert all(word in text for word in ("lora.rank", "64", "jax", "0.10.2", "a fox"))

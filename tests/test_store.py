@@ -25,7 +25,7 @@ def write_run(workdir):
         with MetricsWriter(workdir, first) as writer:
             for step in range(first + 1, last + 1):
                 writer.write({"step": step, "loss": 1 / step, "gap": 0.5})
-    rows = [pictures.Row("a cat", (np.full((32, 32, 3), 90, np.uint8),))]
+    rows = [pictures.GridRow("a cat", (np.full((32, 32, 3), 90, np.uint8),))]
     pictures.save_grid(pictures.sample_path(workdir, 4), ("tuned",), rows)
     write_report(workdir)
 

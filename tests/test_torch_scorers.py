@@ -94,8 +94,8 @@ def test_dino_compares_mean_patch_tokens_without_class_and_registers(
         return tokens[5:].mean(0)
 
     for picture, case, value in zip(pictures, cases, found, strict=True):
-        source = np.asarray(Image.fromarray(case.source).resize((48, 32), Image.Resampling.BICUBIC))
-        a, b = mean_token(picture), mean_token(source)
+        target = np.asarray(Image.fromarray(case.target).resize((48, 32), Image.Resampling.BICUBIC))
+        a, b = mean_token(picture), mean_token(target)
         cosine = a @ b / np.linalg.norm(a) / np.linalg.norm(b)
         assert value == pytest.approx(1 - cosine, abs=1e-5)
     assert min(found) > 1e-4
@@ -145,9 +145,9 @@ def test_lpips_is_its_formula(lpips_files, pictures, cases):
         return [o / np.sqrt((o**2).sum(0)) for o in outputs]
 
     for picture, case, value in zip(pictures, cases, found, strict=True):
-        source = np.asarray(Image.fromarray(case.source).resize((48, 32), Image.Resampling.BICUBIC))
+        target = np.asarray(Image.fromarray(case.target).resize((48, 32), Image.Resampling.BICUBIC))
         total = 0.0
-        for i, (a, b) in enumerate(zip(features(picture), features(source), strict=True)):
+        for i, (a, b) in enumerate(zip(features(picture), features(target), strict=True)):
             line = lines[f"lin{i}.model.1.weight"][0].numpy()
             total += (line * (a - b) ** 2).sum(0).mean()
         assert value == pytest.approx(total, rel=1e-4)

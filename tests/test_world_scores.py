@@ -214,9 +214,9 @@ def test_the_short_table_scores_any_weights_without_compiling_anew(pipe, concept
     compiled = []
     listen = lambda event, seconds, **_: compiled.append(event) if "compile" in event else None
     exam = Exam(pipe, TEACHER_OPTIONS, concept, "dax", count=BATCH)
-    first = [exam.student("before", pipe.split[1]), exam.teacher("teacher", pipe.split[1])]
+    first = [exam.student("base", pipe.split[1]), exam.teacher("teacher", pipe.split[1])]
     jax.monitoring.register_event_duration_secs_listener(listen)
-    again = [exam.student("after", pipe.split[1]), exam.teacher("teacher", pipe.split[1])]
+    again = [exam.student("tuned", pipe.split[1]), exam.teacher("teacher", pipe.split[1])]
     assert not compiled
     assert again[0][1:] == first[0][1:] and again[1] == first[1]
     assert again[1].retention is None and "-" in table(again)[2]

@@ -8,9 +8,9 @@ from pathlib import Path
 import numpy as np
 from flax import nnx
 
+from dopsd_jax.common.progress import Progress
 from dopsd_jax.families.zimage.networks import ZIMAGE
 from dopsd_jax.random_model import Size
-from dopsd_jax.weights.progress import Progress
 from dopsd_jax.weights.safetensors_io import TensorFiles
 
 ROOT = Path(__file__).parents[1]
@@ -48,14 +48,11 @@ class Interrupt(Progress):
     """Stops an import after some parts, as a signal would; counts what was done."""
 
     def __init__(self, after):
-        self.left = after
-        self.total = self.done = 0
+        super().__init__("interrupted", quiet=True)
+        self.after = after
 
-    def start(self, total):
-        self.total = total
-
-    def advance(self, name, nbytes):
-        self.done += nbytes
-        self.left -= 1
-        if self.left == 0:
+    def advance(self, items=1, text=""):
+        super().advance(items, text)
+        self.after -= 1
+        if self.after == 0:
             raise KeyboardInterrupt

@@ -1,9 +1,8 @@
 """What the encoders make of a data set: computed once and cached by content, or prepared before."""
 
-import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol
 
 import jax
 import numpy as np
@@ -11,6 +10,7 @@ from jaxtyping import Float
 from ml_collections import ConfigDict
 
 from dopsd_jax.common.errors import UserError, raise_if
+from dopsd_jax.common.progress import Progress
 from dopsd_jax.conditioning.encoding import PRIOR, Encoder, concept_pattern
 from dopsd_jax.data.cache import FeatureCache, feature_key
 from dopsd_jax.data.dataset import Dataset
@@ -24,6 +24,7 @@ from dopsd_jax.families.base import Features as Arrays
 from dopsd_jax.families.pipeline import Pipeline
 from dopsd_jax.methods import registry
 from dopsd_jax.methods.flow_matching import Batch
+from dopsd_jax.parallel import multihost
 
 ROWS = (
     64  # features are padded to a multiple of it: one length for the student, one for the teacher
@@ -95,10 +96,10 @@ class Features:
         else:
             self.store = CachedFeatures(pipe, dataset, config, folder)
 
-    def prepare(self, report: Callable[[str], None] = print) -> None:
+    def prepare(self) -> None:
         """Computes what is missing, then frees the encoders."""
         if isinstance(self.store, CachedFeatures):
-            self.store.compute(report)
+            self.store.compute()
         self.pipe.release_encoders()
         keys = self.dataset.prompt_keys
         student = [(STUDENT, keys)] + [(PRIOR, keys)] * self.needs.prior
@@ -194,7 +195,7 @@ class CachedFeatures:
         image, crop = self.dataset.infos[row].digest, crop_name(*self.dataset.buckets[row])
         return {"image": image, "crop": crop}
 
-    def compute(self, report: Callable[[str], None]) -> None:
+    def compute(self) -> None:
         """Computes what the cache lacks. Raises `UserError` before with all over-long captions."""
         # What is cached has passed this check before.
         wanted = self.wanted()
@@ -208,12 +209,15 @@ class CachedFeatures:
         self.encoder.shapes({caption: wanted[caption] for caption in todo})
         made = self.encoder.encode(todo)
         total = sum(map(len, todo.values()))
-        for caption, kind, features in _reported(made, total, "captions and images", report):
+        quiet = not multihost.is_first()
+        progress = Progress("encoding captions and images", total, quiet=quiet)
+        for caption, kind, features in progress.over(made):
             self.cache.put(keys[caption, kind], features)
         if self.needs.target:
             rows = {self.latent_key(row): row for row in range(len(self.dataset.rows))}
             lacking = self.cache.missing(rows)
-            for key in _reported(lacking, len(lacking), "pictures to latents", report):
+            progress = Progress("encoding pictures to latents", len(lacking), quiet=quiet)
+            for key in progress.over(lacking):
                 self.cache.put(key, {"latent": self.encoder.latent(rows[key])})
 
     def shapes(self, kind: int, keys: Sequence[str]) -> Iterable[Mapping[str, tuple[int, ...]]]:
@@ -246,20 +250,6 @@ def padded_rows(shapes: Iterable[Mapping[str, tuple[int, ...]]], pipe: Pipeline,
                 f"{limits[name].shape[0]}; leave their key out of data.prompt_keys"
             )
     return {name: padded_length(n, ROWS, limits[name].shape[0]) for name, n in longest.items()}
-
-
-def _reported(
-    items: Iterable[Any], total: int, what: str, report: Callable[[str], None]
-) -> Iterator[Any]:
-    """The same items; says from time to time how many have been dealt with."""
-    start, shown = time.monotonic(), 0.0
-    for done, item in enumerate(items, 1):
-        yield item
-        now = time.monotonic()
-        if now - shown > 5 or done == total:
-            left = (now - start) / done * (total - done)
-            report(f"encoding {what}: {done}/{total}, {left:.0f} s left")
-            shown = now
 
 
 def check_class_prompts(dataset: Dataset, config: ConfigDict) -> None:

@@ -30,103 +30,104 @@ def _axis(name: str, default: int, help: str) -> Field:
 
 # fmt: off
 _RUN = (
-    Field("family", families.AUTO, "kind of model; auto: the one that the model's folder names",
+    Field("family", families.AUTO, "model family; auto: the one that the model's folder names",
           choices=(families.AUTO, *families.FAMILIES), change=NEVER),
-    Field("method", "dopsd", "how the student learns", change=NEVER),
-    Field("train", "lora", "adapters beside the frozen network, or every parameter of it",
+    Field("method", "dopsd", "training method (docs/methods.md)", change=NEVER),
+    Field("train", "lora", "lora: adapters beside the frozen network; full: every parameter",
           choices=("lora", "full"), change=NEVER),
-    Field("seed", 30, "of all random numbers of the run", low=0, high=2**63 - 1),
+    Field("seed", 30, "seed of all random numbers of the run", low=0, high=2**63 - 1),
     _steps("steps", 2000, "optimizer steps of the run", 1, change=ALWAYS),
-    Field("batch_size", 4, "images of a micro-batch, over all devices", low=1, high=65536),
-    Field("accumulate", 1, "micro-batches of a step, all from one bucket", low=1, high=65536),
-    _steps("checkpoint_every", 500, "steps between two checkpoints, with a result each", 1,
-           change=ALWAYS),
-    Field("keep_checkpoints", 3, "how many of the newest; LoRA files are all kept", low=1,
-          high=10**6, change=ALWAYS),
+    Field("batch_size", 4, "images per micro-batch, on all devices together", low=1, high=65536),
+    Field("accumulate", 1, "micro-batches per step, all from one bucket", low=1, high=65536),
+    _steps("checkpoint_every", 500, "steps between two checkpoints; each writes a LoRA file",
+           1, change=ALWAYS),
+    Field("keep_checkpoints", 3, "newest checkpoints that are kept; LoRA files are all kept",
+          low=1, high=10**6, change=ALWAYS),
     Field("nonfinite", "stop",
-          "a step whose loss, gradient or new state is not finite: stop, or skip it",
+          "if loss, gradient or new state is not finite: stop the run, or skip the step",
           choices=("stop", "skip"), change=ALWAYS),
-    _steps("keep_every", 0, "checkpoints at multiples of it are kept for ever; 0: none",
+    _steps("keep_every", 0, "checkpoints at multiples of this step are never removed; 0: none",
            change=ALWAYS),
-    Field("export", "diffusers", "what a full run writes: a model folder, one file, or both",
+    Field("export", "diffusers", "what a full run writes: a model folder, a ComfyUI file, or both",
           "list", listed=("diffusers", "comfyui"), when=FULL, change=ALWAYS),
-    Field("export_dtype", "bfloat16", "type of the weights in it",
+    Field("export_dtype", "bfloat16", "type of the exported weights",
           choices=(*kinds.WHOLE, "float16"), when=FULL, change=ALWAYS),
-    Field("export_weights", "student", "whose weights are the result, also for adapters",
+    Field("export_weights", "student", "whose weights are exported, also as a LoRA file",
           choices=("student", "teacher"), change=ALWAYS),
-    _steps("export_every", 0, "steps between two exports, the newest is kept; 0: at the end",
+    _steps("export_every", 0, "steps between two exports, the newest is kept; 0: only at the end",
            when=FULL, change=ALWAYS),
-    _steps("sample_every", 100, "steps between grids of pictures; 0: start and end", change=ALWAYS),
-    Field("sample_rows", 4, "rows of the data set in them", low=1, high=1024, change=ALWAYS),
+    _steps("sample_every", 100, "steps between grids of pictures; 0: only start and end",
+           change=ALWAYS),
+    Field("sample_rows", 4, "rows of the data set in the grids", low=1, high=1024, change=ALWAYS),
 )
 _MODEL = (
-    Field("model", "", "folder, converted checkpoint, or hub id owner/name", change=NEVER),
+    Field("model", "", "model folder, converted checkpoint, or hub id owner/name", change=NEVER),
     Field("teacher.vlm", "",
-          "folder or hub id of the vision-language model; empty: the folder vlm of the model",
+          "folder or hub id of the vision-language model; empty: the folder vlm in config.model",
           change=NEVER),
-    Field("base_dtype", "bfloat16", "type of frozen weights; float32 if train is full",
+    Field("base_dtype", "bfloat16", "type of the frozen weights; must be float32 if train is full",
           choices=(*kinds.WHOLE, *kinds.QUANTISED), change=NEVER),
-    Field("dtype", "bfloat16", "type of activations; states, losses and adapters are float32",
+    Field("dtype", "bfloat16", "type of activations; states, losses and adapters stay float32",
           choices=kinds.WHOLE),
-    Field("attention", "auto", "kernel; auto: the best for the platform",
+    Field("attention", "auto", "attention kernel; auto: the best one for the platform",
           choices=("auto", *kinds.ATTENTION), change=ALWAYS),
     Field("remat", "full",
-          "what is computed again to save memory: none is fastest, full needs the least",
+          "activations recomputed to save memory: none is fastest, full needs the least memory",
           choices=("none", "dots", "full"), change=ALWAYS),
 )
 _GRID = (Field("grid", "nodes4", "noise levels of a rollout: a name, or a list", "name or list"),)
 _ADAPTERS = (
-    Field("lora.rank", 64, "rank of every update", low=1, high=8192, when=ADAPTERS, change=NEVER),
-    Field("lora.alpha", 128.0, "an update is scaled by alpha / rank", above=0, high=10**6,
+    Field("lora.rank", 64, "rank of every adapter", low=1, high=8192, when=ADAPTERS, change=NEVER),
+    Field("lora.alpha", 128.0, "adapters are scaled by alpha / rank", above=0, high=10**6,
           when=ADAPTERS, change=NEVER),
-    Field("lora.targets", "blocks", "which layers: a preset of the family, or a list of patterns",
+    Field("lora.targets", "blocks", "adapted layers: a preset of the family, or a list of patterns",
           "name or list", when=ADAPTERS, change=NEVER),
-    Field("lora.init_from", "", "a LoRA file to start from", change=NEVER),
+    Field("lora.init_from", "", "LoRA file to start from; empty: new adapters", change=NEVER),
 )
 _OPTIMIZER = (
-    Field("optimizer", "adamw", "adafactor: no first moment, the second by rows and columns",
+    Field("optimizer", "adamw", "adafactor has no first moment, the second by rows and columns",
           choices=("adamw", "adafactor"), change=NEVER),
     Field("moments_dtype", "float32",
-          "moments of adamw; bfloat16: half the memory, rounded at random", choices=kinds.WHOLE,
-          change=NEVER),
-    Field("offload", "", "kept in the host's memory between uses", "list",
+          "type of the moments of adamw; bfloat16: half the memory, rounded stochastically",
+          choices=kinds.WHOLE, change=NEVER),
+    Field("offload", "", "what is kept in host memory while it is not used", "list",
           listed=("teacher", "optimizer"), change=ALWAYS),
-    Field("learning_rate", 1e-4, "its highest value", above=0, high=1e29),
+    Field("learning_rate", 1e-4, "highest learning rate", above=0, high=1e29),
     Field("lr_schedule", "constant", "the learning rate after the warm-up",
           choices=("constant", "linear", "cosine")),
     _steps("warmup_steps", 0, "first steps, in which the learning rate rises"),
-    Field("grad_clip", 1.0, "global norm of a gradient; 0: no clipping", low=0, high=1e9),
+    Field("grad_clip", 1.0, "largest global norm of a gradient; 0: no clipping", low=0, high=1e9),
     Field("adam_b1", 0.9, "decay of the first moment", low=0, high=1, when=ADAM),
     Field("adam_b2", 0.999, "decay of the second moment", low=0, high=1, when=ADAM),
-    Field("adam_eps", 1e-8, "added to the root of the second", above=0, high=1e3, when=ADAM),
+    Field("adam_eps", 1e-8, "added to the root of the second moment", above=0, high=1e3, when=ADAM),
     Field("weight_decay", 0.0, "of all but norms, biases and learned tokens", low=0, high=1e3),
 )
 _DATA = (
-    Field("data.path", "", "jsonl file, folder of images with captions, or more", change=ALWAYS),
-    Field("data.root", "", "a further folder in which a jsonl's paths are looked for"),
-    Field("data.resolution", 1024, "buckets have about the area of a square with this side", low=1,
-          high=65536, unit="pixels"),
-    Field("data.buckets", "", "sizes instead, such as 832x1248,1024x1024", "list"),
-    Field("data.prompt_keys", "", "captions to train on; empty: all that every row has", "list"),
-    Field("data.image_key", "", "column that names the picture; empty: one of the known names"),
-    Field("data.caption_key", "", "column of the caption; empty: as data.prompt_keys says"),
-    Field("data.caption_extension", ".txt", "ending of caption files beside pictures"),
-    Field("data.caption_lines", False, "every line of a caption file is an alternative"),
-    Field("data.folder_captions", False, "the folder's name where there is no caption file"),
-    Field("data.folder_repeats", False, "pictures of a folder 10_name count ten times"),
-    Field("data.trigger", "", "word that is put for [trigger] in captions"),
+    Field("data.path", "", "folder of images with captions, jsonl file, or more", change=ALWAYS),
+    Field("data.root", "", "second folder in which the relative paths of a table are looked for"),
+    Field("data.resolution", 1024, "buckets have about the area of a square with this side",
+          low=1, high=65536, unit="pixels"),
+    Field("data.buckets", "", "bucket sizes instead of these, such as 832x1248,1024x1024", "list"),
+    Field("data.prompt_keys", "", "caption keys to use; empty: all that every row has", "list"),
+    Field("data.image_key", "", "column with the picture's path; empty: one of the known names"),
+    Field("data.caption_key", "", "column with the caption; empty: see data.prompt_keys"),
+    Field("data.caption_extension", ".txt", "file name ending of the captions beside the pictures"),
+    Field("data.caption_lines", False, "every line of a caption file is an alternative caption"),
+    Field("data.folder_captions", False, "the folder's name replaces a missing caption"),
+    Field("data.folder_repeats", False, "pictures of a folder 10_name are used ten times an epoch"),
+    Field("data.trigger", "", "word that replaces [trigger] in captions"),
     Field("data.prompt_draw", "batch",
-          "one caption key is drawn for a batch, as in the released code, or for a row",
+          "a caption key is drawn for each batch (as in the released code), or for each row",
           choices=("batch", "row")),
-    Field("data.max_pixels", 200_000_000, "larger pictures are refused unread", low=1, high=PIXELS,
-          unit="pixels"),
-    Field("data.cache", "", "folder for features; empty: in the work directory", change=ALWAYS),
+    Field("data.max_pixels", 200_000_000, "larger pictures are refused before they are decoded",
+          low=1, high=PIXELS, unit="pixels"),
+    Field("data.cache", "", "folder of cached features; empty: in the work folder", change=ALWAYS),
 )
 _MESH = (
-    _axis("data", -1, "copies of the network, each with its own images; -1: the rest"),
-    _axis("fsdp", 1, "splits images and weights; a layer is gathered when it runs"),
-    _axis("context", 1, "splits tokens: for large images, and fewer images than devices"),
-    _axis("tensor", 1, "splits heads and hidden units"),
+    _axis("data", -1, "copies of the network, each with its own images; -1: all remaining devices"),
+    _axis("fsdp", 1, "splits images and weights; the weights of a layer are gathered when it runs"),
+    _axis("context", 1, "splits tokens: for large images, or fewer images than devices"),
+    _axis("tensor", 1, "splits attention heads and hidden units: between devices with fast links"),
 )
 # fmt: on
 
@@ -160,7 +161,7 @@ def choices(field: Field) -> tuple[str, ...]:
 
 
 def conditions(field: Field) -> Mapping[str, tuple[str, ...]]:
-    """Values of other fields with which alone this one has an effect."""
+    """Values that other fields must have so that this one has an effect."""
     users = tuple(m.name for m in METHODS.values() if field.name in {f.name for f in m.fields})
     found = {"method": users} if users else {}
     for other in field.when:
@@ -169,7 +170,7 @@ def conditions(field: Field) -> Mapping[str, tuple[str, ...]]:
 
 
 def defaults() -> ConfigDict:
-    """A configuration of all fields: the released recipe where it is known, else a plain choice."""
+    """The default configuration: the values of the released recipe, as far as they are known."""
     config = ConfigDict(type_safe=False)  # some fields are a name or a list; `schema.check` knows
     for name, field in declared().items():
         *groups, last = name.split(".")

@@ -7,13 +7,13 @@ from pathlib import Path
 from dopsd_jax import families
 from dopsd_jax.common.atomic import atomic_folder, need_space, write_text
 from dopsd_jax.common.errors import UserError, raise_if
+from dopsd_jax.common.progress import SILENT, Progress
 from dopsd_jax.weights.converted import CONFIG
 from dopsd_jax.weights.layouts import CANONICAL, Found, in_layout
 from dopsd_jax.weights.lora_files import LoraModule
 from dopsd_jax.weights.merge import Merged
 from dopsd_jax.weights.model_folder import copy_assets, copy_shared_assets
 from dopsd_jax.weights.networks import Network, present
-from dopsd_jax.weights.progress import SILENT, Progress
 from dopsd_jax.weights.safetensors_write import (
     MAX_SHARD,
     file_order,

@@ -7,6 +7,7 @@ from pathlib import Path
 from dopsd_jax import families
 from dopsd_jax.common.atomic import disk_error, write_text
 from dopsd_jax.common.errors import UserError, raise_if
+from dopsd_jax.common.progress import SILENT, Progress
 from dopsd_jax.weights import converted
 from dopsd_jax.weights.digest import file_stamp
 from dopsd_jax.weights.hub import MODEL_MANIFEST
@@ -18,7 +19,6 @@ from dopsd_jax.weights.model_folder import (
     is_converted_model,
 )
 from dopsd_jax.weights.networks import Network
-from dopsd_jax.weights.progress import SILENT, Progress
 from dopsd_jax.weights.stored import Stored, is_converted, open_stored
 from dopsd_jax.weights.tensors import Cast, total_bytes
 

@@ -8,6 +8,7 @@ from dopsd_jax import families
 from dopsd_jax.common.errors import UserError, few, one_line
 from dopsd_jax.common.json_fields import Fields
 from dopsd_jax.common.json_files import parse_json, read_json
+from dopsd_jax.common.progress import size
 from dopsd_jax.weights import converted
 from dopsd_jax.weights.found_files import components, readable
 from dopsd_jax.weights.hub import MODEL_MANIFEST
@@ -17,7 +18,6 @@ from dopsd_jax.weights.lora_files import PEFT_CONFIG, PEFT_WEIGHTS, read_lora
 from dopsd_jax.weights.lora_settings import BASE
 from dopsd_jax.weights.model_folder import INDEX, check_assets, is_converted_model
 from dopsd_jax.weights.networks import Network, present
-from dopsd_jax.weights.progress import size
 from dopsd_jax.weights.safetensors_io import TensorFiles, read_header
 from dopsd_jax.weights.stored import Stored, open_stored, read_config
 from dopsd_jax.weights.stored import verify as verify_numbers

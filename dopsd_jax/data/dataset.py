@@ -18,7 +18,7 @@ from dopsd_jax.data.picture_index import Infos, PictureIndex
 from dopsd_jax.data.prepared import Caption, Prepared
 from dopsd_jax.data.rows import Rows
 from dopsd_jax.data.sources.collector import MAX_PROBLEMS, Examples
-from dopsd_jax.data.table import Row
+from dopsd_jax.data.table import DataRow
 
 REPORT_SECONDS = 5.0
 _AT_ONCE = 1024  # pictures given to the threads at a time
@@ -32,7 +32,7 @@ class Dataset:
     `features`: what the encoders made of it, where `dopsd_jax.prepare` has done so.
     """
 
-    rows: Sequence[Row]
+    rows: Sequence[DataRow]
     infos: Sequence[ImageInfo]
     buckets: tuple[Bucket, ...]
     prompt_keys: tuple[str, ...]
@@ -92,7 +92,7 @@ def measure(
     infos, problems, hidden = Infos(), [], 0
     begin = shown = time.monotonic()
 
-    def look(row: Row) -> ImageInfo | UserError:
+    def look(row: DataRow) -> ImageInfo | UserError:
         try:
             return index.look(row.image, limits, verify)
         except UserError as error:
@@ -125,7 +125,7 @@ def measure(
     return Dataset(rows.rows, infos, chosen, rows.prompt_keys, notes)
 
 
-def _notes(rows: Sequence[Row], infos: Infos, buckets: Sequence[Bucket]) -> Iterable[str]:
+def _notes(rows: Sequence[DataRow], infos: Infos, buckets: Sequence[Bucket]) -> Iterable[str]:
     """One line for each kind of remark, with the rows it concerns."""
     by_remark: dict[str, Examples] = {}
     enlarged, wrong_size, repeated, most = Examples(), Examples(), Examples(), 0.0

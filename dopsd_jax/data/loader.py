@@ -14,7 +14,7 @@ import numpy as np
 from jaxtyping import Int64
 
 from dopsd_jax.data.buckets import Bucket
-from dopsd_jax.data.rows import Row
+from dopsd_jax.data.rows import DataRow
 
 T = TypeVar("T")
 
@@ -63,7 +63,7 @@ class Batches:
     def __init__(
         self,
         rows_by_bucket: Mapping[Bucket, np.ndarray],
-        rows: Sequence[Row],
+        rows: Sequence[DataRow],
         prompt_keys: Sequence[str],
         *,
         batch_size: int,

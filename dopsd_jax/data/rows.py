@@ -15,7 +15,7 @@ from dopsd_jax.data.sources import array_record, folder, parquet, records, tar
 from dopsd_jax.data.sources.archives import has_wildcard
 from dopsd_jax.data.sources.files import FOREIGN, IMAGE_SUFFIXES, UNPACK
 from dopsd_jax.data.sources.layout import Layout, Options
-from dopsd_jax.data.table import Row
+from dopsd_jax.data.table import DataRow
 
 # The first layout that matches reads the data set.
 LAYOUTS: list[Layout] = [
@@ -37,7 +37,7 @@ ONLY_FOR = {
 class Rows:
     """All rows, the prompt keys that every row has, and what the user should be told."""
 
-    rows: Sequence[Row]
+    rows: Sequence[DataRow]
     prompt_keys: tuple[str, ...]
     notes: tuple[str, ...]
 

@@ -1,7 +1,7 @@
 """Many rows in little memory: columns of numbers and packed text instead of an object each.
 
 A million rows as objects take more than a gigabyte; here a row costs its text and about 60 bytes,
-and becomes a `Row` when it is asked for.
+and becomes a `DataRow` when it is asked for.
 """
 
 from array import array
@@ -16,7 +16,7 @@ from dopsd_jax.data.blobs import ARCHIVES, Blob
 
 
 @dataclass(frozen=True, slots=True)
-class Row:
+class DataRow:
     """One picture with its captions as (key, text); several captions may share a key.
 
     `where` names the row in messages. `declared_size` is the (width, height) that a record claims;
@@ -54,7 +54,7 @@ class Strings(Sequence[str]):
         return self._text[self._ends[i] : self._ends[i + 1]].decode("utf-8", "surrogateescape")
 
 
-class Table(Sequence[Row]):
+class Table(Sequence[DataRow]):
     """Rows, appended one by one.
 
     `prefix`: rows that name a `line` are called `<prefix>:<line>` in messages, others by their
@@ -99,7 +99,7 @@ class Table(Sequence[Row]):
     def __len__(self) -> int:
         return len(self._lines)
 
-    def __getitem__(self, i: int) -> Row:
+    def __getitem__(self, i: int) -> DataRow:
         i = range(len(self))[i]
         image = self._image(i)
         where = f"{self.prefix}:{self._lines[i]}" if self._lines[i] >= 0 else str(image)
@@ -108,9 +108,9 @@ class Table(Sequence[Row]):
             for c in range(self._ends[i], self._ends[i + 1])
         )
         size = (self._sizes[2 * i], self._sizes[2 * i + 1])
-        return Row(image, captions, where, size if all(size) else None)
+        return DataRow(image, captions, where, size if all(size) else None)
 
-    def __iter__(self) -> Iterator[Row]:
+    def __iter__(self) -> Iterator[DataRow]:
         return (self[i] for i in range(len(self)))
 
     def _image(self, i: int) -> Path | Blob:
@@ -146,14 +146,14 @@ class Table(Sequence[Row]):
         return table
 
 
-class Chosen(Sequence[Row]):
+class Chosen(Sequence[DataRow]):
     """Some rows of others, by number."""
 
-    def __init__(self, rows: Sequence[Row], numbers: Sequence[int]):
+    def __init__(self, rows: Sequence[DataRow], numbers: Sequence[int]):
         self.rows, self.numbers = rows, numbers
 
     def __len__(self) -> int:
         return len(self.numbers)
 
-    def __getitem__(self, i: int) -> Row:
+    def __getitem__(self, i: int) -> DataRow:
         return self.rows[self.numbers[i]]

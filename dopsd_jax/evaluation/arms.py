@@ -1,4 +1,4 @@
-"""Who is compared: the base model, the teacher, the student."""
+"""The models that are compared: base, teacher, tuned."""
 
 import hashlib
 import json
@@ -27,8 +27,8 @@ from dopsd_jax.weights import lora_files
 from dopsd_jax.weights.stored import open_stored, source_digest
 
 
-class Student(NamedTuple):
-    """What a run delivered: a LoRA file, or (`whole`) a model folder."""
+class Tuned(NamedTuple):
+    """The result of a run: a LoRA file, or (`whole`) a model folder."""
 
     path: Path
     whole: bool
@@ -37,7 +37,7 @@ class Student(NamedTuple):
 class Arm(NamedTuple):
     """One model in the comparison.
 
-    role: STUDENT sees the prompt, TEACHER the source picture as well. weights: their digest.
+    role: STUDENT sees the prompt, TEACHER the target picture as well. weights: their digest.
     trained: loads them, as `painter.pipe.sample` takes them.
     """
 
@@ -55,7 +55,7 @@ class Arm(NamedTuple):
         return key(self.weights, self.painter.key(case, self.role), shot.seed, size, grid, types)
 
 
-def of_run(workdir: str, config: ConfigDict) -> Student:
+def of_run(workdir: str, config: ConfigDict) -> Tuned:
     """The newest result of a run.
 
     Raises `UserError` if the run has another model, or no result yet, or one that is not as it was
@@ -90,45 +90,45 @@ def of_run(workdir: str, config: ConfigDict) -> Student:
         f"you want to judge with {'--model' if whole else '--lora'}"
         for fault in Results(folder, recorded["config"]).faults([newest])
     )
-    return Student(newest, whole)
+    return Tuned(newest, whole)
 
 
 def make_arms(
     config: ConfigDict,
     pipe: Pipeline,
-    student: Student | None,
+    tuned: Tuned | None,
     cache: Path,
     batch: int,
     mesh: Mesh | None,
 ) -> list[Arm]:
-    """Base and teacher, both with the weights of config.model, and the student if there is one.
+    """Base and teacher, both with the weights of config.model, and the tuned model if there is one.
 
-    cache: folder of encoder features. Raises `UserError` for a student that does not fit the model.
+    cache: folder of encoder features. Raises `UserError` for one that does not fit the base.
     """
     memo, kept = cache / DIGESTS, FeatureCache(cache)
     painter = Painter(pipe, config.teacher, batch, mesh, kept, pipe.encoder_digest(memo))
     base = _digest(pipe, memo)
-    if student is None or student.whole:
+    if tuned is None or tuned.whole:
         own = lambda: pipe.split[1]
     else:
-        file = lora_files.read_lora(student.path, lora_layers(pipe.family, pipe.config))
+        file = lora_files.read_lora(tuned.path, lora_layers(pipe.family, pipe.config))
         if not file.modules:
-            raise UserError(f"{student.path}: adapts nothing")
-        pipe.lora_file = student.path
+            raise UserError(f"{tuned.path}: adapts nothing")
+        pipe.lora_file = tuned.path
         own = lambda: without_adapters(pipe.split[1])
     arms = [
         Arm("base", STUDENT, painter, base, own),
         Arm("teacher", TEACHER, painter, base, own),
     ]
-    if student is None:
+    if tuned is None:
         return arms
-    if not student.whole:
-        with open(student.path, "rb") as content:
+    if not tuned.whole:
+        with open(tuned.path, "rb") as content:
             adapters = hashlib.file_digest(content, "sha256").hexdigest()
-        tuned = lambda: pipe.split[1]
-        return [*arms, Arm("student", STUDENT, painter, key(base, adapters), tuned)]
+        weights = lambda: pipe.split[1]
+        return [*arms, Arm("tuned", STUDENT, painter, key(base, adapters), weights)]
     other = pipeline(
-        student.path,
+        tuned.path,
         pipe.family.NAME,
         beside=pipe.beside,
         dtype=config.dtype,
@@ -139,10 +139,10 @@ def make_arms(
         trained=pipe.trained,
     )
     if other.config != pipe.config:
-        raise UserError(f"{student.path}: its transformer has other sizes than {pipe.folder}'s")
+        raise UserError(f"{tuned.path}: its transformer has other sizes than {pipe.folder}'s")
     painter = Painter(other, config.teacher, batch, mesh, kept, other.encoder_digest(memo))
-    whole = lambda: other.split[1]
-    return [*arms, Arm("student", STUDENT, painter, _digest(other, memo), whole)]
+    weights = lambda: other.split[1]
+    return [*arms, Arm("tuned", STUDENT, painter, _digest(other, memo), weights)]
 
 
 def _digest(pipe: Pipeline, memo: Path) -> str:

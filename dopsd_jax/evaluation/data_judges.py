@@ -1,4 +1,4 @@
-"""A data set's own judge: where the true pictures are known, better than any general scorer.
+"""A data set's own judge, where it is known how every prompt should look: surer than any scorer.
 
 A package that knows such data sets declares an entry point of the group `dopsd_jax.judges`: a
 function from the data set's folder to its `DataJudge`, or to None for every other data set. The

@@ -59,7 +59,7 @@ class Memory(dict):
 
 
 class Painter:
-    """Draws cases, as the student (from the prompt) or as the teacher (shown the source as well).
+    """Draws cases, as the student (from the prompt) or as the teacher (shown the target as well).
 
     Args:
       teacher: config.teacher: what the teacher sees of the picture.
@@ -86,7 +86,7 @@ class Painter:
 
     def key(self, case: Case, role: int) -> str:
         """Where the features of a case are kept."""
-        seen = {"image": digest(case.source), "crop": "as it is"} if role == TEACHER else {}
+        seen = {"image": digest(case.target), "crop": "as it is"} if role == TEACHER else {}
         return feature_key(
             role=ROLE_NAMES[role],
             prompt=case.prompt,
@@ -106,9 +106,9 @@ class Painter:
             try:
                 self.pipe.latent_shape(case.height, case.width)
                 self.pipe.request(STUDENT, case.prompt)
-                if case.source is not None:
+                if case.target is not None:
                     where = f"the picture shown with {case.prompt[:60]!r}"
-                    size, options = case.source.shape[:2], self.options[TEACHER]
+                    size, options = case.target.shape[:2], self.options[TEACHER]
                     self.pipe.request(TEACHER, case.prompt, size=size, options=options, where=where)
             except UserError as error:
                 faults += error.problems
@@ -121,7 +121,7 @@ class Painter:
         for done, key in enumerate(missing):
             yield len(missing) - done
             case = keys[key]
-            seen = case.source if role == TEACHER else None
+            seen = case.target if role == TEACHER else None
             made = self.pipe.features(role, case.prompt, seen, self.options[role])
             self.kept.put(key, made)
         # One length for all, so that contexts have one shape.

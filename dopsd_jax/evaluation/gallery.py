@@ -104,5 +104,5 @@ class Values:
 def value_key(scorer: Judge, picture: str, shot: Shot) -> str:
     """What a scorer's value depends on."""
     case = shot.case
-    source = "" if case.source is None else digest(case.source)
-    return key(scorer.identity, scorer.name, picture, case.text, source, case.truth_digest)
+    target = "" if case.target is None else digest(case.target)
+    return key(scorer.identity, scorer.name, picture, case.text, target, case.truth_digest)

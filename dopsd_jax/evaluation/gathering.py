@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from dopsd_jax.common.errors import UserError
-from dopsd_jax.common.progress import Countdown
+from dopsd_jax.common.progress import Progress
 from dopsd_jax.conditioning.encoding import TEACHER
 from dopsd_jax.evaluation import results
 from dopsd_jax.evaluation.arms import Arm
@@ -18,8 +18,8 @@ SCORED_TOGETHER = 16
 
 
 def shots_of(arm: Arm, cases: Sequence[Case], seeds: int) -> list[Shot]:
-    """The pictures that a model is asked for, prompt by prompt; a teacher needs a source."""
-    drawn = [case for case in cases if arm.role != TEACHER or case.source is not None]
+    """The pictures that a model is asked for, prompt by prompt; a teacher needs a target."""
+    drawn = [case for case in cases if arm.role != TEACHER or case.target is not None]
     return [Shot(case, number) for case in drawn for number in range(seeds)]
 
 
@@ -39,13 +39,13 @@ def draw(arms: Sequence[Arm], cases: Sequence[Case], seeds: int, gallery: Galler
         asked = {id(shot.case): shot.case for shot in missing[arm.name]}
         count = None
         for left in arm.painter.encode(list(asked.values()), arm.role):
-            count = count or Countdown(f"encoding for {arm.name}", left)
+            count = count or Progress(f"encoding for {arm.name}", left)
             count.advance()
         if last[id(arm.painter)] is arm:
             arm.painter.pipe.release_encoders()
     for arm in busy:
         drawn = arm.painter.draw(arm.trained(), missing[arm.name], arm.role)
-        count = Countdown(f"drawing {arm.name}", len(missing[arm.name]))
+        count = Progress(f"drawing {arm.name}", len(missing[arm.name]))
         for shot, image in count.over(drawn):
             gallery.put(arm.key(shot), image, shot, arm.name, arm.role)
         if last[id(arm.painter)] is arm:
@@ -75,7 +75,7 @@ def _values(scorer: Scorer, arm: Arm, shots: Sequence[Shot], gallery: Gallery) -
     names = {shot: arm.key(shot) for shot in shots}
     keys = {shot: value_key(scorer, names[shot], shot) for shot in shots}
     todo = [shot for shot in shots if gallery.values.get(keys[shot]) is None]
-    count = Countdown(f"scoring {arm.name}: {scorer.name}", len(todo))
+    count = Progress(f"scoring {arm.name}: {scorer.name}", len(todo))
     for some in _of_one_size(todo):
         images = [gallery.picture(names[shot]) for shot in some]
         values = np.asarray(scorer(images, [shot.case for shot in some]), np.float64)

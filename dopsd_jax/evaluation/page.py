@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from PIL import Image
 
 from dopsd_jax.reporting.html_page import render
-from dopsd_jax.reporting.pictures import Row
+from dopsd_jax.reporting.pictures import GridRow
 
 CELL = 320  # pixels: larger pictures are embedded smaller
 SHOWN = 60  # prompts; the others' pictures are in the folder
@@ -19,7 +19,7 @@ def page(
     cells: Sequence[Sequence[str]],
     notes: Sequence[str],
     columns: Sequence[str],
-    rows: Sequence[Row],
+    rows: Sequence[GridRow],
     facts: Mapping[str, str],
 ) -> str:
     """The page: the table of scores, a row of pictures a prompt, and what it was made from."""
@@ -49,7 +49,7 @@ def page(
     return render(title, "\n".join(parts), style=OWN_STYLE)
 
 
-def _row(row: Row) -> str:
+def _row(row: GridRow) -> str:
     cells = "".join(f"<td>{_image(image)}</td>" for image in row.images)
     caption = html.escape(row.caption)
     return f'<tr>{cells}</tr><tr><td colspan="{len(row.images)}">{caption}</td></tr>'

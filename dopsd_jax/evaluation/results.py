@@ -46,7 +46,7 @@ class Score:
 
 
 def pairs(arms: Sequence[str]) -> list[tuple[str, str]]:
-    """Every model with every one before it: teacher - base, student - base, student - teacher."""
+    """Every model with every one before it: teacher - base, tuned - base, tuned - teacher."""
     return [(a, b) for i, a in enumerate(arms) for b in arms[:i]]
 
 

@@ -17,7 +17,7 @@ from jaxtyping import Float, UInt8
 from dopsd_jax.common.errors import UserError, raise_if
 
 Picture = UInt8[np.ndarray, "H W 3"]
-BETTER, NEEDS = ("higher", "lower"), ("prompt", "source")
+BETTER, NEEDS = ("higher", "lower"), ("prompt", "target")
 
 
 @dataclass(frozen=True, eq=False)
@@ -28,7 +28,7 @@ class Case:
       of the miniature `concept`, `ordinary` and `other`.
     prompt: what is drawn. text: what is scored, with the class word in place of a placeholder.
     seed: of the first picture's noise.
-    source: the picture that the teacher is shown, and that likeness is measured to.
+    target: the picture that the teacher is shown, and that likeness is measured to.
     truth: what the miniature's judge compares with, a `miniature.world.Scene`.
     truth_digest: names it.
     """
@@ -39,7 +39,7 @@ class Case:
     height: int
     width: int
     seed: int
-    source: Picture | None = None
+    target: Picture | None = None
     truth: Any = None
     truth_digest: str = ""
 
@@ -56,7 +56,7 @@ class Scorer(Protocol):
 
     name: of the row in the tables. better: `higher` or `lower`.
     kinds: the kinds of cases it judges; empty: all.
-    needs: what it looks at besides the picture: `prompt` (`Case.text`), `source`.
+    needs: what it looks at besides the picture: `prompt` (`Case.text`), `target`.
     identity: names weights and settings; values are kept under it and reused.
     """
 
@@ -109,7 +109,7 @@ MEMBERS = ("name", "better", "kinds", "needs", "identity")
 def judges(scorer: Judge, case: Case) -> bool:
     """Whether a scorer says anything about pictures of a case."""
     wanted = not scorer.kinds or case.kind in scorer.kinds
-    return wanted and (case.source is not None or "source" not in scorer.needs)
+    return wanted and (case.target is not None or "target" not in scorer.needs)
 
 
 def load_scorers(names: Sequence[str], known: dict[str, Callable[[], Judge]]) -> list[Judge]:

@@ -115,9 +115,9 @@ class ClipScore:
 
 
 class DinoDistance:
-    """DINO-D: one less the cosine of the mean patch tokens of picture and source (DINOv3)."""
+    """DINO-D: one less the cosine of the mean patch tokens of picture and target (DINOv3)."""
 
-    name, better, kinds, needs = "DINO-D", "lower", (TRAINING,), ("source",)
+    name, better, kinds, needs = "DINO-D", "lower", (TRAINING,), ("target",)
 
     def __init__(self, model: str, device: str):
         self.torch = need_torch("dino")
@@ -146,7 +146,7 @@ class DinoDistance:
 class Lpips:
     """LPIPS-D, version 0.1 on VGG-16: weighted squared differences of unit features, averaged."""
 
-    name, better, kinds, needs = "LPIPS-D", "lower", (TRAINING,), ("source",)
+    name, better, kinds, needs = "LPIPS-D", "lower", (TRAINING,), ("target",)
 
     def __init__(self, vgg: str, weights: str, device: str):
         self.torch = need_torch("lpips")
@@ -249,12 +249,12 @@ def _unit(x):
 
 
 def _sources(images: Sequence[Picture], cases: Sequence[Case]) -> list[Picture]:
-    """Each case's source at its picture's size, bicubic."""
+    """Each case's target at its picture's size, bicubic."""
     found = []
     for image, case in zip(images, cases, strict=True):
-        source = Image.fromarray(case.source)
+        target = Image.fromarray(case.target)
         size = image.shape[1], image.shape[0]
-        if source.size != size:
-            source = source.resize(size, Image.Resampling.BICUBIC)
-        found.append(np.asarray(source))
+        if target.size != size:
+            target = target.resize(size, Image.Resampling.BICUBIC)
+        found.append(np.asarray(target))
     return found

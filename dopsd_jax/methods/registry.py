@@ -1,4 +1,4 @@
-"""The methods by name, and what a configuration means to its method. Imports no JAX.
+"""The methods by name, and what each needs of a configuration. Imports no JAX.
 
 A method is one record here, its loss in `losses`, and a line in docs/methods.md.
 """
@@ -29,7 +29,7 @@ def _weight(name: str, default: float, help: str) -> Field:
 _RECORDS = (
     Method(
         name="dopsd",
-        summary="the student's own rollout, pulled to the teacher at every state that it visits",
+        summary="the student learns the teacher's velocity at every state of its own rollout",
         source="arXiv 2605.05204",
         fields=(*NODES, *TEACHER),
         needs=lambda config: Needs(teacher=True),
@@ -63,7 +63,7 @@ _RECORDS = (
     ),
     Method(
         name="offpolicy",
-        summary="as dopsd, at states that are not the student's",
+        summary="the loss of dopsd, at states that are not the student's",
         source="ablation of arXiv 2605.05204",
         fields=(
             *NODES,
@@ -71,7 +71,7 @@ _RECORDS = (
             Field(
                 "offpolicy.states",
                 "teacher",
-                "states of the teacher's rollouts, or noised pictures (targets)",
+                "teacher: states of the teacher's rollouts; targets: noised pictures of the data",
                 choices=("teacher", "targets"),
             ),
         ),
@@ -87,17 +87,17 @@ _RECORDS = (
     ),
     Method(
         name="pso",
-        summary="pictures preferred to what the model draws",
+        summary="preference of the data set's pictures over the model's own",
         source="arXiv 2410.03190",
         fields=(
             *NODES,
-            _weight("pso.beta", 5.0, "of the logistic loss"),
-            _weight("pso.kappa", 1.0, "weight of the negative's error in a pair"),
-            _weight("pso.prior", 0.5, "weight of the negative's own error"),
+            _weight("pso.beta", 5.0, "factor inside the logistic loss"),
+            _weight("pso.kappa", 1.0, "weight of the negative's error in the difference of a pair"),
+            _weight("pso.prior", 0.5, "weight of the negative's error as a loss of its own"),
             Field(
                 "pso.negatives",
                 "student",
-                "who draws them: the student of the moment, or the network before training",
+                "who draws the negatives: the current student, or the untrained network (start)",
                 choices=("student", "start"),
             ),
         ),
@@ -113,9 +113,17 @@ _RECORDS = (
         source="arXiv 2208.12242",
         fields=(
             *LEVELS,
-            Field("dreambooth.concept_word", "[V]", "stands for the concept in every caption"),
-            Field("dreambooth.class_word", "", "takes its place in class prompts, such as dog"),
-            _weight("dreambooth.weight", 1.0, "of prior preservation"),
+            Field(
+                "dreambooth.concept_word",
+                "[V]",
+                "word that stands for the concept in every caption",
+            ),
+            Field(
+                "dreambooth.class_word",
+                "",
+                "word, such as dog, that replaces the concept word in class prompts",
+            ),
+            _weight("dreambooth.weight", 1.0, "weight of the prior preservation loss"),
         ),
         needs=lambda config: Needs(target=True, prior=True),
         keeps="start",
@@ -141,13 +149,13 @@ def needs(config: Config) -> Needs:
 
 
 def teacher_key(config: Config) -> str | None:
-    """The key of the captions that the teacher is told; None: it is told the student's."""
+    """The key of the teacher's captions; None: the teacher gets the student's captions."""
     told = needs(config).teacher and config["teacher"]["context"] == OTHER_CAPTION
     return config["teacher"]["prompt_key"] if told else None
 
 
 def teacher(config: Config) -> Teacher:
-    """The network that is kept beside the student: config.teacher's, the start, or none."""
+    """The weights that are kept beside the student: config.teacher's, the initial ones, or none."""
     keeps = method(config).keeps
     if keeps == "teacher":
         return Teacher(**{name: config["teacher"][name] for name in Teacher._fields})

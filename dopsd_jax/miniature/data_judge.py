@@ -16,9 +16,8 @@ from dopsd_jax.miniature.world import Concept
 
 ORDINARY = 2  # ordinary prompts for each one of the concept
 NOTE = (
-    "concept: IoU of unseen arrangements with the true pictures; crispness: of their edges, "
-    "relative to the true pictures'; retention: share of ordinary prompts with the right shape "
-    "and colour"
+    "concept: IoU with the target, in arrangements that were not trained; crispness: of edges, "
+    "relative to the target's; retention: share of ordinary prompts with shape and colour right"
 )
 
 

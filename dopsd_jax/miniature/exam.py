@@ -18,7 +18,7 @@ from dopsd_jax.miniature.world_scorers import CONCEPT, ORDINARY
 ORDINARY_EACH = 2  # ordinary prompts for each one of the concept
 
 
-class Row(NamedTuple):
+class ModelScores(NamedTuple):
     """One model: mean IoU of the concept, crispness of its pictures relative to the renderer's,
     and share of ordinary prompts whose shape and colour are both right. None: not asked."""
 
@@ -60,14 +60,14 @@ class Exam:
             for _ in self.painter.encode(own, role):
                 pass
 
-    def student(self, model: str, trained: nnx.State) -> Row:
+    def student(self, model: str, trained: nnx.State) -> ModelScores:
         """Scores weights that see the prompt alone: `trained` as `pipe.split` has it."""
         found = self.values(trained)
         right = found["named shape"] * found["named colour"]
         return _row(model, found, float(right.mean()))
 
-    def teacher(self, model: str, trained: nnx.State) -> Row:
-        """Scores weights that see the true picture as well: what the student can hope for."""
+    def teacher(self, model: str, trained: nnx.State) -> ModelScores:
+        """Scores weights that see the target as well: what the student can hope for."""
         return _row(model, self.values(trained, TEACHER), None)
 
     def values(self, trained: nnx.State, role: int = STUDENT) -> dict[str, Float[np.ndarray, " n"]]:
@@ -101,12 +101,12 @@ class Exam:
         return np.stack([image for _, image in self.painter.draw(trained, shots, role)])
 
 
-def _row(model: str, values: Mapping[str, np.ndarray], retention: float | None) -> Row:
+def _row(model: str, values: Mapping[str, np.ndarray], retention: float | None) -> ModelScores:
     iou, crispness = (float(values[f"concept {name}"].mean()) for name in ("IoU", "crispness"))
-    return Row(model, iou, crispness, retention)
+    return ModelScores(model, iou, crispness, retention)
 
 
-def table(rows: Sequence[Row]) -> list[str]:
+def table(rows: Sequence[ModelScores]) -> list[str]:
     """Rows as lines of text."""
     width = max(len("model"), *(len(row.model) for row in rows))
     shown = lambda value: "     -" if value is None else f"{value:6.3f}"

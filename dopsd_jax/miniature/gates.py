@@ -82,9 +82,9 @@ class Trial:
     def __call__(
         self, draw: Draw, reconstruct: Callable[[np.ndarray], np.ndarray]
     ) -> dict[str, float]:
-        """Scores of a sampler; `crispness` here is relative to the true pictures'."""
+        """Scores of a sampler; `crispness` here is relative to the targets'."""
         scenes = [case.truth for case in self.concepts]
-        truth, shown = world.compose(scenes, None), np.stack([c.source for c in self.concepts])
+        truth, shown = world.compose(scenes, None), np.stack([c.target for c in self.concepts])
         reach = judge.iou(reconstruct(shown), truth)
         copied, blind = draw(self.concepts, TEACHER), draw(self.concepts, STUDENT)
         named = draw(self.ordinary, STUDENT)
@@ -95,13 +95,13 @@ class Trial:
             )
         )
         edges = lambda images: judge.crispness(images).mean()
-        sources = [case.source for case in (*self.concepts, *self.ordinary)]
+        targets = [case.target for case in (*self.concepts, *self.ordinary)]
         return {
             "copy": float((judge.iou(copied, truth) / reach).mean()),
             "blind": float((judge.iou(blind, scores.fitted(blind, scenes)) / reach).mean()),
             "shape": right("shape"),
             "colour": right("colour"),
-            "crispness": float(edges(np.concatenate([copied, named])) / edges(np.stack(sources))),
+            "crispness": float(edges(np.concatenate([copied, named])) / edges(np.stack(targets))),
         }
 
 

@@ -1,4 +1,4 @@
-"""The renderer as a judge: how much of a true picture a sample shows, and what it shows.
+"""The renderer as a judge: how much of the target picture a sample shows, and what it shows.
 
 Pictures are uint8 [n, side, side, 3]; distances of colours are Euclidean, channels in [0, 1].
 """
@@ -29,7 +29,7 @@ def iou(images: Images, truth: Scenes) -> Float[np.ndarray, " n"]:
     """Shape-and-colour IoU with the first object of the true scenes.
 
     The true object's pixels that have the right label, over all pixels that belong to the object
-    in either picture; a strange colour belongs to it. The true rendering is labelled by its colours
+    in either picture; a strange colour belongs to it. The target is labelled by its colours
     too, so its IoU is 1.
     """
     wanted, found = label(render.render(truth), truth), label(images, truth)
@@ -88,7 +88,7 @@ def _placed(scenes: Scenes, centre: np.ndarray, radius: np.ndarray) -> Scenes:
 
 
 def label(images: Images, truth: Scenes) -> Int[np.ndarray, "n s s"]:
-    """Each pixel by the nearest colour of the true picture: GROUND, BODY, CORE or STRANGE.
+    """Each pixel by the nearest colour of the target: GROUND, BODY, CORE or STRANGE.
 
     A mixture of two colours of the picture, as edges have, is not strange.
     """

@@ -51,7 +51,7 @@ class Sampler:
         grid = shifted_grid(steps, 3.0)
 
         def draw(cases: Sequence[Case], role: int) -> np.ndarray:
-            images = np.stack([case.source for case in cases]) if role == TEACHER else None
+            images = np.stack([case.target for case in cases]) if role == TEACHER else None
             prompts = [case.prompt for case in cases]
             return self(parameters, prompts, images, grid=grid, guidance=guidance)
 

@@ -34,7 +34,7 @@ def cases(
     shown: Sequence[Picture] = (),
     first_seed: int = 30,
 ) -> list[Case]:
-    """The prompts of an evaluation, with their true pictures; one seed gives the same ones.
+    """The prompts of an evaluation, with their target pictures; one seed gives the same ones.
 
     concepts, ordinary, others: how many of each kind; `others` at most as many as `concepts`.
     shown: pictures of the data set, whose arrangements are left out. first_seed: of the noise.
@@ -49,9 +49,9 @@ def cases(
     found = []
     for number, (kind, said, truth) in enumerate(asked):
         text, picture = caption(said, rng), world.pictures([truth])[0]
-        source = None if kind == OTHER else picture
+        target = None if kind == OTHER else picture
         noise, name = case_seed(first_seed, number), digest(picture)
-        found.append(Case(kind, text, text, SIDE, SIDE, noise, source, truth, name))
+        found.append(Case(kind, text, text, SIDE, SIDE, noise, target, truth, name))
     return found
 
 
@@ -137,7 +137,7 @@ def iou(images: judge.Images, scenes: list[Scene]) -> Float[np.ndarray, " n"]:
 
 
 def crispness(images: judge.Images, scenes: list[Scene]) -> Float[np.ndarray, " n"]:
-    """Of the edges, relative to the true rendering's. Noise raises it too: read it with IoU."""
+    """Of the edges, relative to the target's. Noise raises it too: read it with IoU."""
     truth = render.render(fitted(images, scenes))
     return judge.crispness(images) / judge.crispness(truth)
 
@@ -159,7 +159,7 @@ def taken_colours(images: judge.Images, scenes: list[Scene]) -> Float[np.ndarray
 
 
 class FeatureFID:
-    """Fréchet distance of ordinary pictures to their true renderings; see `frechet`."""
+    """Fréchet distance of ordinary pictures to renderings of their captions; see `frechet`."""
 
     name, better, kinds, needs = "feature FID", "lower", (ORDINARY,), ()
     identity = f"world-1 FID {frechet.NAME}"

@@ -1,14 +1,11 @@
-"""What a run measured: metrics.jsonl, one JSON object per step, and the line of progress."""
+"""What a run measured: metrics.jsonl, one JSON object per step."""
 
 import json
 import math
 import os
-import statistics
-import sys
 import time
-from collections import deque
-from collections.abc import Callable, Mapping
-from typing import Any, TextIO
+from collections.abc import Mapping
+from typing import Any
 
 import jax
 import numpy as np
@@ -16,7 +13,6 @@ from etils import epath
 
 from dopsd_jax.common.atomic import atomic_file, disk_error, is_remote
 from dopsd_jax.common.errors import UserError, raise_if
-from dopsd_jax.common.progress import duration
 
 FILE = "metrics.jsonl"
 STORE_SECONDS = 60.0  # between two versions of the file in an object store
@@ -151,102 +147,3 @@ class MetricsWriter:
 def _line(record: Mapping[str, Any]) -> bytes:
     values = {name: plain(value) for name, value in record.items()}
     return json.dumps(values, allow_nan=False).encode() + b"\n"
-
-
-class StepTimer:
-    """Time of steps. The first one, in which the program is compiled, does not count as typical."""
-
-    def __init__(self, window: int = 50, clock: Callable[[], float] = time.perf_counter):
-        self._clock = clock
-        self._since = clock()
-        self._window: deque[float] = deque(maxlen=window)
-        self._first = True
-
-    def tick(self) -> float:
-        """Seconds since the last tick (or skip): a step has ended."""
-        now = self._clock()
-        seconds, self._since = now - self._since, now
-        if not self._first:
-            self._window.append(seconds)
-        self._first = False
-        return seconds
-
-    def skip(self) -> None:
-        """Begins the next step now: what came before (samples, saving) is not a part of it."""
-        self._since = self._clock()
-
-    @property
-    def typical(self) -> float | None:
-        """Median of the last steps: a new size's compilation weighs little. None at first."""
-        return statistics.median(self._window) if self._window else None
-
-
-class Progress:
-    """One line about the run: in place on a terminal, else a new line every `every` seconds.
-
-    `quiet`: nothing at all, in a process that leaves printing to another.
-    """
-
-    def __init__(
-        self,
-        total: int,
-        timer: StepTimer,
-        *,
-        stream: TextIO | None = None,
-        every: float | None = None,
-        clock: Callable[[], float] = time.monotonic,
-        quiet: bool = False,
-    ):
-        self.quiet = quiet
-        self.total = total
-        self._timer = timer
-        self._stream = sys.stdout if stream is None else stream
-        self._in_place = self._stream.isatty()
-        self._every = (0.2 if self._in_place else 10.0) if every is None else every
-        self._clock = clock
-        self._printed: float | None = None
-        self._shown = 0
-
-    def update(self, step: int, loss: float, gap: float, images: int) -> None:
-        """Tells that `step` of `total` has ended, with the images in it."""
-        if self.quiet:
-            return
-        now = self._clock()
-        due = self._printed is None or now - self._printed >= self._every
-        if not due and step < self.total:
-            return
-        self._printed = now
-        line = self._text(step, float(loss), float(gap), images)
-        if self._in_place:
-            self._stream.write("\r" + line.ljust(self._shown))
-            self._shown = len(line)
-        else:
-            self._stream.write(line + "\n")
-        if step >= self.total:
-            self._end_line()
-        self._stream.flush()
-
-    def note(self, text: str) -> None:
-        """Prints a line of its own."""
-        if self.quiet:
-            return
-        self._end_line()
-        self._stream.write(text + "\n")
-        self._stream.flush()
-
-    def _end_line(self) -> None:
-        if self._shown:
-            self._stream.write("\n")
-            self._shown = 0
-
-    def _text(self, step: int, loss: float, gap: float, images: int) -> str:
-        width = len(str(self.total))
-        parts = [f"step {step:{width}d}/{self.total}", f"loss {loss:.5g}", f"gap {gap:.5g}"]
-        typical = self._timer.typical
-        if typical is None:
-            parts.append("compiled" if step < self.total else "done")
-        else:
-            parts.append(f"{images / typical:.3g} images/s" if typical else "")
-            left = (self.total - step) * typical
-            parts.append(f"{duration(left)} left" if step < self.total else "done")
-        return "  ".join(part for part in parts if part)

@@ -37,7 +37,7 @@ OTHER_FONTS = (
 
 
 @dataclasses.dataclass(frozen=True)
-class Row:
+class GridRow:
     """The pictures of one prompt, one for each column; None where there is none."""
 
     caption: str
@@ -53,7 +53,7 @@ class Labels:
     captions: tuple[str, ...]
 
 
-def grid(columns: Sequence[str], rows: Sequence[Row], *, title: str = "", cell: int = 320):
+def grid(columns: Sequence[str], rows: Sequence[GridRow], *, title: str = "", cell: int = 320):
     """Draws a grid as a `PIL.Image`.
 
     Every picture is resized to `cell` pixels on its longer side, keeping its aspect and never
@@ -104,7 +104,7 @@ def grid(columns: Sequence[str], rows: Sequence[Row], *, title: str = "", cell: 
 def save_grid(
     path: str | os.PathLike,
     columns: Sequence[str],
-    rows: Sequence[Row],
+    rows: Sequence[GridRow],
     *,
     title: str = "",
     cell=320,
@@ -158,7 +158,7 @@ def sample_files(workdir: str | os.PathLike) -> list[tuple[int, epath.Path]]:
     return sorted(found)
 
 
-def _check(columns: Sequence[str], rows: Sequence[Row]) -> None:
+def _check(columns: Sequence[str], rows: Sequence[GridRow]) -> None:
     for number, row in enumerate(rows):
         if len(row.images) != len(columns):
             raise ValueError(f"row {number}: {len(row.images)} images, {len(columns)} columns")

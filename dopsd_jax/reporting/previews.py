@@ -68,7 +68,7 @@ class Previews:
         latents = self.pipe.sample(trained, noise, context, grid)
         return self.pipe.decode(multihost.to_host(latents))[0]
 
-    def rows(self, student, teacher) -> list[pictures.Row]:
+    def rows(self, student, teacher) -> list[pictures.GridRow]:
         """The pictures of every sample, in the order of `columns`.
 
         `teacher` draws only for methods that ask a teacher in its own context.
@@ -79,7 +79,7 @@ class Previews:
             if "teacher" in self.columns:
                 drawn.append(self._picture(teacher, sample.contexts.teacher, sample.noise))
             drawn.append(self._picture(student, sample.contexts.student, sample.noise))
-            found.append(pictures.Row(sample.caption, drawn))
+            found.append(pictures.GridRow(sample.caption, drawn))
         return found
 
     def write(self, step: int, student, teacher) -> Path:

@@ -19,13 +19,13 @@ from ml_collections import ConfigDict
 from dopsd_jax.adapters import attach
 from dopsd_jax.adapters.attach import Slot
 from dopsd_jax.common.config_fields import as_list, name_or_list
+from dopsd_jax.common.progress import byte_progress
 from dopsd_jax.conversion.export import export_diffusers, export_single
 from dopsd_jax.families.base import Family, Size
 from dopsd_jax.families.pipeline import lora_layers
 from dopsd_jax.weights import lora_files
 from dopsd_jax.weights.live import LiveTensors
 from dopsd_jax.weights.lora_write import write_lora
-from dopsd_jax.weights.progress import ConsoleProgress
 
 
 class Trained(Protocol):
@@ -152,7 +152,7 @@ class FullNetwork:
             self.config.export_dtype,
         )
         write, written = jax.process_index() == 0, self.export_paths(workdir, step)
-        options = {"transformer": tensors, "write": write, "progress": ConsoleProgress()}
+        options = {"transformer": tensors, "write": write, "progress": byte_progress("writing")}
         if write:
             (workdir / "model").mkdir(exist_ok=True)
         for path in written:

@@ -22,10 +22,10 @@ from dopsd_jax.common.atomic import disk_error, need_space, write_text
 from dopsd_jax.common.errors import UserError
 from dopsd_jax.common.json_fields import Fields
 from dopsd_jax.common.json_files import read_json
+from dopsd_jax.common.progress import SILENT, Progress
 from dopsd_jax.models.names import Leaf, Source, to_flax
 from dopsd_jax.weights.digest import combined_digest, part_digest, tensor_digest
 from dopsd_jax.weights.layouts import Found
-from dopsd_jax.weights.progress import SILENT, Progress
 from dopsd_jax.weights.tensors import DTYPES, Tensors, check_finite, contiguous, total_bytes
 
 FORMAT = 3  # raise it when the same tensors are arranged otherwise
@@ -95,7 +95,7 @@ def convert(
     parts = split_parts(leaves, tensors, part_bytes)
     job = _fingerprint(tensors, config_text, component, origin, part_bytes)
     if finished := _finished(folder, job):
-        progress.advance(component, total_bytes(tensors))
+        progress.advance(total_bytes(tensors), component)
         return finished
     digests, sums = _start(folder, job)
     done = {name for name in parts if name in sums and (folder / PARTS / name).is_dir()}
@@ -120,7 +120,7 @@ def convert(
             }
             for leaf in part
         ]
-        progress.advance(f"{component}/{name}", bytes_of(part))
+        progress.advance(bytes_of(part), f"{component}/{name}")
     write_text(folder / CONFIG, config_text)
     manifest = {
         "format": FORMAT,

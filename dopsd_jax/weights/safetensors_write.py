@@ -11,7 +11,7 @@ from etils import epath
 
 from dopsd_jax.common.atomic import atomic_file, is_remote, need_space, write_text
 from dopsd_jax.common.errors import UserError
-from dopsd_jax.weights.progress import SILENT, Progress
+from dopsd_jax.common.progress import SILENT, Progress
 from dopsd_jax.weights.tensors import CODES, TensorInfo, Tensors, check_finite, contiguous
 
 MAX_SHARD = 10_000_000_000  # diffusers' default, bytes
@@ -51,7 +51,7 @@ def write_safetensors(
                 raise ValueError(f"{name}: produced {array.dtype} {array.shape}, announced {info}")
             array = check_finite(contiguous(array), path, name)
             file.write(memoryview(array.reshape(-1).view(np.uint8)))
-            progress.advance(name, info.nbytes)
+            progress.advance(info.nbytes, name)
 
 
 def header_bytes(names: list[str], infos: Mapping[str, TensorInfo], metadata) -> bytes:

@@ -12,11 +12,11 @@ _AREA = {"low": 1, "high": 2**28, "unit": "pixels", "when": _VLM}
 # fmt: off
 FIELDS = (
     Field("teacher.doubled_template", False,
-          "the prompt in its template twice, as in the released code", when=_VLM),
+          "the prompt is put into its template twice, as in the released code", when=_VLM),
     Field("teacher.min_pixels", 512 * 512,
-          "area of the picture that the vision tower sees, at least", **_AREA),
+          "smallest area of the picture that the vision tower gets", **_AREA),
     Field("teacher.max_pixels", 768 * 768,
-          "area of the picture that the vision tower sees, at most", **_AREA),
+          "largest area of the picture that the vision tower gets", **_AREA),
 )
 # fmt: on
 
