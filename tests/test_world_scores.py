@@ -104,7 +104,7 @@ def test_named_attributes_are_told_apart(cases):
 
 def test_a_leak_is_the_concept_under_another_word(cases):
     own = of_kind(cases, "other")
-    assert all("dax" not in c.prompt.split() and c.source is None for c in own)
+    assert all("dax" not in c.prompt.split() and c.target is None for c in own)
     assert len({c.prompt for c in own}) == len(own)
     known = {*captions.NEW_WORDS, *captions.nonce_words()}
     assert all(set(c.prompt.split()) & known for c in own)
@@ -174,8 +174,8 @@ def test_cases_follow_from_their_seed_and_say_all_that_is_judged(concept, cases)
     for case in cases:
         assert finish[case.truth.finish] in case.prompt
         assert list(world.GROUNDS)[case.truth.ground] in case.prompt
-        assert case.source is None or judge.iou(
-            case.source[None], world.compose([case.truth], None)
+        assert case.target is None or judge.iou(
+            case.target[None], world.compose([case.truth], None)
         ) == [1.0]
 
 
@@ -200,7 +200,7 @@ def test_a_picture_is_the_pipelines_from_the_noise_of_its_seed(pipe, cases, role
         features = [pipe.features(STUDENT, s.case.prompt) for s in shots]
     else:
         bounds = {"min_pixels": 64 * 64, "max_pixels": 128 * 128}
-        features = [pipe.features(TEACHER, s.case.prompt, s.case.source, bounds) for s in shots]
+        features = [pipe.features(TEACHER, s.case.prompt, s.case.target, bounds) for s in shots]
     order = [4, 2, 0, 1]
     context = family.collate([features[i] for i in order], {"features": 64})
     noise = np.concatenate([start_noise(shots[i].seed, 1, (8, 8, 16)) for i in order])
