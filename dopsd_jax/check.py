@@ -1,16 +1,17 @@
-"""What will happen, before it does: python -m dopsd_jax.check --config FILE[:ARG] [--workdir DIR]
+"""Checks a run before it starts: python -m dopsd_jax.check --config FILE[:ARG] [--workdir DIR]
 
 Checks the configuration, every row and picture; reports buckets, adapted layers, memory and work;
-then asks the teacher: whether its context changes the prediction, and what it draws. Where the
-teacher's picture is no nearer to the target than the student's, there is nothing to learn. Methods
-that learn from latents of the pictures have no such limit but the autoencoder, which is asked then.
+then shows whether the teacher's context changes the prediction, and what the teacher draws. Where
+the teacher's picture is no nearer to the target than the student's, there is nothing to learn.
+For methods that learn from latents of the pictures the autoencoder is the limit, so its
+reconstruction is compared.
 """
 
 from dopsd_jax.common import program
 from dopsd_jax.config.flags import CONFIG, WORKDIR, parse
 
 if __name__ == "__main__":
-    parse()  # a wrong option is told now: the imports below take seconds
+    parse()  # wrong options end it here: the imports below take seconds
 
 import jax
 import jax.numpy as jnp

@@ -89,7 +89,7 @@ def _add_export(p: argparse.ArgumentParser, before_out: str | None = None) -> No
     p.add_argument("--max-shard-gb", type=float, default=10.0, help="default %(default)g")
 
 
-# The commands. Each imports what it needs, so that a wrong option is told at once.
+# The commands. Each imports what it needs, so that a wrong option is reported at once.
 
 
 def _add_transformer_only(p: argparse.ArgumentParser) -> None:

@@ -19,7 +19,7 @@ STUDENT_ROWS = OPTIONS.integer("student_rows", 512, "caption tokens of the stude
 TEACHER_ROWS = OPTIONS.integer("teacher_rows", 1024, "caption tokens of the teacher", 1, 10**6)
 
 if __name__ == "__main__":
-    parse(data=False)  # a wrong option is told now: the imports below take seconds
+    parse(data=False)  # wrong options end it here: the imports below take seconds
 
 import jax
 from ml_collections import ConfigDict

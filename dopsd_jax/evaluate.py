@@ -35,7 +35,7 @@ TORCH_DEVICE = OPTIONS.string("torch_device", "cpu", "where the PyTorch scorers 
 BATCH = OPTIONS.integer("batch", None, "pictures drawn together", 1, 65536)
 
 if __name__ == "__main__":
-    parse(strict=False)  # a wrong option is told now: the imports below take seconds
+    parse(strict=False)  # wrong options end it here: the imports below take seconds
 
 from ml_collections import ConfigDict
 
@@ -65,7 +65,7 @@ T = TypeVar("T")
 
 
 class Attempts:
-    """Runs what may fail and keeps the problems, so that all are told together."""
+    """Runs what may fail and keeps the problems, so that all are reported together."""
 
     def __init__(self):
         self.problems: list[str] = []
@@ -92,7 +92,7 @@ def main() -> None:
 
 def evaluate(config: ConfigDict, out: Path) -> None:
     """Draws, scores and writes the evaluation to `out`."""
-    # ---- Everything that can be wrong is found before anything is drawn, and told together.
+    # ---- Everything that can be wrong is found before anything is drawn.
     attempt = Attempts()
     gallery = Gallery(out)
     tuned = attempt(lambda: find_tuned(config))

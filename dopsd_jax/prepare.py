@@ -30,7 +30,7 @@ BATCH = OPTIONS.integer("batch", 8, "captions that a device encodes together", 1
 ROWS = OPTIONS.integer("rows_per_part", 256, "rows a file; the same for all shards", 1, 10**6)
 
 if __name__ == "__main__":
-    parse("out", strict=False)  # a wrong option is told now: the imports below take seconds
+    parse("out", strict=False)  # wrong options end it here: the imports below take seconds
 
 import jax
 import numpy as np

@@ -20,7 +20,7 @@ DTYPE = OPTIONS.enum(
 )
 
 if __name__ == "__main__":
-    # A wrong option is told now: the imports below take seconds.
+    # Wrong options end it here: the imports below take seconds.
     program.parse(required=("model", "prompt", "out"))
 
 import jax

@@ -19,7 +19,7 @@ ALLOW_CHANGES = OPTIONS.list(
 if __name__ == "__main__":
     parse(
         more_checks=lambda: check_allowed(ALLOW_CHANGES.value)
-    )  # a wrong option is told now: the imports below take seconds
+    )  # wrong options end it here: the imports below take seconds
 
 import jax
 from etils import epath

@@ -1,7 +1,7 @@
 """Adapters in a network: which linear layers get one, how they are attached, exported and loaded.
 
-An adapter is named by the PyTorch path of its layer (`layers.3.attention.to_q`), whatever fusing
-and stacking we do; the network's table of names says where that is.
+An adapter is named by the PyTorch path of its layer (`layers.3.attention.to_q`), although layers
+are fused and stacked here: the network's table of names maps them.
 """
 
 import dataclasses

@@ -53,7 +53,7 @@ class Lora(Adapter):
     def load(
         weights: Mapping[str, np.ndarray], module: LoraModule, scale: float
     ) -> Mapping[str, np.ndarray]:
-        """The module's own scale goes into B; a smaller rank gets rows that do nothing yet."""
+        """The module's scale is multiplied into B; a smaller rank gets rows without effect."""
         a, b = (np.array(weights[name]) for name in ("a", "b"))
         rank = module.rank
         if rank > a.shape[1] or module.a.shape[1] != len(a) or len(module.b) != b.shape[1]:

@@ -36,10 +36,10 @@ def disk_error(error: OSError, path: str | os.PathLike) -> UserError:
 
 @contextlib.contextmanager
 def atomic_file(path: str | os.PathLike) -> Iterator:
-    """A binary file that replaces `path` when the block ends well; otherwise the old one stays.
+    """A binary file that replaces `path` when the block ends without an error.
 
-    In an object store (`gs://`) a file appears as it is closed, and there is no rename: there the
-    content waits in a local file until it is whole.
+    An object store (`gs://`) has no rename, and a file appears there when it is closed: so the
+    content goes to a local file first.
     """
     if is_remote(path):
         with _stored_file(epath.Path(path)) as file:
@@ -61,7 +61,7 @@ def atomic_file(path: str | os.PathLike) -> Iterator:
 
 
 def partial_of(path: Path) -> Path:
-    """Where `path` is written before it is whole: beside it, under a name that tells the writer."""
+    """The temporary file of `path`: beside it, with a name that identifies the writer."""
     pid = os.getpid()
     writer = f"{_place()}-{pid}-{processes.started(pid) or 0}"
     return path.with_name(f".{path.name}.partial-{writer}-{secrets.token_hex(4)}")
@@ -73,7 +73,7 @@ def remove_leftovers(*folders: str | os.PathLike, name: str = "") -> None:
     A writer that still runs keeps its own, as does one of another machine for a day.
     """
     for folder in folders:
-        # What cannot be removed, or is being removed by another process, is in nobody's way.
+        # A file that cannot be removed, or that another process removes now, does no harm.
         with contextlib.suppress(OSError):
             for path in () if is_remote(folder) else list(Path(folder).iterdir()):
                 match = _PARTIAL.fullmatch(path.name)
@@ -112,9 +112,9 @@ def _stored_file(path: epath.Path) -> Iterator:
 
 @contextlib.contextmanager
 def atomic_folder(path: str | os.PathLike, *, replace: bool = False) -> Iterator[Path]:
-    """A folder that gets its name when the block ends well.
+    """A folder that gets its name when the block ends without an error.
 
-    Raises `UserError` if that is taken, unless `replace`.
+    Raises `UserError` if the name is taken, unless `replace`.
     """
     path = Path(path)
     if not replace and path.exists() and (not path.is_dir() or any(path.iterdir())):
@@ -140,7 +140,7 @@ def write_text(path: str | os.PathLike, text: str) -> None:
 
 
 def need_space(folder: str | os.PathLike, nbytes: int) -> None:
-    """Raises `UserError` when the disk that will hold `folder` has not `nbytes` free."""
+    """Raises `UserError` when the disk that will hold `folder` has less than `nbytes` free."""
     folder = Path(folder).absolute()
     while not folder.exists():
         folder = folder.parent

@@ -1,4 +1,4 @@
-"""A field of a configuration, declared once: what it may hold and for whom it means something."""
+"""A field of a configuration, declared once: its values, and the settings that it belongs to."""
 
 import dataclasses
 import math
@@ -18,7 +18,7 @@ class Field:
     name: dotted, such as `lora.rank`. kind: int, float, bool, str, list, or `name or list`; if not
     given, the type of the default. low, high: bounds of a number, included; above: excluded. unit:
     of a number. choices: what a name may be. listed: what the items of a list may be. when: values
-    of other fields with which alone this one has an effect. change: whether it may differ when a
+    that other fields must have so that this one has an effect. change: whether it may differ when a
     run is continued.
     """
 
@@ -43,7 +43,7 @@ class Field:
             raise TypeError(f"{self.name}: a number needs a lower and an upper bound")
 
     def fault(self, value: Any) -> str | None:
-        """What is wrong with a value, to be said after it; None: nothing."""
+        """What is wrong with a value, as a message goes on after it; None: nothing."""
         kinds = {
             "int": type(value) is int,
             "float": type(value) in (int, float),

@@ -14,11 +14,11 @@ _COUNTED = re.compile(r"\.\.\. and (\d+) more")
 
 
 class UserError(Exception):
-    """One or several faults the user can mend.
+    """One or several faults that the user can correct.
 
     Every problem is one line that names the file, row or config field, says what is wrong and what
     to do about it. Collect all problems of one kind before raising. `problems` has them all;
-    characters that a terminal would obey are escaped, overlong lines are cut in the middle.
+    control characters are escaped, and long lines are cut in the middle.
     """
 
     def __init__(self, *problems: str):
@@ -29,7 +29,7 @@ class UserError(Exception):
 
 
 def one_line(text: str) -> str:
-    """Text that stays one line of a terminal, whatever names from files stand in it."""
+    """The text as one line: names from files may hold line breaks and control characters."""
     text = " ".join(text.split())
     if len(text) > MAX_LINE:
         text = f"{text[: MAX_LINE - 400]} ... {text[-400:]}"
@@ -42,7 +42,7 @@ def one_line(text: str) -> str:
 def few(problems: Sequence[str]) -> list[str]:
     """The problems to print: of more than four of one kind the first three, and a count.
 
-    A problem `... and N more` stands for such as were only counted.
+    A problem `... and N more` stands for N that were only counted.
     """
     kinds: dict[tuple[str, str], list[str]] = {}
     hidden = sum(int(m[1]) for problem in problems if (m := _COUNTED.fullmatch(problem)))
@@ -55,7 +55,7 @@ def few(problems: Sequence[str]) -> list[str]:
         kinds.setdefault((where, _VARYING.sub("#", what)), []).append(problem)
     lines = []
     for alike in kinds.values():
-        # What was only counted is most likely of the one kind that there is.
+        # Problems that were only counted are taken to be of the only kind.
         count = len(alike) + (hidden if len(kinds) == 1 else 0)
         if count > SHOWN + 1:
             alike = [*alike[:SHOWN], f"... and {count - SHOWN} more like these"]

@@ -1,4 +1,4 @@
-"""What a file is that is not what its name says: by its first bytes."""
+"""Recognises by its first bytes a file whose content is not what its name says."""
 
 FIRST_BYTES = 512  # enough for `kind_of`
 
@@ -16,7 +16,7 @@ _PAGES = (b"<!doctype", b"<html", b"<head", b"<?xml")
 
 
 def kind_of(content: bytes) -> str | None:
-    """What bytes are the beginning of, and what to do about it; None if nothing known."""
+    """The kind of file that begins so, and what to do about it; None if it is unknown."""
     for beginning, what in _BEGINNINGS:
         if content.startswith(beginning):
             return what

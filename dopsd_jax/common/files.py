@@ -1,4 +1,4 @@
-"""Reads files that others wrote: a folder, a device or a file without end is refused first."""
+"""Reads files of others: a folder, a device or an endless file is refused first."""
 
 import os
 import stat
@@ -43,7 +43,7 @@ def read_bytes(
         else:
             with open_regular(path, advice) as file:
                 size = os.fstat(file.fileno()).st_size
-                # The size is not enough: a file may grow, and one of /proc announces nothing.
+                # The size is not enough: a file may grow, and files of /proc have size 0.
                 content = b"" if size > limit else file.read(limit + 1)
                 size = max(size, len(content))
             if size > limit:

@@ -22,7 +22,7 @@ def shifted_grid(steps: int, shift: float) -> tuple[float, ...]:
 
 
 def check_grid(nodes: Sequence[float], field: str) -> tuple[float, ...]:
-    """An explicit grid with its end, 0, added if absent. Raises `UserError` if it does not fall."""
+    """An explicit grid with its end, 0, added if absent. Raises `UserError` unless it falls."""
     nodes = tuple(float(n) for n in nodes)
     if nodes and nodes[-1] != 0.0:
         nodes = (*nodes, 0.0)

@@ -42,10 +42,10 @@ class Fields:
     def value(
         self, name: str, kind: str, good: Callable[[Any], bool], default: Any = REQUIRED
     ) -> Any:
-        """The value if it is `good`, else `default`; `kind` says in words what is.
+        """The value if it is `good`; `kind` says in words what is.
 
-        Without a default the field must be there, and None stands for one that is wrong. With one
-        it may be missing, but not wrong: a null is as if it were missing.
+        Without a `default` the field is required, and None is returned for a wrong one. With a
+        default it may be missing or null, but not wrong.
         """
         found = self.json.get(name)
         if found is None and default is not REQUIRED:
@@ -116,7 +116,7 @@ class Fields:
 
 
 def is_number(value: Any) -> bool:
-    """Whether a value is a finite number: JSON's true is none, and Python's reader takes NaN."""
+    """Whether a value is a finite number; JSON's true and Python's NaN are not."""
     if not isinstance(value, int | float) or isinstance(value, bool):
         return False
     return abs(value) < 1e308  # also a whole number that no float holds

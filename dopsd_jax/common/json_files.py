@@ -1,7 +1,7 @@
-"""Reads JSON that others wrote: strict, with limits, every fault one line.
+"""Reads JSON of other programs: strictly, with limits; every fault is one line.
 
-Python's own reader takes more than JSON is and stops at nothing: NaN, names given twice, numbers
-that become infinite, text nested until the stack is full. All of these are refused here.
+Python's own reader accepts more than JSON: NaN, repeated names, numbers that overflow, nesting up
+to the limit of the stack. All of these are refused here.
 """
 
 import json
@@ -28,15 +28,15 @@ def read_json(
 ) -> tuple[Any, str]:
     """Content and text of a JSON file of at most `limit` bytes. Raises `UserError`.
 
-    `again` says how to get a good file, `missing` what to do when it is not there. `finite` False
-    leaves NaN and infinity to a caller that checks every number and tells all faults at once.
+    `again` says how to get a good file, `missing` what to do when it is not there. `finite` False:
+    NaN and infinity are left to the caller, which checks every number.
     """
     content = read_bytes(path, limit, missing)
     return parse_json(content, str(path), again, finite), content.decode("utf-8-sig")
 
 
 def parse_json(content: str | bytes, where: str, again: str = DOWNLOAD, finite: bool = True) -> Any:
-    """What JSON text says. Raises `UserError` with `where` in front and `again` behind.
+    """The value of JSON text. Raises `UserError`, which begins with `where` and ends with `again`.
 
     Bytes are UTF-8, with or without a byte order mark.
     """

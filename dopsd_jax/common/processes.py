@@ -7,7 +7,7 @@ from pathlib import Path
 
 
 def place() -> str:
-    """Where process numbers mean the same: a machine, or a container of one."""
+    """Names the machine, or its container, within which process numbers are unique."""
     with contextlib.suppress(OSError):
         boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
         return f"{socket.gethostname()} {boot} {os.readlink('/proc/self/ns/pid')}"
@@ -15,14 +15,14 @@ def place() -> str:
 
 
 def started(pid: int) -> str | None:
-    """When a process began, in the system's own count; None where that is not known."""
+    """Start time of a process, in units of the system; None if it is unknown."""
     with contextlib.suppress(OSError, IndexError):
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[19]
     return None
 
 
 def runs(pid: int, since: str | None) -> bool:
-    """Whether the process `pid` of this place that began at `since` still runs."""
+    """Whether the process `pid` of this machine that began at `since` still runs."""
     try:
         os.kill(pid, 0)
     except ProcessLookupError:

@@ -24,10 +24,10 @@ HELP = ("--help", "-help", "-h", "--helpfull", "-helpfull", "-?")
 
 
 def options(module: str) -> SimpleNamespace:
-    """absl's DEFINE functions (`string`, `integer`, ...) for the program that `module` is.
+    """absl's DEFINE functions (`string`, `integer`, ...) for the program `module`.
 
-    Programs share names of options: those of one that is only imported stand apart from the command
-    line's, with their defaults.
+    Programs may have options of the same name: the options of a program that is only imported keep
+    their defaults.
     """
     values = FLAGS
     if module != "__main__":
@@ -45,10 +45,10 @@ def parse(
     check: Callable[[], None] = lambda: None,
     more: Callable[[], str] = str,
 ) -> None:
-    """Reads the options; what is wrong with them ends the program with a line.
+    """Reads the options; a wrong one ends the program with one line.
 
-    required: options that must be given. rewrite: what to make of the command line first. check:
-    raises `UserError` for options that are wrong together. more: what --help says at its end.
+    required: options that must be given. rewrite: changes the command line first. check: raises
+    `UserError` for options that are wrong together. more: what --help says at its end.
     """
     flags.mark_flags_as_required(required)
     status = report(lambda: _parse(sys.argv, rewrite, check, more))
@@ -90,7 +90,7 @@ def run(main: Callable[[], int | None]) -> None:
 
 
 class Parser(argparse.ArgumentParser):
-    """For programs with commands or places: a wrong option is one line there too."""
+    """For programs with commands or positional arguments: a wrong option is one line, too."""
 
     def error(self, message: str) -> NoReturn:
         self.exit(USER_ERROR_EXIT, f"error: {message}; see --help\n")

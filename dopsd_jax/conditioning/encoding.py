@@ -40,7 +40,7 @@ class Encoder:
         return np.asarray(self.pipe.encode_image(self.image(row)[None])[0])
 
     def text(self, caption: Caption, kind: int) -> str:
-        """What the encoder is told for a caption."""
+        """The text that is encoded for a caption."""
         row, i = caption
         text = self.dataset.rows[row].captions[i][1]
         return class_prompt(text, self.dreambooth) if kind == PRIOR else text
@@ -49,7 +49,8 @@ class Encoder:
         """A caption as it will be encoded. Raises `UserError` if it is too long."""
         row, text = self.dataset.rows[caption[0]], self.text(caption, kind)
         if kind != TEACHER:
-            # What only teachers are told may be as long as what they are told with a picture.
+            # A caption for the teacher alone may be as long as the teacher's captions with
+            # pictures.
             trained = row.captions[caption[1]][0] in self.dataset.prompt_keys
             return self.pipe.request(STUDENT, text, told=STUDENT if trained else TEACHER)
         width, height = self.dataset.buckets[caption[0]]
@@ -76,7 +77,7 @@ class Encoder:
     ) -> Iterator[tuple[Caption, int, Features]]:
         """(caption, kind, features) for each caption's wanted kinds, in the order they are made.
 
-        Requests of one group share a batch; one that is not full is filled up by repeating, so that
+        Requests of one group share a batch; an incomplete batch is filled up by repetition, so that
         every shape is compiled once.
         """
         # Pictures are decoded when their batch is run: only one batch of them is in memory.
@@ -97,7 +98,7 @@ class Encoder:
 
 
 def concept_pattern(word: str) -> re.Pattern:
-    """Where a caption names the concept: as a word of its own, if it is of letters."""
+    """Finds the concept word in a caption: as a separate word, if it begins and ends in letters."""
     edge = "[A-Za-z0-9]"
     before = f"(?<!{edge})" if re.match(edge, word[0]) else ""
     after = f"(?!{edge})" if re.match(edge, word[-1]) else ""

@@ -1,4 +1,4 @@
-"""What the encoders make of a data set: computed once and cached by content, or prepared before."""
+"""The encoders' outputs for a data set: computed once and cached by content, or prepared before."""
 
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path

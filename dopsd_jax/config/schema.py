@@ -104,7 +104,7 @@ def _empty(given: Mapping[str, Any]) -> list[str]:
     method = METHODS[given["method"]]
     if method.keeps == "teacher" and given["teacher.context"] == OTHER_CAPTION:
         required["teacher.prompt_key"] = (
-            "name the key of the captions that the teacher is told, such as detailed_en"
+            "name the key of the teacher's captions, such as detailed_en"
         )
     required |= method.requires
     faults = [

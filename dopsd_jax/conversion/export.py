@@ -43,14 +43,14 @@ def export_diffusers(
     """Writes a model (converted or not) as the new Hugging Face-layout folder `out`.
 
     Names and types are those of the source, unless `dtype` (a code of `tensors.FLOATS`) is given;
-    `lora` is merged into the transformer; `transformer` stands in for the source's own tensors, in
-    its own type. The folder appears when it is whole. Raises `UserError`.
+    `lora` is merged into the transformer; `transformer` replaces the source's own tensors, in its
+    own type. The folder appears when it is whole. Raises `UserError`.
 
     `write` False only reads `transformer`, in the same order: for the processes that help to gather
     it. `replace`: an `out` that is there already is replaced.
     """
     opened, faults = {}, []
-    # What is beside a published model, diffusers does not mind; our own teacher needs it.
+    # Networks beside a published model, which diffusers ignores and our own teacher needs.
     for name, network in present(families.of_folder(model).NETWORKS, model).items():
         try:
             opened[name] = network, open_stored(model / name, network)

@@ -26,7 +26,8 @@ from dopsd_jax.weights.tensors import Cast, total_bytes
 def open_all(
     folder: Path, files: Mapping[str, Path] | None = None, vlm: Path | None = None
 ) -> dict[str, tuple[Path, Network, Stored]]:
-    """Every network of a model, accounted for; `files` holds files to read instead of its own.
+    """Every network of a model, with all tensors checked; `files`: files to read instead of its
+    own.
 
     Raises `UserError` with the faults of all networks at once.
     """

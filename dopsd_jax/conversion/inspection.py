@@ -1,4 +1,4 @@
-"""What a file or folder is, in lines for people: networks, counts, types, sizes, faults."""
+"""Describes a file or folder in lines of text: networks, counts, types, sizes, faults."""
 
 from collections import Counter
 from collections.abc import Iterable, Iterator
@@ -29,7 +29,7 @@ def inspect(path: Path, model: Path | None = None, verify: bool = False) -> Iter
 
     `verify` reads every number of a model: digests must match, and all be finite.
 
-    Raises `UserError` when the path is nothing we know; faults of a known thing are lines.
+    Raises `UserError` for an unknown kind of file; faults of a known kind are lines.
     """
     if path.is_dir():
         if (path / MODEL_MANIFEST).is_file() or (path / INDEX).is_file():

@@ -20,7 +20,7 @@ _GROUP = 1 << 32  # rows, more than any group has
 
 @dataclass(frozen=True, slots=True)
 class Blob:
-    """A picture inside an archive: what it is called, and its bytes' place and number."""
+    """A picture inside an archive: its name, and the position and number of its bytes."""
 
     archive: Path
     name: str

@@ -1,4 +1,4 @@
-"""Outputs of frozen encoders on disk, found again by what they were made from."""
+"""Outputs of frozen encoders on disk, under a hash of what they were made from."""
 
 import contextlib
 import errno

@@ -28,8 +28,8 @@ _AT_ONCE = 1024  # pictures given to the threads at a time
 class Dataset:
     """Rows with the measured facts of their pictures; `buckets[i]` is the bucket of `rows[i]`.
 
-    `prompt_keys`: under which captions are trained on; rows may have others, for their teacher.
-    `features`: what the encoders made of it, where `dopsd_jax.prepare` has done so.
+    `prompt_keys`: keys of the trained captions; rows may have others, for their teacher.
+    `features`: the encoders' outputs, if `dopsd_jax.prepare` has made them.
     """
 
     rows: Sequence[DataRow]
@@ -85,7 +85,7 @@ def measure(
     """Opens every picture once and chooses its bucket; raises the faults of all rows together.
 
     With `verify` every picture is decoded, so that nothing fails hours later. Pictures that `index`
-    knows and that have not changed are not opened; it is brought up to date, whatever happens.
+    knows and that have not changed are not opened; it is updated, also after an error.
     """
     limits = limits or ImageLimits()
     index = index or PictureIndex(None)
@@ -98,7 +98,7 @@ def measure(
         except UserError as error:
             return error
 
-    # The pool takes all it is given at once, so it is given a little at a time.
+    # The pool queues all items at once, so it gets a few at a time.
     with ThreadPoolExecutor(workers) as pool, index:
         for first in range(0, len(rows.rows), _AT_ONCE):
             some = [rows.rows[i] for i in range(first, min(first + _AT_ONCE, len(rows.rows)))]

@@ -51,7 +51,7 @@ class ImageLimits:
 
 @dataclass(frozen=True, slots=True)
 class ImageInfo:
-    """Size as displayed, content digest (sha256 of the file) and what the user should know."""
+    """Size as displayed, content digest (sha256 of the file) and notes for the user."""
 
     width: int
     height: int
@@ -187,8 +187,8 @@ def _decode(
 def _without_end_mark(file: BinaryIO) -> Image.Image | None:
     """A JPEG of which only the end mark is missing; None where pixels are missing too.
 
-    The decoder does not tell the two apart once there is an end mark: it makes up what is missing.
-    But it makes it up of what stands there, so two endings give two pictures.
+    With an end mark the decoder does not notice missing pixels, and invents them. But they depend
+    on the bytes before the mark, so two endings give two pictures.
     """
     file.seek(0)
     content = file.read().removesuffix(b"\xff")

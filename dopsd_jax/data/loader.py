@@ -1,7 +1,7 @@
 """Batch order: batch n is a function of (seed, n) and of nothing else.
 
-There is no state to save: a run that starts again at step n reads what it would have read.
-Upstream drops incomplete batches and repeats the same order every epoch; neither is done here.
+There is no state to save: a run that resumes at step n reads the same batches. Upstream drops
+incomplete batches and repeats the same order every epoch; this loader does not.
 """
 
 import functools

@@ -115,7 +115,7 @@ class PictureIndex:
         return self
 
     def __exit__(self, kind, *_) -> None:
-        # Whoever was stopped has not seen all of the old pictures; they stay known.
+        # A start that was stopped has not seen all of the old pictures; they stay known.
         self._save(keep_old=kind is not None)
 
     def look(self, picture: Path | Blob, limits: ImageLimits, verify: bool) -> ImageInfo:
@@ -150,7 +150,7 @@ class PictureIndex:
         return self._archives[picture.archive]
 
     def save_sometimes(self) -> None:
-        """Keeps what a long first start has found, should it be stopped."""
+        """Saves the results of a long first start, in case it is stopped."""
         if time.monotonic() - self._saved > SAVE_SECONDS:
             self._save(keep_old=True)
 

@@ -77,7 +77,7 @@ class Manifest(NamedTuple):
 
     @property
     def identity(self) -> str:
-        """Stands in every part, so that no part of another preparation is taken for one's own."""
+        """Is written into every part, so that a part of another preparation is noticed."""
         return hashlib.sha256(self.text().encode()).hexdigest()
 
 

@@ -25,7 +25,7 @@ LAYOUTS: list[Layout] = [
     records.LAYOUT,
     folder.LAYOUT,
 ]
-# Options that mean nothing elsewhere.
+# Options that only some layouts use.
 ONLY_FOR = {
     "image_key": (records.LAYOUT, parquet.LAYOUT),
     "folder_captions": (folder.LAYOUT,),
@@ -35,7 +35,7 @@ ONLY_FOR = {
 
 @dataclass(frozen=True)
 class Rows:
-    """All rows, the prompt keys that every row has, and what the user should be told."""
+    """All rows, the prompt keys that every row has, and notes for the user."""
 
     rows: Sequence[DataRow]
     prompt_keys: tuple[str, ...]
@@ -80,7 +80,7 @@ def load_rows(
 
 
 def _what_it_is(path: Path) -> str:
-    """What a path is that no layout matches, and what to do about it."""
+    """Describes a path that no layout matches, and what to do about it."""
     suffix = path.suffix.lower()
     if has_wildcard(path):
         return f"matches no file; a pattern must match {' or '.join(ARCHIVES)} files only"

@@ -1,4 +1,4 @@
-"""What a configuration's step needs, compiled for devices that need not be here."""
+"""What a configuration's step needs, compiled for devices that need not be present."""
 
 import dataclasses
 import hashlib
@@ -44,7 +44,7 @@ class Report:
 
     @property
     def temporaries(self) -> int | None:
-        """What the step needs besides what lives anyway, at its worst moment."""
+        """Peak memory of the step, without the arrays that stay for the whole run."""
         return None if self.needed is None else self.needed - self.account.lasting
 
     @property
@@ -55,7 +55,7 @@ class Report:
 def compile_step(config: ConfigDict, case: Case, devices: list[jax.Device]) -> Report:
     """Compiles the step of `config` on the network of `case`. Nothing is allocated.
 
-    Not if what lives through the run is more than a device holds: that takes no compiler to see.
+    Nothing is compiled if the arrays that stay for the whole run exceed a device's memory.
     Raises `UserError`: see `make_program`.
     """
     report, lower = prepare(config, case, devices)

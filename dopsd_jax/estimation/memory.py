@@ -37,8 +37,8 @@ class Account(NamedTuple):
     def total(self) -> int:
         """A lower bound of what the step needs: there are other temporaries.
 
-        At its worst moment it either holds a sum of gradients, the next one and activations, or it
-        updates: with the gradient and with what comes from the host's memory for that.
+        The peak is the larger of two gradients and the activations, and one gradient and the state
+        that the update brings from host memory.
         """
         teach = 2 * self.gradient + self.activations
         update = self.gradient + sum(self.host.values())

@@ -1,7 +1,7 @@
-"""What to change when a step does not fit: every remedy is priced, none is recited.
+"""What to change when a step does not fit, each change with the memory that it leaves.
 
-A remedy's price is the account of the changed configuration, counted from shapes, and what the
-compiler needed beyond the account of the present one.
+The estimate is the memory of the changed configuration, counted from shapes, and what the compiler
+needed beyond this count for the present one.
 """
 
 import math
@@ -69,11 +69,11 @@ class Pricing:
 def advise(
     config: ConfigDict, case: Case, report: Report
 ) -> tuple[list[Remedy], list[Remedy], int | None]:
-    """(what helps by itself, what fits together, the devices on which it would fit).
+    """(single changes that help, changes that fit together, devices on which the step fits).
 
-    Remedies stand in the order of what they cost in speed or exactness, the cheapest first; those
-    that save nothing are left out. Together: the fewest of them, in that order; empty if not even
-    all of them suffice. Devices: with everything split over them; None if that is no remedy.
+    Changes are ordered by their cost in speed or exactness, the cheapest first; those that save
+    nothing are left out. Together: the fewest of them, in that order; empty if not even all of them
+    suffice. Devices: with everything split over them; None if that is no remedy.
     """
     pricing = Pricing(config, case, report)
     now = pricing.needed({})

@@ -69,7 +69,7 @@ def devices(name: str) -> list[jax.Device]:
             f"--topology: {name} needs the TPU compiler, libtpu, which this Python does not have; "
             "pip install 'jax[tpu]', or give --topology=local"
         )
-    # Read when libtpu is loaded: it need not ask the cloud which machine this is, nor complain.
+    # Read when libtpu is loaded: it then neither asks the cloud which machine this is, nor warns.
     os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
     os.environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")
     os.environ.setdefault("TPU_ACCELERATOR_TYPE", "v5p-8")

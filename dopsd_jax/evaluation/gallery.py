@@ -71,7 +71,7 @@ class Gallery:
 
 
 class Values:
-    """Numbers by key, in a file of lines that survives being cut off."""
+    """Numbers by key, in a file of lines, of which the last may be incomplete."""
 
     def __init__(self, path: Path):
         self.path = path

@@ -1,4 +1,4 @@
-"""The work of an evaluation: draws what is missing, has it judged, and keeps both."""
+"""The work of an evaluation: draws and scores what is missing, and keeps both."""
 
 from collections.abc import Sequence
 
@@ -26,8 +26,8 @@ def shots_of(arm: Arm, cases: Sequence[Case], seeds: int) -> list[Shot]:
 def draw(arms: Sequence[Arm], cases: Sequence[Case], seeds: int, gallery: Gallery) -> None:
     """Draws the pictures that are not kept yet.
 
-    All encoding comes first, and an encoder or a transformer leaves after its last use, so that
-    no more than one is in memory with another.
+    All encoding comes first, and an encoder or a transformer is freed after its last use, so that
+    few of them are in memory together.
     """
     missing = {
         arm.name: [s for s in shots_of(arm, cases, seeds) if not gallery.has(arm.key(s), s)]
@@ -55,7 +55,7 @@ def draw(arms: Sequence[Arm], cases: Sequence[Case], seeds: int, gallery: Galler
 def judge(
     scorer: Judge, arms: Sequence[Arm], cases: Sequence[Case], seeds: int, gallery: Gallery
 ) -> Score:
-    """What a scorer says of every model. Raises `UserError` for a scorer that gives no numbers."""
+    """The scores of every model by one scorer. Raises `UserError` if they are not numbers."""
     judged = [case for case in cases if judges(scorer, case)]
     own = {arm.name: shots_of(arm, judged, seeds) for arm in arms}
     asked = [arm for arm in arms if len(own[arm.name]) == len(judged) * seeds]

@@ -1,4 +1,4 @@
-"""What the scorers said: gathered, averaged, compared with the base; as a table."""
+"""Scores of all models: averaged, compared with the base, as a table."""
 
 import functools
 from collections.abc import Mapping, Sequence

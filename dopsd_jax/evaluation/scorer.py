@@ -1,7 +1,8 @@
-"""What a scorer is, and which there are.
+"""The interface of scorers, and how they are found.
 
-A scorer judges pictures one by one, or a set of pictures as a whole. Everybody can bring their own:
-`--scorers=package.module:attribute` names a scorer, or a function without arguments that makes one.
+A scorer judges pictures one by one, or a set of pictures as a whole.
+`--scorers=package.module:attribute` names a scorer of your own, or a function without arguments
+that makes one.
 """
 
 import hashlib

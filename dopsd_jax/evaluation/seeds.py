@@ -1,4 +1,4 @@
-"""Which noise a picture starts from: the rule of upstream's evaluation, for several seeds.
+"""The noise from which a picture starts: the rule of upstream's evaluation, for several seeds.
 
 Upstream's small-set protocol (d-opsd, evaluation) draws one picture a prompt with the seed
 base + 100 row for a row's own caption and base + 100 row + k + 1 for its test prompt k. Further

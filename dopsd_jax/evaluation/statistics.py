@@ -1,13 +1,14 @@
 """Means with 95 % intervals, where seeds within a prompt are not independent.
 
-Prompts are the sample: pictures of one prompt share what is hard about it, so their mean is one
+Prompts are the sample: pictures of one prompt are not independent, so their mean is one
 observation. Intervals are Student's t over prompts; for a figure of a whole set of pictures, such
-as FID, the jackknife that leaves out one prompt at a time. Two models drawn from the same noise
-are compared by the differences within prompts, which are much surer than the two means.
+as FID, the jackknife that leaves out one prompt at a time. Two models drawn from the same noise are
+compared by the differences within prompts, whose intervals are much smaller than those of the two
+means.
 
 An interval covers other prompts and other noise. It says nothing about training again with another
-seed. Where all prompts agree it has no width, which is no certainty: a share of none or all of n is
-uncertain by about 3 / n.
+seed. Where all prompts agree its width is 0, but the value is not certain: a share of 0 or 1 of n
+prompts is uncertain by about 3 / n.
 """
 
 import functools
@@ -23,7 +24,7 @@ LEVEL = 0.95
 
 class Estimate(NamedTuple):
     """value: the mean, or the figure of the whole set. half: half the width of the 95 % interval;
-    None from one prompt, which tells nothing of others. prompts: independent observations."""
+    None for a single prompt. prompts: independent observations."""
 
     value: float
     half: float | None
@@ -50,7 +51,7 @@ def difference(values: Float[np.ndarray, "p s"], base: Float[np.ndarray, "p s"])
 def jackknife(figure: Callable[[Bool[np.ndarray, " p"]], float], prompts: int) -> Estimate:
     """A figure of a whole set, with the interval from leaving out one prompt at a time.
 
-    `figure` is told which prompts to keep. It must be smooth in the set, as moments are; a median
+    `figure` gets a mask of prompts to keep. It must be smooth in the set, as moments are; a median
     or a maximum is not. For the mean this is exactly `mean`.
     """
     whole = float(figure(np.ones(prompts, bool)))

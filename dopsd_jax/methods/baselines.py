@@ -1,9 +1,9 @@
-"""The baselines: other ways to learn the same pictures, at the interface of D-OPSD.
+"""The baselines: other methods for the same pictures, with the interface of D-OPSD.
 
 Each takes what `dopsd.loss_and_gradient` takes and returns the losses and the gradient of one
 batch. `teacher` is the network that the run keeps beside the student: D-OPSD's teacher, or, where a
-method compares with its start, a frozen copy of that. What is sampled, is sampled in here, on the
-run's own grid, without a gradient. Formulas, fields and costs: docs/methods.md.
+method compares with its start, a frozen copy of that. Pictures are sampled here, on the run's own
+grid, without a gradient. Formulas, fields and costs: docs/methods.md.
 """
 
 from typing import Any, NamedTuple
@@ -149,7 +149,7 @@ def pso(
     options: Preference,
     every_step: bool = True,
 ) -> tuple[Losses, Tree]:
-    """Pairwise sample optimization (arXiv 2410.03190), read for flow matching.
+    """Pairwise sample optimization (arXiv 2410.03190), adapted to flow matching.
 
     Positives x_w are the data set's pictures, negatives x_l pictures of the few-step model for the
     same prompts; at every node of the grid both get one noise. With the errors of each sample

@@ -1,8 +1,8 @@
-"""What the baselines share: states that are known before the student is mask, and its loss there.
+"""What the baselines share: states that do not depend on the student, and its loss there.
 
 D-OPSD's states come from the student's own predictions, one after the other; a baseline's do not,
-so each of them is a point of its own: P of them, for all samples of a batch. The gradient is taken
-point by point inside a scan, as in `dopsd.loss_and_gradient`, and memory does not grow with P.
+so they are P independent points, for all samples of a batch. The gradient is taken point by point
+inside a scan, as in `dopsd.loss_and_gradient`, and memory does not grow with P.
 """
 
 from collections.abc import Callable, Sequence
@@ -32,8 +32,8 @@ class Batch(NamedTuple):
 class Draws(NamedTuple):
     """What is random about each sample.
 
-    start: the noise that its rollout begins with. keys: for all else; one a sample, so that what is
-    drawn depends neither on the devices nor on the other samples.
+    start: the noise that its rollout begins with. keys: for all else; one per sample, so that draws
+    depend neither on the devices nor on the other samples.
     """
 
     start: Float[Array, "b h w c"]
@@ -64,11 +64,11 @@ def normals(
 
 
 class Levels(NamedTuple):
-    """At which noise levels a sample is learned: config.sft.
+    """The noise levels of the losses of a sample: config.sft.
 
     sigma: how they are distributed. `logit_normal`: the logit of sigma is a unit Gaussian (SD3);
     `uniform`; `shifted`: uniform under the model's shift, s sigma / (1 + (s - 1) sigma);
-    `nodes`: those of the grid, each as likely. samples: how many a picture and step.
+    `nodes`: those of the grid, with equal probability. samples: levels per picture and step.
     """
 
     sigma: str
@@ -135,7 +135,7 @@ def over_points(
 
     `loss(velocity, point)` gives the loss at one point, and the mean squared error to be reported;
     `velocity(x, sigma)` is the student's, in `context`. `points`: a tree of arrays [P, ...].
-    `loss_mask`: which of them count; for the others nothing is computed. None: all.
+    `loss_mask`: the points that count; for the others nothing is computed. None: all.
     """
     number = len(jax.tree.leaves(points)[0])
     mask = jnp.ones((number,), bool) if loss_mask is None else loss_mask

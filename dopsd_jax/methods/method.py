@@ -1,4 +1,4 @@
-"""What a method is: one record. Imports no JAX: an error in a configuration is told at once."""
+"""What a method is: one record. Imports no JAX: errors of a configuration are reported at once."""
 
 import dataclasses
 from collections.abc import Callable, Mapping
@@ -70,8 +70,8 @@ class Method:
     `start` (a copy of the network before training), `none`. passes: of a step. loss: (setup,
     student, teacher, base, batch, draws, key) -> (losses, gradient), see `losses`. gap: the two
     velocities that the metric `gap` compares. requires: fields that must not be empty, and what to
-    write there. start_only: nothing but the start of a rollout is random about a sample.
-    together: pictures that a backward pass differentiates at once.
+    write there. start_only: the start noise of a rollout is all that is random about a sample.
+    together: pictures that one backward pass differentiates.
     """
 
     name: str

@@ -30,12 +30,12 @@ def attention(
     """softmax(q k^T / sqrt(d)) v, the softmax in float32.
 
     h is a multiple of g: query head i uses key-value head i * g // h. Keys at positions >=
-    `lengths` (each at least 1) are not seen; padding stands last, so one length per sample replaces
-    every mask. Queries there see the real keys too; what they give is finite and of no use.
+    `lengths` (each at least 1) are masked; padding is last, so one length per sample replaces a
+    mask. The output at padded positions is finite and without meaning.
     """
     if implementation == "xla":
         if not causal:
-            # Queries by tokens, keys and values of all: softmax then needs no other device.
+            # Only queries are split by tokens: softmax then needs no communication.
             q = constrain_batch(q, "context", "tensor", None)
             k, v = (constrain_batch(x, None, "tensor", None) for x in (k, v))
         return jax.nn.dot_product_attention(

@@ -131,11 +131,11 @@ def scan_blocks(apply: Callable, blocks: nnx.Module, x, remat: str = "none"):
 
     `remat`: `none` keeps every activation for the backward pass, `dots` keeps the results of matrix
     products with weights, `full` keeps one activation a layer and computes the rest again.
-    `unrolled` is `none` without the scan: for a few small layers, whose activations a scan spends
-    more time on putting in stacks than it saves in compilation.
+    `unrolled` is `none` without the scan: for a few small layers, where a scan loses more time on
+    stacking activations than it saves in compilation.
     """
 
-    def body(x, block):  # a stack in the host's memory comes over layer by layer
+    def body(x, block):  # a stack in host memory is copied layer by layer
         return split_tokens(apply(constrain_weights(to_device(block)), x)), None
 
     if remat == "unrolled":

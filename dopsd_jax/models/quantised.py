@@ -1,7 +1,7 @@
 """Frozen kernels stored in 8 or 4 bits, activations as they are (weight-only, quantised by qwix).
 
-A kernel is made whole where it is used, one layer at a time, and again for the backward pass: a
-network takes the memory of its codes and of one layer's weights. No gradient reaches the codes.
+A kernel is dequantised where it is used, one layer at a time, and again in the backward pass: a
+network needs the memory of its codes and of one layer's weights. No gradient reaches the codes.
 """
 
 import dataclasses
@@ -18,7 +18,7 @@ from dopsd_jax.common.errors import UserError, raise_if
 from dopsd_jax.models.kinds import WHOLE, quantised_faults
 from dopsd_jax.parallel.sharding import block_kernel, gather_weights
 
-REST = "bfloat16"  # type of what a quantised network keeps whole
+REST = "bfloat16"  # type of parameters that are not quantised
 
 
 @dataclasses.dataclass(frozen=True)
@@ -29,7 +29,7 @@ class Scheme:
     tile: int | None = None
 
 
-# Tiles: 64 is QLoRA's block (arXiv 2305.14314); int8's gain stands in docs/quantised.md.
+# Tiles: 64 is QLoRA's block (arXiv 2305.14314); int8's gain is in docs/quantised.md.
 SCHEMES = {
     "int8": Scheme("int8", tile=128),
     "fp8": Scheme("float8_e4m3fn"),
@@ -82,13 +82,13 @@ def is_quantised(path: str) -> bool:
     """Whether a quantised network stores the parameter `path` (joined by dots) in few bits.
 
     The large kernels of blocks are: 98 % of Z-Image. Norms, modulations, embedders and the final
-    layer are small and every token feels their error: they stay.
+    layer are small, and their error affects every token: they are not.
     """
     return path.endswith(".kernel") and block_kernel(path) is not None
 
 
 def quantised(model: nnx.Module, base_dtype: str) -> nnx.Module:
-    """`model`, its kernels that `is_quantised` names quantised in place; all else stays.
+    """Quantises in place the kernels of `model` that `is_quantised` names.
 
     Works under `nnx.eval_shape` too: that is how the abstract base is made. Raises `UserError`
     without qwix.
@@ -106,8 +106,8 @@ def quantised(model: nnx.Module, base_dtype: str) -> nnx.Module:
 def quantise_kernel(kernel: Float[Array, "*layers in out"], base_dtype: str) -> dict[str, Array]:
     """Codes and float32 scales of a kernel, by their names in `QuantisedKernel`.
 
-    Rounded to nearest; the largest weight that shares a scale keeps its size. Layers do not touch
-    each other: a stack of kernels gives the stacked results.
+    Rounded to nearest; the largest weight that shares a scale keeps its size. Each layer of a stack
+    is quantised by itself.
     """
     scheme = SCHEMES[base_dtype]
     inputs, every = kernel.ndim - 2, set(range(kernel.ndim))
@@ -125,7 +125,7 @@ def dequantise(
     codes: Array, scales: Float[Array, "*layers tiles out"], base_dtype: str
 ) -> Float[Array, "*layers in out"]:
     """The kernel in float32, as `qwix.dequantize` gives it."""
-    # qwix looks nf4's weights up in a table, which a TPU does one by one.
+    # qwix looks nf4's values up in a table, which a TPU does one by one.
     nf4 = SCHEMES[base_dtype].qtype == "nf4"
     values = _decode_nf4(codes) if nf4 else codes.astype(jnp.float32)
     tile = codes.shape[-2] // scales.shape[-2]
@@ -141,7 +141,7 @@ def _product(scheme: str, x, codes, scales):
     def whole(codes, scales, dtype):
         return dequantise(gather_weights(codes), scales, scheme).astype(dtype)
 
-    # Only the codes wait for the backward pass, never the weights made of them.
+    # The backward pass keeps only the codes, not the dequantised weights.
     def forward(x, codes, scales):
         return product(x, codes, scales), (codes, scales)
 

@@ -55,7 +55,7 @@ class Qwen3Config:
 def read_language_fields(fields: Fields, tied: Any) -> tuple[Qwen3Config, Mapping]:
     """The fields that Qwen3 and Qwen3-VL's language model share, and the rope settings as stored.
 
-    Problems are noted in `fields`; the caller judges the rope settings and calls `finish`.
+    Problems are noted in `fields`; the caller checks the rope settings and calls `finish`.
     """
     fields.only("hidden_act", "silu", required=True)
     fields.only("attention_bias", False)
@@ -137,7 +137,7 @@ def names(cfg: Qwen3Config, prefix: str = "model.") -> list[Leaf]:
 
 
 def unused(cfg: Qwen3Config) -> list[Source]:
-    """Tensors that a checkpoint may hold and no feature needs: the head.
+    """Tensors that a checkpoint may hold and features do not need: the head.
 
     Where it is tied to the embedding it is usually not stored, but some programs store a copy.
     """

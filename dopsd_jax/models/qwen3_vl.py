@@ -1,7 +1,7 @@
 """Qwen3-VL: vision tower and language model, read out as hidden states.
 
-The language model is a `Qwen3` given from outside, so another one of the same sizes can stand in
-for Qwen3-VL's own: D-OPSD's teacher context is made with the diffusion model's text encoder there.
+The language model is an argument, so another `Qwen3` of the same sizes can replace Qwen3-VL's own:
+D-OPSD makes the teacher's context with the diffusion model's text encoder.
 Dimension names: b batch, n tokens, p patches, m image tokens, d width, r half a head.
 Facts: transformers 5.23 (`Qwen3VLModel`) and the published checkpoint.
 """
@@ -121,7 +121,7 @@ def names(cfg: Qwen3VLConfig) -> list[Leaf]:
 
 
 def unused(cfg: Qwen3VLConfig) -> list[Source]:
-    """Tensors that a checkpoint may hold and no feature needs: the head."""
+    """Tensors that a checkpoint may hold and features do not need: the head."""
     return qwen3.unused(cfg.text)
 
 
@@ -149,7 +149,7 @@ def mrope(
 ) -> tuple[Float[Array, "b n r"], Float[Array, "b n r"]]:
     """Cosines and sines of the interleaved three-axis rotary embedding, in float32.
 
-    Frequency i turns with axis i mod 3 as long as that axis has frequencies left, else with time.
+    Frequency i belongs to axis i mod 3 while that axis has frequencies left, else to time.
     """
     axes = _mrope_axes(head_dim // 2, sections)
     angles = jnp.moveaxis(positions, 0, -1)[..., axes] * inverse_frequencies(head_dim, theta)

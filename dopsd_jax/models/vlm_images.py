@@ -1,7 +1,7 @@
 """An image as the vision tower of Qwen3-VL takes it: resized, normalised, cut into patches.
 
-Equal to transformers' torch image processor, in NumPy: whatever of transformers processes images
-imports PyTorch where that is installed, which takes seconds of every start and half a gigabyte.
+Equal to transformers' torch image processor, in NumPy: transformers' image processors import
+PyTorch where it is installed, which costs seconds of every start and half a gigabyte.
 """
 
 import dataclasses

@@ -1,4 +1,4 @@
-"""Parallel: the mesh, what lies where on it, and how many processes agree.
+"""The mesh, the placement of arrays on it, and how processes agree.
 
 May import: common.
 """

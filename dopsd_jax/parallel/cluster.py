@@ -38,7 +38,8 @@ def connect() -> str:
     """Joins the other processes as the flags say; returns a line about it.
 
     To be called before anything touches a device. Raises `UserError` for options that do not fit
-    together. If the others do not come in time the program ends with one line and status 2.
+    together. If the other processes do not connect in time, the program ends with one line and
+    status 2.
     """
     import jax  # not above: the options of this file are read first
 
@@ -111,8 +112,8 @@ def _too_late(where: str | None) -> None:
 def run(main: Callable[[], int | None]) -> None:
     """Entry point of a program that may run as one of many processes; see `program.run`.
 
-    A process that fails alone leaves at once, so that the others are told and end too: an orderly
-    end would wait for them.
+    A process that fails alone exits at once, so that the others notice and end too: a normal exit
+    would wait for them.
     """
     import jax
 

@@ -32,7 +32,7 @@ def say(text: str) -> None:
 
 
 def gather(value: Any) -> list[Any]:
-    """`value`, anything JSON can hold, of every process, in order. All must call it."""
+    """The `value`, anything that JSON can hold, of every process, in order. All call it."""
     if jax.process_count() == 1:
         return [value]
     text = np.frombuffer(json.dumps(value).encode(), np.uint8)
@@ -47,7 +47,7 @@ def gather(value: Any) -> list[Any]:
 def together() -> Iterator[None]:
     """A block that all processes run: a `UserError` in one of them is raised in every one.
 
-    At its end they wait for each other, so what one wrote inside is there for all afterwards.
+    At its end they wait for each other, so all see the files that one wrote inside.
     """
     problems: list[str] = []
     try:
@@ -60,14 +60,14 @@ def together() -> Iterator[None]:
         problems = list(error.problems)
     found = gather(problems)
     if any(found):
-        # The same fault everywhere, such as a wrong field, is said once.
+        # The same fault everywhere, such as a wrong field, is printed once.
         raise SharedError(*dict.fromkeys(problem for each in found for problem in each))
 
 
 def first_alone(action: Callable[[], T]) -> T:
-    """`action()`, of process 0 while the others wait, then of the others.
+    """Runs `action()` in process 0 while the others wait, then in the others.
 
-    For what process 0 leaves for all, such as a cache in a shared folder.
+    For results that process 0 leaves for all, such as a cache in a shared folder.
     """
     with together():
         if is_first():
@@ -102,14 +102,14 @@ def begin_together(jitted: Callable) -> Callable:
 
 
 def to_host(array: jax.Array) -> np.ndarray:
-    """The whole of an array that may lie on the devices of several processes. All must call it."""
+    """A whole array, which may be split over the devices of several processes. All call it."""
     if array.is_fully_addressable or array.is_fully_replicated:
         return np.asarray(array)
     return multihost_utils.process_allgather(array, tiled=True)
 
 
 def leave(status: int, line: str = "") -> None:
-    """Ends this process at once: an orderly end waits for the others, which may never come."""
+    """Exits at once: a normal exit waits for the other processes, which may never end."""
     if line:
         print(line, file=sys.stderr)
     sys.stdout.flush()

@@ -1,4 +1,4 @@
-"""Stopping at a step all processes agree on, when SIGTERM or Ctrl-C asks for it."""
+"""Stopping after SIGTERM or Ctrl-C, at a step on which all processes agree."""
 
 import signal
 from types import FrameType
@@ -13,7 +13,7 @@ STOPPED_EXIT = 75
 
 
 class StopRequest:
-    """Inside its block SIGTERM, and the first SIGINT, only ask; a second SIGINT ends it at once.
+    """Inside its block SIGTERM and the first SIGINT only request a stop; a second SIGINT ends it.
 
     With many processes jax's preemption service watches for SIGTERM, from `jax.distributed` on: a
     signal to any one of them stops all at one step.

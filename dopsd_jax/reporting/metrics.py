@@ -78,8 +78,8 @@ class MetricsWriter:
     records before. `write`: False for a process that leaves writing to another.
 
     An object store (`gs://`) cannot append: there the file is written anew, at most every
-    `STORE_SECONDS`, and by `flush`, which belongs before a checkpoint: what a crash then loses is
-    what the resumed run measures again.
+    `STORE_SECONDS`, and by `flush`, which is called before a checkpoint: a crash then loses only
+    records that the resumed run writes again.
     """
 
     def __init__(self, workdir: str | os.PathLike, step: int = 0, *, write: bool = True):

@@ -1,4 +1,4 @@
-"""What a configuration means: its model, its data, its step. Shared by all programs."""
+"""Makes what a configuration describes: model, data, step. Shared by all programs."""
 
 import dataclasses
 from collections.abc import Callable
@@ -178,10 +178,10 @@ def asked_keys(config: ConfigDict) -> tuple[str, ...]:
 
 
 def trained_keys(config: ConfigDict, found: tuple[str, ...]) -> tuple[str, ...]:
-    """The keys of the captions that the student is told, of those that the rows have.
+    """The keys of the student's captions, of those that the rows have.
 
-    Without config.data.prompt_keys the teacher's is none of them: there is nothing to learn where
-    both are told the same.
+    Without config.data.prompt_keys the teacher's key is not among them: with the same captions
+    there is nothing to learn.
     """
     told, asked = registry.teacher_key(config), asked_keys(config)
     if told is not None and told not in found:
@@ -232,7 +232,7 @@ def limits(config: ConfigDict) -> ImageLimits:
 def cache_folder(config: ConfigDict, workdir: Path) -> Path:
     """Where features and indices are kept."""
     if not config.data.cache and is_remote(workdir):
-        # Prepared data: what is left to keep is little and soon made anew.
+        # Prepared data: little is left to cache, and it is quickly computed again.
         return Path("~/.cache/dopsd_jax").expanduser()
     return Path(config.data.cache or workdir / "features").expanduser()
 

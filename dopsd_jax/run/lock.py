@@ -4,7 +4,7 @@
 
 On file systems that have locks, the operating system holds one for the process and drops it when
 the process ends, however it ends. Where they have none, or when the lock is of another machine, a
-process that is at work is known by the file's time of change, which it renews.
+running process is known by the modification time of the file, which it renews.
 """
 
 import contextlib
@@ -92,7 +92,7 @@ def exclusive_run(folder: epath.PathLike, what: str) -> Iterator[None]:
 
 
 def _take(path: epath.Path, say: Callable[[str], None]) -> tuple[int, bool]:
-    """An open file that is ours alone, and whether the file system vouches for that."""
+    """An open file that is ours alone, and whether a lock of the file system guarantees that."""
     handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
     try:
         locked, owner = _lock(handle), _read(handle)

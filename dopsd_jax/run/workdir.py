@@ -23,7 +23,7 @@ _PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "tra
 def find_workdir(name: str | None, config: Mapping[str, Any]) -> epath.Path:
     """The work directory that --workdir names, which may be `gs://`.
 
-    Raises `UserError` for what a run would keep there that needs a file system.
+    Raises `UserError` for files of a run that need a file system.
     """
     if name is None:
         name = DEFAULT

@@ -1,15 +1,15 @@
-"""Training state on disk, through orbax: saved in the background, proven, restored to any mesh.
+"""Training state on disk, through orbax: saved in the background, verified, for any mesh.
 
     checkpoints/1500/               an orbax checkpoint, which appears whole
     checkpoints/1500/digests.0.json the step and the files' sha256, written last, one a process
 
 Orbax notices a damaged index, but returns flipped bits of an array as they are. So every file is
 hashed after the save and compared before a restore; each process takes its share of the files. A
-checkpoint without all its digests was cut off, and does not count. The step is in the digests: a
-folder that was renamed is found. What is restored is finite: a state with NaN is never used.
+checkpoint without all its digests is incomplete and not used. The digests hold the step, so a
+renamed folder is noticed. A state with NaN is never restored.
 
-Orbax's own retention would remove an old checkpoint once the new one is written; here an old one
-goes only after the new one's digests are.
+Orbax's own retention removes an old checkpoint once the new one is written; here it is removed only
+after the digests of the new one are written.
 """
 
 import concurrent.futures
@@ -39,7 +39,7 @@ _DIGESTS = "digests"
 class Checkpoints:
     """The checkpoints of a run, one folder a step: the newest `keep`, and every `every`-th step.
 
-    What is older is removed only when a newer one is proven to be whole. With many processes all
+    An older one is removed only when a newer one is known to be complete. With many processes all
     of them call every method, and `folder` is on storage they share.
     """
 
@@ -110,8 +110,8 @@ class Checkpoints:
         return self
 
     def __exit__(self, kind, error, traceback) -> None:
-        # A save under way is finished, whatever happened; but not by waiting for processes that
-        # know of no error, and wait elsewhere.
+        # A running save is finished in any case, but without waiting for the other processes: they
+        # know of no error and wait elsewhere.
         if error is None or jax.process_count() == 1 or isinstance(error, multihost.SharedError):
             self.close()
 
@@ -143,7 +143,8 @@ class Checkpoints:
                     reason = str(error).strip().partition("\n")[0][:200]
                 else:
                     leaves = [flat[name] for name in names]
-                    # One by one: parts of the state may lie in the host's memory for lack of room.
+                    # One by one: parts of the state may be in host memory because the device has no
+                    # room.
                     if all([bool(_finite(leaf)) for leaf in leaves]):
                         self._good.add(step)
                         return step, jax.tree.unflatten(jax.tree.structure(abstract), leaves)
@@ -189,7 +190,7 @@ class Checkpoints:
 
     def _clear(self, step: int) -> None:
         folder = self.folder / str(step)
-        # In this order: what is left when this is cut off does not pass for a checkpoint.
+        # In this order: if this is interrupted, the rest is not taken for a checkpoint.
         for path in folder.glob(f"{_DIGESTS}.*.json"):
             path.unlink()
         if folder.exists():
@@ -232,7 +233,7 @@ def _digest_files(folder: epath.Path) -> list[epath.Path]:
 def _files(folder: epath.Path) -> list[str]:
     """Names of a checkpoint's files, below its folder, in order.
 
-    Without digests, nor what they are written to first: another process may be at it just now.
+    Without digests and their temporary files, which another process may be writing.
     """
     own = (f"{_DIGESTS}.", f".{_DIGESTS}.")
     return [name for name in files_below(folder) if not name.startswith(own)]

@@ -1,7 +1,7 @@
 """Steps that went wrong: numbers that are not finite, and a loss far above the usual.
 
-What is not finite never enters the state: the compiled step refuses it (`train_step.make_step`).
-Here the run learns of it, one step later.
+The compiled step refuses a state that is not finite (`train_step.make_step`); the run learns of it
+here, one step later.
 """
 
 import math
@@ -14,7 +14,7 @@ import numpy as np
 
 FOLDER = "incidents"  # of the work directory: one file for each such step
 PARTS = ("loss", "gradient", "student", "teacher", "optimizer")  # what must be finite in a step
-MAX_SKIPPED = 10  # refused steps in a row: then it is not the batch
+MAX_SKIPPED = 10  # refused steps in a row; then the batch is not the cause
 SPIKE_WINDOW, SPIKE_MIN = 100, 20  # losses compared with; as many are needed at least
 SPIKE_DEVIATIONS = 8.0
 

@@ -42,7 +42,7 @@ def optimizer(config: Mapping) -> optax.GradientTransformation:
     `adamw`: both moments in `moments_dtype`. `adafactor`: the second moment by rows and columns, no
     first one, updates clipped to rms 1 (arXiv 1804.04235; a stack of layers counts as one tensor);
     its steps are not scaled by the parameters' size, so `learning_rate` means what it does for
-    AdamW. Weight decay is decoupled and spares `NOT_DECAYED`.
+    AdamW. Weight decay is decoupled and not applied to `NOT_DECAYED`.
     """
     scales = {
         "adamw": lambda: scale_by_adam(
@@ -72,8 +72,8 @@ def decayed(parameters: Tree) -> Tree:
 def scale_by_adam(b1: float, b2: float, eps: float, dtype: Any) -> optax.GradientTransformation:
     """`optax.scale_by_adam` with both moments kept in `dtype`, float32 or bfloat16.
 
-    Moments are computed in float32 and rounded to bfloat16 at random: to the nearest, a second
-    moment would never fall (0.999 of a bfloat16 number rounds back to it).
+    Moments are computed in float32 and rounded to bfloat16 stochastically: rounded to nearest, a
+    second moment would never decrease (0.999 of a bfloat16 number rounds back to it).
     """
     inner, dtype = optax.scale_by_adam(b1, b2, eps), jnp.dtype(dtype)
     if dtype == jnp.float32:

@@ -1,6 +1,6 @@
 """results.json: the files that a run has written for its user, with their digests.
 
-A result is announced only after its files were compared with these.
+A result is printed only after its files were compared with these.
 """
 
 import json

@@ -33,15 +33,16 @@ def make_step(
 
     `method(student, teacher, base, batch, noise, key)` gives the losses and the gradient of one
     micro-batch. `noise` is what `draw(key, shape)` returns: all that is random about a sample, in
-    arrays [samples, ...], lest it depend on the devices; `key` is the same for all samples.
+    arrays [samples, ...], so that it does not depend on the devices; `key` is the same for all
+    samples.
     `batch`: a tree whose leaves have a leading axis of micro-batches; their gradients are averaged.
     `latent`: static shape [b, h, w, c] of a micro-batch's noise. The state is
     donated; `placement`, a sharding for each of its parts, is where the new one lies too.
 
     A step is refused when its loss, its gradient or anything of the new state is not finite:
     `metrics["finite"]` says which part of `PARTS` is. It changes nothing but, with `skip`, the
-    count of steps. Without `skip` the count stays too, so that the steps that were started before
-    the host knew, whose `number` (steps before this one) is then too high, change nothing either.
+    count of steps. Without `skip` the count stays too: `number` (steps before this one) is then too
+    high for steps that were started before the host noticed, and they change nothing either.
     """
 
     # Adapters stand whole on every device: their gradient is summed over devices only once.

@@ -32,7 +32,7 @@ FORMAT = 3  # raise it when the same tensors are arranged otherwise
 MANIFEST, JOURNAL, PARTS, CONFIG = "manifest.json", "incomplete.json", "parts", "config.json"
 PART_BYTES = 256 << 20
 REST = "rest"
-UNUSED = "unused."  # in front of the names of tensors that the module has no place for
+UNUSED = "unused."  # prefix of tensors for which the module has no place
 
 
 def storage_context() -> ocp.Context:
@@ -150,7 +150,7 @@ def _fingerprint(tensors, config_text, component, origin, part_bytes) -> str:
 
 
 def _finished(folder: Path, job: str) -> str | None:
-    """The digest, if this very conversion is done: an import stopped while at another network."""
+    """The digest, if this network is done: the import was stopped at another network."""
     if not (folder / MANIFEST).exists():
         return None
     manifest, _ = read_json(folder / MANIFEST)
@@ -201,7 +201,7 @@ def _read_part(tensors: Tensors, part: Sequence[Leaf]):
 
 
 def _save_part(path: Path, arrays: dict[str, np.ndarray]) -> None:
-    for rest in (path, *path.parent.glob(f"{path.name}.orbax*")):  # not in the journal: half of it
+    for rest in (path, *path.parent.glob(f"{path.name}.orbax*")):  # not in the journal: incomplete
         shutil.rmtree(rest, ignore_errors=True)
     try:
         with storage_context():

@@ -1,7 +1,7 @@
 """One number for the content of a network's weights, whatever files hold them.
 
 The digest is over names, types, shapes and bytes of all tensors; sharding, file names and header
-order do not change it. Made of one hash per tensor, it can be taken in any order as they pass.
+order do not change it. It combines one hash per tensor, so tensors can be hashed in any order.
 """
 
 import hashlib

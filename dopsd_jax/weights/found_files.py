@@ -1,6 +1,6 @@
-"""Weight files as people have them, as plain tensors: compiled, quantised, several networks in one.
+"""Weight files of other programs as plain tensors: compiled, quantised, several networks in one.
 
-Everything here is a view: names are looked at, numbers are read when they are asked for.
+Everything here is a view: only names are read at once, and numbers when they are needed.
 """
 
 import re
@@ -74,9 +74,10 @@ def _renamed(tensors: Tensors, names: Mapping[str, str]) -> View:
 
 
 class Dequantised:
-    """Eight-bit weights times their scales, in the file's own 16- or 32-bit type; the rest as is.
+    """Eight-bit weights times their scales, in the file's own 16- or 32-bit type; other tensors
+    unchanged.
 
-    Without a scale the numbers are as stored. A scale is one number, or one a row.
+    Without a scale the numbers are as stored. A scale is one number, or one per row.
     """
 
     def __init__(self, base: Tensors):

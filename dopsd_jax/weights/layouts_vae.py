@@ -1,6 +1,6 @@
 """The autoencoder as in FLUX.1's ae.safetensors: the names of the original LDM code.
 
-The tensors are diffusers' but for the attention's linear weights, which LDM holds as 1x1
+The tensors are diffusers', except for the attention's linear weights, which LDM holds as 1x1
 convolutions. LDM counts the decoder's levels from the output side.
 """
 

@@ -194,7 +194,7 @@ def _whole(files: TensorFiles, target: Target, parts: dict[str, str], settings) 
     if alpha.size != 1 or not np.isfinite(alpha).all():
         raise ValueError("has an alpha that is not one number")
     scale = float(alpha.reshape(())) / a[0]
-    # A header with scale 1 says that nothing is left to apply; any other says the same thing twice.
+    # A header scale of 1 means that it is applied already; any other must agree with alpha.
     if stated != 1.0 and not math.isclose(stated, scale, rel_tol=1e-6):
         raise ValueError(f"has scale {scale:g} by its alpha, {settings.where} makes it {stated:g}")
     return LoraModule(*factors, scale)

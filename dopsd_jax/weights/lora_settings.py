@@ -1,4 +1,4 @@
-"""What is said of a LoRA's scale beside its tensors: in PEFT's json or in header strings."""
+"""A LoRA's scale outside its tensors: in PEFT's json or in header strings."""
 
 import dataclasses
 import functools
@@ -28,7 +28,7 @@ MAX_PATTERNS, MAX_CHOICES = 100, 64
 class Pattern:
     r"""A pattern of layer names as PEFT's rank_pattern and alpha_pattern have them.
 
-    PEFT takes regular expressions, and a file could bring one that never ends. Here matching takes
+    PEFT takes regular expressions, and a file may hold one that takes forever. Here matching takes
     time in proportion to the name: names, `.`, `\d`, `\w`, each also with `*` or `+`, and `|`, also
     in brackets. Raises ValueError for anything else.
     """
@@ -94,7 +94,7 @@ def _fits(item: str, character: str) -> bool:
 
 @dataclasses.dataclass(frozen=True)
 class Settings:
-    """What is said of rank and alpha beside the tensors.
+    """Rank and alpha as stated outside the tensors.
 
     Attributes:
       where: the file or header string that says it.

@@ -1,4 +1,4 @@
-"""What reading and writing a network's weights needs to know; families list their networks so."""
+"""What is needed to read and write a network's weights; a family lists its networks."""
 
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
@@ -30,7 +30,7 @@ class Network:
       others: config and leaves -> layouts besides the canonical one.
       single: name of the layout of the authors' single file, if that is one of them.
       lora: `modelspec.architecture` of LoRA files for it.
-      beside: whether models are whole without it, since no published one has such a folder.
+      beside: whether a model is complete without it, as published ones have no such folder.
     """
 
     component: str

@@ -28,7 +28,7 @@ KEPT_PARTS = 2  # parts in memory while reading: neighbours share fused paramete
 
 
 class Stored(NamedTuple):
-    """Weights that are all accounted for.
+    """Weights whose tensors have all been checked.
 
     `tensors` has canonical names; `leaves` are the module's, and `unused` those that only an export
     needs. `found` is the layout of the files (the original ones, if converted).
@@ -214,7 +214,7 @@ class ConvertedTensors:
 
 
 def verify(stored: Stored) -> None:
-    """Reads every number. Raises `UserError` naming all that is damaged or not finite."""
+    """Reads every number. Raises `UserError` naming everything that is damaged or not finite."""
     tensors, faults = stored.tensors, []
     if isinstance(tensors, ConvertedTensors):
         reads = [functools.partial(tensors._part, part) for part in tensors.parts]

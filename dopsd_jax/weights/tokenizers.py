@@ -1,4 +1,4 @@
-"""The tokenizer of a model folder: nothing of it is made up, and it fits the text encoder."""
+"""The tokenizer of a model folder: it must be complete and fit the text encoder."""
 
 import hashlib
 from pathlib import Path
@@ -17,7 +17,7 @@ BYTES = 256  # a byte-level tokenizer has at least a token for each
 def read_tokenizer(model: Path, vocabulary: int) -> Any:
     """The tokenizer of a model whose text encoder knows `vocabulary` tokens. Raises `UserError`.
 
-    Without `tokenizer.json` transformers would make one up in silence, of special tokens only.
+    Without `tokenizer.json` transformers would silently make one with special tokens only.
     """
     import transformers  # a second, which most starts need not take: features are cached
 

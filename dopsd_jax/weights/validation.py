@@ -1,4 +1,4 @@
-"""Every tensor accounted for: what a checkpoint holds against what a network needs."""
+"""Compares the tensors of a checkpoint with those that a network needs."""
 
 from collections.abc import Iterable, Mapping, Sequence
 

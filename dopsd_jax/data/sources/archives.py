@@ -1,7 +1,7 @@
 """What layouts of archives share: which files they are, and an index of each that is kept.
 
-An archive is read through once; the index that comes of it (where each picture's bytes are, and the
-captions) is kept under the archive's path, size and time. Nothing is unpacked: names inside an
+An archive is read once from start to end; its index (where each picture's bytes are, and the
+captions) is cached under the archive's path, size and time. Nothing is unpacked: names inside an
 archive are labels and never become paths.
 """
 

@@ -1,4 +1,4 @@
-"""Gathers the rows of a data set with their faults, and what the user should be told."""
+"""Gathers the rows of a data set, with their faults and notes for the user."""
 
 import re
 from collections.abc import Iterable, Mapping, Sequence
@@ -43,8 +43,8 @@ class Collector:
     """Gathers rows into a `Table` and watches which caption keys they have.
 
     `where`: the source, for messages; `unit`: what its rows are counted in there. `required`: a key
-    that every row must have besides, the teacher's. `trigger`: what is put for a placeholder.
-    `fields`: the names that the source has for what it holds, told where none of them is known.
+    that every row must have besides, the teacher's. `trigger`: replaces a placeholder. `fields`:
+    the names of the source's fields, for the message when none of them is known.
     """
 
     def __init__(
@@ -82,7 +82,7 @@ class Collector:
         name: object,
         **facts: object,
     ) -> None:
-        """Adds a row whose captions are sound; `name` tells it from others in a list of faults."""
+        """Adds a row whose captions are good; `name` identifies it in a list of faults."""
         captions = [(key, self._text(text, name)) for key, text in captions if key in self.counts]
         texts = dict(captions)
         for key in self.keys:

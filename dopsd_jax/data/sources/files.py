@@ -23,7 +23,7 @@ def walk(folder: Path, passed: Examples | None = None) -> Iterator[tuple[str, li
     """Every folder from `folder` down with its files, links followed, no folder twice.
 
     What begins with a dot, and folders that begin with an underscore (caches of other trainers),
-    are added to `passed` instead. What systems leave behind is passed over without a word.
+    are added to `passed` instead. Files that operating systems leave behind are skipped silently.
     """
     passed, seen = Examples() if passed is None else passed, set()
     for where, folders, names in os.walk(folder, followlinks=True, onerror=_refuse):

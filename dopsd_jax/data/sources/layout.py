@@ -21,8 +21,8 @@ class Options:
     alternative. data_root: where relative pictures are looked for besides. cache: keeps the indices
     of archives. teacher_key: a further key that every row must have (teacher.prompt_key).
     image_key: the field of a record that names its picture; "": one of the known names.
-    trigger: what is put for the placeholder [trigger]. folder_captions: a picture without a caption
-    file takes the name of its folder. folder_repeats: a folder `10_name` counts ten times.
+    trigger: replaces the placeholder [trigger]. folder_captions: a picture without a caption file
+    takes the name of its folder. folder_repeats: a folder `10_name` counts ten times.
     """
 
     prompt_keys: Sequence[str] | None = None

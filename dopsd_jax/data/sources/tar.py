@@ -89,7 +89,7 @@ def _members(path: Path, file, problems: list[str]) -> Iterator[tarfile.TarInfo]
         with tarfile.open(fileobj=file, mode="r:", tarinfo=_Member) as archive:
             while (member := archive.next()) is not None:
                 archive.members = []  # tarfile would keep them all
-                # Sizes come from the file: one below zero would lead back to where it stands.
+                # Sizes come from the file: with a negative one the reading would never end.
                 if not end < archive.offset <= size + tarfile.BLOCKSIZE:
                     raise tarfile.ReadError(f"a member of {member.size} bytes")
                 end = archive.offset

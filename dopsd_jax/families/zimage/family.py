@@ -108,10 +108,10 @@ def build(size: ZImageConfig, *, dtype: Any, attention: str, remat: str, rngs: n
 
 
 def denoiser(graphdef: nnx.GraphDef) -> Denoiser:
-    """The transformer in the project's convention: it is told 1 - sigma and answers x0 - noise."""
+    """The transformer in the project's convention; its own is 1 - sigma in, x0 - noise out."""
 
     def network(trainable, base):
-        # What lies in the host's memory: stacks are left to the scan over their layers.
+        # Copies arrays from host memory, except stacks: the scan copies these layer by layer.
         flat = [
             (path, leaf if path[0] in STACKS else to_device(leaf))
             for path, leaf in nnx.to_flat_state(trainable)

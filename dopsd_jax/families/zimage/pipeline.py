@@ -51,7 +51,7 @@ class ZImagePipeline(Pipeline):
 
     @functools.cached_property
     def vlm(self) -> qwen3_vl.Qwen3VLVision:
-        """The vision tower alone: the text encoder stands in for the language model."""
+        """The vision tower alone: the text encoder takes the place of the language model."""
         return load_component(
             self.part_folder("vlm"),
             self.family.NETWORKS["vlm"],
