@@ -12,7 +12,7 @@ from pathlib import Path
 os.environ.setdefault("JAX_PLATFORMS", "cpu")  # converting needs no accelerator
 
 from dopsd_jax.common.errors import UserError, raise_if, report
-from dopsd_jax.common.program import Parser
+from dopsd_jax.common.program import Parser, local_name, local_path
 
 TYPES = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}
 DIALECTS = ("D", "Cs", "Cn", "K", "Q")  # of LoRA files: weights/lora_dialects.py, WRITTEN
@@ -42,46 +42,60 @@ def parser(program: str) -> argparse.ArgumentParser:
         return command
 
     p = add("import", run_import, "Turn a PyTorch model into a converted checkpoint.")
-    p.add_argument("source", help="model folder, hub id (owner/name[@revision]) or single file")
-    p.add_argument("out", type=Path, help="new folder; or that of an interrupted import, to go on")
-    p.add_argument("--base", help="with a single file: the model of all other parts")
-    p.add_argument("--vae", type=Path, help="single file to take the autoencoder from")
-    p.add_argument("--text-encoder", type=Path, help="single file to take the text encoder from")
-    p.add_argument("--vlm", help="folder or hub id of the vision-language model, to import it too")
+    p.add_argument(
+        "source",
+        type=local_name,
+        help="model folder, hub id (owner/name[@revision]) or single file",
+    )
+    p.add_argument(
+        "out", type=local_path, help="new folder; or that of an interrupted import, to go on"
+    )
+    p.add_argument(
+        "--base", type=local_name, help="with a single file: the model of all other parts"
+    )
+    p.add_argument("--vae", type=local_path, help="single file to take the autoencoder from")
+    p.add_argument(
+        "--text-encoder", type=local_path, help="single file to take the text encoder from"
+    )
+    p.add_argument(
+        "--vlm",
+        type=local_name,
+        help="folder or hub id of the vision-language model, to import it too",
+    )
     p.add_argument("--dtype", choices=TYPES, help="store in this type; default: as it is")
 
     p = add("export", run_export, "Write a model as a diffusers folder or a ComfyUI single file.")
     _add_export(p)
-    p.add_argument("--lora", type=Path, help="LoRA file to merge into the transformer")
+    p.add_argument("--lora", type=local_path, help="LoRA file to merge into the transformer")
 
     p = add("merge", run_export, "Merge a LoRA into a model's transformer and write the model.")
     _add_export(p, before_out="lora")
 
     p = add("lora", run_lora, "Rewrite a LoRA file in another dialect.")
-    p.add_argument("source", type=Path, help="LoRA file, or folder that PEFT saved")
-    p.add_argument("out", type=Path, help="new file (dialect Q: folder)")
+    p.add_argument("source", type=local_path, help="LoRA file, or folder that PEFT saved")
+    p.add_argument("out", type=local_path, help="new file (dialect Q: folder)")
     p.add_argument("--to", choices=DIALECTS, default="D", help=(
         "D diffusers and ComfyUI (default), Cs/Cn diffusion_model. with split/fused attention, "
         "K kohya, Q PEFT folder"
     ))  # fmt: skip
-    p.add_argument("--model", type=Path, help=(
+    p.add_argument("--model", type=local_path, help=(
         "model it is for; default: what its header names, else the published Z-Image"
     ))  # fmt: skip
     _add_transformer_only(p)
     p.add_argument("--dtype", choices=TYPES, help="default: as the source file has it")
 
     p = add("inspect", run_inspect, "Say what a file or folder is, and what is wrong with it.")
-    p.add_argument("path", type=Path, help="model, network folder, single file or LoRA")
-    p.add_argument("--model", type=Path, help="for a lone file: the model it belongs to")
+    p.add_argument("path", type=local_path, help="model, network folder, single file or LoRA")
+    p.add_argument("--model", type=local_path, help="for a lone file: the model it belongs to")
     p.add_argument("--verify", action="store_true", help="read and check every number")
     return top
 
 
 def _add_export(p: argparse.ArgumentParser, before_out: str | None = None) -> None:
-    p.add_argument("model", help="converted model, Hugging Face folder or hub id")
+    p.add_argument("model", type=local_name, help="converted model, Hugging Face folder or hub id")
     if before_out:
-        p.add_argument(before_out, type=Path, help="LoRA file, or folder that PEFT saved")
-    p.add_argument("out", type=Path, help="new folder (diffusers) or file (comfyui)")
+        p.add_argument(before_out, type=local_path, help="LoRA file, or folder that PEFT saved")
+    p.add_argument("out", type=local_path, help="new folder (diffusers) or file (comfyui)")
     p.add_argument("--format", choices=("diffusers", "comfyui"), default="diffusers")
     _add_transformer_only(p)
     p.add_argument("--strength", type=float, default=1.0, help="factor on the LoRA (default 1)")

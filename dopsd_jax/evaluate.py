@@ -17,20 +17,20 @@ from dopsd_jax.config.flags import CONFIG, WORKDIR, parse
 from dopsd_jax.evaluation import seeds
 
 OPTIONS = program.options(__name__)
-LORA = OPTIONS.string("lora", None, "LoRA file of the tuned model")
-MODEL = OPTIONS.string("model", None, "model folder of a full run, the tuned model")
-OUT = OPTIONS.string("out", None, "folder of the evaluation; default: WORKDIR/evaluation")
-PROMPTS = OPTIONS.string("prompts", None, "test prompts: .txt, one a line, or .jsonl")
+LORA = OPTIONS.path("lora", None, "LoRA file of the tuned model")
+MODEL = OPTIONS.path("model", None, "model folder of a full run, the tuned model")
+OUT = OPTIONS.path("out", None, "folder of the evaluation; default: WORKDIR/evaluation")
+PROMPTS = OPTIONS.path("prompts", None, "test prompts: .txt, one a line, or .jsonl")
 CLASS_WORD = OPTIONS.string("class_word", "", "what [V] is one of, for scorers of texts")
 ROWS = OPTIONS.integer("rows", 4, "rows of the data set, at most", 1, 10**6)
 COUNT = OPTIONS.integer("count", 24, "prompts, for data with its own judge", 1, 10**6)
 SEEDS = OPTIONS.integer("seeds", 4, "pictures a prompt", 1, 10**6)
 FIRST_SEED = OPTIONS.integer("first_seed", seeds.BASE, "of the noise", 0, 2**31 - 1)
 SCORERS = OPTIONS.list("scorers", None, "names, or module:attribute; default: all that fit")
-CLIP = OPTIONS.string("clip", None, "folder or hub id of CLIP, for CLIP-S")
-DINO = OPTIONS.string("dino", None, "of DINOv3, for DINO-D")
-VGG = OPTIONS.string("vgg", None, "of VGG-16, for LPIPS-D")
-LPIPS_WEIGHTS = OPTIONS.string("lpips_weights", "", "LPIPS's linear layers, safetensors")
+CLIP = OPTIONS.path("clip", None, "folder or hub id of CLIP, for CLIP-S")
+DINO = OPTIONS.path("dino", None, "of DINOv3, for DINO-D")
+VGG = OPTIONS.path("vgg", None, "of VGG-16, for LPIPS-D")
+LPIPS_WEIGHTS = OPTIONS.path("lpips_weights", None, "LPIPS's linear layers, safetensors")
 TORCH_DEVICE = OPTIONS.string("torch_device", "cpu", "where the PyTorch scorers run")
 BATCH = OPTIONS.integer("batch", None, "pictures drawn together", 1, 65536)
 
@@ -181,7 +181,7 @@ def find_scorers(judge: DataJudge | None) -> list[Judge]:
         CLIP.value or torch_scorers.CLIP,
         DINO.value or torch_scorers.DINO,
         VGG.value or torch_scorers.VGG,
-        LPIPS_WEIGHTS.value,
+        LPIPS_WEIGHTS.value or "",
         TORCH_DEVICE.value,
     )
     names = SCORERS.value or list(own or usual)

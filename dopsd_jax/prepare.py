@@ -23,7 +23,7 @@ from dopsd_jax.config.flags import CONFIG, WORKDIR, parse
 from dopsd_jax.parallel import cluster
 
 OPTIONS = program.options(__name__)
-OUT = OPTIONS.string("out", None, "folder of the prepared data set; may be gs://")
+OUT = OPTIONS.path_or_store("out", None, "folder of the prepared data set; may be gs://")
 SHARD = OPTIONS.integer("shard", None, "which share of the parts, from 0, to make here", 0, 10**6)
 SHARDS = OPTIONS.integer("shards", None, "in how many shares the parts are divided", 1, 10**6)
 BATCH = OPTIONS.integer("batch", 8, "captions that a device encodes together", 1, 65536)

@@ -7,11 +7,13 @@ import argparse
 import sys
 
 from dopsd_jax.common import errors
+from dopsd_jax.common.atomic import path_fault, remove_leftovers
 from dopsd_jax.common.program import Parser
 
 
 def main(run: str) -> None:
-    from dopsd_jax.common.atomic import remove_leftovers
+    if fault := path_fault(run, stores=True):
+        raise errors.UserError(f"{run}: {fault}")
     from dopsd_jax.reporting.run_page import holds_run, write_report  # slow: after the options
 
     if not holds_run(run):

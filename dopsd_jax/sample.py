@@ -6,10 +6,10 @@ from pathlib import Path
 from dopsd_jax.common import program
 
 OPTIONS = program.options(__name__)
-MODEL = OPTIONS.string("model", None, "model folder, converted checkpoint or hub id")
-LORA = OPTIONS.string("lora", None, "LoRA file to apply")
+MODEL = OPTIONS.path("model", None, "model folder, converted checkpoint or hub id")
+LORA = OPTIONS.path("lora", None, "LoRA file to apply")
 PROMPT = OPTIONS.multi_string("prompt", None, "what to draw; may be given several times")
-OUT = OPTIONS.string("out", None, "folder for the pictures")
+OUT = OPTIONS.path("out", None, "folder for the pictures")
 HEIGHT = OPTIONS.integer("height", None, "pixels; default: the model's own size", 1, 65536)
 WIDTH = OPTIONS.integer("width", None, "pixels; default: the model's own size", 1, 65536)
 STEPS = OPTIONS.integer("steps", None, "forwards; default: the released sampler's", 1, 1000)

@@ -67,6 +67,23 @@ def test_every_program_tells_wrong_options_and_help_at_once(tmp_path, program):
     assert not HEAVY & modules
 
 
+ADDRESS = "https://example.org/x"
+PATHS = [
+    ("train", ZIMAGE, f"--workdir={ADDRESS}"), ("prepare", ZIMAGE, f"--out={ADDRESS}"),
+    ("evaluate", ZIMAGE, f"--prompts={ADDRESS}"), ("estimate", f"--config={ADDRESS}"),
+    ("sample", "--model=x", "--prompt=x", f"--out={ADDRESS}"), ("report", ADDRESS),
+    ("convert", "inspect", ADDRESS), ("convert", "import", ADDRESS, "out"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("arguments", PATHS, ids=lambda a: f"{a[0]}-{len(a)}")
+def test_an_address_in_the_place_of_a_path_is_told_at_once(tmp_path, arguments):
+    code, out, err, modules = run(tmp_path, *arguments)
+    assert (code, out) == (2, "") and f"{ADDRESS}" in err and "is an address" in err
+    assert err.startswith("error: ") and len(err.splitlines()) == 1
+    assert not HEAVY & modules
+
+
 def test_names_that_options_give_are_those_of_the_libraries():
     assert set(convert.DIALECTS) == set(WRITTEN)
     assert set(kinds.QUANTISED) == set(quantised.SCHEMES)

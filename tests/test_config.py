@@ -64,6 +64,9 @@ def test_no_other_field_takes_another_kind(name):
         ("data.buckets", [0.5, None]),
         ("data.path", "a\0b"),
         ("data.path", "https://example.org/pictures.zip"),
+        ("model", "https://example.org/model"),
+        ("lora.init_from", "gs://bucket/dog.safetensors"),
+        ("data.cache", "gs://bucket/features"),
         ("model", ""),
     ],
     ids=lambda v: v if isinstance(v, str) and v.isprintable() else type(v).__name__,
@@ -192,7 +195,7 @@ def test_a_copied_configuration_file_works_anywhere(tmp_path):
 
 def test_an_empty_work_directory_is_refused_before_anything():
     done = run_program("train", "--config=zimage:random", "--workdir=")
-    assert done.returncode == 2 and done.stderr.startswith("error: --workdir: is empty")
+    assert done.returncode == 2 and done.stderr.startswith("error: --workdir=: is empty")
 
 
 # --- Going on with other settings

@@ -76,3 +76,9 @@ def test_prepared_data_need_no_folder(bucket):
     config = build.ConfigDict(CONFIG | {"data": {"path": f"{bucket}/set", "cache": ""}})
     workdir = find_workdir(f"{bucket}/run", config)
     assert "://" not in str(build.cache_folder(config, workdir))
+
+
+def test_a_file_in_the_place_of_a_work_directory_is_told(tmp_path):
+    (tmp_path / "run").touch()
+    with pytest.raises(UserError, match="run: is a file; name a folder"):
+        find_workdir(str(tmp_path / "run"), CONFIG)

@@ -97,6 +97,14 @@ def is_remote(path: str | os.PathLike) -> bool:
     return "://" in str(path)
 
 
+def path_fault(text: str, *, stores: bool = False) -> str | None:
+    """What is wrong with text in the place of a path; with `stores`, gs:// may stand there too."""
+    scheme, separator, _ = text.partition("://")
+    if separator and not (stores and scheme == "gs"):
+        return "is an address; name what is on this machine" + (", or gs://" if stores else "")
+    return "must not contain a null character" if "\0" in text else None
+
+
 @contextlib.contextmanager
 def _stored_file(path: epath.Path) -> Iterator:
     try:

@@ -5,6 +5,8 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
+from dopsd_jax.common.atomic import path_fault
+
 # Whether a field may differ when a run is continued: always, if --allow_changes names it, or never.
 ALWAYS, ON_REQUEST, NEVER = "always", "on request", "never"
 MAX_NUMBER = 1e9  # the largest magnitude of a number in a list
@@ -15,11 +17,11 @@ _TRUTH = {"true": True, "1": True, "yes": True, "false": False, "0": False, "no"
 class Field:
     """One field.
 
-    name: dotted, such as `lora.rank`. kind: int, float, bool, str, list, or `name or list`; if not
-    given, the type of the default. low, high: bounds of a number, included; above: excluded. unit:
-    of a number. choices: what a name may be. listed: what the items of a list may be. when: values
-    that other fields must have so that this one has an effect. change: whether it may differ when a
-    run is continued.
+    name: dotted, such as `lora.rank`. kind: int, float, bool, str, list, `name or list`, `path`, or
+    `path or store` (gs://); if not given, the type of the default. low, high: bounds of a number,
+    included; above: excluded. unit: of a number. choices: what a name may be. listed: what the
+    items of a list may be. when: values that other fields must have so that this one has an effect.
+    change: whether it may differ when a run is continued.
     """
 
     name: str
@@ -49,6 +51,8 @@ class Field:
             "float": type(value) in (int, float),
             "bool": type(value) is bool,
             "str": isinstance(value, str),
+            "path": isinstance(value, str),
+            "path or store": isinstance(value, str),
             "list": isinstance(value, str | list | tuple),
             "name or list": isinstance(value, str | list | tuple) and len(value) > 0,
         }
@@ -58,6 +62,8 @@ class Field:
             return self._number_fault(value)
         if isinstance(value, str) and "\0" in value:
             return "must not contain a null character"
+        if self.kind in ("path", "path or store"):
+            return path_fault(value, stores=self.kind != "path")
         if self.choices and value not in self.choices:
             return f"is not one of {', '.join(self.choices)}"
         return None if self.kind in ("bool", "str") else self._list_fault(value)

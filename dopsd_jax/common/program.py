@@ -12,11 +12,13 @@ import argparse
 import functools
 import sys
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from types import SimpleNamespace
 from typing import NoReturn
 
 from absl import flags, logging
 
+from dopsd_jax.common.atomic import path_fault
 from dopsd_jax.common.errors import USER_ERROR_EXIT, UserError, report
 
 FLAGS = flags.FLAGS
@@ -24,7 +26,7 @@ HELP = ("--help", "-help", "-h", "--helpfull", "-helpfull", "-?")
 
 
 def options(module: str) -> SimpleNamespace:
-    """absl's DEFINE functions (`string`, `integer`, ...) for the program `module`.
+    """absl's DEFINE functions (`string`, `integer`, `path`, ...) for the program `module`.
 
     Programs may have options of the same name: the options of a program that is only imported keep
     their defaults.
@@ -34,8 +36,37 @@ def options(module: str) -> SimpleNamespace:
         values = flags.FlagValues()
         values.mark_as_parsed()
     kinds = ("bool", "enum", "integer", "list", "multi_string", "string")
-    define = lambda kind: functools.partial(getattr(flags, f"DEFINE_{kind}"), flag_values=values)
-    return SimpleNamespace(**{kind: define(kind) for kind in kinds})
+    define = {kind: getattr(flags, f"DEFINE_{kind}") for kind in kinds}
+    define["path"] = functools.partial(flags.DEFINE, _Path(stores=False))
+    define["path_or_store"] = functools.partial(flags.DEFINE, _Path(stores=True))
+    define = {kind: functools.partial(f, flag_values=values) for kind, f in define.items()}
+    return SimpleNamespace(**define)
+
+
+class _Path(flags.ArgumentParser):
+    """Of options that name a file or folder; `stores`: or one in an object store, gs://."""
+
+    def __init__(self, stores: bool):
+        self.stores = stores
+
+    def parse(self, argument: str) -> str:
+        fault = path_fault(argument, stores=self.stores)
+        if fault or not argument:
+            raise ValueError(fault or "is empty; give it a name, or leave it out")
+        return argument
+
+
+def local_path(text: str) -> Path:
+    """The path in an argument of a `Parser`."""
+    if fault := path_fault(text):
+        raise argparse.ArgumentTypeError(f"{text} {fault}")
+    return Path(text)
+
+
+def local_name(text: str) -> str:
+    """The same for what may be a name on the hub."""
+    local_path(text)
+    return text
 
 
 def parse(
@@ -69,7 +100,7 @@ def _parse(
     try:
         rest = FLAGS(rewrite(argv))
     except (flags.Error, ValueError, OSError) as error:
-        raise UserError(f"{error}; see --help") from None
+        raise UserError(f"{str(error).removeprefix('flag ')}; see --help") from None
     if len(rest) > 1:
         raise UserError(f"{rest[1]}: not understood; options are written --name=value; see --help")
     check()

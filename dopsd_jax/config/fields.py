@@ -61,10 +61,11 @@ _RUN = (
     Field("sample_rows", 4, "rows of the data set in the grids", low=1, high=1024, change=ALWAYS),
 )
 _MODEL = (
-    Field("model", "", "model folder, converted checkpoint, or hub id owner/name", change=NEVER),
+    Field("model", "", "model folder, converted checkpoint, or hub id owner/name", "path",
+          change=NEVER),
     Field("teacher.vlm", "",
           "folder or hub id of the vision-language model; empty: the folder vlm in config.model",
-          change=NEVER),
+          "path", change=NEVER),
     Field("base_dtype", "bfloat16", "type of the frozen weights; must be float32 if train is full",
           choices=(*kinds.WHOLE, *kinds.QUANTISED), change=NEVER),
     Field("dtype", "bfloat16", "type of activations; states, losses and adapters stay float32",
@@ -82,7 +83,7 @@ _ADAPTERS = (
           when=ADAPTERS, change=NEVER),
     Field("lora.targets", "blocks", "adapted layers: a preset of the family, or a list of patterns",
           "name or list", when=ADAPTERS, change=NEVER),
-    Field("lora.init_from", "", "LoRA file to start from; empty: new adapters", change=NEVER),
+    Field("lora.init_from", "", "LoRA file to start from; empty: new adapters", "path", change=NEVER),
 )
 _OPTIMIZER = (
     Field("optimizer", "adamw", "adafactor has no first moment, the second by rows and columns",
@@ -103,8 +104,10 @@ _OPTIMIZER = (
     Field("weight_decay", 0.0, "of all but norms, biases and learned tokens", low=0, high=1e3),
 )
 _DATA = (
-    Field("data.path", "", "folder of images with captions, jsonl file, or more", change=ALWAYS),
-    Field("data.root", "", "second folder in which the relative paths of a table are looked for"),
+    Field("data.path", "", "folder of images with captions, jsonl file, or more", "path or store",
+          change=ALWAYS),
+    Field("data.root", "", "second folder in which the relative paths of a table are looked for",
+          "path"),
     Field("data.resolution", 1024, "buckets have about the area of a square with this side",
           low=1, high=65536, unit="pixels"),
     Field("data.buckets", "", "bucket sizes instead of these, such as 832x1248,1024x1024", "list"),
@@ -121,7 +124,8 @@ _DATA = (
           choices=("batch", "row")),
     Field("data.max_pixels", 200_000_000, "larger pictures are refused before they are decoded",
           low=1, high=PIXELS, unit="pixels"),
-    Field("data.cache", "", "folder of cached features; empty: in the work folder", change=ALWAYS),
+    Field("data.cache", "", "folder of cached features; empty: in the work folder", "path",
+          change=ALWAYS),
 )
 _MESH = (
     _axis("data", -1, "copies of the network, each with its own images; -1: all remaining devices"),

@@ -12,13 +12,14 @@ from dopsd_jax.config.fields import declared
 from dopsd_jax.config.loading import load
 from dopsd_jax.config.reference import help_text
 
-_FILE = flags.DEFINE_string(
+OPTIONS = program.options("__main__")  # of every program that imports this
+_FILE = OPTIONS.path(
     "config",
     None,
     "FILE[:ARGUMENT], or one of the package by its name, such as zimage or zimage:tiny; single "
     "fields are set with --config.FIELD=VALUE",
 )
-WORKDIR = flags.DEFINE_string(
+WORKDIR = OPTIONS.path_or_store(
     "workdir", None, "folder of the run; train, prepare and check: runs/zimage if not given"
 )
 
@@ -52,8 +53,6 @@ def parse(
         if not data and isinstance(fields.get("data"), dict):
             fields["data"] |= {"path": "not read"}
         schema.check(fields, CONFIG.asked if strict else ())
-        if WORKDIR.value == "":
-            raise UserError("--workdir: is empty; name a folder, or leave it out")
         more_checks()
 
     program.parse(required=("config", *required), rewrite=taken, check=check, more=help_text)

@@ -107,18 +107,11 @@ def _empty(given: Mapping[str, Any]) -> list[str]:
             "name the key of the teacher's captions, such as detailed_en"
         )
     required |= method.requires
-    faults = [
+    return [
         f"config.{name}: is empty; {what}"
         for name, what in required.items()
         if not given[name].strip()
     ]
-    scheme, separator, _ = given["data.path"].partition("://")
-    if separator and scheme != "gs":
-        faults.append(
-            f"config.data.path: {given['data.path']!r} is an address; download the data set, and "
-            "name its folder or file"
-        )
-    return faults
 
 
 def _full(given: Mapping[str, Any]) -> list[str]:

@@ -32,8 +32,8 @@ from dopsd_jax.models.autoencoder import Autoencoder, to_uint8
 from dopsd_jax.random_model.tokenizer import QWEN3_TEMPLATE
 
 OPTIONS = program.options(__name__)
-OUT = OPTIONS.string("out", None, "folder for states, logs, pictures and the model")
-START = OPTIONS.string(
+OUT = OPTIONS.path("out", None, "folder for states, logs, pictures and the model")
+START = OPTIONS.path(
     "start",
     None,
     "model folder to go on from: its autoencoder is kept, flow matching begins with it",

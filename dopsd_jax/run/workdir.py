@@ -25,13 +25,13 @@ def find_workdir(name: str | None, config: Mapping[str, Any]) -> epath.Path:
 
     Raises `UserError` for files of a run that need a file system.
     """
-    if name is None:
-        name = DEFAULT
-    if not name:
-        raise UserError("--workdir: is empty; name a folder, or leave it out for " + DEFAULT)
+    name = name or DEFAULT
     workdir = epath.Path(name)
     if not is_remote(name):
-        return workdir.expanduser()
+        workdir = workdir.expanduser()
+        if workdir.exists() and not workdir.is_dir():
+            raise UserError(f"--workdir {name}: is a file; name a folder")
+        return workdir
     faults = [
         f"{field}: 'random' is made in the work directory, which cannot be {name}; use a folder"
         for field, value in (
