@@ -24,10 +24,10 @@ from dopsd_jax.parallel import cluster
 
 OPTIONS = program.options(__name__)
 OUT = OPTIONS.path_or_store("out", None, "folder of the prepared data set; may be gs://")
-SHARD = OPTIONS.integer("shard", None, "which share of the parts, from 0, to make here", 0, 10**6)
-SHARDS = OPTIONS.integer("shards", None, "in how many shares the parts are divided", 1, 10**6)
-BATCH = OPTIONS.integer("batch", 8, "captions that a device encodes together", 1, 65536)
-ROWS = OPTIONS.integer("rows_per_part", 256, "rows a file; the same for all shards", 1, 10**6)
+SHARD = OPTIONS.integer("shard", None, "number of the share to make here, from 0", 0, 10**6)
+SHARDS = OPTIONS.integer("shards", None, "number of shares of all parts", 1, 10**6)
+BATCH = OPTIONS.integer("batch", 8, "captions per device and batch", 1, 65536)
+ROWS = OPTIONS.integer("rows_per_part", 256, "rows per file; the same for all shards", 1, 10**6)
 
 if __name__ == "__main__":
     parse("out", strict=False)  # wrong options end it here: the imports below take seconds

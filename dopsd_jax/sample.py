@@ -12,11 +12,14 @@ PROMPT = OPTIONS.multi_string("prompt", None, "what to draw; may be given severa
 OUT = OPTIONS.path("out", None, "folder for the pictures")
 HEIGHT = OPTIONS.integer("height", None, "pixels; default: the model's own size", 1, 65536)
 WIDTH = OPTIONS.integer("width", None, "pixels; default: the model's own size", 1, 65536)
-STEPS = OPTIONS.integer("steps", None, "forwards; default: the released sampler's", 1, 1000)
-SEED = OPTIONS.integer("seed", 0, "of the first picture of a prompt", 0, 2**32 - 1)
-COUNT = OPTIONS.integer("count", 1, "pictures a prompt, with seeds from --seed", 1, 10**6)
+STEPS = OPTIONS.integer("steps", None, "sampling steps; default: the released sampler's", 1, 1000)
+SEED = OPTIONS.integer("seed", 0, "seed of the first picture of a prompt", 0, 2**32 - 1)
+COUNT = OPTIONS.integer("count", 1, "pictures per prompt, seeds from --seed on", 1, 10**6)
 DTYPE = OPTIONS.enum(
-    "dtype", "auto", ["auto", "float32", "bfloat16"], "of activations; auto: float32 on CPU only"
+    "dtype",
+    "auto",
+    ["auto", "float32", "bfloat16"],
+    "type of activations; auto: float32 on CPU only",
 )
 
 if __name__ == "__main__":

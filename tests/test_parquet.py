@@ -56,7 +56,7 @@ def test_faults_of_rows_and_files_are_lines(tmp_path, monkeypatch):
     path = write(tmp_path / "a.parquet", [png(0), None, png(2)], text=["x", "y", "\0"])
     assert [problem.partition(".parquet:")[2] for problem in problems_of(load_rows, path)] == [
         "image[1]: holds no picture; make the archive again",
-        "image[2]: 'text' holds NUL characters; mend the text; make the archive again",
+        "image[2]: 'text' holds NUL characters; correct the text; make the archive again",
     ]
     whole = write(path, [png(0), png(1), png(2)]).read_bytes()
     rows = load_rows(path)

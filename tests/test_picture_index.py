@@ -95,13 +95,12 @@ def test_a_damaged_index_is_made_anew(folder, tmp_path):
     assert opened == 4 and "damaged" in lines[0] and again.digest() == first.digest()
 
 
-def test_long_lists_of_pictures_are_looked_at_in_pieces(folder, monkeypatch):
+def test_long_lists_of_pictures_are_looked_at_in_pieces(folder, monkeypatch, capsys):
     monkeypatch.setattr("dopsd_jax.data.dataset._AT_ONCE", 3)
-    monkeypatch.setattr("dopsd_jax.data.dataset.REPORT_SECONDS", -1.0)
-    lines = []
-    dataset = measure(load_rows(folder), BUCKETS, report=lines.append)
+    monkeypatch.setattr("dopsd_jax.common.progress.LINE_SECONDS", 0.0)
+    dataset = measure(load_rows(folder), BUCKETS)
     assert [info.width for info in dataset.infos] == [64, 80, 96, 112]
-    assert lines[0].startswith("looking at pictures: 3/4, ")
+    assert "looking at pictures 3/4" in capsys.readouterr().out
 
 
 def test_columns_give_back_what_was_put_in(folder):

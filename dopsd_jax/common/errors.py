@@ -1,4 +1,4 @@
-"""Faults a user can mend, and how a program reports them."""
+"""Faults that a user can correct, and how a program reports them."""
 
 import re
 import sys

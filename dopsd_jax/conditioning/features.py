@@ -19,7 +19,7 @@ from dopsd_jax.data.loader import BatchIndex
 from dopsd_jax.data.padding import padded_length
 from dopsd_jax.data.prepared import Caption, Prepared
 from dopsd_jax.dopsd import Contexts
-from dopsd_jax.families.base import STUDENT, TEACHER, Family, Rows, Tree
+from dopsd_jax.families.base import STUDENT, TEACHER, Family, PaddedLengths, Tree
 from dopsd_jax.families.base import Features as Arrays
 from dopsd_jax.families.pipeline import Pipeline
 from dopsd_jax.methods import registry
@@ -108,7 +108,7 @@ class Features:
             told = (TEACHER, keys) if self.teacher_key is None else (STUDENT, [self.teacher_key])
             self.rows[TEACHER] = self._rows([told], TEACHER)
 
-    def _rows(self, told: Sequence[tuple[int, Sequence[str]]], role: int) -> Rows:
+    def _rows(self, told: Sequence[tuple[int, Sequence[str]]], role: int) -> PaddedLengths:
         shapes = [shapes for kind, keys in told for shapes in self.store.shapes(kind, keys)]
         return padded_rows(shapes, self.pipe, role)
 
@@ -234,7 +234,9 @@ class CachedFeatures:
         return self.cache.load(self.latent_key(row))["latent"]
 
 
-def padded_rows(shapes: Iterable[Mapping[str, tuple[int, ...]]], pipe: Pipeline, role: int) -> Rows:
+def padded_rows(
+    shapes: Iterable[Mapping[str, tuple[int, ...]]], pipe: Pipeline, role: int
+) -> PaddedLengths:
     """One padded length for all features of these shapes, for each name that varies.
 
     Raises `UserError` for features that are longer than the model takes.

@@ -53,12 +53,12 @@ def _told(path: str, action: Callable[[], Any]) -> Any:
     except UserError:
         raise
     except SyntaxError as error:
-        raise UserError(f"{path}:{error.lineno}: {error.msg}; mend the configuration") from None
+        raise UserError(f"{path}:{error.lineno}: {error.msg}; correct the configuration") from None
     except (Exception, SystemExit) as error:
         places = [f for f in traceback.extract_tb(error.__traceback__) if f.filename == path]
         where = f"{path}:{places[-1].lineno}" if places else path
         what = f"{type(error).__name__}: {error}".removesuffix(": ")
-        raise UserError(f"{where}: {what}; mend the configuration") from None
+        raise UserError(f"{where}: {what}; correct the configuration") from None
 
 
 def _change(config: ConfigDict, name: str, text: str) -> str | None:

@@ -3,15 +3,15 @@
 import functools
 import hashlib
 import json
-import time
 from array import array
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 import numpy as np
 
 from dopsd_jax.common.errors import UserError, raise_if
+from dopsd_jax.common.progress import Progress
 from dopsd_jax.data.buckets import Bucket, nearest
 from dopsd_jax.data.images import ImageInfo, ImageLimits, enlargement
 from dopsd_jax.data.picture_index import Infos, PictureIndex
@@ -20,7 +20,6 @@ from dopsd_jax.data.rows import Rows
 from dopsd_jax.data.sources.collector import MAX_PROBLEMS, Examples
 from dopsd_jax.data.table import DataRow
 
-REPORT_SECONDS = 5.0
 _AT_ONCE = 1024  # pictures given to the threads at a time
 
 
@@ -80,7 +79,6 @@ def measure(
     verify: bool = True,
     workers: int = 4,
     index: PictureIndex | None = None,
-    report: Callable[[str], None] = print,
 ) -> Dataset:
     """Opens every picture once and chooses its bucket; raises the faults of all rows together.
 
@@ -90,7 +88,8 @@ def measure(
     limits = limits or ImageLimits()
     index = index or PictureIndex(None)
     infos, problems, hidden = Infos(), [], 0
-    begin = shown = time.monotonic()
+    count = len(rows.rows)
+    progress = Progress("looking at pictures", count, quiet=count <= _AT_ONCE)
 
     def look(row: DataRow) -> ImageInfo | UserError:
         try:
@@ -100,8 +99,8 @@ def measure(
 
     # The pool queues all items at once, so it gets a few at a time.
     with ThreadPoolExecutor(workers) as pool, index:
-        for first in range(0, len(rows.rows), _AT_ONCE):
-            some = [rows.rows[i] for i in range(first, min(first + _AT_ONCE, len(rows.rows)))]
+        for first in range(0, count, _AT_ONCE):
+            some = [rows.rows[i] for i in range(first, min(first + _AT_ONCE, count))]
             for row, info in zip(some, pool.map(look, some), strict=True):
                 if not isinstance(info, UserError):
                     infos.append(info)
@@ -111,12 +110,8 @@ def measure(
                     if len(problems) < MAX_PROBLEMS:
                         own = row.where == str(row.image)
                         problems.append(problem if own else f"{row.where}: {problem}")
-            done, now = first + len(some), time.monotonic()
-            if now - shown > REPORT_SECONDS:
-                left = (now - begin) / done * (len(rows.rows) - done)
-                report(f"looking at pictures: {done}/{len(rows.rows)}, {left:.0f} s left")
-                shown = now
-                index.save_sometimes()
+            progress.advance(len(some))
+            index.save_sometimes()
     if hidden:
         problems.append(f"... and {hidden} more")
     raise_if(problems)

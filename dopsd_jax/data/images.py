@@ -94,7 +94,7 @@ def inspect_image(
 def _reading(path: Path | Blob) -> Iterator[BinaryIO]:
     """Opens a file for reading; a fault of the file system is a `UserError`."""
     if not isinstance(path, Blob) and not os.path.exists(path):
-        raise UserError(f"{path}: no such picture; mend the path")
+        raise UserError(f"{path}: no such picture; correct the path")
     try:
         with path.open() if isinstance(path, Blob) else open_regular(path) as file:
             if not file.read(1):

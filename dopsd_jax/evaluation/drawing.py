@@ -15,7 +15,7 @@ from dopsd_jax.conditioning.features import ROLE_NAMES, padded_rows
 from dopsd_jax.data.cache import feature_key
 from dopsd_jax.evaluation.scorer import Case, Picture, digest
 from dopsd_jax.evaluation.seeds import picture_seed
-from dopsd_jax.families.base import STUDENT, TEACHER, Rows
+from dopsd_jax.families.base import STUDENT, TEACHER, PaddedLengths
 from dopsd_jax.families.pipeline import Pipeline, start_noise
 from dopsd_jax.parallel import multihost
 from dopsd_jax.parallel.sharding import BATCH_AXES
@@ -82,7 +82,7 @@ class Painter:
         places = 1 if mesh is None else math.prod(mesh.shape[axis] for axis in BATCH_AXES)
         self.batch = -(-batch // places) * places
         self.kept, self.encoder = Memory() if kept is None else kept, encoder
-        self.rows: list[Rows] = [{}, {}]
+        self.rows: list[PaddedLengths] = [{}, {}]
 
     def key(self, case: Case, role: int) -> str:
         """Where the features of a case are kept."""

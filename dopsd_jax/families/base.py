@@ -16,7 +16,7 @@ from dopsd_jax.weights.networks import Network
 Tree = Any
 # What the encoders make of one caption (and its picture): named arrays, without padding.
 Features = Mapping[str, np.ndarray]
-Rows = Mapping[str, int]  # the padded length of every feature that has one
+PaddedLengths = Mapping[str, int]  # the padded length of every feature that has one
 STUDENT, TEACHER = range(2)  # roles: who is told
 
 
@@ -122,7 +122,7 @@ class Family(Protocol):
 
     # ---- Contexts.
 
-    def collate(self, features: Sequence[Features], rows: Rows | None = None) -> Tree:
+    def collate(self, features: Sequence[Features], rows: PaddedLengths | None = None) -> Tree:
         """The features of a batch as the context that the denoiser takes.
 
         `rows`: the padded lengths; None: as few as the batch needs.

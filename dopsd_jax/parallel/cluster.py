@@ -16,7 +16,7 @@ DISTRIBUTED = flags.DEFINE_enum(
     "auto",
     ["auto", "on", "off"],
     "several processes as one run: auto finds a TPU pod, Slurm, Open MPI, Kubernetes, or the three "
-    "options below; on insists; off runs alone",
+    "options below; on requires them; off runs alone",
 )
 COORDINATOR = flags.DEFINE_string(
     "coordinator", None, "host:port of process 0 (or JAX_COORDINATOR_ADDRESS)"

@@ -193,7 +193,7 @@ def trained_keys(config: ConfigDict, found: tuple[str, ...]) -> tuple[str, ...]:
     if not keys:
         raise UserError(
             f"config.teacher.prompt_key: {told!r} is the only caption key that every row has, so "
-            "student and teacher would be told the same; name the student's in "
+            "student and teacher would get the same; name the student's in "
             "config.data.prompt_keys"
         )
     return keys

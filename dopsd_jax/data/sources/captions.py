@@ -44,7 +44,7 @@ def captions_of(record: Mapping, keys: Iterable[str]) -> tuple[dict[str, str], l
             if len(text) > MAX_CAPTION_BYTES:
                 faults.append(f"{key!r} {TOO_LARGE}")
             elif "\0" in text:
-                faults.append(f"{key!r} holds NUL characters; mend the text")
+                faults.append(f"{key!r} holds NUL characters; correct the text")
         elif text is not None:
             faults.append(f"{key!r} is {kind_of(text)}; a caption must be a string")
     return texts, faults
@@ -56,7 +56,7 @@ def json_captions(content: bytes) -> tuple[dict[str, str], str | None]:
     Which of them are captions is decided by who knows the keys that are asked for.
     """
     try:
-        record = parse_json(content, "is not JSON", "mend it")
+        record = parse_json(content, "is not JSON", "correct it")
     except UserError as error:
         return {}, str(error)
     if not isinstance(record, dict):

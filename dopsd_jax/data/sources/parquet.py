@@ -85,7 +85,7 @@ def _picture_column(schema: Any, image_key: str) -> tuple[str, str | None]:
     there = f"its columns are {listing(map(repr, schema.names))}"
     if image_key:
         fault = None if image_key in found else f"has no pictures in {image_key!r} ({there})"
-        return image_key, fault and f"{fault}; mend data.image_key"
+        return image_key, fault and f"{fault}; correct data.image_key"
     if len(found) == 1:
         return found[0], None
     what = f"has pictures in {listing(found)}" if found else f"holds no pictures ({there})"

@@ -140,7 +140,7 @@ def _json_lines(path: Path) -> Iterator[NumberedRow]:
                 yield number, f"is longer than {MAX_LINE >> 20} MiB; this is not a row"
                 return
             try:
-                found = parse_json(raw.decode("utf-8").strip(), "row", "mend the line")
+                found = parse_json(raw.decode("utf-8").strip(), "row", "correct the line")
             except UnicodeDecodeError as error:
                 yield number, not_utf8(error)
             except UserError as error:
@@ -157,7 +157,7 @@ def _object(found: object) -> dict | str:
 
 def _json_rows(path: Path) -> Iterator[NumberedRow]:
     """The objects of a list, or the captions (or objects) under the names of pictures."""
-    found, _ = read_json(path, again="mend it", missing="check data.path")
+    found, _ = read_json(path, again="correct it", missing="check data.path")
     if isinstance(found, list):
         for number, row in enumerate(found, start=1):
             yield number, _object(row)
@@ -198,7 +198,7 @@ def _csv_rows(path: Path) -> Iterator[NumberedRow]:
                 else:
                     yield number, dict(zip(header, fields, strict=True))
         except csv.Error as error:
-            yield reader.line_num, f"broken CSV ({error}); mend the line"
+            yield reader.line_num, f"broken CSV ({error}); correct the line"
         except UnicodeDecodeError as error:
             yield number + 1 if header else 1, not_utf8(error)
 
@@ -229,7 +229,7 @@ def _image(record: Mapping, roots: list[Path], image_key: str) -> tuple[str | No
         return _find(value, roots)
     there = f"its fields are {listing(map(repr, record))}"
     if image_key:
-        return None, f"has no {image_key!r} ({there}); mend data.image_key"
+        return None, f"has no {image_key!r} ({there}); correct data.image_key"
     known = listing(PATH_KEYS)
     return None, (
         f"names no picture ({there}); give its path under one of {known}, or name its field in "
@@ -250,16 +250,16 @@ def _find(name: str, roots: list[Path]) -> tuple[str | None, str | None]:
     if any(os.path.isdir(candidate) for candidate in candidates):
         return None, f"{shown} is a folder; name the picture itself"
     if any(os.path.exists(candidate) for candidate in candidates):
-        return None, f"{shown} is a device or a pipe, not a picture; mend the path"
+        return None, f"{shown} is a device or a pipe, not a picture; correct the path"
     for candidate in candidates:  # kohya's tables name pictures without their ending
         found = [candidate + suffix for suffix in IMAGE_SUFFIXES]
         found = [file for file in found if os.path.isfile(file)]
         if len(found) == 1:
             return found[0], None
     if Path(name).is_absolute():
-        return None, f"no such picture {shown}; mend the path"
+        return None, f"no such picture {shown}; correct the path"
     return None, (
-        f"no such picture {shown} (looked in {listing(roots)}); mend the path or set data.root"
+        f"no such picture {shown} (looked in {listing(roots)}); correct the path or set data.root"
     )
 
 

@@ -13,7 +13,7 @@ from dopsd_jax.common.flow import check_grid, shifted_grid
 from dopsd_jax.common.json_fields import Fields
 from dopsd_jax.data.padding import pad_stack
 from dopsd_jax.dopsd import Denoiser
-from dopsd_jax.families.base import Features, Rows
+from dopsd_jax.families.base import Features, PaddedLengths
 from dopsd_jax.families.zimage.flops import context_work, image_tokens, velocity_work
 from dopsd_jax.families.zimage.networks import NETWORKS
 from dopsd_jax.families.zimage.options import CONTEXTS
@@ -133,7 +133,7 @@ def largest_latent(size: ZImageConfig) -> tuple[int, int]:
     return size.axes_lens[1] * size.patch, size.axes_lens[2] * size.patch
 
 
-def collate(features: Sequence[Features], rows: Rows | None = None) -> Context:
+def collate(features: Sequence[Features], rows: PaddedLengths | None = None) -> Context:
     """Caption features [n_i, c] of a batch as one context, padded."""
     arrays = [one["features"] for one in features]
     fewest = -(-max(map(len, arrays)) // PAD_MULTIPLE) * PAD_MULTIPLE
