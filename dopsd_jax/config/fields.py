@@ -83,7 +83,7 @@ _ADAPTERS = (
           when=ADAPTERS, change=NEVER),
     Field("lora.targets", "blocks", "adapted layers: a preset of the family, or a list of patterns",
           "name or list", when=ADAPTERS, change=NEVER),
-    Field("lora.init_from", "", "LoRA file to start from; empty: new adapters", "path", change=NEVER),
+    Field("lora.init_from", "", "LoRA file to start from; empty: none", "path", change=NEVER),
 )
 _OPTIMIZER = (
     Field("optimizer", "adamw", "adafactor has no first moment, the second by rows and columns",
