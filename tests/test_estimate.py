@@ -220,6 +220,8 @@ def test_sizes_come_from_the_folder_or_are_the_published_ones(tmp_path):
     assert size("Tongyi-MAI/Z-Image-Turbo") == size(str(tmp_path), True) == published
     with pytest.raises(UserError, match="not a model folder"):
         size(str(tmp_path))
+    with pytest.raises(UserError, match="no such folder"):
+        size(str(tmp_path / "nowhere"))
     (tmp_path / "model_index.json").write_text('{"_class_name": "ZImagePipeline"}')
     (tmp_path / "transformer").mkdir()
     (tmp_path / "transformer" / "config.json").write_text(json.dumps(TINY.to_dict()))

@@ -108,7 +108,7 @@ def test_some_of_the_prompt_keys(tmp_path):
 def test_missing_and_foreign_parts_are_told(tmp_path):
     folder = write(tmp_path / "set")
     (folder / parts.part_name(1)).unlink()
-    assert "1 of 3 parts are missing (1)" in problems_of(Prepared, folder)[0]
+    assert "of 3 parts some are missing (1); run" in problems_of(Prepared, folder)[0]
     other = write(tmp_path / "other", keys=("short_en", "medium_en"))
     shutil.copy(other / parts.part_name(1), folder)
     assert "belongs to another preparation" in problems_of(Prepared, folder)[0]
@@ -143,13 +143,61 @@ def test_no_damage_passes(tmp_path):
         assert problems_of(lambda: everything(Prepared(folder))), cut
 
 
+def forge(path, name, old, new):
+    """Writes a part with other bytes in one of its arrays, and with the checksum of these."""
+    content = bytearray(path.read_bytes())
+    start = 8 + int.from_bytes(content[:8], "little")
+    header = json.loads(content[8:start])
+    place = {key: slice(*(start + n for n in value["data_offsets"]))
+             for key, value in header.items() if key != "__metadata__"}  # fmt: skip
+    array = bytes(content[place[name]])
+    assert old in array and len(old) == len(new)
+    content[place[name]] = array.replace(old, new, 1)
+    total = 0
+    for key in ("index", "crc32", "layouts", "rows"):
+        total = zlib.crc32(content[place[key]], total)
+    content[place["whole"]] = np.int64(total).tobytes()
+    path.write_bytes(content)
+
+
 @pytest.mark.parametrize(
-    "text", ["", "[]", "{}", '{"format": 1}', '{"format": 2, "rows": -1}', "{" * 9]
+    ("name", "old", "new", "told"),
+    [
+        ("rows", b'"notes": []', b'"notes": 3 ', "a row is no row"),
+        ("rows", b'"notes": []', b'"notes": [[', "a row is no row"),
+        ("rows", b"short_en 0", b"\\ud800en 0", "a row is no row"),
+        ("rows", b"[64, 64]", b"[64, 4e]", "a row is no row"),
+        ("layouts", b'"F32"', b'"F99"', "a layout is none"),
+        ("layouts", b"[[[", b"3,[", "a layout is none"),
+        ("layouts", b"[[[", b"{[[", "a layout is none"),
+        ("index", bytes(8), b"\xff" * 7 + b"\x7f", "its index points outside"),
+    ],
 )
-def test_a_damaged_manifest_is_told(tmp_path, text):
+def test_what_no_checksum_tells_is_told(tmp_path, name, old, new, told):
+    folder = write(tmp_path / "set", rows=1)
+    forge(folder / parts.part_name(0), name, old, new)
+    assert told in problems_of(Prepared, folder)[0]
+
+
+@pytest.mark.parametrize(
+    "content",
+    [b"", b"[]", b"{}", b'{"format": 1}', b'{"format": 2, "rows": -1}', b"{" * 9, b"\xff\xfe",
+     b"[" * 10**5],
+)  # fmt: skip
+def test_a_damaged_manifest_is_told(tmp_path, content):
     folder = write(tmp_path / "set")
-    (folder / parts.MANIFEST).write_text(text)
-    assert "prepared.json: is " in problems_of(Prepared, folder)[0]
+    (folder / parts.MANIFEST).write_bytes(content)
+    assert "prepared.json: " in problems_of(Prepared, folder)[0]
+
+
+def test_special_files_and_endless_numbers_are_refused_at_once(tmp_path):
+    folder = write(tmp_path / "set")
+    (folder / parts.part_name(1)).unlink()
+    os.mkfifo(folder / parts.part_name(1))
+    assert "is a device or a pipe" in problems_of(Prepared, folder)[0]
+    manifest = json.loads((folder / parts.MANIFEST).read_text()) | {"rows": 10**39}
+    (folder / parts.MANIFEST).write_text(json.dumps(manifest))
+    assert "some are missing (3, 4, 5" in problems_of(Prepared, folder)[0]
 
 
 def test_a_write_that_is_stopped_leaves_no_part(tmp_path):

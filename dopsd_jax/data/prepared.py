@@ -1,6 +1,8 @@
 """A prepared data set: read by random access, without pictures and without encoders."""
 
+import contextlib
 import io
+import itertools
 import math
 import zlib
 from array import array
@@ -51,8 +53,8 @@ class Prepared:
                 f"data.prompt_keys {listing(unknown)}: {folder} was prepared with "
                 f"{listing(self.manifest.prompt_keys)} only; choose among them, or prepare it again"
             )
-        self._paths = [self.folder / parts.part_name(n) for n in range(self.manifest.parts)]
         self._check_all_there()
+        self._paths = [self.folder / parts.part_name(n) for n in range(self.manifest.parts)]
         self.rows, self.infos = Table(self.prompt_keys, str(folder)), Infos()
         self.buckets: list[Bucket] = []
         self._starts = [0] * self.manifest.parts
@@ -75,11 +77,12 @@ class Prepared:
     def _check_all_there(self) -> None:
         with parts.reading(self.folder):
             there = {path.name for path in self.folder.iterdir()}
-        lacking = [n for n, path in enumerate(self._paths) if path.name not in there]
-        if lacking:
+        count = self.manifest.parts  # any number, should the manifest be damaged
+        lacking = (n for n in range(count) if parts.part_name(n) not in there)
+        if first := list(itertools.islice(lacking, 10)):
             raise UserError(
-                f"{self.folder}: {len(lacking)} of {self.manifest.parts} parts are missing "
-                f"({listing(lacking)}); run dopsd_jax.prepare until all shards are done"
+                f"{self.folder}: of {count} parts some are missing ({listing(first)}"
+                f"{', ...' * (len(first) == 10)}); run dopsd_jax.prepare until all shards are done"
             )
 
     def _add(self, number: int, part: parts.Part, known: dict) -> None:
@@ -168,9 +171,10 @@ class Prepared:
         with parts.reading(path), path.open("rb") as file:
             file.seek(place)
             content = file.read(size)
-        if zlib.crc32(content) == crc:
+        with contextlib.suppress(OSError, ValueError, SyntaxError, Image.DecompressionBombError):
             with Image.open(io.BytesIO(content), formats=["PNG"]) as picture:
-                if picture.size == self.buckets[row] and picture.mode == "RGB":
+                right = picture.size == self.buckets[row] and picture.mode == "RGB"
+                if right and zlib.crc32(content) == crc:
                     return np.asarray(picture)
         raise UserError(f"{path}: the picture of row {row} is damaged; {parts.AGAIN}")
 

@@ -33,8 +33,10 @@ from typing import Any, NamedTuple
 import numpy as np
 from etils import epath
 
-from dopsd_jax.common.atomic import atomic_file, write_text
+from dopsd_jax.common.atomic import atomic_file, is_remote, write_text
 from dopsd_jax.common.errors import UserError, raise_if
+from dopsd_jax.common.files import open_regular
+from dopsd_jax.common.json_files import read_json
 from dopsd_jax.weights.safetensors_io import FileInfo, parse_header
 from dopsd_jax.weights.safetensors_write import header_bytes
 from dopsd_jax.weights.tensors import CODES, DTYPES, TensorInfo
@@ -91,11 +93,7 @@ def read_manifest(folder: epath.Path) -> Manifest:
     """The checked manifest of a prepared data set."""
     path = folder / MANIFEST
     with reading(path):
-        text = path.read_text()
-    try:
-        found = json.loads(text)
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"{path}: is not JSON ({error}); prepare the data set again") from None
+        found, _ = read_json(path, again="prepare the data set again")
     if isinstance(found, dict) and found.pop("format", None) != FORMAT:
         raise UserError(f"{path}: is of another version; prepare the data set again")
     wanted = {"rows": int, "rows_per_part": int, "prompt_keys": list, "source": str}
@@ -192,6 +190,8 @@ class Part(NamedTuple):
 
 def read_part(path: epath.Path, identity: str) -> Part:
     """What a part says of its features and pictures. Raises `UserError` where it is not whole."""
+    if not is_remote(path):
+        open_regular(path).close()
     with reading(path), path.open("rb") as file:
         header = parse_header(Path(path.name), path.stat().length, file)
         infos = header.tensors
@@ -208,14 +208,17 @@ def read_part(path: epath.Path, identity: str) -> Part:
         raise UserError(f"{path}: is damaged (its checksum is wrong); {AGAIN}")
     try:
         layouts = [_layout(found) for found in json.loads(small["layouts"].tobytes())]
-    except (ValueError, TypeError, KeyError):
+    except (ValueError, TypeError, RecursionError):
         raise UserError(f"{path}: is damaged (a layout is none); {AGAIN}") from None
     sizes, index = np.array([0, *map(layout_bytes, layouts)]), small["index"]
     where, kind = index[..., 0], index[..., 1]
     outside = (index < 0).any() or (kind >= len(sizes)).any()
-    if outside or (where + sizes[kind] > infos["features"].nbytes).any():
+    if outside or (where > infos["features"].nbytes - sizes[kind]).any():
         raise UserError(f"{path}: is damaged (its index points outside); {AGAIN}")
-    rows = [json.loads(line) for line in small["rows"].tobytes().split(b"\n")]
+    try:
+        rows = [json.loads(line) for line in small["rows"].tobytes().split(b"\n")]
+    except (ValueError, RecursionError):
+        rows = [None]
     if not all(_is_row(row, infos["pictures"].nbytes) for row in rows):
         raise UserError(f"{path}: is damaged (a row is no row); {AGAIN}")
     start, pictures = infos["features"].start, infos["pictures"].start
@@ -257,12 +260,12 @@ def _is_row(row: object, picture_bytes: int) -> bool:
         and len(value) == number
         and all(type(n) is int and 0 <= n < 2**32 for n in value)
     )
-    texts = lambda value: isinstance(value, list) and all(isinstance(text, str) for text in value)
+    texts = lambda value: isinstance(value, list) and all(map(_is_text, value))
     shown = row["shown"]
     return (
         isinstance(row["captions"], list)
         and all(texts(caption) and len(caption) == 2 for caption in row["captions"])
-        and isinstance(row["picture"], str)
+        and _is_text(row["picture"])
         and isinstance(row["digest"], str)
         and re.fullmatch("[0-9a-f]{64}", row["digest"]) is not None
         and texts(row["notes"])
@@ -272,6 +275,16 @@ def _is_row(row: object, picture_bytes: int) -> bool:
         and max(*row["size"], *row["bucket"]) < 2**31
         and (shown is None or (counts(shown, 3) and sum(shown[:2]) <= picture_bytes))
     )
+
+
+def _is_text(value: object) -> bool:
+    """Whether a value is text that can be written: JSON may hold half a character."""
+    if not isinstance(value, str):
+        return False
+    try:
+        return value.isascii() or bool(value.encode())
+    except UnicodeEncodeError:
+        return False
 
 
 @contextlib.contextmanager

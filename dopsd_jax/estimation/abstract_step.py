@@ -18,6 +18,7 @@ from dopsd_jax.methods.flow_matching import Batch
 from dopsd_jax.models import attention
 from dopsd_jax.parallel import sharding
 from dopsd_jax.run import build
+from dopsd_jax.weights import hub
 from dopsd_jax.weights.stored import read_config
 
 
@@ -65,11 +66,15 @@ class Program(NamedTuple):
 def find_network(config: ConfigDict, full_size: bool) -> tuple[Family, Size, str]:
     """The network that is compiled, and where its sizes come from.
 
-    That of the folder config.model; the published one if that is no folder here or `full_size`.
+    That of the folder config.model; the published one if that is a name on the hub, or with
+    `full_size`.
     """
     folder = Path(config.model).expanduser()
     family = families.load(config.family)
-    if full_size or not (config.model == build.RANDOM or folder.is_dir()):
+    known = config.model == build.RANDOM or folder.is_dir()
+    if not (full_size or known) and (folder.exists() or not hub.HUB_ID.fullmatch(config.model)):
+        hub.resolve(config.model)  # says what is wrong with it
+    if full_size or not known:
         return family, family.PUBLISHED, f"the published network of the family {family.NAME}"
     if config.model == build.RANDOM:
         return family, family.random_size(), "the random model"

@@ -15,7 +15,7 @@ from ml_collections import ConfigDict
 from dopsd_jax import dopsd, families
 from dopsd_jax.common.atomic import is_remote
 from dopsd_jax.common.config_fields import as_list, name_or_list
-from dopsd_jax.common.errors import UserError
+from dopsd_jax.common.errors import UserError, raise_if
 from dopsd_jax.conditioning.features import sees_picture
 from dopsd_jax.data.buckets import Bucket, make_buckets, parse_buckets
 from dopsd_jax.data.cache import FeatureCache
@@ -23,7 +23,7 @@ from dopsd_jax.data.dataset import Dataset, measure
 from dopsd_jax.data.images import ImageLimits
 from dopsd_jax.data.picture_index import PictureIndex
 from dopsd_jax.data.prepared import Prepared
-from dopsd_jax.data.prepared_parts import is_prepared
+from dopsd_jax.data.prepared_parts import AGAIN, is_prepared
 from dopsd_jax.data.rows import Rows, load_rows
 from dopsd_jax.dopsd import Denoiser
 from dopsd_jax.families.base import Family, Size
@@ -151,6 +151,10 @@ def open_data(config: ConfigDict, workdir: Path, step: int) -> Dataset:
         keys += (told,) if keys and told else ()
         prepared = Prepared(config.data.path, keys or None)
         prepared.check({"buckets": [list(b) for b in buckets]}, {"buckets": BUCKETS})
+        raise_if(
+            f"{config.data.path}: is damaged (a row of {bucket}, which is no bucket); {AGAIN}"
+            for bucket in sorted({*prepared.buckets} - {*buckets})
+        )
         notes = (f"{config.data.path}: prepared; no picture and no encoder is read",)
         dataset = Dataset(
             prepared.rows,
