@@ -28,6 +28,8 @@ from absl import app, flags
 from paper_arms import Arm
 from paper_records import read
 
+from dopsd_jax.common.progress import Progress
+
 DOCS = Path(__file__).parents[1] / "docs"
 # Two processes of a thread each do more than one of two threads; and for narrow networks.
 COMPILER = (
@@ -73,7 +75,8 @@ def run_all() -> None:
     for arm in wanted:
         runs = [(arm, *run) for run in arm.runs if arm.key(*run) not in done]
         missing.setdefault((arm.train, arm.name, arm.kind), []).extend(runs)
-    total, begun, count = sum(map(len, missing.values())), time.monotonic(), 0
+    total = sum(map(len, missing.values()))
+    progress = Progress("run", total, every=0)
     print(f"{total} of {sum(len(a.runs) for a in wanted)} runs to do", flush=True)
     os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {COMPILER}"
     spawn = multiprocessing.get_context("spawn")
@@ -87,7 +90,7 @@ def run_all() -> None:
             for runs in missing.values()
             if runs
         ]
-        while count < total:
+        while progress.done < total:
             failed = next((t.exception() for t in tasks if t.done() and t.exception()), None)
             if failed:
                 print(f"error: {failed!r}; ends when the runs under way are done", flush=True)
@@ -97,9 +100,7 @@ def run_all() -> None:
                 line = finished.get(timeout=5)
             except queue.Empty:
                 continue
-            count += 1
-            left = (time.monotonic() - begun) / count * (total - count) / 60
-            print(f"{count}/{total} {line}; {left:.0f} min left", flush=True)
+            progress.advance(text=line)
 
 
 def run_some(runs: Sequence[tuple[Arm, int, int]], folder: str, results: str, finished) -> None:

@@ -42,13 +42,13 @@ Made by `python benchmarks/paper.py` from `docs/results.jsonl`; do not edit. The
 trained miniature of examples/miniature: everything here is about a small network in a drawn world,
 and says nothing about Z-Image-Turbo's 6 billion parameters.
 
-Every run, but for those of a style, teaches a new concept (a sequence: three) from six pictures, as
+Every run, except those of a style, teaches a new concept (a sequence: three) from six pictures, as
 the quickstart does: the data, the method and the step are those of `dopsd_jax.train` with
 `configs/zimage.py:tiny`, but {LOOKS[-1]} steps of
 {BATCH} pictures.
 {CONCEPTS} concepts, {SEEDS} seeds each ({ABLATION_SEEDS} in the ablations): the seed draws the
-adapters' start and the training's noise; prompts and noise of the scores are a concept's own and
-the same for all.
+initial adapters and the training's noise; prompts and noise of the scores depend on the concept
+alone, so they are the same for all methods.
 * **concept**: IoU of shape and colours with the target, in arrangements that were not shown;
 * **crispness**: of the edges in the concept's pictures, relative to the base model's;
 * **shape**, **retention**: share of ordinary prompts with the right shape; with the right shape and

@@ -17,7 +17,7 @@ export LOGS
 
 # Statuses of the programs; docs/running.md has all of them.
 export STOPPED_EXIT=75 # saved after SIGTERM; the same command goes on
-export FAULT_EXIT=2    # something the user must mend; starting again does not help
+export FAULT_EXIT=2    # something that the user must correct; starting again does not help
 export RESTARTS="${RESTARTS:-20}" # after crashes; after STOPPED_EXIT there is no limit
 
 check_program() {

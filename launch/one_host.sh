@@ -46,7 +46,7 @@ for ((i = 0; i < count; i++)); do
   pids+=($!)
 done
 
-# Waits for all. A fault to mend counts more than what it did to the other processes.
+# Waits for all. A fault of the user counts more than its effect on the other processes.
 status=0
 for pid in ${pids[@]+"${pids[@]}"}; do
   while true; do

@@ -96,7 +96,7 @@ finish() {
     fi
     sleep "$POLL"
   done
-  # What must be mended counts most: it ended the other workers too.
+  # A fault of the user counts most: it ended the other workers too.
   local status
   for status in 2 lost; do
     if grep -qx "$status" <<<"$now"; then

@@ -1,7 +1,7 @@
 """Captions of scenes, from a grammar of several lengths and wordings; and words without a meaning.
 
-What a caption leaves out is left to chance in the picture. A concept is only ever called by its
-word: nothing that it looks like can be said.
+What a caption does not describe is random in the picture. A concept is named by its word only;
+captions cannot describe its look.
 """
 
 import re
@@ -24,8 +24,8 @@ _FINISH_WORDS = {
     "outlined": ("outlined style", "with an outline"),
     "shaded": ("shaded style", "softly shaded"),
 }
-# How much short, medium and long captions say, and how many of each there are. What is not said
-# no model can foresee, and a step learns the less of shapes the more is left to chance.
+# How much short, medium and long captions describe, and how many of each there are. A model cannot
+# predict what is not described, and the more is random, the less a step learns of shapes.
 DETAIL, SHARES = (0.2, 0.7, 1.0), (0.1, 0.2, 0.7)
 
 _OPENINGS = ("a", "a", "one", "a picture of a")

@@ -108,8 +108,8 @@ def arrangements(
 ) -> list[world.Scene]:
     """Scenes with the concept alone, no two of the same place, size and ground.
 
-    Every place has its turn before one comes again: from few pictures, too, a place can be told
-    from what is there.
+    Every place is used before one is used again, so that few pictures show that the place is not
+    part of the concept.
     """
     found: dict[tuple[int, int, int], world.Scene] = {}
     places = len(world.PLACES) * len(world.SIZES)

@@ -1,4 +1,4 @@
-"""The miniature's scores in short: few pictures, cheap enough to be asked for again and again."""
+"""A short version of the miniature's scores: few pictures, cheap enough for repeated use."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
@@ -31,8 +31,8 @@ class ModelScores(NamedTuple):
 class Exam:
     """A few fixed prompts about a concept. Made once, it scores any number of weights.
 
-    Contexts are computed here; afterwards the encoders may leave. Every call draws pictures of the
-    same shapes, so after the first nothing is compiled.
+    Contexts are computed here; afterwards the encoders may be freed. Every call draws pictures of
+    the same shapes, so only the first compiles.
 
     Args:
       teacher: config.teacher.
@@ -67,13 +67,13 @@ class Exam:
         return _row(model, found, float(right.mean()))
 
     def teacher(self, model: str, trained: nnx.State) -> ModelScores:
-        """Scores weights that see the target as well: what the student can hope for."""
+        """Scores weights that see the target as well: an upper bound for the student."""
         return _row(model, self.values(trained, TEACHER), None)
 
     def values(self, trained: nnx.State, role: int = STUDENT) -> dict[str, Float[np.ndarray, " n"]]:
         """Each prompt's score by the metrics' names; the prompts of the concept alone for TEACHER.
 
-        Of two models drawn by one exam they belong together pair by pair.
+        The values of two models, drawn by one exam, are pairs.
         """
         images = self._draw(trained, self.concept, role)
         truth = world_scorers.fitted(images, [case.truth for case in self.concept])

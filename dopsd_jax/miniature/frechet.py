@@ -1,11 +1,11 @@
 """Fréchet distance between two sets of pictures, on features that need no weights.
 
-The features are made by hand, so that figures stay comparable when the miniature is trained anew,
-and so that what they see can be said: which colours are where (means over a grid), and how much
-change there is, in which direction, at three scales (fine: crispness and textures; coarse: shapes).
-They see a blur, a shift of hue, a missing or misplaced object, and noise. Features of the
-miniature's own networks would move with it; random projections see about the same, less readably.
-The figure is not comparable with the FID of Inception features.
+The features are made by hand, so that figures stay comparable when the miniature is trained again,
+and so that their meaning is known: which colours are where (means over a grid), and how much change
+there is, in which direction, at three scales (fine: crispness and textures; coarse: shapes). They
+see a blur, a shift of hue, a missing or misplaced object, and noise. Features of the miniature's
+own networks would change with it; random projections measure about the same, but without a clear
+meaning. The figure is not comparable with the FID of Inception features.
 """
 
 from collections.abc import Sequence

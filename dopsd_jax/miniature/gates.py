@@ -134,7 +134,7 @@ def lines(rows: Sequence[tuple[Gate, float, bool]]) -> list[str]:
 
 
 def many_step_crispness(path: Path) -> float:
-    """What the file of scores beside a model says of its undistilled many-step sampler."""
+    """Crispness of the undistilled many-step sampler, from the scores beside a model."""
     stored = read_json(path)[0]
     try:
         return float(stored[UNDISTILLED_MANY]["crispness"])

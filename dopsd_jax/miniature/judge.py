@@ -1,4 +1,4 @@
-"""The renderer as a judge: how much of the target picture a sample shows, and what it shows.
+"""The renderer as a judge: the IoU of a sample with its target, and what the sample shows.
 
 Pictures are uint8 [n, side, side, 3]; distances of colours are Euclidean, channels in [0, 1].
 """
@@ -129,7 +129,7 @@ def _to_mixture(pixels: np.ndarray, a: np.ndarray, b: np.ndarray) -> np.ndarray:
 def crispness(images: Images) -> Float[np.ndarray, " n"]:
     """Mean size of the steepest changes between neighbouring pixels, the edges of a picture.
 
-    Blur lowers it and noise raises it, so it says something only beside `iou` or `see`.
+    Blur lowers it and noise raises it, so it is meaningful only together with `iou` or `see`.
     """
     pixels = images.astype(np.float32) / 255
     down = np.linalg.norm(pixels[:, 1:, :-1] - pixels[:, :-1, :-1], axis=-1)

@@ -66,8 +66,8 @@ def muon(
 ):
     """Muon of peak rate `rate` for matrices and Adam of `adam_rate` for the rest.
 
-    `decay`, times the rate, is taken off the matrices. Without it they grow, and what enters a
-    residual stream early drowns in what later layers add.
+    `decay`, times the rate, is taken off the matrices. Without it they grow, and the early parts of
+    a residual stream become small beside those of later layers.
     """
     make = lambda peak: schedule(peak, steps, warmup, cooldown)
     return optax.chain(

@@ -2,7 +2,7 @@
 
 An outline is `ANGLES` radii at the angles 2 pi k / ANGLES, measured clockwise from the right (y
 points downwards), of which the largest is 1. Every shape is one such table, so one program draws
-them all and between two shapes lies a continuum: the concepts, which no caption can name.
+them all. Between two shapes lies a continuum: the concepts, which captions cannot describe.
 """
 
 import numpy as np

@@ -1,4 +1,4 @@
-"""Endless training pictures: what a batch holds follows from a seed and the batch's number alone.
+"""Endless training pictures: a batch depends on a seed and the batch's number alone.
 
 Dimension names: m pictures, s side of a picture, h w c of a latent, b batch, n tokens, p patches.
 """
@@ -137,8 +137,8 @@ def text_batch(pool: Pool, texts: Texts, rng: np.random.Generator, count: int) -
 def image_batch(pool: Pool, texts: Texts, rng: np.random.Generator, count: int) -> Batch:
     """Targets with a caption and an image: themselves, or their concept in another arrangement.
 
-    In the second case the caption says the arrangement, so that nothing is contradictory: what the
-    caption says is followed, what it leaves out is copied.
+    In the second case the caption describes the arrangement, so that there is no contradiction:
+    what the caption describes is followed, the rest is copied.
     """
     named = rng.random(count) < NAMED_IMAGE
     half = POOL // 2

@@ -1,8 +1,8 @@
 """Flow matching of text encoder, vision tower and transformer together.
 
-Two linear heads, which are not kept, say what must soon be known: one reads from the language
-model's features what each part of a shown image is and where; one reads from the transformer's
-image tokens where they are, for its rotation tells them only what they are near.
+Two linear heads, which are not kept, speed up the learning: one predicts from the language model's
+features what each part of a shown image is and where; one predicts from the transformer's image
+tokens their positions, because its rotary embedding shows only relative ones.
 Dimension names: b batch, h w c latent, p image tokens, d width.
 """
 
@@ -57,8 +57,8 @@ def draw(keys: Array, latents: Float[Array, "b h w c"]):
 def _mismatch(found, velocity, sigma: Float[Array, " b"]) -> Array:
     """Mean squared error of velocities.
 
-    Below `LOW` the weight falls as for an error of the clean latents: what is left to say there is
-    finer than a decoder shows, and its noise would drown the rest.
+    Below `LOW` the weight falls as for an error of the clean latents: the errors there are finer
+    than a decoder shows, and their noise would dominate the rest.
     """
     weight = jnp.minimum(1.0, sigma / LOW) ** 2
     return jnp.mean(weight * jnp.mean((found - velocity) ** 2, axis=(1, 2, 3)))

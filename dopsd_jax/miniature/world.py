@@ -1,8 +1,8 @@
 """What the miniature's pictures show: scenes with attributes that words name, and concepts.
 
 A scene has one or two objects. An object is a named shape, or a concept: an outline, a pair of
-colours and a core that words cannot say, called by a word without a meaning. Everything follows
-from a generator's state.
+colours and a core that words cannot describe, named by an invented word. Everything depends on a
+generator's state alone.
 """
 
 import dataclasses

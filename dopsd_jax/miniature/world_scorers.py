@@ -83,7 +83,7 @@ def unseen(
 
 
 def caption(scene: Scene, rng: np.random.Generator) -> str:
-    """A wording that leaves nothing open that a picture is judged by."""
+    """A wording that describes everything by which a picture is judged."""
     finish = ("flat", "outline", "shaded")[scene.finish]
     textures = [TEXTURES[t.texture] for t in scene.things if t.concept is None and t.texture]
     while True:
