@@ -104,6 +104,14 @@ def test_many_problems_of_one_kind_are_three_and_the_count(capsys):
     assert few(tensors[:4]) == tensors[:4]
 
 
+def test_a_package_for_gs_that_is_missing_is_one_line(capsys):
+    def main():
+        raise ImportError("Please install gcsfs to access Google Storage")
+
+    assert report(main) == 2
+    assert "pip install 'dopsd_jax[gcs]'" in capsys.readouterr().err
+
+
 def test_fields_of_every_kind_are_checked():
     wrong = {"a": "1", "b": 3, "c": [], "d": float("nan"), "e": True, "f": 10**400, "g": [1]}
     fields = Fields(wrong, "x.json")

@@ -78,6 +78,11 @@ def report(main: Callable[[], int | None]) -> int:
         for problem in few(error.problems):
             print(f"error: {problem}", file=sys.stderr)
         return USER_ERROR_EXIT
+    except ImportError as error:
+        if "gcsfs" not in str(error):
+            raise
+        print("error: gs:// needs another package; pip install 'dopsd_jax[gcs]'", file=sys.stderr)
+        return USER_ERROR_EXIT
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 130

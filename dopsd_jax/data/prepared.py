@@ -171,11 +171,11 @@ class Prepared:
         with parts.reading(path), path.open("rb") as file:
             file.seek(place)
             content = file.read(size)
-        with contextlib.suppress(OSError, ValueError, SyntaxError, Image.DecompressionBombError):
-            with Image.open(io.BytesIO(content), formats=["PNG"]) as picture:
-                right = picture.size == self.buckets[row] and picture.mode == "RGB"
-                if right and zlib.crc32(content) == crc:
-                    return np.asarray(picture)
+        wrong = (OSError, ValueError, SyntaxError, Image.DecompressionBombError)
+        with contextlib.suppress(*wrong), Image.open(io.BytesIO(content), formats=["PNG"]) as image:
+            right = image.size == self.buckets[row] and image.mode == "RGB"
+            if right and zlib.crc32(content) == crc:
+                return np.asarray(image)
         raise UserError(f"{path}: the picture of row {row} is damaged; {parts.AGAIN}")
 
 
