@@ -17,9 +17,8 @@ ALLOW_CHANGES = OPTIONS.list(
 )
 
 if __name__ == "__main__":
-    parse(
-        more_checks=lambda: check_allowed(ALLOW_CHANGES.value)
-    )  # wrong options end it here: the imports below take seconds
+    # Wrong options end it here: the imports below take seconds.
+    parse(more_checks=lambda: check_allowed(ALLOW_CHANGES.value))
 
 import jax
 from etils import epath

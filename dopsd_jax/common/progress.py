@@ -12,6 +12,7 @@ T = TypeVar("T")
 LINE_SECONDS = 10.0  # between two lines; on a terminal, where one line is written over: 0.2
 TOGETHER = 0.02  # seconds: items that come this close to each other were made together
 BATCH_SECONDS = 1.0  # no batch lasts longer after its first item
+CLEAR = "\r\x1b[K"  # back to the start of a terminal's line, and empties it
 WINDOW = 50  # the time left is judged by this many of the last batches
 
 
@@ -47,7 +48,7 @@ class Progress:
         self._in_place = every is None and self._stream.isatty()
         self._every = (0.2 if self._in_place else LINE_SECONDS) if every is None else every
         self._last = self._printed = clock()
-        self._width = 0  # of the line that stands open on a terminal
+        self._open = False  # whether a line without its end is on the terminal
         self._batch: tuple[float, int] | None = None  # seconds and items of the present one
         self._opened = self._last  # when its first item came
         self._first = True
@@ -86,8 +87,8 @@ class Progress:
     def note(self, text: str) -> None:
         """Prints a line of its own."""
         if not self.quiet:
-            self._write("\n" * bool(self._width) + f"{text}\n")
-            self._width = 0
+            self._write("\n" * self._open + f"{text}\n")
+            self._open = False
 
     @property
     def left(self) -> float | None:
@@ -105,8 +106,8 @@ class Progress:
         if not self._in_place:
             return self._write(f"{line}\n")
         line = line[: shutil.get_terminal_size().columns - 1]
-        self._write(f"\r{line:<{self._width}}" + "\n" * (self.done >= self.total))
-        self._width = len(line) if self.done < self.total else 0
+        self._open = self.done < self.total
+        self._write(f"{CLEAR}{line}" + "\n" * (not self._open))
 
     def _write(self, text: str) -> None:
         self._stream.write(text)
