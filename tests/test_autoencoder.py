@@ -9,12 +9,12 @@ import numpy as np
 import pytest
 import torch
 from conftest import relative_error
-from diffusers import AutoencoderKL
+from diffusers import AutoencoderKL, AutoencoderKLFlux2, Flux2KleinPipeline
 from fill import fill
 from flax import nnx
 
 from dopsd_jax.common.errors import UserError
-from dopsd_jax.models import autoencoder
+from dopsd_jax.models import autoencoder, flux2_autoencoder
 from dopsd_jax.models.autoencoder import Autoencoder, names, to_uint8
 from dopsd_jax.models.autoencoder_config import AutoencoderConfig
 from dopsd_jax.models.tiling import Tiling, run_tiled
@@ -45,6 +45,13 @@ CONFIGS = {
         mid_block_add_attention=False, use_post_quant_conv=True, norm_num_groups=2
     ),
 }  # fmt: skip
+
+
+FLUX2_HAS_NO = ("scaling_factor", "shift_factor", "force_upcast")
+FLUX2_TINY = dict(
+    block_out_channels=(8,), norm_num_groups=4, latent_channels=2, layers_per_block=1,
+    down_block_types=("DownEncoderBlock2D",), up_block_types=("UpDecoderBlock2D",),
+)  # fmt: skip
 
 
 def build(overrides=None, seed=0):
@@ -335,3 +342,52 @@ def test_older_configs_mean_what_they_meant():
     cfg = AutoencoderConfig.from_dict(old, "config.json")
     assert cfg.shift_factor == 0 and cfg.use_quant_conv and cfg.use_post_quant_conv
     assert cfg.mid_block_add_attention
+
+
+@pytest.mark.parametrize("name", ["four levels as published", "one level, quant convs, no shift"])
+def test_flux2_folds_and_normalises_as_diffusers(name):
+    torch.manual_seed(0)
+    own = {n: v for n, v in (BASE | CONFIGS[name]).items() if n not in FLUX2_HAS_NO}
+    levels = len(own["block_out_channels"])
+    config = own | {
+        "down_block_types": ("DownEncoderBlock2D",) * levels,
+        "up_block_types": ("UpDecoderBlock2D",) * levels,
+    }
+    theirs = AutoencoderKLFlux2(**config).eval()
+    with torch.no_grad():
+        theirs.bn.running_mean.normal_()
+        theirs.bn.running_var.uniform_(0.5, 2.0)
+    cfg = flux2_autoencoder.Flux2AutoencoderConfig.from_dict(dict(theirs.config), "config.json")
+    tensors = {k: v.numpy() for k, v in theirs.state_dict().items()}
+    unused = {s.name for s in flux2_autoencoder.unused(cfg)}
+    leaves = flux2_autoencoder.names(cfg)
+    assert {s.name for leaf in leaves for s in leaf.sources} | unused == set(tensors)
+    abstract = nnx.eval_shape(lambda: flux2_autoencoder.Flux2Autoencoder(cfg, rngs=nnx.Rngs(0)))
+    ours = fill(abstract, leaves, {k: v for k, v in tensors.items() if k not in unused})
+    rng = np.random.default_rng(0)
+    images = rng.integers(0, 256, (2, 3 * cfg.factor, 2 * cfg.factor, 3), np.uint8)
+    pixels = torch.tensor(images).permute(0, 3, 1, 2).float() / 127.5 - 1
+    with torch.no_grad():
+        pipe = Flux2KleinPipeline.__new__(Flux2KleinPipeline)
+        pipe.vae = theirs
+        expected = pipe._encode_vae_image(pixels, None).permute(0, 2, 3, 1).numpy()
+    latents = ours.encode_images(images)
+    assert latents.shape == (2, 3, 2, cfg.channels)
+    assert relative_error(latents, expected) <= TOLERANCE
+    back = ours.to_latent(ours.from_latent(latents))
+    assert relative_error(back, latents) <= TOLERANCE
+    z = ours.from_latent(latents)
+    with torch.no_grad():
+        decoded = theirs.decode(torch.tensor(np.array(z)).permute(0, 3, 1, 2)).sample
+    expected = np.clip(decoded.permute(0, 2, 3, 1).numpy() * 127.5 + 127.5, 0, 255)
+    assert relative_error(ours.decode_images(latents), expected) <= TOLERANCE
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [("patch_size", [4, 4]), ("batch_norm_eps", 0), ("_class_name", "AutoencoderKL")],
+)
+def test_flux2_of_another_kind_is_refused(field, value):
+    config = dict(AutoencoderKLFlux2(**FLUX2_TINY).config) | {field: value}
+    with pytest.raises(UserError, match=field):
+        flux2_autoencoder.Flux2AutoencoderConfig.from_dict(config, "config.json")

@@ -245,7 +245,7 @@ class Autoencoder(nnx.Module):
         x = from_uint8(images, dtype)
         if tiling is not None and tiling.needed(images.shape[1:3]):
             moments = run_tiled(
-                lambda tile: _moments(self, tile), x, *tiling.sizes(self.cfg.factor), tiling.overlap
+                lambda tile: _moments(self, tile), x, *tiling.sizes(self.cfg.stride), tiling.overlap
             )
         else:
             moments = _moments(self, x)
@@ -264,9 +264,9 @@ class Autoencoder(nnx.Module):
         `jax.jit`).
         """
         z = self.from_latent(latents)
-        h, w = latents.shape[1:3]
-        if tiling is not None and tiling.needed((h * self.cfg.factor, w * self.cfg.factor)):
-            large, small = tiling.sizes(self.cfg.factor)
+        h, w = z.shape[1:3]
+        if tiling is not None and tiling.needed((h * self.cfg.stride, w * self.cfg.stride)):
+            large, small = tiling.sizes(self.cfg.stride)
             images = run_tiled(lambda tile: _decode(self, tile), z, small, large, tiling.overlap)
         else:
             images = _decode(self, z)

@@ -2,7 +2,7 @@
 
 import dataclasses
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from dopsd_jax.common.json_fields import MAX_LAYERS, Fields
@@ -38,6 +38,11 @@ class AutoencoderConfig:
     @property
     def factor(self) -> int:
         """Image side over latent side."""
+        return self.stride
+
+    @property
+    def stride(self) -> int:
+        """Image side over the side of z, what the decoder takes."""
         return 2 ** (len(self.block_out_channels) - 1)
 
     @classmethod
@@ -48,6 +53,15 @@ class AutoencoderConfig:
         """
         fields = Fields(config, where)
         fields.only("_class_name", "AutoencoderKL")
+        own = {"scaling_factor": fields.positive("scaling_factor"), "shift_factor": _shift(fields)}
+        return cls.read(fields, own, ())
+
+    @classmethod
+    def read(cls, fields: Fields, own: Mapping[str, Any], known: Sequence[str]):
+        """What all autoencoders of this kind have, beside a class's `own` fields.
+
+        `known`: further names that may be in the file.
+        """
         fields.only("act_fn", "silu", "swish", required=True)
         widths = fields.counts("block_out_channels")
         if fields.json.get("block_out_channels") == []:
@@ -65,12 +79,11 @@ class AutoencoderConfig:
             out_channels=fields.count("out_channels"),
             layers_per_block=fields.count("layers_per_block", most=MAX_LAYERS),
             latent_channels=fields.count("latent_channels"),
-            scaling_factor=fields.positive("scaling_factor"),
-            shift_factor=_shift(fields),
             sample_size=fields.count("sample_size", default=cls.sample_size),
             **{name: _flag(fields, name) for name in ABSENT_MEANS},
+            **own,
         )
-        _check_unknown(fields)
+        _check_unknown(fields, known)
         fields.finish()
         return cfg
 
@@ -106,10 +119,10 @@ def _flag(fields: Fields, name: str) -> bool:
     return bool(value)
 
 
-def _check_unknown(fields: Fields) -> None:
+def _check_unknown(fields: Fields, own: Sequence[str]) -> None:
     """A field this reader does not know may change what the network computes, unless it is null."""
     known = {field.name for field in dataclasses.fields(AutoencoderConfig)}
-    known |= {"down_block_types", "up_block_types", "act_fn", *IGNORED}
+    known |= {"down_block_types", "up_block_types", "act_fn", *IGNORED, *own}
     for name, value in fields.json.items():
         if name not in known and not name.startswith("_") and value is not None:
             fields.problem(f"field {name} is {value!r}; it is not supported, only null is")

@@ -1,0 +1,235 @@
+"""FLUX.2's transformer (`Flux2Transformer2DModel`) as FLUX.2-klein has it: no biases, no guidance.
+
+Dimension names: b batch, h w rows and columns of tokens, c channels, n tokens, l text tokens,
+r reference tokens, d width. Facts: the published checkpoints and diffusers 0.42.1.
+"""
+
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jaxtyping import Array, Float
+
+from dopsd_jax.models.attention import attention
+from dopsd_jax.models.flux2_config import Flux2Config
+from dopsd_jax.models.layers import Dense, RMSNorm, normalize, scan_blocks, sinusoids, stack
+from dopsd_jax.models.zimage_rope import rotate
+from dopsd_jax.parallel.sharding import constrain_batch, declare_block_kernels
+
+STACKS = ("double", "single")  # parameters with a leading layer axis
+REFERENCE_FRAME = 10  # the k-th reference stands at 10, 20, ... on the first rotary axis
+
+declare_block_kernels(
+    columns=("image.qkv", "image.w_in", "text.qkv", "text.w_in", "single.w_in"),
+    rows=("image.out", "image.w_out", "text.out", "text.w_out", "single.w_out"),
+)
+
+
+def rope(cfg: Flux2Config, positions: np.ndarray) -> tuple[Array, Array]:
+    """Cosine and sine [n, 1, frequency] of positions [n, 4]: computed in float64, then rounded."""
+    parts = []
+    for axis, width in enumerate(cfg.axes_dims):
+        places = positions[:, axis].astype(np.float64)
+        table, which = np.unique(places, return_inverse=True)
+        frequencies = cfg.rope_theta ** (-np.arange(0, width, 2, dtype=np.float64) / width)
+        angles = np.outer(table, frequencies)
+        both = np.stack([np.cos(angles), np.sin(angles)]).astype(np.float32)
+        parts.append(jnp.asarray(both)[:, which])  # a small table, and rows of it
+    cos, sin = jnp.concatenate(parts, axis=-1)[:, :, None]
+    return cos, sin
+
+
+def text_positions(l: int) -> np.ndarray:
+    """[l, 4]: texts stand along the last axis."""
+    return np.pad(np.arange(l)[:, None], ((0, 0), (3, 0)))
+
+
+def image_positions(rows: int, columns: int, frame: int = 0) -> np.ndarray:
+    """[rows * columns, 4]: pictures stand on the two middle axes, each in its own frame."""
+    row, column = np.divmod(np.arange(rows * columns), columns)
+    return np.stack([np.full_like(row, frame), row, column, np.zeros_like(row)], axis=-1)
+
+
+def modulated(x: Float[Array, "b n d"], shift, scale, eps: float) -> Float[Array, "b n d"]:
+    """Layer normalisation in float32, then scaled and shifted by [b, 1, d] each."""
+    y = normalize(x.astype(jnp.float32), eps).astype(x.dtype)
+    return y * (1 + scale).astype(x.dtype) + shift.astype(x.dtype)
+
+
+def gated(y: Float[Array, "b n f"]) -> Float[Array, "b n g"]:
+    """silu of the first half times the second."""
+    gate, up = jnp.split(y, 2, axis=-1)
+    return jax.nn.silu(gate) * up
+
+
+class Stream(nnx.Module):
+    """What a double block has for the tokens of one kind: of the image, or of the text."""
+
+    def __init__(self, cfg: Flux2Config, rngs: nnx.Rngs):
+        self.cfg = cfg
+        self.qkv = Dense(cfg.dim, (cfg.dim,) * 3, groups=cfg.groups, rngs=rngs)
+        self.out = Dense(cfg.dim, cfg.dim, rngs=rngs)
+        self.q_norm, self.k_norm = (RMSNorm(cfg.head_dim, cfg.eps) for _ in range(2))
+        self.w_in = Dense(cfg.dim, 2 * cfg.hidden_dim, rngs=rngs)
+        self.w_out = Dense(cfg.hidden_dim, cfg.dim, rngs=rngs)
+
+    def project(self, x: Float[Array, "b n d"], shift, scale) -> tuple[Array, Array, Array]:
+        """Queries, keys and values [b, n, head, head_dim]."""
+        parts = self.qkv.split(self.qkv(modulated(x, shift, scale, self.cfg.eps)))
+        q, k, v = (_heads(part, self.cfg) for part in parts)
+        return self.q_norm(q), self.k_norm(k), v
+
+    def finish(self, x: Float[Array, "b n d"], attended, gate, rest) -> Float[Array, "b n d"]:
+        """Adds what attention gave, then the feed-forward part; `rest`: its shift, scale, gate."""
+        x = x + gate.astype(x.dtype) * self.out(attended)
+        shift, scale, gate = rest
+        y = self.w_out(gated(self.w_in(modulated(x, shift, scale, self.cfg.eps))))
+        return x + gate.astype(x.dtype) * y
+
+
+class DoubleBlock(nnx.Module):
+    """Image and text with weights of their own, in one attention."""
+
+    def __init__(self, cfg: Flux2Config, implementation: str, rngs: nnx.Rngs):
+        self.implementation = implementation
+        self.image, self.text = Stream(cfg, rngs), Stream(cfg, rngs)
+
+    def __call__(self, x, rope, image_modulation, text_modulation):
+        """x: image [b, n, d] and text [b, l, d]; a modulation: six arrays [b, 1, d]."""
+        image, text = x
+        (i_shift, i_scale, i_gate, *i_rest), (t_shift, t_scale, t_gate, *t_rest) = (
+            image_modulation,
+            text_modulation,
+        )
+        parts = zip(
+            self.text.project(text, t_shift, t_scale),
+            self.image.project(image, i_shift, i_scale),
+            strict=True,
+        )
+        q, k, v = (jnp.concatenate(pair, axis=1) for pair in parts)
+        y = attention(rotate(q, rope), rotate(k, rope), v, implementation=self.implementation)
+        y = y.reshape(*y.shape[:2], -1)
+        text_y, image_y = jnp.split(y, [text.shape[1]], axis=1)
+        return (
+            self.image.finish(image, image_y, i_gate, i_rest),
+            self.text.finish(text, text_y, t_gate, t_rest),
+        )
+
+
+class SingleBlock(nnx.Module):
+    """Attention and feed-forward side by side, each between the same two linear layers."""
+
+    def __init__(self, cfg: Flux2Config, implementation: str, rngs: nnx.Rngs):
+        self.cfg, self.implementation = cfg, implementation
+        self.w_in = Dense(cfg.dim, 3 * cfg.dim + 2 * cfg.hidden_dim, rngs=rngs)
+        self.w_out = Dense(cfg.dim + cfg.hidden_dim, cfg.dim, rngs=rngs)
+        self.q_norm, self.k_norm = (RMSNorm(cfg.head_dim, cfg.eps) for _ in range(2))
+
+    def __call__(self, x: Float[Array, "b n d"], rope, modulation) -> Float[Array, "b n d"]:
+        """x: text, image and references in one row."""
+        (shift, scale, gate), d = modulation, self.cfg.dim
+        y = self.w_in(modulated(x, shift, scale, self.cfg.eps))
+        *parts, hidden = jnp.split(y, [d, 2 * d, 3 * d], axis=-1)
+        q, k, v = (_heads(part, self.cfg) for part in parts)
+        q, k = rotate(self.q_norm(q), rope), rotate(self.k_norm(k), rope)
+        y = attention(q, k, v, implementation=self.implementation)
+        y = jnp.concatenate([y.reshape(x.shape), gated(hidden)], axis=-1)
+        return x + gate.astype(x.dtype) * self.w_out(y)
+
+
+def _heads(x: Float[Array, "b n d"], cfg: Flux2Config) -> Float[Array, "b n h f"]:
+    x = x.reshape(*x.shape[:2], cfg.heads, cfg.head_dim)
+    return constrain_batch(x, "context", "tensor", None)
+
+
+class Flux2(nnx.Module):
+    """The transformer: `embed` takes what does not depend on the time, `__call__` is one forward.
+
+    Args:
+      cfg: architecture.
+      dtype: type of activations; parameters keep the type they are loaded in.
+      attention: see `attention.IMPLEMENTATIONS`.
+      remat: see `layers.scan_blocks`.
+    """
+
+    def __init__(
+        self,
+        cfg: Flux2Config,
+        *,
+        dtype=jnp.float32,
+        attention: str = "xla",
+        remat: str = "none",
+        rngs: nnx.Rngs,
+    ):
+        self.cfg, self.dtype, self.remat = cfg, jnp.dtype(dtype), remat
+        d = cfg.dim
+        self.x_embedder = Dense(cfg.channels, d, rngs=rngs)
+        self.text_embedder = Dense(cfg.text_dim, d, rngs=rngs)
+        self.time_in = Dense(cfg.time_frequencies, d, rngs=rngs)
+        self.time_out = Dense(d, d, rngs=rngs)
+        self.image_modulation = Dense(d, 6 * d, rngs=rngs)
+        self.text_modulation = Dense(d, 6 * d, rngs=rngs)
+        self.single_modulation = Dense(d, 3 * d, rngs=rngs)
+        self.double = stack(lambda r: DoubleBlock(cfg, attention, r), cfg.double_layers, rngs)
+        self.single = stack(lambda r: SingleBlock(cfg, attention, r), cfg.single_layers, rngs)
+        self.final_modulation = Dense(d, 2 * d, rngs=rngs)
+        self.final_linear = Dense(d, cfg.channels, rngs=rngs)
+
+    def embed(
+        self, features: Float[Array, "b l t"], references: Sequence[Float[Array, "b _h _w c"]] = ()
+    ) -> tuple[Float[Array, "b l d"], tuple[Float[Array, "b _r d"], ...]]:
+        """The tokens of the text and of clean reference latents."""
+        text = constrain_batch(self.text_embedder(features.astype(self.dtype)))
+        return text, tuple(self._tokens(latent) for latent in references)
+
+    def __call__(
+        self,
+        x: Float[Array, "b h w c"],
+        sigma: Float[Array, " b"],
+        text: Float[Array, "b l d"],
+        references: Sequence[Float[Array, "b _r d"]] = (),
+        sizes: Sequence[tuple[int, int]] = (),
+    ) -> Float[Array, "b h w c"]:
+        """The network's output noise - x0, in float32.
+
+        `text`, `references`: see `embed`; `sizes`: rows and columns of each reference's latent.
+        """
+        h, w = x.shape[1:3]
+        frames = [(h, w, 0)]
+        frames += [(*size, REFERENCE_FRAME * (k + 1)) for k, size in enumerate(sizes)]
+        places = [text_positions(text.shape[1]), *(image_positions(*frame) for frame in frames)]
+        angles = rope(self.cfg, np.concatenate(places))
+        c = self.time_out(
+            jax.nn.silu(self.time_in(sinusoids(1000.0 * sigma, self.cfg.time_frequencies)))
+        )
+        image_modulation = self._modulation(self.image_modulation, c, 6)
+        text_modulation = self._modulation(self.text_modulation, c, 6)
+        single_modulation = self._modulation(self.single_modulation, c, 3)
+
+        image = jnp.concatenate([self._tokens(x), *references], axis=1)
+        image, text = scan_blocks(
+            lambda block, tokens: block(tokens, angles, image_modulation, text_modulation),
+            self.double,
+            (image, text.astype(self.dtype)),
+            self.remat,
+        )
+        tokens = scan_blocks(
+            lambda block, tokens: block(tokens, angles, single_modulation),
+            self.single,
+            jnp.concatenate([text, image], axis=1),
+            self.remat,
+        )
+        tokens = constrain_batch(tokens)[:, text.shape[1] : text.shape[1] + h * w]
+        scale, shift = self._modulation(self.final_modulation, c, 2)
+        y = self.final_linear(modulated(tokens, shift, scale, self.cfg.eps))
+        return y.astype(jnp.float32).reshape(x.shape)
+
+    def _tokens(self, latent: Float[Array, "b h w c"]) -> Float[Array, "b n d"]:
+        flat = latent.reshape(len(latent), -1, latent.shape[-1]).astype(self.dtype)
+        return constrain_batch(self.x_embedder(flat))
+
+    def _modulation(self, layer: Dense, c: Float[Array, "b d"], count: int) -> list[Array]:
+        # In float32: a few numbers a sample, and every token feels their rounding.
+        return jnp.split(constrain_batch(layer(jax.nn.silu(c))[:, None]), count, axis=-1)
