@@ -181,3 +181,16 @@ def test_another_kind_of_state_is_refused_and_nothing_removed(pair):
     with pytest.raises(UserError, match="none of the checkpoints"):
         Checkpoints(pair, keep=1).restore({"other": jnp.zeros(2)}, lambda line: None)
     assert Checkpoints(pair, keep=1).steps == [1, 2]
+
+
+@pytest.mark.parametrize(
+    "content", ["", "[]", "{}", '{"step": "2", "processes": 1, "files": {}}',
+                '{"step": 2, "processes": 1, "files": []}', "[" * 5000],
+)  # fmt: skip
+def test_digests_of_wrong_kinds_are_damage(tmp_path, content):
+    folder = tmp_path / "checkpoints" / "2"
+    folder.mkdir(parents=True)
+    (folder / "digests.0.json").write_text(content)
+    checkpoints = Checkpoints(tmp_path / "checkpoints", 1)
+    assert checkpoints.steps == [2]
+    assert checkpoints._faults(2) == ["digests.0.json is damaged"]

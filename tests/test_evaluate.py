@@ -285,3 +285,13 @@ def test_a_scorer_that_gives_no_numbers_is_named(config, cases, tmp_path, values
         gallery.put(every[0].key(shot), cases[0].target, shot, "base", 0)
     with pytest.raises(UserError, match=f"scorer broken.*{fault}"):
         gathering.judge(Broken(), every, cases, 2, gallery)
+
+
+@pytest.mark.parametrize(
+    "line", ["[]", "3", '{"key": 1, "value": 2}', '{"key": "a", "value": "2"}', '{"key": "a"}',
+             '{"key": "a", "value": true}', '{"key": "a", "value": NaN}', "x"],
+)  # fmt: skip
+def test_a_line_that_is_no_value_is_told(tmp_path, line):
+    (tmp_path / "values.jsonl").write_text(f'{{"key": "a", "value": 1}}\n{line}\n')
+    with pytest.raises(UserError, match=r"values\.jsonl:2: "):
+        Gallery(tmp_path)

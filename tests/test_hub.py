@@ -1,6 +1,7 @@
 """Where a model comes from: a folder, the hub, or the hub's cache when the network is away."""
 
 import errno
+import json
 from pathlib import Path
 
 import huggingface_hub
@@ -14,6 +15,7 @@ from huggingface_hub.errors import (
     RevisionNotFoundError,
 )
 
+from dopsd_jax import families
 from dopsd_jax.common.errors import UserError
 from dopsd_jax.weights import hub
 
@@ -175,3 +177,11 @@ def test_a_repository_without_a_model_is_told(tmp_path, monkeypatch):
 def test_a_path_that_is_no_folder_is_a_users_error(tmp_path):
     with pytest.raises(UserError, match="no such folder"):
         hub.resolve(tmp_path / "nowhere")
+
+
+@pytest.mark.parametrize("name", ["model_index.json", hub.MODEL_MANIFEST])
+@pytest.mark.parametrize("value", [[], {}, None, 3])
+def test_a_family_that_is_no_name_is_told(tmp_path, name, value):
+    (tmp_path / name).write_text(json.dumps({"_class_name": value, "family": value}))
+    with pytest.raises(UserError, match=f"{name}: field "):
+        families.of_folder(tmp_path)

@@ -1,11 +1,13 @@
 """Reading what others wrote: strict JSON, regular files only, messages that stay one line."""
 
+import math
 import os
 import time
+import tracemalloc
 
 import pytest
 
-from dopsd_jax.common.errors import UserError, few, report
+from dopsd_jax.common.errors import UserError, few, raise_if, report
 from dopsd_jax.common.files import read_bytes, read_text
 from dopsd_jax.common.json_fields import Fields
 from dopsd_jax.common.json_files import parse_json, read_json
@@ -47,6 +49,21 @@ def test_a_byte_order_mark_and_windows_line_ends_are_read(tmp_path):
     content, text = read_json(tmp_path / "a.json")
     assert content == {"a": 1} and text[0] == "{"
     assert parse_json('{"a": 1}', "here") == {"a": 1}
+
+
+def test_checking_takes_little_memory_beside_the_content():
+    content = b"[" + b"null," * 50_000 + b"1]"
+    tracemalloc.start()
+    parse_json(content, "x")
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert peak < 1 << 20  # the list has 400 kB, its text 250 kB
+
+
+def test_numbers_of_many_digits_are_infinite_for_who_checks_numbers():
+    content = b'{"a": ' + b"9" * 400 + b', "b": NaN}'
+    found = parse_json(content, "x", finite=False)
+    assert found["a"] == math.inf and math.isnan(found["b"])
 
 
 def test_what_is_no_file_is_refused_before_it_is_read(tmp_path):
@@ -130,3 +147,10 @@ def test_fields_of_every_kind_are_checked():
         fields.finish()
     assert len(caught.value.problems) == 9
     assert all(p.startswith("x.json: field ") for p in caught.value.problems)
+
+
+def test_millions_of_problems_are_a_thousand_and_the_count():
+    with pytest.raises(UserError) as caught:
+        raise_if(f"row {i}: is none" for i in range(100_000))
+    assert len(caught.value.problems) == 1001
+    assert caught.value.problems[-1] == "... and 99000 more"

@@ -13,6 +13,7 @@ import time
 import pytest
 from conftest import RANDOM_CONFIG, ROOT, left_by_killed, run_program
 
+from dopsd_jax.common import processes
 from dopsd_jax.common.atomic import partial_of, remove_leftovers
 from dopsd_jax.common.errors import UserError
 from dopsd_jax.run import lock
@@ -191,3 +192,19 @@ def test_other_programs_that_write_a_folder_lock_it_too(tmp_path, program, file)
     assert result.returncode == 2 and "Traceback" not in result.stderr
     (line,) = [x for x in result.stderr.splitlines() if x.startswith("error: ")]
     assert f"{out}: is in use by process {os.getpid()}" in line
+
+
+@pytest.mark.parametrize("process", [-1, 0, True, "1", None, 10**30])
+def test_a_lock_with_a_process_that_cannot_be_does_not_block(tmp_path, monkeypatch, process):
+    monkeypatch.setattr(lock, "WATCH_SECONDS", 0.0)
+    monkeypatch.setattr(lock, "_lock", lambda handle: None)  # a file system without locks
+    owner = {"process": process, "place": processes.place(), "started": None}
+    (tmp_path / lock.FILE).write_text(json.dumps(owner))
+    with exclusive(tmp_path, "training", say=lambda line: None):
+        pass
+
+
+def test_a_lock_that_is_no_file_is_refused(tmp_path):
+    os.mkfifo(tmp_path / lock.FILE)
+    with pytest.raises(UserError, match="a device or a pipe"), exclusive(tmp_path, "training"):
+        pass

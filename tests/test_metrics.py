@@ -2,6 +2,7 @@
 
 import errno
 import json
+import os
 
 import jax.numpy as jnp
 import numpy as np
@@ -115,3 +116,18 @@ def test_a_full_disk_is_told_and_leaves_whole_lines(tmp_path):
     writer._file = real
     writer.write(record(2))
     assert [r["step"] for r in read_metrics(writer.path)] == [1, 2]
+
+
+def test_only_a_file_is_read_and_only_the_first_of_many_faults(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    path.write_bytes(b"\n" * 100_000)
+    with pytest.raises(UserError) as caught:
+        read_metrics(path)
+    assert len(caught.value.problems) == 1000
+    path.write_bytes(b"x" * (3 << 20))  # without an end: cut off, but no line of metrics
+    with pytest.raises(UserError, match=r"metrics\.jsonl:1: "):
+        read_metrics(path)
+    path.unlink()
+    os.mkfifo(path)
+    with pytest.raises(UserError, match="a device or a pipe"):
+        read_metrics(path)

@@ -126,3 +126,14 @@ def test_a_failed_write_leaves_the_old_file(tmp_path, monkeypatch):
 def test_wrong_pictures_are_refused(images):
     with pytest.raises(ValueError, match="row 0"), unchecked():
         grid(["a", "b"], [GridRow("", images)])
+
+
+@pytest.mark.parametrize(
+    "labels",
+    ["", "[", "[]", "null", '{"title": 1}', '{"title": "", "columns": 3, "captions": []}',
+     '{"title": "", "columns": ["a"], "captions": [null]}'],
+)  # fmt: skip
+def test_labels_that_are_none_are_left_out(labels):
+    image = Image.new("RGB", (8, 8))
+    image.text = {pictures.LABELS: labels}
+    assert read_labels(image) is None

@@ -1,5 +1,7 @@
 import json
 import os
+import time
+import tracemalloc
 
 import pytest
 from PIL import Image
@@ -348,3 +350,29 @@ def test_a_folder_that_may_not_be_read(tmp_path):
     (tmp_path / "sub").chmod(0)
     assert "check its permissions" in problems_of(load_rows, tmp_path)[0]
     (tmp_path / "sub").chmod(0o700)
+
+
+def test_a_million_rows_of_garbage_are_not_read_to_the_end(tmp_path):
+    path = tmp_path / "d.jsonl"
+    path.write_bytes(b"{\n" * 1_000_000)
+    began = time.process_time()
+    problems = problems_of(load_rows, path)
+    assert time.process_time() - began < 5
+    assert len(problems) == 1001 and problems[-1] == f"{path}: stopped after 1000 faults"
+
+
+def test_names_in_faults_take_no_memory(tmp_path):
+    path = write_jsonl(tmp_path / "d.jsonl", *[f'{{"{"k" * 100_000}": 1}}'] * 30)
+    tracemalloc.start()
+    assert "names no picture" in problems_of(load_rows, path)[0]
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert peak < 2 << 20
+
+
+def test_a_header_of_many_columns_is_checked_quickly(tmp_path):
+    path = tmp_path / "d.csv"
+    path.write_text(",".join(f"c{i}" for i in range(100_000)) + ",c1\n1,2\n")
+    began = time.process_time()
+    assert "the header names c1 twice" in problems_of(load_rows, path)[0]
+    assert time.process_time() - began < 5

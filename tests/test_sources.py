@@ -4,6 +4,7 @@ import io
 import json
 import os
 import tarfile
+import time
 import unicodedata
 
 import numpy as np
@@ -326,6 +327,43 @@ def test_sizes_in_the_headers_of_a_tar_are_checked(tmp_path, size):
     assert problems_of(load_rows, tmp_path / "a.tar")
 
 
+def with_header(path, kind, *contents):
+    """A tar file with a header of `kind` before each of its members."""
+    with open(path, "wb") as file:
+        for content in contents:
+            extra = tarfile.TarInfo("extra")
+            extra.type, extra.size = kind, len(content)
+            file.write(extra.tobuf(tarfile.USTAR_FORMAT) + content + bytes(-len(content) % 512))
+            file.write(tarfile.TarInfo("a.png").tobuf(tarfile.USTAR_FORMAT))
+        file.write(bytes(10240))
+    return path
+
+
+def test_fields_of_a_tar_cost_no_more_than_their_length(tmp_path):
+    """On some versions of Python, tarfile's own patterns take minutes for each of these."""
+    began = time.process_time()
+    for content in (b"2 " * 32_000, b"60012 comment=" + b"1" * 59_997 + b"\n", b"9 a=b\n"):
+        path = with_header(tmp_path / "a.tar", tarfile.XHDTYPE, *[content] * 3)
+        assert "further fields that are none" in problems_of(load_rows, path)[0]
+    assert time.process_time() - began < 2
+
+
+def test_fields_for_all_members_of_a_tar_have_a_limit(tmp_path):
+    records = []
+    for number in range(4):
+        text = b" k%d=%s\n" % (number, b"v" * 20_000)
+        records.append(b"%d%s" % (len(text) + 5, text))
+    path = with_header(tmp_path / "a.tar", tarfile.XGLTYPE, *records[:3])
+    assert "a.png: is empty" in problems_of(load_rows, path)[0]
+    path = with_header(tmp_path / "a.tar", tarfile.XGLTYPE, *records)
+    assert any("fields for all members" in problem for problem in problems_of(load_rows, path))
+
+
+def test_faults_of_a_tar_are_not_read_to_the_end(tmp_path):
+    path = with_header(tmp_path / "a.tar", tarfile.SYMTYPE, *[b""] * 3000)
+    assert problems_of(load_rows, path)[-1] == f"{path}: stopped after 1000 faults"
+
+
 def test_a_long_name_in_a_tar_is_not_read_into_memory(tmp_path, monkeypatch):
     monkeypatch.setattr(tar, "MAX_EXTRA", 1000)
     with tarfile.open(tmp_path / "a.tar", "w", format=tarfile.GNU_FORMAT) as archive:
@@ -352,3 +390,11 @@ def test_a_jpeg_without_its_end_mark_is_read_and_a_cut_one_refused(tmp_path, pro
     for cut in (4, 6, 10, 50, len(whole) // 2):
         path.write_bytes(whole[:-cut])
         assert "damaged or truncated" in problems_of(inspect_image, path)[0]
+
+
+def test_files_that_never_end_are_no_pictures(tmp_path):
+    for name, beginning in {"a.webp": b"RIFF\xff\xff\xff\x7fWEBPVP8 ", "b.bmp": b"BM"}.items():
+        with open(tmp_path / name, "wb") as file:
+            file.write(beginning)
+            file.truncate(1 << 40)  # a hole: takes no room
+        assert "is larger than" in problems_of(inspect_image, tmp_path / name)[0]

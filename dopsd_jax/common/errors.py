@@ -1,5 +1,6 @@
 """Faults that a user can correct, and how a program reports them."""
 
+import itertools
 import re
 import sys
 from collections.abc import Callable, Iterable, Sequence
@@ -7,6 +8,7 @@ from collections.abc import Callable, Iterable, Sequence
 USER_ERROR_EXIT = 2
 MAX_LINE = 2000  # characters of one problem
 SHOWN = 3  # of many problems of one kind
+MAX_PROBLEMS = 1000  # a list of millions helps nobody
 
 # What differs between problems of one kind: quoted names, lists, numbers, paths, file names.
 _VARYING = re.compile(r"'[^']*'|\"[^\"]*\"|\[[^\]]*\]|\S*/\S*|\S*\d\S*|\S+\.[A-Za-z]{2,5}\b")
@@ -64,10 +66,16 @@ def few(problems: Sequence[str]) -> list[str]:
 
 
 def raise_if(problems: Iterable[str]) -> None:
-    """Raises one `UserError` with all problems, if there are any."""
-    problems = list(problems)
-    if problems:
-        raise UserError(*problems)
+    """Raises one `UserError` with all problems, if there are any.
+
+    Problems beyond `MAX_PROBLEMS` are only counted, on a last line.
+    """
+    problems = iter(problems)
+    kept = list(itertools.islice(problems, MAX_PROBLEMS))
+    if more := sum(1 for _ in problems):
+        kept.append(f"... and {more} more")
+    if kept:
+        raise UserError(*kept)
 
 
 def report(main: Callable[[], int | None]) -> int:

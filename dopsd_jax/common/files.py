@@ -15,10 +15,12 @@ MAX_TEXT = 8 << 20  # bytes of a configuration: parsed JSON takes up to 30 times
 def open_regular(path: str | os.PathLike, advice: str = "check the path") -> BinaryIO:
     """Opens a file for reading. Raises `UserError` unless it is a regular file.
 
-    The kind is looked at before the file is opened: opening a FIFO would wait for a writer.
-    `advice` says what to do about a file that is missing.
+    The kind is looked at before the file is opened: opening a FIFO would wait for a writer. In an
+    object store there are only files. `advice` says what to do about a file that is missing.
     """
     try:
+        if is_remote(path):
+            return epath.Path(path).open("rb")
         mode = os.stat(path).st_mode
         if stat.S_ISDIR(mode):
             raise UserError(f"{path}: is a folder, a file is needed; name the file")
@@ -30,7 +32,8 @@ def open_regular(path: str | os.PathLike, advice: str = "check the path") -> Bin
     except ValueError:  # a zero byte in the name
         raise UserError(f"{path}: is not a file name; {advice}") from None
     except OSError as error:
-        raise UserError(f"{path}: cannot be read ({error.strerror}); check its rights") from None
+        reason = error.strerror or error
+        raise UserError(f"{path}: cannot be read ({reason}); check its rights") from None
 
 
 def read_bytes(
@@ -38,23 +41,13 @@ def read_bytes(
 ) -> bytes:
     """Content of a regular file of at most `limit` bytes. Raises `UserError`."""
     try:
-        if is_remote(path):
-            content = epath.Path(path).read_bytes()
-        else:
-            with open_regular(path, advice) as file:
-                size = os.fstat(file.fileno()).st_size
-                # The size is not enough: a file may grow, and files of /proc have size 0.
-                content = b"" if size > limit else file.read(limit + 1)
-                size = max(size, len(content))
-            if size > limit:
-                raise UserError(
-                    f"{path}: is larger than {limit >> 20} MiB; is this the right file?"
-                )
-        return content
-    except FileNotFoundError:
-        raise UserError(f"{path}: no such file; {advice}") from None
+        with open_regular(path, advice) as file:
+            content = file.read(limit + 1)
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror or error})") from None
+    if len(content) > limit:
+        raise UserError(f"{path}: is larger than {limit >> 20} MiB; is this the right file?")
+    return content
 
 
 def read_text(

@@ -4,6 +4,8 @@ Python's own reader accepts more than JSON: NaN, repeated names, numbers that ov
 to the limit of the stack. All of these are refused here.
 """
 
+import functools
+import itertools
 import json
 import math
 import os
@@ -38,11 +40,13 @@ def read_json(
 def parse_json(content: str | bytes, where: str, again: str = DOWNLOAD, finite: bool = True) -> Any:
     """The value of JSON text. Raises `UserError`, which begins with `where` and ends with `again`.
 
-    Bytes are UTF-8, with or without a byte order mark.
+    Bytes are UTF-8, with or without a byte order mark. With `finite` False a whole number of too
+    many digits is infinity.
     """
     try:
         text = content.decode("utf-8-sig") if isinstance(content, bytes) else content
-        found = json.loads(text, object_pairs_hook=_unique_pairs, parse_int=_whole_number)
+        number = functools.partial(_whole_number, finite=finite)
+        found = json.loads(text, object_pairs_hook=_unique_pairs, parse_int=number)
         _check(found, finite)
         return found
     except _Refused as error:
@@ -65,34 +69,39 @@ def _unique_pairs(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return table
 
 
-def _whole_number(text: str) -> int:
+def _whole_number(text: str, finite: bool) -> int | float:
     if len(text) > MAX_DIGITS:
+        if not finite:
+            return math.inf
         raise _Refused(f"holds a number of {len(text)} digits")
     return int(text)
 
 
 def _check(content: Any, finite: bool) -> None:
     """Raises `_Refused` for what is too deep, not finite or not writable as text."""
-    todo = [("the top", content, 0)]
-    while todo:
-        name, value, depth = todo.pop()
-        if depth > MAX_DEPTH:
-            raise _Refused("not valid JSON (nested too deeply)")
-        if isinstance(value, dict):
-            for key in value:
-                _check_text(key)
-            todo += [(key, inner, depth + 1) for key, inner in value.items()]
-        elif isinstance(value, list):
-            todo += [(name, inner, depth + 1) for inner in value]
-        elif finite and isinstance(value, float) and not math.isfinite(value):
-            raise _Refused(f"field {name} is {value}, not a finite number")
-        elif isinstance(value, str):
-            _check_text(value)
+    # One iterator a level: a list of all that is inside would take more memory than the content.
+    levels = [iter([("the top", content)])]
+    while levels:
+        for name, value in levels[-1]:
+            if isinstance(value, str):
+                if not value.isascii():
+                    _check_text(value)
+            elif isinstance(value, dict | list):
+                if len(levels) > MAX_DEPTH:
+                    raise _Refused("not valid JSON (nested too deeply)")
+                if isinstance(value, dict):
+                    _check_text("".join(value))
+                    levels.append(iter(value.items()))
+                else:
+                    levels.append(zip(itertools.repeat(name), value, strict=False))
+                break
+            elif finite and isinstance(value, float) and not math.isfinite(value):
+                raise _Refused(f"field {name} is {value}, not a finite number")
+        else:
+            levels.pop()
 
 
 def _check_text(text: str) -> None:
-    if text.isascii():
-        return
     try:
         text.encode("utf-8")
     except UnicodeEncodeError:

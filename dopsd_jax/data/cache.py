@@ -5,30 +5,23 @@ import errno
 import hashlib
 import json
 import os
-import struct
 import zlib
 from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Literal
 
-import ml_dtypes
 import numpy as np
-import safetensors
 import safetensors.numpy
 
 from dopsd_jax.common.atomic import partial_of, remove_leftovers
 from dopsd_jax.common.errors import UserError
 from dopsd_jax.common.files import open_regular
+from dopsd_jax.weights.safetensors_io import Header, TensorFiles, parse_header
+from dopsd_jax.weights.tensors import CODES
 
 FORMAT = 1  # part of every key: raise it when old entries must not be read
-_DTYPES = {
-    "BF16": np.dtype(ml_dtypes.bfloat16),
-    "F32": np.dtype(np.float32),
-    "I32": np.dtype(np.int32),
-    "I64": np.dtype(np.int64),
-    "U8": np.dtype(np.uint8),
-}
+TYPES = ("BF16", "F32", "I32", "I64", "U8")  # of arrays
 READERS = 4  # threads
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
@@ -74,7 +67,7 @@ class FeatureCache:
         """Stores an entry: arrays of the types above, none of them empty."""
         arrays = {name: np.asarray(array, order="C") for name, array in arrays.items()}
         for name, array in arrays.items():
-            if array.dtype not in _DTYPES.values() or array.size == 0:
+            if CODES.get(array.dtype) not in TYPES or array.size == 0:
                 raise ValueError(f"{name} is {array.dtype}{array.shape}; not for the cache")
         content = safetensors.numpy.save(arrays, {"key": key, "crc32": _checksum(arrays)})
         place = self.path(key)
@@ -93,35 +86,31 @@ class FeatureCache:
     def get(self, key: str) -> dict[str, np.ndarray] | None:
         """An entry, or None if it is missing or damaged."""
         place = self.path(key)
+        header = self._header(place)
+        if header is None:
+            return None
+        files = TensorFiles(str(place), {place: header})
+        if header.metadata.get("key") != key:
+            return self._drop(place, "it belongs to another key")
+        try:
+            arrays = {name: files.read(name) for name in header.tensors}
+        except UserError as error:
+            return self._drop(place, str(error))
+        if header.metadata.get("crc32") != _checksum(arrays):
+            return self._drop(place, "its checksum is wrong")
+        return arrays
+
+    def _header(self, place: Path) -> Header | None:
+        """The header of an entry; None if it is missing, or damaged and therefore removed."""
         if not os.path.exists(place):
             return None
-        try:
-            with open_regular(place) as file:
-                content = file.read()
-        except OSError as error:
-            raise UserError(f"{place}: cannot be read ({error.strerror})") from error
-        fault = None
-        try:
-            arrays = {}
-            for name, tensor in safetensors.deserialize(content):
-                dtype = _DTYPES[tensor["dtype"]]
-                arrays[name] = np.frombuffer(tensor["data"], dtype).reshape(tensor["shape"])
-            size = struct.unpack("<Q", content[:8])[0]
-            about = json.loads(content[8 : 8 + size]).get("__metadata__", {})
-            if about.get("key") != key:
-                fault = "belongs to another key"
-            elif about.get("crc32") != _checksum(arrays):
-                fault = "its checksum is wrong"
-        except safetensors.SafetensorError as error:
-            fault = str(error)
-        except KeyError as error:
-            fault = f"holds {error}"
-        except (ValueError, AttributeError, struct.error) as error:
-            fault = f"its header cannot be read: {error}"
-        if fault is None:
-            return arrays
-        self._drop(place, fault)
-        return None
+        with open_regular(place) as file:
+            try:
+                return parse_header(place, os.fstat(file.fileno()).st_size, file)
+            except OSError as error:
+                raise UserError(f"{place}: cannot be read ({error.strerror})") from error
+            except UserError as error:
+                return self._drop(place, str(error))
 
     def load(self, key: str) -> dict[str, np.ndarray]:
         """An entry that must be there."""
@@ -135,17 +124,8 @@ class FeatureCache:
 
     def shapes(self, key: str) -> dict[str, tuple[int, ...]] | None:
         """Array shapes of an entry, from its header alone; None if missing or not whole."""
-        place = self.path(key)
-        try:
-            with safetensors.safe_open(place, framework="numpy") as file:
-                return {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
-        except FileNotFoundError:
-            return None
-        except safetensors.SafetensorError as error:
-            self._drop(place, str(error))
-            return None
-        except OSError as error:
-            raise UserError(f"{place}: cannot be read ({error.strerror})") from error
+        header = self._header(self.path(key))
+        return header and {name: info.shape for name, info in header.tensors.items()}
 
     def missing(self, keys: Iterable[str]) -> list[str]:
         """Those keys, each once and in order, that are missing or damaged.
@@ -159,6 +139,7 @@ class FeatureCache:
             return [key for key, there in zip(keys, found, strict=True) if not there]
 
     def _drop(self, place: Path, fault: str) -> None:
+        fault = fault.removeprefix(f"{place}: ").partition("\n")[0]
         self.report(f"{place}: damaged ({fault}); removed, to be computed anew")
         with contextlib.suppress(FileNotFoundError):
             place.unlink()

@@ -17,7 +17,7 @@ from dopsd_jax.data.images import ImageInfo, ImageLimits, enlargement
 from dopsd_jax.data.picture_index import Infos, PictureIndex
 from dopsd_jax.data.prepared import Caption, Prepared
 from dopsd_jax.data.rows import Rows
-from dopsd_jax.data.sources.collector import MAX_PROBLEMS, Examples
+from dopsd_jax.data.sources.collector import Examples
 from dopsd_jax.data.table import DataRow
 
 _AT_ONCE = 1024  # pictures given to the threads at a time
@@ -87,7 +87,7 @@ def measure(
     """
     limits = limits or ImageLimits()
     index = index or PictureIndex(None)
-    infos, problems, hidden = Infos(), [], 0
+    infos, problems = Infos(), []
     count = len(rows.rows)
     progress = Progress("looking at pictures", count, quiet=count <= _AT_ONCE)
 
@@ -106,14 +106,10 @@ def measure(
                     infos.append(info)
                     continue
                 for problem in info.problems:
-                    hidden += len(problems) >= MAX_PROBLEMS
-                    if len(problems) < MAX_PROBLEMS:
-                        own = row.where == str(row.image)
-                        problems.append(problem if own else f"{row.where}: {problem}")
+                    own = row.where == str(row.image)
+                    problems.append(problem if own else f"{row.where}: {problem}")
             progress.advance(len(some))
             index.save_sometimes()
-    if hidden:
-        problems.append(f"... and {hidden} more")
     raise_if(problems)
     chosen = tuple(nearest(width, height, buckets) for width, height in infos.sizes())
     notes = (*rows.notes, *_notes(rows.rows, infos, chosen))

@@ -1,6 +1,7 @@
 """Pictures from files: checked, decoded, and cut to a bucket."""
 
 import contextlib
+import functools
 import hashlib
 import io
 import os
@@ -23,6 +24,9 @@ from dopsd_jax.data.rgb import UnsupportedModeError, mark_sixteen_bits, to_srgb
 FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "TIFF", "GIF", "AVIF")  # names of Pillow's readers
 FIRST_BYTES = 16  # enough for `format_of`
 CONVERT = "convert it to PNG or JPEG"
+# Bytes of a file; the second for formats that Pillow reads whole, which pack their pixels well.
+MAX_FILE, MAX_PACKED = 1 << 30, 1 << 27
+PACKED = ("WEBP", "AVIF")
 
 # What Pillow's decoders raise on damaged files.
 DECODE_ERRORS = (
@@ -125,6 +129,9 @@ def _header(path: Path | Blob, file: BinaryIO, limits: ImageLimits) -> Image.Ima
     name = format_of(prefix)
     if name is None:
         raise UserError(f"{path}: {_foreign(prefix)}; {CONVERT}")
+    limit = MAX_PACKED if name in PACKED else MAX_FILE
+    if file.seek(0, os.SEEK_END) > limit:
+        raise UserError(f"{path}: is larger than {limit >> 20} MiB; is this a picture?")
     file.seek(0)
     try:
         image = Image.OPEN[name][0](file, str(path))
@@ -170,9 +177,12 @@ def _decode(
         try:
             image.load()
         except OSError:
-            if image.format != "JPEG" or (whole := _without_end_mark(file)) is None:
+            if image.format != "JPEG":
                 raise
-            image, notes = whole, ("the JPEG's end mark is missing; all its pixels are there",)
+            image = None  # its pixels, as the next ones come
+        if image is None:
+            image = _without_end_mark(file)
+            notes = ("the JPEG's end mark is missing; all its pixels are there",)
         ImageOps.exif_transpose(image, in_place=True)
         image, more = to_srgb(image)
         return image, notes + more
@@ -184,21 +194,24 @@ def _decode(
         raise _damaged(path, error) from error
 
 
-def _without_end_mark(file: BinaryIO) -> Image.Image | None:
-    """A JPEG of which only the end mark is missing; None where pixels are missing too.
+def _without_end_mark(file: BinaryIO) -> Image.Image:
+    """A JPEG of which only the end mark is missing. Raises `OSError` where pixels are too.
 
     With an end mark the decoder does not notice missing pixels, and invents them. But they depend
     on the bytes before the mark, so two endings give two pictures.
     """
     file.seek(0)
-    content = file.read().removesuffix(b"\xff")
-    images = []
-    for ending in (b"", bytes(64), b"\x5a" * 64):
+    content = file.read(MAX_PACKED).removesuffix(b"\xff")
+    found = set()
+    for ending in (b"\x5a" * 64, bytes(64), b""):
+        image = None  # one at a time in memory
         image = Image.OPEN["JPEG"][0](io.BytesIO(content + ending + b"\xff\xd9"), "")
         image.load()
-        images.append(image)
-    first, *rest = (image.tobytes() for image in images)
-    return images[0] if all(other == first for other in rest) else None
+        strips = (image.crop((0, y, image.width, y + 64)) for y in range(0, image.height, 64))
+        found.add(functools.reduce(lambda total, s: zlib.crc32(s.tobytes(), total), strips, 0))
+    if len(found) > 1:
+        raise OSError("image file is truncated")
+    return image
 
 
 def _upright_size(path: Path | Blob, image: Image.Image) -> tuple[int, int]:

@@ -36,7 +36,7 @@ from etils import epath
 from dopsd_jax.common.atomic import atomic_file, is_remote, write_text
 from dopsd_jax.common.errors import UserError, raise_if
 from dopsd_jax.common.files import open_regular
-from dopsd_jax.common.json_files import read_json
+from dopsd_jax.common.json_files import parse_json, read_json
 from dopsd_jax.weights.safetensors_io import FileInfo, parse_header
 from dopsd_jax.weights.safetensors_write import header_bytes
 from dopsd_jax.weights.tensors import CODES, DTYPES, TensorInfo
@@ -44,10 +44,11 @@ from dopsd_jax.weights.tensors import CODES, DTYPES, TensorInfo
 MANIFEST = "prepared.json"
 FORMAT = 2
 TYPES = ("BF16", "F32", "I32")  # of features
+MAX_SMALL = 256 << 20  # bytes of each of the arrays that describe the features
 AGAIN = "remove it and run dopsd_jax.prepare again"
 ROLES = 2  # student, teacher
 ROW_FIELDS = {"captions", "picture", "digest", "notes", "size", "bucket", "shown"}
-_SMALL = ("index", "crc32", "layouts", "rows")
+SMALL = ("index", "crc32", "layouts", "rows")
 # The arrays that features consist of: name, code of the type, shape.
 Layout = tuple[tuple[str, str, tuple[int, ...]], ...]
 
@@ -164,7 +165,7 @@ def write_part(
         announced = [[bool(layout) for layout in pair] for pair in layouts]
         if done != total or (small["index"][..., 1].astype(bool) != announced).any():
             raise ValueError(f"{done} bytes of features, announced {total}")
-        for name in _SMALL:
+        for name in SMALL:
             file.write(small[name].tobytes())
         file.write(np.array([_whole(small)], np.int64).tobytes())
         file.write(pictures)
@@ -172,7 +173,7 @@ def write_part(
 
 def _whole(small: Mapping[str, np.ndarray]) -> int:
     total = 0
-    for name in _SMALL:
+    for name in SMALL:
         total = zlib.crc32(small[name].tobytes(), total)
     return total
 
@@ -199,7 +200,9 @@ def read_part(path: epath.Path, identity: str) -> Part:
             raise UserError(f"{path}: belongs to another preparation; {AGAIN}")
         _check_shapes(path, infos)
         small = {}
-        for name in (*_SMALL, "whole"):
+        for name in (*SMALL, "whole"):
+            if infos[name].nbytes > MAX_SMALL:
+                raise UserError(f"{path}: {name} is larger than {MAX_SMALL >> 20} MiB; {AGAIN}")
             file.seek(infos[name].start)
             content = file.read(infos[name].nbytes)
             small[name] = np.frombuffer(content, infos[name].numpy).reshape(infos[name].shape)
@@ -207,8 +210,8 @@ def read_part(path: epath.Path, identity: str) -> Part:
     if _whole(small) != whole:
         raise UserError(f"{path}: is damaged (its checksum is wrong); {AGAIN}")
     try:
-        layouts = [_layout(found) for found in json.loads(small["layouts"].tobytes())]
-    except (ValueError, TypeError, RecursionError):
+        layouts = list(map(_layout, parse_json(small["layouts"].tobytes(), "layouts")))
+    except (UserError, ValueError, TypeError):
         raise UserError(f"{path}: is damaged (a layout is none); {AGAIN}") from None
     sizes, index = np.array([0, *map(layout_bytes, layouts)]), small["index"]
     where, kind = index[..., 0], index[..., 1]
@@ -216,8 +219,8 @@ def read_part(path: epath.Path, identity: str) -> Part:
     if outside or (where > infos["features"].nbytes - sizes[kind]).any():
         raise UserError(f"{path}: is damaged (its index points outside); {AGAIN}")
     try:
-        rows = [json.loads(line) for line in small["rows"].tobytes().split(b"\n")]
-    except (ValueError, RecursionError):
+        rows = [parse_json(line, "row") for line in small["rows"].tobytes().split(b"\n")]
+    except UserError:
         rows = [None]
     if not all(_is_row(row, infos["pictures"].nbytes) for row in rows):
         raise UserError(f"{path}: is damaged (a row is no row); {AGAIN}")

@@ -14,11 +14,16 @@ from PIL import Image
 
 from dopsd_jax.common.atomic import atomic_file, disk_error
 from dopsd_jax.common.errors import UserError
+from dopsd_jax.common.files import open_regular
+from dopsd_jax.common.json_fields import Fields, is_number
+from dopsd_jax.common.json_files import parse_json
 from dopsd_jax.conditioning.features import ROLE_NAMES
+from dopsd_jax.data.images import DECODE_ERRORS
 from dopsd_jax.evaluation.drawing import Shot
 from dopsd_jax.evaluation.scorer import Judge, Picture, digest
 from dopsd_jax.reporting.pictures import save_picture
 
+AGAIN = "remove the line"
 FORMAT = 1  # part of every key: raise it when old pictures or values must not be used
 
 
@@ -55,7 +60,7 @@ class Gallery:
             fault = f"is {size[0]}x{size[1]}"
         except FileNotFoundError:
             return False
-        except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+        except DECODE_ERRORS as error:
             fault = str(error)
         print(f"{path}: damaged ({fault}); it is drawn again", flush=True)
         path.unlink()
@@ -76,14 +81,17 @@ class Values:
     def __init__(self, path: Path):
         self.path = path
         self._known: dict[str, float] = {}
-        content = path.read_bytes() if path.exists() else b""
+        content = b""
+        if path.exists():
+            with open_regular(path) as file:
+                content = file.read()
         whole = content[: content.rfind(b"\n") + 1]
         for number, line in enumerate(whole.splitlines(), 1):
-            try:
-                record = json.loads(line)
-                self._known[record["key"]] = float(record["value"])
-            except (ValueError, KeyError, TypeError, OverflowError, RecursionError):
-                raise UserError(f"{path}:{number}: is no value; remove the line") from None
+            fields = Fields(parse_json(line, f"{path}:{number}", AGAIN), f"{path}:{number}")
+            name = fields.text("key")
+            value = fields.value("value", f"a number; {AGAIN}", is_number)
+            fields.finish()
+            self._known[name] = float(value)
         if whole != content:
             with atomic_file(path) as file:
                 file.write(whole)

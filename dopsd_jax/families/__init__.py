@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 from dopsd_jax.common.errors import UserError
+from dopsd_jax.common.json_fields import Fields
 from dopsd_jax.common.json_files import read_json
 from dopsd_jax.weights.hub import MODEL_MANIFEST
 from dopsd_jax.weights.model_folder import INDEX
@@ -64,8 +65,7 @@ def of_folder(folder: Path, asked: str = AUTO) -> "Family":
 def _named(folder: Path) -> tuple[str, Path]:
     path = folder / MODEL_MANIFEST
     if path.is_file():
-        manifest, _ = read_json(path)
-        name = manifest.get("family") if isinstance(manifest, dict) else None
+        name = _text(path, "family")
         if name not in FAMILIES:
             raise UserError(f"{path}: family {name!r} is unknown; {', '.join(FAMILIES)} is known")
         return name, path
@@ -75,9 +75,16 @@ def _named(folder: Path) -> tuple[str, Path]:
             f"{folder}: has neither {INDEX} nor {MODEL_MANIFEST}: not a model folder, or an "
             "interrupted import (run it again)"
         )
-    index, _ = read_json(path)
-    pipeline = index.get("_class_name") if isinstance(index, dict) else None
+    pipeline = _text(path, "_class_name")
     known = {listing.pipeline: name for name, listing in FAMILIES.items()}
     if pipeline not in known:
         raise UserError(f"{path}: pipeline {pipeline!r} is not supported; {', '.join(known)} is")
     return known[pipeline], path
+
+
+def _text(path: Path, field: str) -> str:
+    """A field of a JSON file that is text."""
+    fields = Fields(read_json(path)[0], str(path))
+    text = fields.text(field)
+    fields.finish()
+    return text

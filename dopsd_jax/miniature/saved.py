@@ -11,6 +11,7 @@ from safetensors.numpy import save
 
 from dopsd_jax.common.atomic import atomic_file
 from dopsd_jax.common.errors import UserError, raise_if
+from dopsd_jax.common.json_files import parse_json
 
 
 def save_tree(path: Path, tree: Any, about: dict | None = None) -> None:
@@ -27,9 +28,9 @@ def load_tree(path: Path, like: Any) -> tuple[Any, dict]:
     """
     try:
         with safe_open(path, "numpy") as file:
-            about = json.loads((file.metadata() or {}).get("about", "{}"))
+            about = parse_json((file.metadata() or {}).get("about", "{}"), str(path))
             found = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    except (OSError, SafetensorError, json.JSONDecodeError) as error:
+    except (OSError, SafetensorError) as error:
         raise UserError(f"{path}: cannot be read ({error}); delete it to start again") from None
     wanted = dict(_named(like))
     raise_if(

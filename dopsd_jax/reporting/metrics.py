@@ -12,9 +12,12 @@ import numpy as np
 from etils import epath
 
 from dopsd_jax.common.atomic import atomic_file, disk_error, is_remote
-from dopsd_jax.common.errors import UserError, raise_if
+from dopsd_jax.common.errors import MAX_PROBLEMS, UserError, raise_if
+from dopsd_jax.common.files import open_regular
+from dopsd_jax.common.json_files import parse_json
 
 FILE = "metrics.jsonl"
+MAX_LINE = 1 << 20  # bytes
 STORE_SECONDS = 60.0  # between two versions of the file in an object store
 
 
@@ -49,23 +52,28 @@ def read_metrics(path: str | os.PathLike) -> list[dict[str, Any]]:
     """
     path = epath.Path(path)
     try:
-        lines = path.read_bytes().split(b"\n")
-    except FileNotFoundError:
-        return []
+        if not path.exists():
+            return []
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror}); check the folder") from None
-    # Every whole line ends in a line feed, so what follows the last one is empty or cut off.
     records, problems = [], []
-    for number, line in enumerate(lines[:-1], 1):
-        try:
-            record = json.loads(line)
-        except (ValueError, RecursionError):
-            record = None
-        step = record.get("step") if isinstance(record, dict) else None
-        if type(step) is int and 0 <= step < 2**53:
-            records.append(record)
-        else:
-            problems.append(f"{path}:{number}: is not a JSON object with a step; remove the line")
+    with open_regular(path) as file:
+        lines = iter(lambda: file.readline(MAX_LINE), b"")
+        for number, line in enumerate(lines, 1):
+            try:
+                record = parse_json(line, "", finite=False)
+            except UserError:
+                record = None
+            step = record.get("step") if isinstance(record, dict) else None
+            # Every whole line ends in a line feed; one that does not was cut off.
+            if line.endswith(b"\n") and type(step) is int and 0 <= step < 2**53:
+                records.append(record)
+            elif line.endswith(b"\n") or len(line) == MAX_LINE:
+                problems.append(
+                    f"{path}:{number}: is not a JSON object with a step; remove the line"
+                )
+            if len(problems) == MAX_PROBLEMS:
+                break
     raise_if(problems)
     return records
 

@@ -16,6 +16,8 @@ from jaxtyping import UInt8
 from PIL import Image, ImageDraw, ImageFont, PngImagePlugin
 
 from dopsd_jax.common.atomic import atomic_file
+from dopsd_jax.common.errors import UserError
+from dopsd_jax.common.json_files import parse_json
 
 FOLDER = "samples"
 LABELS = "dopsd_jax"  # PNG text chunk: title, columns and whole captions as JSON
@@ -113,7 +115,8 @@ def save_grid(
     path = epath.Path(path)
     labels = {"title": title, "columns": list(columns), "captions": [row.caption for row in rows]}
     info = PngImagePlugin.PngInfo()
-    info.add_itxt(LABELS, json.dumps(labels))
+    text = json.dumps(labels, ensure_ascii=False).encode("utf-8", "replace")  # halves of letters
+    info.add_itxt(LABELS, text.decode())
     encoded = io.BytesIO()
     grid(columns, rows, title=title, cell=cell).save(encoded, "PNG", pnginfo=info)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -135,12 +138,15 @@ def save_picture(
 def read_labels(image: Image.Image) -> Labels | None:
     """The labels of an opened PNG file; None if it is not one of `save_grid`'s."""
     try:
-        labels = json.loads(getattr(image, "text", {}).get(LABELS, "null"))
-    except ValueError:
+        labels = parse_json(getattr(image, "text", {}).get(LABELS, "null"), "labels")
+    except UserError:
         return None
     if not isinstance(labels, dict) or labels.keys() != {"title", "columns", "captions"}:
         return None
-    return Labels(labels["title"], tuple(labels["columns"]), tuple(labels["captions"]))
+    texts = (labels["columns"], labels["captions"])
+    if not all(isinstance(own, list) and all(isinstance(t, str) for t in own) for own in texts):
+        return None
+    return Labels(str(labels["title"]), *map(tuple, texts))
 
 
 def sample_path(workdir: str | os.PathLike, step: int) -> epath.Path:

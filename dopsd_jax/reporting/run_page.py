@@ -15,6 +15,7 @@ from dopsd_jax.common.atomic import write_text
 from dopsd_jax.common.errors import UserError
 from dopsd_jax.common.json_files import read_json
 from dopsd_jax.common.progress import duration
+from dopsd_jax.data.images import DECODE_ERRORS
 from dopsd_jax.methods.registry import METHODS
 from dopsd_jax.reporting.charts import Series, chart, number
 from dopsd_jax.reporting.html_page import render
@@ -160,7 +161,7 @@ def _round(step: int, path: epath.Path) -> str:
         with path.open("rb") as file, Image.open(file) as image:
             labels = read_labels(image)
             picture = image.convert("RGB")
-    except (OSError, Image.DecompressionBombError) as error:
+    except DECODE_ERRORS as error:
         text = html.escape(f"step {step}: {path.name} cannot be read ({error})")
         return f'<section data-step="{step}"><p class="remark">{text}</p></section>'
     picture.thumbnail((SIDE, 4 * SIDE), Image.Resampling.LANCZOS)

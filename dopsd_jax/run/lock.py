@@ -12,6 +12,7 @@ import fcntl
 import json
 import os
 import socket
+import stat
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -22,6 +23,7 @@ from etils import epath
 from dopsd_jax.common import processes
 from dopsd_jax.common.atomic import is_remote, remove_leftovers
 from dopsd_jax.common.errors import UserError
+from dopsd_jax.common.json_files import parse_json
 from dopsd_jax.parallel import multihost
 
 FILE = "lock.json"
@@ -95,6 +97,8 @@ def _take(path: epath.Path, say: Callable[[str], None]) -> tuple[int, bool]:
     """An open file that is ours alone, and whether a lock of the file system guarantees that."""
     handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
     try:
+        if not stat.S_ISREG(os.fstat(handle).st_mode):
+            raise UserError(f"{path}: is a device or a pipe, not a file; remove it")
         locked, owner = _lock(handle), _read(handle)
         alive = _alive(owner) if owner else locked is False
         if (locked is False and alive is not False) or (locked is None and alive):
@@ -160,15 +164,16 @@ def _self() -> dict[str, Any]:
 
 def _alive(owner: dict[str, Any]) -> bool | None:
     """Whether the process that wrote the lock still runs; None if it is not of this machine."""
-    if owner.get("place") != processes.place() or not isinstance(owner.get("process"), int):
+    process = owner.get("process")
+    if owner.get("place") != processes.place() or type(process) is not int or process < 1:
         return None
-    return processes.runs(owner["process"], owner.get("started"))
+    return processes.runs(process, owner.get("started"))
 
 
 def _read(handle: int) -> dict[str, Any]:
     try:
-        content = json.loads(os.pread(handle, 1 << 16, 0))
-    except (ValueError, RecursionError):
+        content = parse_json(os.pread(handle, 1 << 16, 0), FILE)
+    except UserError:
         return {}  # its process ended, or another one takes it, before there was anything
     return content if isinstance(content, dict) else {}
 

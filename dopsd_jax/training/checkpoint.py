@@ -26,6 +26,8 @@ from orbax.checkpoint import v1 as ocp
 from dopsd_jax.common.atomic import is_remote, write_text
 from dopsd_jax.common.errors import UserError
 from dopsd_jax.common.file_digests import file_digests, files_below
+from dopsd_jax.common.json_fields import Fields
+from dopsd_jax.common.json_files import read_json
 from dopsd_jax.parallel import multihost
 from dopsd_jax.parallel.sharding import to_device
 from dopsd_jax.training.state import all_finite
@@ -165,13 +167,12 @@ class Checkpoints:
         folder = self.folder / str(step)
         wanted = {}
         for path in _digest_files(folder):
-            try:
-                content = json.loads(path.read_text())
-                wanted |= {str(k): str(v) for k, v in content["files"].items()}
-                if content["step"] != step:
-                    return [f"it holds step {content['step']}: the folder was renamed"]
-            except (OSError, ValueError, KeyError, AttributeError, TypeError):
+            content = _read_digests(path)
+            if content is None:
                 return [f"{path.name} is damaged"]
+            if content["step"] != step:
+                return [f"it holds step {content['step']}: the folder was renamed"]
+            wanted |= content["files"]
         present = _files(folder)
         faults = [f"{name} is missing" for name in sorted(wanted.keys() - set(present))]
         faults += [f"{name} has no digest" for name in present if name not in wanted]
@@ -225,9 +226,21 @@ def _digest_files(folder: epath.Path) -> list[epath.Path]:
     """The files of digests of a checkpoint; none if it has not all of them."""
     paths = sorted(folder.glob(f"{_DIGESTS}.*.json"))
     for path in paths:
-        with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
-            return paths if len(paths) == json.loads(path.read_text())["processes"] else []
+        if (content := _read_digests(path)) is not None:
+            return paths if len(paths) == content["processes"] else []
     return paths  # damaged, which is found when they are compared
+
+
+def _read_digests(path: epath.Path) -> dict[str, Any] | None:
+    """What a file of digests says; None if it is damaged."""
+    try:
+        fields = Fields(read_json(path)[0], str(path))
+        for name, kind in {"step": int, "processes": int, "files": dict}.items():
+            fields.value(name, kind.__name__, lambda found, kind=kind: type(found) is kind)
+        fields.finish()
+    except UserError:
+        return None
+    return dict(fields.json)
 
 
 def _files(folder: epath.Path) -> list[str]:

@@ -10,7 +10,9 @@ from typing import Any
 from etils import epath
 
 from dopsd_jax.common.atomic import write_text
+from dopsd_jax.common.errors import UserError
 from dopsd_jax.common.file_digests import file_digests, files_below
+from dopsd_jax.common.json_files import read_json
 from dopsd_jax.parallel import multihost
 
 FILE = "results.json"
@@ -59,8 +61,8 @@ class Results:
     def _read(self) -> dict[str, Any]:
         """The content of the file; nothing if that cannot be read: then results are made again."""
         try:
-            found = json.loads((self.workdir / FILE).read_text())
-        except (OSError, ValueError, RecursionError):
+            found, _ = read_json(self.workdir / FILE)
+        except UserError:
             return {}
         return found if isinstance(found, dict) else {}
 

@@ -5,7 +5,7 @@ import os
 from pathlib import Path
 
 from dopsd_jax.common.atomic import partial_of, remove_leftovers
-from dopsd_jax.common.errors import UserError
+from dopsd_jax.common.errors import MAX_PROBLEMS, UserError
 from dopsd_jax.data.blobs import (
     RECORDS,
     array_record_module,
@@ -35,14 +35,16 @@ def _read_records(path: Path, options: Options) -> Index:
         try:
             (record,) = reader.read([number])
         except (RuntimeError, ValueError) as error:
-            problems.append(f"{where}: is damaged ({error}); {AGAIN}")
-            continue
-        header, picture = split_record(record)
-        texts, fault = json_captions(header)
-        if not fault and not picture:
-            fault = "holds no picture behind its line of JSON"
+            texts, picture, fault = {}, b"", f"is damaged ({error})"
+        else:
+            header, picture = split_record(record)
+            texts, fault = json_captions(header)
+            if not fault and not picture:
+                fault = "holds no picture behind its line of JSON"
         if fault:
             problems.append(f"{where}: {fault}; {AGAIN}")
+            if len(problems) == MAX_PROBLEMS:
+                break
         else:
             entries.append(Entry(str(number), number, len(picture), list(texts.items())))
     return Index(entries, problems)

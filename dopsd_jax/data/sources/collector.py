@@ -3,11 +3,11 @@
 import re
 from collections.abc import Iterable, Mapping, Sequence
 
+from dopsd_jax.common.errors import MAX_PROBLEMS, UserError, one_line
 from dopsd_jax.data.blobs import Blob
 from dopsd_jax.data.sources.captions import KNOWN_KEYS
 from dopsd_jax.data.table import Table
 
-MAX_PROBLEMS = 1000  # a list of millions helps nobody
 PLACEHOLDERS = ("[trigger]", "[name]")  # of ai-toolkit; stand for the word that is trained
 _LINE_END = re.compile(r"\r\n?")
 
@@ -67,13 +67,12 @@ class Collector:
         self.placeholders, self.line_ends, self.untriggered = Examples(), Examples(), Examples()
         self.problems: list[str] = []
         self.notes: list[str] = []
-        self.hidden = 0  # faults that are only counted
 
     def problem(self, problem: str) -> None:
-        if len(self.problems) < MAX_PROBLEMS:
-            self.problems.append(problem)
-        else:
-            self.hidden += 1
+        """Notes a fault. Raises `UserError` where there are so many that this is no data set."""
+        self.problems.append(one_line(problem))  # names in it may be of any length
+        if len(self.problems) == MAX_PROBLEMS:
+            raise UserError(*self.problems, f"{self.where}: stopped after {MAX_PROBLEMS} faults")
 
     def add(
         self,
@@ -131,8 +130,6 @@ class Collector:
                         + (self._fields() if rows_of.count == rows else "")
                     )
         self._remarks()
-        if self.hidden:
-            self.problems.append(f"... and {self.hidden} more")
         return self.table if self.problems else self.table.only(keys), self.problems, self.notes
 
     def _remarks(self) -> None:

@@ -4,6 +4,7 @@ D-OPSD's `.jsonl`, a `.csv` with a header, a `.json` (a list of objects, or pict
 their captions), or a folder with such a table (`metadata.jsonl`: Hugging Face "imagefolder").
 """
 
+import collections
 import csv
 import itertools
 import os
@@ -180,7 +181,7 @@ def _csv_rows(path: Path) -> Iterator[NumberedRow]:
             lines = itertools.chain([first], lines)
             reader = csv.reader(lines, delimiter=separator, strict=True, skipinitialspace=True)
             header = [name.strip() for name in next(reader, [])]
-            twice = sorted({name for name in header if header.count(name) > 1})
+            twice = [name for name, times in collections.Counter(header).items() if times > 1]
             if twice:
                 yield 1, f"the header names {listing(twice)} twice; keep one column of each"
                 return

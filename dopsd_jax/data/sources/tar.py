@@ -2,10 +2,12 @@
 
 import functools
 import os
+import re
 import tarfile
 from collections.abc import Iterator
 from pathlib import Path
 
+from dopsd_jax.common.errors import MAX_PROBLEMS, one_line
 from dopsd_jax.common.files import open_regular
 from dopsd_jax.data.blobs import TAR
 from dopsd_jax.data.sources import archives
@@ -20,7 +22,8 @@ from dopsd_jax.data.sources.files import IMAGE_SUFFIXES, UNREADABLE_SUFFIXES, is
 from dopsd_jax.data.sources.layout import Layout, Options
 
 MAX_PICTURE = 1 << 30  # bytes
-MAX_EXTRA = 1 << 20  # bytes of a long name or of further fields, which tarfile keeps in memory
+MAX_EXTRA = 1 << 16  # bytes of a long name or of further fields, which tarfile keeps in memory
+_LONG_NUMBER = re.compile(rb"[0-9]{100}")
 _EXTRAS = (
     tarfile.XHDTYPE,
     tarfile.XGLTYPE,
@@ -55,7 +58,9 @@ def _read_tar(path: Path, options: Options) -> Index:
                 what = "is empty" if not member.size else f"is larger than {limit >> 20} MiB"
                 fault = f"{what}; {AGAIN}"
             if fault:
-                problems.append(f"{path}:{member.name}: {fault}")
+                problems.append(one_line(f"{path}:{member.name}: {fault}"))
+                if len(problems) == MAX_PROBLEMS:
+                    return Index([], problems)
                 continue
             content = None
             if suffix in text_suffixes:
@@ -80,6 +85,34 @@ class _Member(tarfile.TarInfo):
         if self.type in _EXTRAS and not 0 <= self.size <= MAX_EXTRA:
             raise tarfile.ReadError(f"a name or header of {self.size} bytes")
         return super()._proc_member(archive)
+
+    def _proc_pax(self, archive):
+        place = archive.fileobj.tell()
+        if not _sound_pax(archive.fileobj.read(self.size)):
+            raise tarfile.ReadError("further fields that are none")
+        archive.fileobj.seek(place)
+        found = super()._proc_pax(archive)
+        if sum(map(len, archive.pax_headers.values())) > MAX_EXTRA:  # of all members
+            raise tarfile.ReadError(f"fields for all members of more than {MAX_EXTRA} bytes")
+        return found
+
+
+def _sound_pax(content: bytes) -> bool:
+    """Whether these are pax records: their length in bytes, a space, key=value, a line feed.
+
+    The patterns of tarfile, for which it may be anything, take time by the square of what is not.
+    """
+    place = 0
+    while place < len(content):
+        length, space, _ = content[place : place + 10].partition(b" ")
+        size = int(length) if space and length.isdigit() else 0
+        record = content[place : place + size]
+        place += size
+        if not 5 <= size == len(record) or not record.endswith(b"\n") or b"=" not in record:
+            return False
+        if _LONG_NUMBER.search(record):
+            return False
+    return True
 
 
 def _members(path: Path, file, problems: list[str]) -> Iterator[tarfile.TarInfo]:
