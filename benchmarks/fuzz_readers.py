@@ -280,7 +280,7 @@ def run_readers(folder: Path) -> dict[str, Reader]:
     (folder / "lora").mkdir()
     delivered = [workdir / "lora" / "step_2.safetensors"]
     delivered[0].write_bytes(b"12345678")
-    results = Results(workdir, {"export": "x"})
+    results = Results(workdir, flat(config))
     results.record(delivered)
     (folder / "values.jsonl").write_text('{"key": "a", "value": 0.5}\n{"key": "b", "value": 1}\n')
     tests = [{"prompt": "a [V]", "row": 0, "class_name": "cube"}, {"prompt": "b"}]

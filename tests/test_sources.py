@@ -361,7 +361,7 @@ def test_fields_for_all_members_of_a_tar_have_a_limit(tmp_path):
 
 def test_faults_of_a_tar_are_not_read_to_the_end(tmp_path):
     path = with_header(tmp_path / "a.tar", tarfile.SYMTYPE, *[b""] * 3000)
-    assert problems_of(load_rows, path)[-1] == f"{path}: stopped after 1000 faults"
+    assert "so many faults" in problems_of(load_rows, path)[0]
 
 
 def test_a_long_name_in_a_tar_is_not_read_into_memory(tmp_path, monkeypatch):

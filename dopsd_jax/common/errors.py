@@ -1,6 +1,5 @@
 """Faults that a user can correct, and how a program reports them."""
 
-import itertools
 import re
 import sys
 from collections.abc import Callable, Iterable, Sequence
@@ -70,12 +69,15 @@ def raise_if(problems: Iterable[str]) -> None:
 
     Problems beyond `MAX_PROBLEMS` are only counted, on a last line.
     """
-    problems = iter(problems)
-    kept = list(itertools.islice(problems, MAX_PROBLEMS))
-    if more := sum(1 for _ in problems):
-        kept.append(f"... and {more} more")
+    kept, more = [], 0
+    for problem in problems:
+        counted = _COUNTED.fullmatch(problem)
+        if not counted and len(kept) < MAX_PROBLEMS:
+            kept.append(problem)
+        else:
+            more += int(counted[1]) if counted else 1
     if kept:
-        raise UserError(*kept)
+        raise UserError(*kept, *[f"... and {more} more"] * (more > 0))
 
 
 def report(main: Callable[[], int | None]) -> int:

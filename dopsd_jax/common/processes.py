@@ -25,8 +25,8 @@ def runs(pid: int, since: str | None) -> bool:
     """Whether the process `pid` of this machine that began at `since` still runs."""
     try:
         os.kill(pid, 0)
-    except ProcessLookupError:
+    except (ProcessLookupError, OverflowError):
         return False
-    except (PermissionError, OverflowError):
+    except PermissionError:
         pass
     return started(pid) == since

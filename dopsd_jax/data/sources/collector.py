@@ -8,6 +8,8 @@ from dopsd_jax.data.blobs import Blob
 from dopsd_jax.data.sources.captions import KNOWN_KEYS
 from dopsd_jax.data.table import Table
 
+NOT_READ = "it has so many faults that it was not read to the end"
+MAX_HIDDEN = 50_000  # problems that are counted before reading ends
 PLACEHOLDERS = ("[trigger]", "[name]")  # of ai-toolkit; stand for the word that is trained
 _LINE_END = re.compile(r"\r\n?")
 
@@ -66,13 +68,18 @@ class Collector:
         self.empty = {key: Examples() for key in self.keys}
         self.placeholders, self.line_ends, self.untriggered = Examples(), Examples(), Examples()
         self.problems: list[str] = []
+        self.hidden = 0  # faults that are only counted
         self.notes: list[str] = []
 
     def problem(self, problem: str) -> None:
         """Notes a fault. Raises `UserError` where there are so many that this is no data set."""
-        self.problems.append(one_line(problem))  # names in it may be of any length
-        if len(self.problems) == MAX_PROBLEMS:
-            raise UserError(*self.problems, f"{self.where}: stopped after {MAX_PROBLEMS} faults")
+        if len(self.problems) < MAX_PROBLEMS:
+            self.problems.append(one_line(problem))  # names in it may be of any length
+            return
+        self.hidden += 1
+        if self.hidden == MAX_HIDDEN:
+            counted = f"... and {self.hidden} more"
+            raise UserError(*self.problems, counted, f"{self.where}: is no data set; {NOT_READ}")
 
     def add(
         self,
@@ -130,6 +137,8 @@ class Collector:
                         + (self._fields() if rows_of.count == rows else "")
                     )
         self._remarks()
+        if self.hidden:
+            self.problems.append(f"... and {self.hidden} more")
         return self.table if self.problems else self.table.only(keys), self.problems, self.notes
 
     def _remarks(self) -> None:

@@ -18,6 +18,7 @@ from dopsd_jax.data.sources.captions import (
     captions_in,
     json_captions,
 )
+from dopsd_jax.data.sources.collector import NOT_READ
 from dopsd_jax.data.sources.files import IMAGE_SUFFIXES, UNREADABLE_SUFFIXES, is_rubbish
 from dopsd_jax.data.sources.layout import Layout, Options
 
@@ -60,7 +61,7 @@ def _read_tar(path: Path, options: Options) -> Index:
             if fault:
                 problems.append(one_line(f"{path}:{member.name}: {fault}"))
                 if len(problems) == MAX_PROBLEMS:
-                    return Index([], problems)
+                    return Index([], [f"{path}: is no data set; {NOT_READ}", *problems])
                 continue
             content = None
             if suffix in text_suffixes:
