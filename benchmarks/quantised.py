@@ -29,11 +29,11 @@ PAGE = """# A base in few bits
 
 `config.base_dtype` may be `int8`, `fp8` or `nf4` (`pip install 'dopsd_jax[quant]'`): the frozen
 kernels of attention and feed-forward parts, 98 % of Z-Image, are then stored in 8 or 4 bits with
-float32 scales (qwix) and made whole one layer at a time, where they are used. Norms, modulations,
+float32 scales (qwix) and dequantised one layer at a time, where they are used. Norms, modulations,
 embedders and the final layer stay bfloat16; adapters, optimizer and teacher float32. Kernels are
-quantised while they are loaded, tensor by tensor. What it saves on a TPU: [scaling.md](scaling.md).
-The LoRA file is for the unquantised model, whose kernels are off from those it was trained beside
-by the error below. Full fine-tuning has no frozen base.
+quantised while they are loaded, tensor by tensor. Memory on a TPU: [scaling.md](scaling.md). The
+LoRA file is for the unquantised model, whose kernels differ from those of the training by the error
+below. Full fine-tuning has no frozen base.
 
 A scale is shared by {tiles}.
 
@@ -41,15 +41,15 @@ Made by `python benchmarks/quantised.py --report=docs/quantised.md`; do not edit
 
 * *kernels*: root mean square error of the stored weights, relative.
 * *velocity*: the same of the student's first velocity.
-* *cosine*: of one step's LoRA gradient with that of the base it is held against.
+* *cosine*: of one step's LoRA gradient with the gradient of the base in the column *against*.
 * *outliers*: weights with a heavy tail (Student's t, 4 degrees of freedom), {share:.1%} of a
-  kernel's inputs {gain:.0f} times larger. Gaussian weights are kind to a quantiser; published
-  weights were not here to measure.
-* *{whole}*: not offered; it shows what int8's tiles are for.
+  kernel's inputs {gain:.0f} times larger. Gaussian weights are easy to quantise; the published
+  weights were not measured.
+* *{whole}*: not an option; it shows the gain of int8's tiles.
 
 {table}
 """
-WHOLE = "int8, one scale an output"  # a candidate: do tiles earn their place?
+WHOLE = "int8, one scale an output"  # to compare: do tiles help?
 OUTLIERS, GAIN = 0.005, 10.0  # share of a kernel's inputs that are larger, and how much
 
 
