@@ -23,11 +23,13 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 import jax
 import numpy as np
 import pytest
+import warm_start
 from shape_checks import check_shapes
 
 check_shapes(
     *("common", "parallel", "models", "weights", "data", "adapters", "dopsd", "methods", "config"),
-    *("training", "run", "reporting", "estimation"),
+    *("training", "run", "reporting", "estimation", "families", "conditioning", "evaluation"),
+    *("random_model", "miniature"),
 )
 
 import dopsd_jax
@@ -148,11 +150,16 @@ RANDOM_CONFIG = (
 )
 
 
-def run_program(name: str, *arguments: str, **environment: str) -> subprocess.CompletedProcess:
-    """Runs `python -m dopsd_jax.<name>` as a user does; output as text."""
+def run_program(
+    name: str, *arguments: str, folder: Path = ROOT, **environment: str
+) -> subprocess.CompletedProcess:
+    """Runs `python -m dopsd_jax.<name>` in a folder as a user does; output as text."""
+    module, given = f"dopsd_jax.{name}", [*map(str, arguments)]
+    if not environment:
+        return warm_start.run_module(module, given, folder)
     return subprocess.run(
-        [sys.executable, "-m", f"dopsd_jax.{name}", *map(str, arguments)],
-        capture_output=True, text=True, timeout=600, cwd=ROOT, env=os.environ | environment,
+        [sys.executable, "-m", module, *given],
+        capture_output=True, text=True, timeout=600, cwd=folder, env=os.environ | environment,
     )  # fmt: skip
 
 

@@ -2,14 +2,12 @@
 
 import importlib.util
 import json
-import os
 import pathlib
-import subprocess
-import sys
 
 import jax
 import jax.numpy as jnp
 import pytest
+from conftest import run_program
 from flax import nnx
 from jax.sharding import AbstractMesh, AxisType
 
@@ -37,7 +35,7 @@ PUBLISHED = zimage.ZImageConfig()
 FULL_SIZE = abstract_step.Case(
     family, PUBLISHED, height=1024, width=1024, rows_student=512, rows_teacher=1024
 )
-GIB, CPU = 2**30, {"JAX_PLATFORMS": "cpu"}
+GIB = 2**30
 
 needs_libtpu = pytest.mark.skipif(
     importlib.util.find_spec("libtpu") is None, reason="the TPU compiler, libtpu, is not installed"
@@ -51,13 +49,6 @@ def load_config(name=None, **changes):
     config = module.get_config(name)
     config.update_from_flattened_dict(changes)
     return config
-
-
-def run(*arguments):
-    """The program: (exit status, stdout, stderr)."""
-    command, env = [sys.executable, "-m", "dopsd_jax.estimate", *arguments], os.environ | CPU
-    done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True)
-    return done.returncode, done.stdout, done.stderr
 
 
 @pytest.fixture(scope="module")
@@ -236,15 +227,16 @@ def test_without_the_tpu_compiler_one_line_says_so(monkeypatch):
 
 @pytest.mark.slow
 def test_the_program_runs():
-    code, out, err = run(
-        "--config=configs/zimage.py:random", "--student_rows=32", "--teacher_rows=32",
+    done = run_program(
+        "estimate", "--config=configs/zimage.py:random", "--student_rows=32", "--teacher_rows=32",
         "--height=32", "--width=32",
     )  # fmt: skip
-    assert code == 0, err
-    assert "network: the random model" in out and "compiled in" in out
-    code, out, err = run("--config=configs/zimage.py:random", "--config.attention=splash")
-    assert code == 2 and out.count("\n") == 1
-    assert err.strip() == (
+    assert done.returncode == 0, done.stderr
+    assert "network: the random model" in done.stdout and "compiled in" in done.stdout
+    options = "--config=configs/zimage.py:random", "--config.attention=splash"
+    done = run_program("estimate", *options)
+    assert done.returncode == 2 and done.stdout.count("\n") == 1
+    assert done.stderr.strip() == (
         "error: config.attention: splash needs a TPU, and this is cpu; and a head size that 128 "
         "divides, and the model's is 16; set config.attention to auto or xla"
     )

@@ -67,7 +67,7 @@ def run(data, random_model, lora_file, tmp_path_factory):
         "evaluate", f"--config={ROOT}/configs/zimage.py:random", f"--config.model={random_model}",
         f"--config.data.path={data}", f"--lora={lora_file}", f"--out={home / 'out'}",
         f"--count={COUNT}", "--seeds=2", f"--batch={BATCH}", f"--scorers={names}",
-        PYTHONPATH=f"{home}:{ROOT}",
+        folder=home,
     )  # fmt: skip
     assert result.returncode == 0, result.stderr
     return home / "out", result.stdout
@@ -126,7 +126,7 @@ def test_a_real_data_set_is_asked_its_captions_and_the_users_prompts(random_mode
         "evaluate", f"--config={ROOT}/configs/zimage.py:random", f"--config.model={random_model}",
         "--config.data.buckets=64x64", f"--out={tmp_path / 'out'}", "--rows=1", "--seeds=1",
         f"--batch={BATCH}", f"--prompts={tmp_path / 'prompts.txt'}", "--scorers=mine:Brightness",
-        PYTHONPATH=f"{tmp_path}:{ROOT}",
+        folder=tmp_path,
     )  # fmt: skip
     assert result.returncode == 0, result.stderr
     assert "1 training, 3 test; 1 pictures each of base, teacher" in result.stdout
@@ -227,7 +227,7 @@ def test_all_faults_are_told_together_and_nothing_is_drawn(data, tmp_path):
         f"--config.data.path={tmp_path / 'data'}", f"--out={tmp_path / 'out'}",
         f"--lora={tmp_path / 'nothing.safetensors'}", f"--prompts={tmp_path / 'prompts.jsonl'}",
         "--scorers=mine:not_a_scorer,nowhere:x,sharpness", "--config.mesh.data=3",
-        PYTHONPATH=f"{tmp_path}:{ROOT}",
+        folder=tmp_path,
     )  # fmt: skip
     assert result.returncode == 2 and "Traceback" not in result.stderr
     problems = [line for line in result.stderr.splitlines() if line.startswith("error: ")]

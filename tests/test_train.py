@@ -86,8 +86,8 @@ def test_the_exported_lora_gives_diffusers_the_pictures_we_sample(random_run, tm
     theirs = sample_with_diffusers(model, [PROMPT], noise, lora=file)[0].astype(int)
     assert np.abs(ours - theirs).max() <= 2
     merged = tmp_path / "merged"
-    command = [sys.executable, ROOT / "tools/convert_weights.py", "merge", model, file, merged]
-    subprocess.run([*map(str, command), "--format", "diffusers"], check=True, capture_output=True)
+    result = run_program("convert", "merge", model, file, merged, "--format", "diffusers")
+    assert result.returncode == 0, result.stderr
     theirs = sample_with_diffusers(merged, [PROMPT], noise)[0].astype(int)
     assert np.abs(ours - theirs).max() <= 2
     pipe = dopsd_jax.load_pipeline(str(merged))

@@ -109,9 +109,11 @@ def test_a_leak_is_the_concept_under_another_word(cases):
     known = {*captions.NEW_WORDS, *captions.nonce_words()}
     assert all(set(c.prompt.split()) & known for c in own)
     others = [world.random_concept(np.random.default_rng(s)) for s in range(20, 20 + COUNT)]
-    images = np.concatenate(
-        [drawn([case], with_concept(o)) for case, o in zip(own, others, strict=True)]
-    )
+    images = [
+        image
+        for case, other in zip(own, others, strict=True)
+        for image in drawn([case], with_concept(other))
+    ]
     for name, most in (("leaked_colours", 0.5), ("leaked_concept", 0.35)):
         assert score(name, images, own) < most
         assert score(name, drawn(own), own) > 0.95
@@ -129,7 +131,7 @@ def test_fid_grows_with_every_kind_of_damage_and_with_how_many_are_damaged(cases
     damage = {
         "blur": blurred(real),
         "hue": recoloured(real),
-        "noise": noisy.clip(0, 255).astype(np.uint8),
+        "noise": list(noisy.clip(0, 255).astype(np.uint8)),
         "nothing there": absent,
         "all alike": [real[0]] * len(real),
     }

@@ -8,12 +8,8 @@ own networks would change with it; random projections measure about the same, bu
 meaning. The figure is not comparable with the FID of Inception features.
 """
 
-from collections.abc import Sequence
-
 import numpy as np
-from jaxtyping import Float
-
-from dopsd_jax.evaluation.scorer import Picture
+from jaxtyping import Float, UInt8
 
 NAME = "colours-edges-1"  # to be changed whenever the features change
 GRID, HALVES, SCALES = 4, 2, 3
@@ -21,9 +17,9 @@ GRID, HALVES, SCALES = 4, 2, 3
 COLOUR, EDGE = 10.0, 30.0
 
 
-def features(images: Sequence[Picture]) -> Float[np.ndarray, "n d"]:
-    """84 features of pictures of one size, whose sides are multiples of 16."""
-    pixels = np.stack(images).astype(np.float64) / 255
+def features(images: UInt8[np.ndarray, "n H W 3"]) -> Float[np.ndarray, "n d"]:
+    """84 features of pictures whose sides are multiples of 16."""
+    pixels = images.astype(np.float64) / 255
     found = [COLOUR * _pool(pixels, GRID)]
     for _ in range(SCALES):
         found.append(EDGE * _edges(pixels))

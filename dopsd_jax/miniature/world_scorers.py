@@ -165,7 +165,7 @@ class FeatureFID:
     identity = f"world-1 FID {frechet.NAME}"
 
     def features(self, images: Sequence[Picture], cases: Sequence[Case]) -> np.ndarray:
-        return frechet.features(images)
+        return frechet.features(np.stack(images))
 
     def reference(self, cases: Sequence[Case]) -> np.ndarray:
         return self._rendered(cases, 0)

@@ -38,7 +38,7 @@ def image_texts(
     language: qwen3.Qwen3,
     cfg: qwen3_vl.Qwen3VLConfig,
     ids: Sequence[Sequence[int]],
-    patches: Sequence[Float[np.ndarray, "p c"]],
+    patches: Sequence[Float[np.ndarray, "p k"]],
     grid: tuple[int, int],
     dtype,
     mesh: Mesh | None = None,
