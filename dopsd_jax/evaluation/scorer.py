@@ -17,7 +17,7 @@ from jaxtyping import Float, UInt8
 
 from dopsd_jax.common.errors import UserError, raise_if
 
-Picture = UInt8[np.ndarray, "H W 3"]
+Picture = UInt8[np.ndarray, "_H _W 3"]  # of several pictures each has its own size
 BETTER, NEEDS = ("higher", "lower"), ("prompt", "target")
 
 

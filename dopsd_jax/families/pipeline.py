@@ -209,7 +209,7 @@ class Pipeline:
         self,
         role: int,
         requests: Sequence[Request],
-        pictures: Sequence[UInt8[np.ndarray, "H W 3"]],
+        pictures: Sequence[UInt8[np.ndarray, "_H _W 3"]],
         options: Mapping[str, Any] | None = None,
     ) -> list[Features]:
         """The features of requests of one group; `pictures`: one each, where the role is shown one.
@@ -235,7 +235,7 @@ class Pipeline:
         return self.family.collate([self.features(STUDENT, p) for p in prompts])
 
     def encode_prompt_with_image(
-        self, prompts: Sequence[str], images: Sequence[UInt8[np.ndarray, "H W 3"]], **options: Any
+        self, prompts: Sequence[str], images: Sequence[UInt8[np.ndarray, "_H _W 3"]], **options: Any
     ) -> Tree:
         """The teacher's context; `options`: see the family's `options`."""
         pairs = zip(prompts, images, strict=True)

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float, Int, UInt8
 
 from dopsd_jax.miniature import configs
 from dopsd_jax.miniature.configs import Size
@@ -62,7 +62,7 @@ class Rows(NamedTuple):
     patches: Any
 
 
-def patches_of(images: Int[np.ndarray, "b s s 3"]) -> Float[np.ndarray, "b p c"]:
+def patches_of(images: UInt8[Array, "b s s 3"]) -> Float[Array, "b p c"]:
     """What the vision tower's processor makes of square pictures that need no resizing."""
     patch = configs.IMAGE_PATCH
     b, s = images.shape[:2]

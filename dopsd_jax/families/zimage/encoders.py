@@ -24,7 +24,7 @@ def padded_tokens(count: int) -> int:
 
 def texts(
     encoder: qwen3.Qwen3, ids: Sequence[Sequence[int]], dtype, mesh: Mesh | None = None
-) -> list[Float[np.ndarray, "n c"]]:
+) -> list[Float[np.ndarray, "_n c"]]:
     """The features of texts whose `padded_tokens` are the same.
 
     `mesh`: the encoder is whole on each of its devices, and each takes an equal share of the texts.
@@ -38,11 +38,11 @@ def image_texts(
     language: qwen3.Qwen3,
     cfg: qwen3_vl.Qwen3VLConfig,
     ids: Sequence[Sequence[int]],
-    patches: Sequence[Float[np.ndarray, "p k"]],
+    patches: Sequence[Float[np.ndarray, "p d"]],
     grid: tuple[int, int],
     dtype,
     mesh: Mesh | None = None,
-) -> list[Float[np.ndarray, "n c"]]:
+) -> list[Float[np.ndarray, "_n c"]]:
     """The same for texts with an image each; all images have the same `grid`."""
     padded, lengths = _pad(ids)
     found = _encode_image_text(
