@@ -45,6 +45,14 @@ def test_written_files_mean_the_same_change(tmp_path, dialect, scale):
     same_change(lora.modules, modules, bound=0 if scale != 0.3 else 1e-6)
 
 
+def test_a_folder_with_other_files_is_left_alone(tmp_path):
+    write_lora(tmp_path / "peft", random_modules(), LAYERS, "Q")
+    write_lora(tmp_path / "peft", random_modules(), LAYERS, "Q")  # its own files are replaced
+    (tmp_path / "peft" / "model_index.json").touch()
+    with pytest.raises(UserError, match=r"holds other files, such as model_index\.json"):
+        write_lora(tmp_path / "peft", random_modules(), LAYERS, "Q")
+
+
 @pytest.mark.parametrize("dialect", WRITTEN)
 @pytest.mark.parametrize("case", DIALECTS)
 def test_any_dialect_becomes_any_other(tmp_path, case, dialect):

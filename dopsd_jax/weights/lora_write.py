@@ -144,8 +144,11 @@ def _write(path: Path, arrays, dialect: str, modules, metadata, architecture: st
         return
     try:
         path.mkdir(parents=True, exist_ok=True)
+        others = {file.name for file in path.iterdir()} - {PEFT_CONFIG, PEFT_WEIGHTS}
     except OSError as error:
         raise disk_error(error, path) from error
+    if others:
+        raise UserError(f"{path}: holds other files, such as {min(others)}; give another name")
     settings = {"peft_type": "LORA"} | _peft_settings(modules)
     write_safetensors(path / PEFT_WEIGHTS, tensors.infos, tensors.read, header)
     write_text(path / PEFT_CONFIG, json.dumps(settings, indent=2, sort_keys=True) + "\n")
