@@ -69,6 +69,8 @@ def test_the_data_set_teaches_a_word_that_the_training_never_said():
     assert word in captions.NEW_WORDS
     assert world.distance(concept.body, concept.core) > world.CONTRAST
     assert len(list((SHIPPED / "dax").glob("*.png"))) == 6
+    # The prompt that everyone types first is drawn well only if it is learned too.
+    assert "a dax" in [path.read_text().strip() for path in (SHIPPED / "dax").glob("*.txt")]
 
 
 def test_scores_that_are_missing_are_named(tmp_path):
