@@ -49,8 +49,8 @@ def main() -> None:
 
     features = Features(pipe, dataset, config, build.cache_folder(config, workdir))
     features.prepare()
-    told = zip(("student", "teacher"), positions(features), strict=True)
-    print("features: " + ", ".join(f"{role} {count} rows" for role, count in told if count))
+    lengths = zip(("student", "teacher"), positions(features), strict=True)
+    print("features: " + ", ".join(f"{role} {count} rows" for role, count in lengths if count))
     plan = build.make_plan(config, pipe, mesh)
     print("\n".join(plan.describe()), flush=True)
     print("\n".join(budget(config, pipe, plan, features)), flush=True)

@@ -63,7 +63,7 @@ THREADS = 16  # parts that are looked at together
 def main() -> None:
     config = CONFIG.value
 
-    # ---- What is to be made; an earlier preparation must be of the same.
+    # ---- What is to be made; an earlier preparation in the folder must be of the same data.
     with multihost.together():
         workdir = find_workdir(WORKDIR.value, config)
         shard, shards = own_share()
@@ -134,7 +134,7 @@ def prepare(
                 for caption in wanted
             ]
 
-    # ---- Part by part. Whoever is ready waits for the others.
+    # ---- Part by part. Processes that finish first wait for the others.
     with multihost.together():
         if todo:
             devices = jax.local_devices()

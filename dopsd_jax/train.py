@@ -70,7 +70,7 @@ def train(config: ConfigDict, workdir: epath.Path) -> int | None:
     effective_batch = config.batch_size * config.accumulate
     multihost.say("\n".join(describe(dataset, effective_batch)))
 
-    # ---- What the method learns from: computed once, then the encoders leave.
+    # ---- What the method learns from: computed once, then the encoders are freed.
     with multihost.together():
         features = Features(pipe, dataset, config, build.cache_folder(config, workdir))
     multihost.first_alone(features.prepare)
@@ -104,7 +104,7 @@ def train(config: ConfigDict, workdir: epath.Path) -> int | None:
         results.record(plan.trained.export_paths(workdir, step))
 
     def save(step: int) -> None:
-        if plan.trained.is_export_step(step):  # first: who resumes at a checkpoint finds it there
+        if plan.trained.is_export_step(step):  # first: a run that resumes here has it
             export(step)
         writer.flush()
         checkpoints.save(step, state)
@@ -136,7 +136,7 @@ def train(config: ConfigDict, workdir: epath.Path) -> int | None:
         seconds = progress.advance(text=f"loss {loss:.5g}  gap {gap:.5g}")
         speed = {"seconds": seconds, "images_per_second": effective_batch / seconds}
         verdict = guard.look(metrics)
-        del metrics["finite"]  # the verdict names what was not
+        del metrics["finite"]  # the verdict names the parts
         record = {"step": step, **metrics, **verdict, **speed}
         writer.write(record)
         fault = guard.fault(record)

@@ -20,7 +20,7 @@ class Progress:
     """Counts items of work and prints a line from time to time.
 
     Items often come in batches, and the first batch waits for the compilation of its program. So
-    the time left is that of an item, the median over batches without the first one; it is not told
+    the time left is that of an item, the median over batches without the first one; it is not shown
     before there are two batches.
 
     what: begins the line. total: items. done: items that an earlier run did. unit: writes a number

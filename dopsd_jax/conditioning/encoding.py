@@ -52,7 +52,7 @@ class Encoder:
             # A caption for the teacher alone may be as long as the teacher's captions with
             # pictures.
             trained = row.captions[caption[1]][0] in self.dataset.prompt_keys
-            return self.pipe.request(STUDENT, text, told=STUDENT if trained else TEACHER)
+            return self.pipe.request(STUDENT, text, limits_of=STUDENT if trained else TEACHER)
         width, height = self.dataset.buckets[caption[0]]
         options, where = self.options[TEACHER], str(row.image)
         return self.pipe.request(TEACHER, text, size=(height, width), options=options, where=where)

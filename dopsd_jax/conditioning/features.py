@@ -105,11 +105,11 @@ class Features:
         student = [(STUDENT, keys)] + [(PRIOR, keys)] * self.needs.prior
         self.rows = [self._rows(student, STUDENT), None]
         if self.needs.teacher:
-            told = (TEACHER, keys) if self.teacher_key is None else (STUDENT, [self.teacher_key])
-            self.rows[TEACHER] = self._rows([told], TEACHER)
+            wanted = (TEACHER, keys) if self.teacher_key is None else (STUDENT, [self.teacher_key])
+            self.rows[TEACHER] = self._rows([wanted], TEACHER)
 
-    def _rows(self, told: Sequence[tuple[int, Sequence[str]]], role: int) -> PaddedLengths:
-        shapes = [shapes for kind, keys in told for shapes in self.store.shapes(kind, keys)]
+    def _rows(self, wanted: Sequence[tuple[int, Sequence[str]]], role: int) -> PaddedLengths:
+        shapes = [shapes for kind, keys in wanted for shapes in self.store.shapes(kind, keys)]
         return padded_rows(shapes, self.pipe, role)
 
     def image(self, row: int) -> np.ndarray:
@@ -123,8 +123,8 @@ class Features:
             return Contexts(student, None)
         if self.teacher_key is None:
             return Contexts(student, self._context(captions, TEACHER, TEACHER))
-        told = [self.dataset.caption(row, [self.teacher_key]) for row, _ in captions]
-        return Contexts(student, self._context(told, STUDENT, TEACHER))
+        others = [self.dataset.caption(row, [self.teacher_key]) for row, _ in captions]
+        return Contexts(student, self._context(others, STUDENT, TEACHER))
 
     def _context(self, captions: Sequence[Caption], kind: int, role: int) -> Tree:
         features = [self.store.load(caption, (kind,))[0] for caption in captions]

@@ -124,7 +124,7 @@ class PictureIndex:
             return inspect_image(picture, limits, verify=verify)
         try:
             status = self._status(picture)
-        except OSError:  # told in words by the next line
+        except OSError:  # the next line reports it
             return inspect_image(picture, limits, verify=verify)
         place = (picture.name, picture.place, picture.size) if isinstance(picture, Blob) else ()
         file = picture.archive if isinstance(picture, Blob) else picture

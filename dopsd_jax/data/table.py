@@ -20,7 +20,7 @@ class DataRow:
     """One picture with its captions as (key, text); several captions may share a key.
 
     `where` names the row in messages. `declared_size` is the (width, height) that a record claims;
-    it is compared with the file and never used.
+    it is only compared with the file.
     """
 
     image: Path | Blob

@@ -170,7 +170,7 @@ def _noise(seeds, shape):
 
 
 def without_adapters(trained: nnx.State) -> nnx.State:
-    """Adapters that add nothing: the base model in the graph of an adapted one."""
+    """Adapters without effect: the base model in the graph of an adapted one."""
     flat = [
         (path, leaf.replace(leaf[...] * 0) if path[-1] == "b" else leaf)
         for path, leaf in nnx.to_flat_state(trained)

@@ -17,7 +17,7 @@ Tree = Any
 # What the encoders make of one caption (and its picture): named arrays, without padding.
 Features = Mapping[str, np.ndarray]
 PaddedLengths = Mapping[str, int]  # the padded length of every feature that has one
-STUDENT, TEACHER = range(2)  # roles: who is told
+STUDENT, TEACHER = range(2)  # the two roles
 
 
 class Request(NamedTuple):

@@ -192,7 +192,7 @@ class Pipeline:
         *,
         size: tuple[int, int] | None = None,
         options: Mapping[str, Any] | None = None,
-        told: int | None = None,
+        limits_of: int | None = None,
         where: str = "",
     ) -> Request:
         """A prompt as it will be encoded. Raises `UserError` for one that the model cannot take.
@@ -200,7 +200,7 @@ class Pipeline:
         Args:
           size: height and width of the picture, where the role is shown one.
           options: of `options`; None: the family's defaults.
-          told: the role whose limits count; None: `role`.
+          limits_of: the role whose limits count; None: `role`.
           where: what messages call the picture.
         """
         raise NotImplementedError

@@ -150,8 +150,8 @@ def needs(config: Config) -> Needs:
 
 def teacher_key(config: Config) -> str | None:
     """The key of the teacher's captions; None: the teacher gets the student's captions."""
-    told = needs(config).teacher and config["teacher"]["context"] == OTHER_CAPTION
-    return config["teacher"]["prompt_key"] if told else None
+    other = needs(config).teacher and config["teacher"]["context"] == OTHER_CAPTION
+    return config["teacher"]["prompt_key"] if other else None
 
 
 def teacher(config: Config) -> Teacher:

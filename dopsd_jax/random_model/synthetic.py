@@ -97,7 +97,7 @@ def draw(
     choose = np.random.Philox(np.random.SeedSequence((seed, number))).random_raw
     pairs = [(c, g) for c in COLOURS for g in GROUNDS if (c, g) not in TOO_CLOSE]
     raw = [int(value) for value in choose(4)]
-    # The shape goes round with the number, so that a handful of pictures shows different ones.
+    # The shape changes with the number, so that a few pictures show different ones.
     shape = list(SHAPES)[(seed + number) % len(SHAPES)]
     colour, ground = pairs[raw[0] % len(pairs)]
     style = STYLES[raw[1] % len(STYLES)]

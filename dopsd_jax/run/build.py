@@ -147,8 +147,8 @@ def open_data(config: ConfigDict, workdir: Path, step: int) -> Dataset:
     """
     buckets = data_buckets(config, step)
     if is_prepared(config.data.path):
-        keys, told = asked_keys(config), registry.teacher_key(config)
-        keys += (told,) if keys and told else ()
+        keys, other = asked_keys(config), registry.teacher_key(config)
+        keys += (other,) if keys and other else ()
         prepared = Prepared(config.data.path, keys or None)
         prepared.check({"buckets": [list(b) for b in buckets]}, {"buckets": BUCKETS})
         raise_if(
@@ -187,16 +187,16 @@ def trained_keys(config: ConfigDict, found: tuple[str, ...]) -> tuple[str, ...]:
     Without config.data.prompt_keys the teacher's key is not among them: with the same captions
     there is nothing to learn.
     """
-    told, asked = registry.teacher_key(config), asked_keys(config)
-    if told is not None and told not in found:
+    other, asked = registry.teacher_key(config), asked_keys(config)
+    if other is not None and other not in found:
         raise UserError(
-            f"config.teacher.prompt_key: {told!r} is not a caption key of {config.data.path}, "
+            f"config.teacher.prompt_key: {other!r} is not a caption key of {config.data.path}, "
             f"which has {', '.join(found)}"
         )
-    keys = tuple(key for key in found if (key in asked if asked else key != told))
+    keys = tuple(key for key in found if (key in asked if asked else key != other))
     if not keys:
         raise UserError(
-            f"config.teacher.prompt_key: {told!r} is the only caption key that every row has, so "
+            f"config.teacher.prompt_key: {other!r} is the only caption key that every row has, so "
             "student and teacher would get the same; name the student's in "
             "config.data.prompt_keys"
         )

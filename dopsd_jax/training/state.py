@@ -25,7 +25,7 @@ class TrainState(NamedTuple):
 def create(student: Tree, teacher: Teacher, tx: optax.GradientTransformation) -> TrainState:
     """The state before step 1: the teacher is a copy of the student.
 
-    `student` itself stays the caller's: the step donates what it is given.
+    The arrays are copies, because the step donates its state and the caller keeps `student`.
     """
     student = jax.tree.map(jnp.copy, student)
     copy = None if teacher.weights == "live" else jax.tree.map(jnp.copy, student)

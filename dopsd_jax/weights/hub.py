@@ -35,7 +35,7 @@ PIPELINE = (
     "tokenizer/*",
     "scheduler/*.json",
 )
-# The hub client's own failures are these, whichever HTTP library its release stands on.
+# All failures of the hub client, with any HTTP library.
 NETWORK_ERRORS = HfHubHTTPError.__bases__
 
 

@@ -126,8 +126,8 @@ class Pipeline(ZImagePipeline):
     def limits(self, role):
         return {"features": jax.ShapeDtypeStruct((TEXT_ROWS, self.config.text), self.dtype)}
 
-    def request(self, role, prompt, *, size=None, options=None, told=None, where=""):
-        found = super().request(STUDENT, prompt, told=told)
+    def request(self, role, prompt, *, size=None, options=None, limits_of=None, where=""):
+        found = super().request(STUDENT, prompt, limits_of=limits_of)
         if role == STUDENT:
             return found
         latent = jax.ShapeDtypeStruct(self.latent_shape(*size), jnp.float32)

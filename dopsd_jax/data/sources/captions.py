@@ -53,7 +53,7 @@ def captions_of(record: Mapping, keys: Iterable[str]) -> tuple[dict[str, str], l
 def json_captions(content: bytes) -> tuple[dict[str, str], str | None]:
     """Every field of a JSON record that is text, or what is wrong.
 
-    Which of them are captions is decided by who knows the keys that are asked for.
+    The caller, which knows the requested keys, decides which of them are captions.
     """
     try:
         record = parse_json(content, "is not JSON", "correct it")

@@ -90,7 +90,7 @@ class ZImagePipeline(Pipeline):
         *,
         size: tuple[int, int] | None = None,
         options: Mapping[str, Any] | None = None,
-        told: int | None = None,
+        limits_of: int | None = None,
         where: str = "",
     ) -> Request:
         """See `Pipeline.request`."""
@@ -104,7 +104,7 @@ class ZImagePipeline(Pipeline):
                 prompt, count, doubled=options.get("doubled_template", False)
             )
         ids = self.tokenizer(text, add_special_tokens=False)["input_ids"]
-        limit = self.limits(role if told is None else told)["features"]
+        limit = self.limits(role if limits_of is None else limits_of)["features"]
         if len(ids) > limit.shape[0]:
             raise too_long(prompt, len(ids), limit.shape[0])
         shape = limit.update(shape=(len(ids), limit.shape[1]))
