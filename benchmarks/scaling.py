@@ -113,7 +113,9 @@ def make(job: Job, old: dict | None) -> dict | None:
             print(f"{job.name}: the program is the same", flush=True)
             return {**old, "checked": commit()}
     print(f"{job.name}: compiling, {time.strftime('%H:%M')}", flush=True)
-    report = compiled_step.compile_step(config, abstract_step.Case(family, size, **STEP), devices)
+    report = compiled_step.compile_step(
+        config, abstract_step.Workload(family, size, **STEP), devices
+    )
     print(f"{job.name}: {'fits' if report.fits else report.problem}", flush=True)
     return {
         "name": job.name,

@@ -25,7 +25,7 @@ import jax
 from ml_collections import ConfigDict
 
 from dopsd_jax.estimation import abstract_step, compiled_step, flops, remedies, tpu_topologies
-from dopsd_jax.estimation.abstract_step import Case
+from dopsd_jax.estimation.abstract_step import Workload
 from dopsd_jax.estimation.compiled_step import Report
 
 
@@ -35,7 +35,7 @@ def main() -> int:
         jax.config.update("jax_platforms", "cpu")  # whatever else is here is left alone
     devices = tpu_topologies.devices(TOPOLOGY.value)
     family, size, origin = abstract_step.find_network(config, FULL_SIZE.value)
-    case = Case(
+    case = Workload(
         family,
         size,
         height=HEIGHT.value or config.data.resolution,
@@ -53,7 +53,7 @@ def main() -> int:
     return 0 if report.fits else 1
 
 
-def describe(report: Report, config: ConfigDict, case: Case) -> list[str]:
+def describe(report: Report, config: ConfigDict, case: Workload) -> list[str]:
     """The report in lines."""
     devices = math.prod(report.mesh.values())
     axes = ", ".join(f"{axis} {size}" for axis, size in report.mesh.items())

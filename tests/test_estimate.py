@@ -30,9 +30,9 @@ ROOT = pathlib.Path(__file__).parents[1]
 TINY = zimage.ZImageConfig(
     dim=32, layers=2, refiner_layers=1, heads=2, caption_dim=8, axes_dims=(4, 6, 6)
 )
-CASE = abstract_step.Case(family, TINY, height=32, width=48, rows_student=32, rows_teacher=64)
+CASE = abstract_step.Workload(family, TINY, height=32, width=48, rows_student=32, rows_teacher=64)
 PUBLISHED = zimage.ZImageConfig()
-FULL_SIZE = abstract_step.Case(
+FULL_SIZE = abstract_step.Workload(
     family, PUBLISHED, height=1024, width=1024, rows_student=512, rows_teacher=1024
 )
 GIB = 2**30
@@ -192,7 +192,7 @@ def test_an_impossible_case_is_refused(case, message):
     fields = {**vars(CASE), **case}
     with pytest.raises(UserError, match=message):
         compiled_step.compile_step(
-            load_config("random"), abstract_step.Case(**fields), jax.devices()[:1]
+            load_config("random"), abstract_step.Workload(**fields), jax.devices()[:1]
         )
 
 
@@ -372,7 +372,7 @@ def compile_full_size(devices, **changes):
     config = load_config(batch_size=len(devices), **changes)
     assert (config.remat, config.base_dtype, config.lora.rank) == ("full", "bfloat16", 64)
     own, size, _ = abstract_step.find_network(config, full_size=True)
-    case = abstract_step.Case(own, size, 1024, 1024, 512, 1024)
+    case = abstract_step.Workload(own, size, 1024, 1024, 512, 1024)
     report = compiled_step.compile_step(config, case, devices)
     print("\n".join(estimate.describe(report, config, case)))
     assert report.attention == "splash"

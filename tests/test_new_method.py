@@ -14,7 +14,7 @@ from dopsd_jax.config import loading, schema
 from dopsd_jax.config.fields import conditions, declared
 from dopsd_jax.config.reference import help_text, markdown
 from dopsd_jax.dopsd import Losses
-from dopsd_jax.estimation.abstract_step import Case, make_program
+from dopsd_jax.estimation.abstract_step import Workload, make_program
 from dopsd_jax.families.zimage import family
 from dopsd_jax.methods import registry
 from dopsd_jax.methods.method import Method, Needs, Passes
@@ -73,7 +73,7 @@ def test_it_trains_a_step_through_the_plan(toy):
     fields = {"method": "toy", "batch_size": "1", "lora.targets": "attention"}
     config = loading.load("zimage:random", fields)
     mesh = sharding.make_mesh({"data": 1}, jax.devices()[:1])
-    case = Case(family, SIZE, height=32, width=32, rows_student=32, rows_teacher=32)
+    case = Workload(family, SIZE, height=32, width=32, rows_student=32, rows_teacher=32)
     zeros = lambda tree: jax.tree.map(
         lambda x: jnp.zeros(x.shape, x.dtype, device=x.sharding), tree
     )

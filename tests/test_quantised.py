@@ -323,7 +323,9 @@ def test_the_tpu_compiler_makes_no_copy_of_the_base():
     size = zimage.ZImageConfig(
         dim=768, layers=12, refiner_layers=1, heads=6, caption_dim=64, axes_dims=(32, 48, 48)
     )
-    case = abstract_step.Case(family, size, height=128, width=128, rows_student=32, rows_teacher=64)
+    case = abstract_step.Workload(
+        family, size, height=128, width=128, rows_student=32, rows_teacher=64
+    )
     config = load_config(base_dtype="int8", batch_size=1, **{"lora.rank": 4, "lora.alpha": 8.0})
     with jax.default_matmul_precision("default"):
         devices = tpu_topologies.devices("v5e-1")

@@ -23,7 +23,7 @@ from dopsd_jax.weights.stored import read_config
 
 
 @dataclasses.dataclass(frozen=True)
-class Case:
+class Workload:
     """One step to compile: image sides in pixels, caption rows with their padding.
 
     family, size: of the network.
@@ -84,7 +84,7 @@ def find_network(config: ConfigDict, full_size: bool) -> tuple[Family, Size, str
 
 
 def make_program(
-    config: ConfigDict, case: Case, mesh: Mesh | AbstractMesh, platform: str
+    config: ConfigDict, case: Workload, mesh: Mesh | AbstractMesh, platform: str
 ) -> Program:
     """The step of `config` on the network of `case`, in shapes only.
 
@@ -100,7 +100,7 @@ def make_program(
     return Program(plan, graphdef, base, batch, latent, kernel)
 
 
-def _batch(config, case: Case, features, mesh: Mesh) -> Batch:
+def _batch(config, case: Workload, features, mesh: Mesh) -> Batch:
     samples, place = (config.accumulate, config.batch_size), sharding.batch_sharding(mesh)
     put = lambda x: jax.ShapeDtypeStruct((*samples, *x.shape), x.dtype, sharding=place)
     student, teacher = (jax.tree.map(put, own) for own in features)
@@ -113,7 +113,7 @@ def _batch(config, case: Case, features, mesh: Mesh) -> Batch:
     )
 
 
-def _features(config, case: Case) -> list:
+def _features(config, case: Workload) -> list:
     """One sample's context of each role. Raises `UserError` for sizes that cannot be."""
     family, side = case.family, case.family.LATENT_FACTOR * case.size.patch
     most = [cells * family.LATENT_FACTOR for cells in family.largest_latent(case.size)]

@@ -11,7 +11,7 @@ import jax
 from ml_collections import ConfigDict
 
 from dopsd_jax.estimation import flops, memory
-from dopsd_jax.estimation.abstract_step import Case, Program, make_program
+from dopsd_jax.estimation.abstract_step import Program, Workload, make_program
 from dopsd_jax.estimation.collectives import Collectives, Traffic, activations, collectives
 from dopsd_jax.estimation.memory import Account
 from dopsd_jax.methods import registry
@@ -52,7 +52,7 @@ class Report:
         return self.problem is None and not (self.capacity and self.needed > self.capacity)
 
 
-def compile_step(config: ConfigDict, case: Case, devices: list[jax.Device]) -> Report:
+def compile_step(config: ConfigDict, case: Workload, devices: list[jax.Device]) -> Report:
     """Compiles the step of `config` on the network of `case`. Nothing is allocated.
 
     Nothing is compiled if the arrays that stay for the whole run exceed a device's memory.
@@ -89,7 +89,7 @@ def compile_step(config: ConfigDict, case: Case, devices: list[jax.Device]) -> R
 
 
 def prepare(
-    config: ConfigDict, case: Case, devices: list[jax.Device]
+    config: ConfigDict, case: Workload, devices: list[jax.Device]
 ) -> tuple[Report, Callable[[], tuple[jax.stages.Lowered, Program]]]:
     """What is known before the compiler is asked, and the step for it; see `compile_step`."""
     platform, kind = devices[0].platform, devices[0].device_kind
@@ -124,7 +124,7 @@ def digest(lowered: jax.stages.Lowered) -> str:
     return hashlib.sha256(lowered.as_text().encode()).hexdigest()
 
 
-def _work(config, case: Case, program: Program) -> flops.StepWork:
+def _work(config, case: Workload, program: Program) -> flops.StepWork:
     return flops.step_work(
         case.family,
         case.size,

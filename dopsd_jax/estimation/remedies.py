@@ -14,7 +14,7 @@ from ml_collections import ConfigDict
 from dopsd_jax.common.config_fields import as_list
 from dopsd_jax.common.errors import UserError
 from dopsd_jax.estimation import memory
-from dopsd_jax.estimation.abstract_step import Case, make_program
+from dopsd_jax.estimation.abstract_step import Workload, make_program
 from dopsd_jax.estimation.compiled_step import Report
 from dopsd_jax.methods import registry
 from dopsd_jax.parallel import sharding
@@ -38,7 +38,7 @@ class Remedy(NamedTuple):
 class Pricing:
     """The memory of a configuration that is like `config` but for some fields."""
 
-    def __init__(self, config: ConfigDict, case: Case, report: Report):
+    def __init__(self, config: ConfigDict, case: Workload, report: Report):
         self.config, self.case = config, case
         self.platform = "tpu" if report.device_kind.startswith("TPU") else "gpu"
         if report.device_kind == "cpu":
@@ -67,7 +67,7 @@ class Pricing:
 
 
 def advise(
-    config: ConfigDict, case: Case, report: Report
+    config: ConfigDict, case: Workload, report: Report
 ) -> tuple[list[Remedy], list[Remedy], int | None]:
     """(single changes that help, changes that fit together, devices on which the step fits).
 
@@ -93,7 +93,7 @@ def advise(
     return single, chain if best <= report.capacity else [], _devices(config, report, pricing)
 
 
-def describe(config: ConfigDict, case: Case, report: Report) -> list[str]:
+def describe(config: ConfigDict, case: Workload, report: Report) -> list[str]:
     """`advise` in lines."""
     single, chain, devices = advise(config, case, report)
     gib = lambda count: f"{count / 2**30:8.2f} GiB"
