@@ -3,6 +3,7 @@
 `fuzz.py` damages the files; see there.
 """
 
+import importlib.util
 import io
 import json
 import tarfile
@@ -146,6 +147,16 @@ def picture(kind: str = "PNG") -> bytes:
     return content.getvalue()
 
 
+def write_parquet(path: Path) -> Path:
+    """Pictures with captions, as a table of Hugging Face."""
+    import pyarrow
+    import pyarrow.parquet
+
+    columns = {"image": [{"bytes": picture(), "path": "a.png"}] * 3, "text": ["a cube"] * 3}
+    pyarrow.parquet.write_table(pyarrow.table(columns), path)
+    return path
+
+
 def data_readers(folder: Path) -> dict[str, Reader]:
     """The readers of pictures, captions, tables, archives and cached features."""
     places = {name: folder / name for name in ("tables", "listed", "text", "json", "pictures")}
@@ -195,6 +206,9 @@ def data_readers(folder: Path) -> dict[str, Reader]:
     for name in tables:
         path = places["tables"] / name
         found[name] = Reader(path, rows(path), kinds[path.suffix])
+    if importlib.util.find_spec("pyarrow"):
+        path = write_parquet(folder / "a.parquet")
+        found["parquet"] = Reader(path, rows(path), "bytes")
     cache, key = FeatureCache(folder / "cache", report=lambda line: None), "k" * 64
     arrays = {"text": np.arange(12, dtype=np.float32).reshape(3, 4), "n": np.array(3, np.int32)}
     cache.put(key, arrays)

@@ -67,3 +67,16 @@ def test_faults_of_rows_and_files_are_lines(tmp_path, monkeypatch):
         rows.rows[0].image.read()
     monkeypatch.setitem(sys.modules, "pyarrow.parquet", None)
     assert "pip install 'dopsd_jax[parquet]'" in problems_of(load_rows, path)[0]
+
+
+def test_text_that_is_no_utf8_is_damage(tmp_path):
+    texts = pa.array([b"a", b"\xe7"], pa.binary()).cast(pa.string(), safe=False)
+    table = pa.table({"image": [png(0), png(1)], "caption": texts})
+    pq.write_table(table, tmp_path / "a.parquet")
+    assert "is damaged ('utf-8' codec" in problems_of(load_rows, tmp_path / "a.parquet")[0]
+
+
+def test_faults_are_not_read_to_the_end(tmp_path):
+    table = pa.table({"image": [b""] * 3000, "caption": ["x"] * 3000})
+    pq.write_table(table, tmp_path / "a.parquet")
+    assert "so many faults" in problems_of(load_rows, tmp_path / "a.parquet")[0]

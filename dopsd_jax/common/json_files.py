@@ -87,6 +87,8 @@ def _check(content: Any, finite: bool) -> None:
                 if not value.isascii():
                     _check_text(value)
             elif isinstance(value, dict | list):
+                if not value:
+                    continue
                 if len(levels) > MAX_DEPTH:
                     raise _Refused("not valid JSON (nested too deeply)")
                 if isinstance(value, dict):

@@ -105,10 +105,10 @@ def parquet_module():
 
 
 def parquet_faults() -> tuple[type[Exception], ...]:
-    """What reading a damaged file raises."""
+    """What reading a damaged file raises; ValueError for text that is not UTF-8."""
     import pyarrow
 
-    return (OSError, pyarrow.ArrowException)
+    return (OSError, ValueError, pyarrow.ArrowException)
 
 
 @functools.lru_cache(_GROUPS)

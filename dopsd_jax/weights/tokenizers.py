@@ -10,7 +10,7 @@ from dopsd_jax.common.json_files import read_json
 
 FOLDER = "tokenizer"
 RULES, SETTINGS = "tokenizer.json", "tokenizer_config.json"
-MAX_RULES = 24 << 20  # bytes of tokenizer.json; Qwen's takes 11 MB, and 30 times as much parsed
+MAX_RULES = 16 << 20  # bytes of tokenizer.json; Qwen's takes 11 MB, and 30 times as much parsed
 BYTES = 256  # a byte-level tokenizer has at least a token for each
 
 

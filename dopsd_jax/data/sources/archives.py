@@ -17,7 +17,7 @@ import numpy as np
 from dopsd_jax.common.errors import UserError
 from dopsd_jax.common.files import open_regular
 from dopsd_jax.data.blobs import ARCHIVES
-from dopsd_jax.data.sources.collector import Collector, listing
+from dopsd_jax.data.sources.collector import NOT_READ, Collector, listing
 from dopsd_jax.data.sources.files import IMAGE_SUFFIXES
 from dopsd_jax.data.sources.layout import Options
 from dopsd_jax.data.sources.records import METADATA
@@ -41,6 +41,11 @@ class Index(NamedTuple):
 
     entries: list[Entry]
     problems: list[str]
+
+
+def given_up(path: Path, problems: list[str]) -> Index:
+    """The index of an archive with `MAX_PROBLEMS` faults, which is not read to the end."""
+    return Index([], [f"{path}: is no data set; {NOT_READ}", *problems])
 
 
 def matches(path: Path, suffix: str | tuple[str, ...]) -> bool:

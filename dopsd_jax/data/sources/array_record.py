@@ -14,9 +14,8 @@ from dopsd_jax.data.blobs import (
     split_record,
 )
 from dopsd_jax.data.sources import archives
-from dopsd_jax.data.sources.archives import AGAIN, Entry, Index
+from dopsd_jax.data.sources.archives import AGAIN, Entry, Index, given_up
 from dopsd_jax.data.sources.captions import json_captions
-from dopsd_jax.data.sources.collector import NOT_READ
 from dopsd_jax.data.sources.layout import Layout, Options
 
 
@@ -45,7 +44,7 @@ def _read_records(path: Path, options: Options) -> Index:
         if fault:
             problems.append(f"{where}: {fault}; {AGAIN}")
             if len(problems) == MAX_PROBLEMS:
-                return Index([], [f"{path}: is no data set; {NOT_READ}", *problems])
+                return given_up(path, problems)
         else:
             entries.append(Entry(str(number), number, len(picture), list(texts.items())))
     return Index(entries, problems)

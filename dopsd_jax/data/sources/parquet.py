@@ -7,9 +7,10 @@ column of text may be a caption. Needs pyarrow.
 from pathlib import Path
 from typing import Any
 
+from dopsd_jax.common.errors import MAX_PROBLEMS
 from dopsd_jax.data.blobs import PARQUET, bytes_in, parquet_faults, parquet_module, place_of
 from dopsd_jax.data.sources import archives
-from dopsd_jax.data.sources.archives import AGAIN, Entry, Index
+from dopsd_jax.data.sources.archives import AGAIN, Entry, Index, given_up
 from dopsd_jax.data.sources.captions import captions_of
 from dopsd_jax.data.sources.collector import Collector, listing
 from dopsd_jax.data.sources.files import IMAGE_SUFFIXES
@@ -65,6 +66,8 @@ def _read_file(path: Path, options: Options) -> Index:
                     captions, faults = captions_of(record, texts)
                     faults += [] if picture else ["holds no picture"]
                     problems += [f"{path}:{name}: {fault}; {AGAIN}" for fault in faults]
+                    if len(problems) >= MAX_PROBLEMS:
+                        return given_up(path, problems)
                     place = place_of(group, offset)
                     entries.append(Entry(name, place, len(picture), list(captions.items())))
                     number += 1

@@ -11,14 +11,13 @@ from dopsd_jax.common.errors import MAX_PROBLEMS, one_line
 from dopsd_jax.common.files import open_regular
 from dopsd_jax.data.blobs import TAR
 from dopsd_jax.data.sources import archives
-from dopsd_jax.data.sources.archives import AGAIN, COMPRESSED, Entry, Index
+from dopsd_jax.data.sources.archives import AGAIN, COMPRESSED, Entry, Index, given_up
 from dopsd_jax.data.sources.captions import (
     CAPTION_KEY,
     MAX_CAPTION_BYTES,
     captions_in,
     json_captions,
 )
-from dopsd_jax.data.sources.collector import NOT_READ
 from dopsd_jax.data.sources.files import IMAGE_SUFFIXES, UNREADABLE_SUFFIXES, is_rubbish
 from dopsd_jax.data.sources.layout import Layout, Options
 
@@ -61,7 +60,7 @@ def _read_tar(path: Path, options: Options) -> Index:
             if fault:
                 problems.append(one_line(f"{path}:{member.name}: {fault}"))
                 if len(problems) == MAX_PROBLEMS:
-                    return Index([], [f"{path}: is no data set; {NOT_READ}", *problems])
+                    return given_up(path, problems)
                 continue
             content = None
             if suffix in text_suffixes:
