@@ -82,13 +82,13 @@ def inspect_image(
     """
     path = Path(path) if isinstance(path, str) else path
     with _reading(path) as file:
-        image = _header(path, file, limits or ImageLimits())
-        notes: tuple[str, ...] = ()
+        limits, notes = limits or ImageLimits(), ()
+        # `_decode` alone holds the picture, and drops its pixels before it makes others.
         if verify:
-            image, notes = _decode(path, file, image)
+            image, notes = _decode(path, file, _header(path, file, limits))
             width, height = image.size
         else:
-            width, height = _upright_size(path, image)
+            width, height = _upright_size(path, _header(path, file, limits))
         file.seek(0)
         digest = hashlib.file_digest(file, "sha256").hexdigest()
     return ImageInfo(width, height, digest, notes)
