@@ -14,6 +14,7 @@ from dopsd_jax.common.errors import UserError
 from dopsd_jax.conversion.export import export_single
 from dopsd_jax.conversion.importing import import_model
 from dopsd_jax.conversion.inspection import inspect
+from dopsd_jax.families.zimage.networks import ZIMAGE
 from dopsd_jax.random_model import write_random_model
 from dopsd_jax.weights import hub
 from dopsd_jax.weights.load import load_component
@@ -212,3 +213,35 @@ def test_a_single_file_as_a_model_names_the_import(tmp_path):
         hub.resolve(tmp_path / "x.safetensors")
     with pytest.raises(UserError):
         hub.resolve("a" * 5000)
+
+
+def _variant(folder):
+    (file,) = (folder / "transformer").glob("*.safetensors")
+    file.rename(file.with_suffix(".bf16.safetensors"))
+
+
+def _tied_head(folder):
+    (file,) = (folder / "text_encoder").glob("*.safetensors")
+    tensors = load_file(file)
+    _save(file, tensors | {"lm_head.weight": tensors["model.embed_tokens.weight"]})
+
+
+def _bare_names(folder):
+    (file,) = (folder / "text_encoder").glob("*.safetensors")
+    _save(file, {n.removeprefix("model."): a for n, a in load_file(file).items()})
+
+
+def _new_field(folder):
+    path = folder / "transformer" / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"new_field": None}))
+
+
+@pytest.mark.parametrize("change", [_variant, _tied_head, _bare_names, _new_field])
+def test_what_savers_add_or_leave_out_changes_nothing(model, tmp_path, change):
+    folder = shutil.copytree(model, tmp_path / "model")
+    change(folder)
+    for name in ("transformer", "text_encoder"):
+        ours, expected = (open_stored(f / name, ZIMAGE[name]) for f in (folder, model))
+        assert ours.config == expected.config
+        same_modules(load_component(folder / name, ZIMAGE[name]),
+                     load_component(model / name, ZIMAGE[name]))  # fmt: skip

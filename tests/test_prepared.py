@@ -160,6 +160,12 @@ def forge(path, name, old, new):
     path.write_bytes(content)
 
 
+def test_a_part_is_not_read_before_its_sizes_are_looked_at(tmp_path, monkeypatch):
+    folder = write(tmp_path / "set")
+    monkeypatch.setattr(parts, "MAX_SMALL", 100)
+    assert "rows is larger than" in problems_of(Prepared, folder)[0]
+
+
 @pytest.mark.parametrize(
     ("name", "old", "new", "told"),
     [
@@ -297,3 +303,17 @@ def test_prepared_on_many_devices_and_processes_then_trained_without_encoders(ra
     assert facts[0]["data"] == facts[1]["data"]
     picture = "samples/step_000002.png"
     assert (tmp_path / "run" / picture).exists()
+
+
+def test_all_captions_that_are_too_long_are_named_at_once(random_model, tmp_path):
+    folder = write_folder(tmp_path / "set", count=5)
+    for path in sorted(folder.glob("*.txt"))[:4]:
+        path.write_text("The image shows a hand thrown mug with a speckled glaze. " * 200)
+    dataset = measure(load_rows(folder), make_buckets(128)[:2])
+    teacher = {"doubled_template": False, "min_pixels": 64 * 64, "max_pixels": 128 * 128}
+    encoder = Encoder(
+        pipeline(random_model), dataset, ConfigDict({"teacher": teacher, "dreambooth": {}})
+    )
+    problems = problems_of(encoder.shapes, dict.fromkeys(dataset.captions(), (STUDENT,)))
+    assert len(problems) == 4 and all("tokens with its template" in p for p in problems)
+    assert len({p.partition(": ")[0] for p in problems}) == 4
