@@ -14,6 +14,8 @@ from typing import NamedTuple
 from unittest import mock
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 from etils import epath
 from fuzz_damage import seal_part, seal_png, seal_tar
 from PIL import Image
@@ -185,6 +187,8 @@ def data_readers(folder: Path) -> dict[str, Reader]:
                 member.size, member.pax_headers = len(content), {"comment": "é"}
                 archive.addfile(member, io.BytesIO(content))
     write_array_record(folder / "a.array_record", [(CAPTIONS, picture())] * 3)
+    rows_of_parquet = [{"image": {"bytes": picture(), "path": "a.png"}, "caption": "a cube"}] * 3
+    pq.write_table(pa.Table.from_pylist(rows_of_parquet), folder / "a.parquet", row_group_size=2)
 
     def rows(path, **options):
         def read():
@@ -239,6 +243,7 @@ def data_readers(folder: Path) -> dict[str, Reader]:
         ),
         "tar": Reader(folder / "a.tar", rows(folder / "a.tar"), "bytes", seal_tar),
         "array_record": Reader(folder / "a.array_record", rows(folder / "a.array_record"), "bytes"),
+        "parquet": Reader(folder / "a.parquet", rows(folder / "a.parquet"), "bytes"),
         "cached features": Reader(cache.path(key), cached, "safetensors"),
         "cached index": Reader(cache.path(index.key), indexed, "safetensors"),
     }
