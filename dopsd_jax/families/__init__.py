@@ -33,6 +33,7 @@ class Listing(NamedTuple):
 
 FAMILIES = {
     "zimage": Listing("ZImagePipeline", "dopsd_jax.families.zimage"),
+    "flux2_klein": Listing("Flux2KleinPipeline", "dopsd_jax.families.flux2_klein"),
 }
 
 

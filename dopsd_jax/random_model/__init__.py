@@ -22,7 +22,7 @@ from dopsd_jax.random_model.tokenizer import QWEN3_TEMPLATE, QWEN3_VL_TEMPLATE, 
 from dopsd_jax.weights.safetensors_write import write_sharded
 from dopsd_jax.weights.tensors import DTYPES, ArrayTensors
 
-__all__ = ["Size", "write_network", "write_random_model"]
+__all__ = ["Size", "write_json", "write_network", "write_random_model"]
 
 
 def write_random_model(folder: str | os.PathLike, seed: int = 0, size: Size | None = None) -> Path:
@@ -34,7 +34,7 @@ def write_random_model(folder: str | os.PathLike, seed: int = 0, size: Size | No
     """
     folder, size = Path(folder), size or Size()
     folder.mkdir(parents=True, exist_ok=True)
-    _write_json(folder / "scheduler" / "scheduler_config.json", configs.SCHEDULER)
+    write_json(folder / "scheduler" / "scheduler_config.json", configs.SCHEDULER)
     write_tokenizer(folder / "tokenizer", QWEN3_TEMPLATE, max_length=131072)
 
     config = configs.transformer(size)
@@ -52,18 +52,18 @@ def write_random_model(folder: str | os.PathLike, seed: int = 0, size: Size | No
     config = configs.vlm(size)
     leaves = qwen3_vl.names(qwen3_vl.Qwen3VLConfig.from_dict(config, "vlm"))
     write_network(folder / "vlm", config, leaves, "BF16", seed)
-    _write_json(folder / "vlm" / "preprocessor_config.json", configs.PREPROCESSOR)
-    _write_json(folder / "vlm" / "chat_template.json", {"chat_template": QWEN3_VL_TEMPLATE})
+    write_json(folder / "vlm" / "preprocessor_config.json", configs.PREPROCESSOR)
+    write_json(folder / "vlm" / "chat_template.json", {"chat_template": QWEN3_VL_TEMPLATE})
     write_tokenizer(folder / "vlm", QWEN3_VL_TEMPLATE, max_length=262144)
     # The last: a folder that has it is whole.
-    _write_json(folder / "model_index.json", configs.MODEL_INDEX)
+    write_json(folder / "model_index.json", configs.MODEL_INDEX)
     return folder
 
 
 def write_network(folder: Path, config: dict, leaves: Iterable[Leaf], dtype: str, seed: int):
     """A network's folder: `config` and weights drawn from `seed` and their names."""
     base = "diffusion_pytorch_model" if "_class_name" in config else "model"
-    _write_json(folder / "config.json", config)
+    write_json(folder / "config.json", config)
     tensors = {
         source.name: _draw(f"{folder.name}/{source.name}", source.shape, seed).astype(DTYPES[dtype])
         for leaf in leaves
@@ -77,6 +77,8 @@ def _draw(name: str, shape: tuple[int, ...], seed: int) -> np.ndarray:
     x = np.random.default_rng([seed, zlib.crc32(name.encode())]).standard_normal(shape)
     if len(shape) == 1 and name.endswith(".weight"):  # of a norm
         return 1 + 0.1 * x
+    if name.endswith("running_var"):
+        return 1 + 0.1 * x**2
     if len(shape) == 1:
         # Gates that are tanh of little more than a bias: far enough from zero to matter.
         return (0.5 if "adaLN_modulation" in name else 0.1) * x
@@ -85,6 +87,6 @@ def _draw(name: str, shape: tuple[int, ...], seed: int) -> np.ndarray:
     return x / math.sqrt(math.prod(shape[1:]))
 
 
-def _write_json(path: Path, value: dict) -> None:
+def write_json(path: Path, value: dict) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")

@@ -4,15 +4,15 @@ Hidden state -2 of the text encoder, at each text's own tokens.
 """
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import jax
 import numpy as np
-from jax.sharding import Mesh, PartitionSpec
+from jax.sharding import Mesh
 from jaxtyping import Float
 
+from dopsd_jax.families.texts import hidden_states, spread
 from dopsd_jax.models import qwen3, qwen3_vl
-from dopsd_jax.parallel.sharding import BATCH_AXES
 
 TOKEN_MULTIPLE = 32  # texts are padded to it, so that few lengths are compiled
 
@@ -30,7 +30,7 @@ def texts(
     `mesh`: the encoder is whole on each of its devices, and each takes an equal share of the texts.
     """
     padded, lengths = _pad(ids)
-    return _unpad(_encode_text(encoder, padded, lengths, dtype, mesh), ids)
+    return _unpad(hidden_states(encoder, padded, lengths, (-2,), dtype, mesh), ids)
 
 
 def image_texts(
@@ -62,14 +62,6 @@ def _unpad(features, ids: Sequence[Sequence[int]]) -> list[np.ndarray]:
     return [own[: len(tokens)] for own, tokens in zip(found, ids, strict=True)]
 
 
-@functools.partial(jax.jit, static_argnames=("dtype", "mesh"))
-def _encode_text(encoder: qwen3.Qwen3, ids, lengths, dtype, mesh):
-    def run(encoder, ids, lengths):
-        return encoder(ids, lengths, hidden=(-2,), dtype=dtype)[0]
-
-    return _spread(run, mesh, encoder)(ids, lengths)
-
-
 @functools.partial(jax.jit, static_argnames=("cfg", "grid", "dtype", "mesh"))
 def _encode_image_text(vision, language, cfg, ids, lengths, patches, grid, dtype, mesh):
     def run(encoders, ids, lengths, patches):
@@ -77,18 +69,4 @@ def _encode_image_text(vision, language, cfg, ids, lengths, patches, grid, dtype
             *encoders, cfg, ids, lengths, patches, grid, hidden=(-2,), dtype=dtype
         )[0]
 
-    return _spread(run, mesh, (vision, language))(ids, lengths, patches)
-
-
-def _spread(run: Callable, mesh: Mesh | None, weights) -> Callable:
-    """`run(weights, *batch)` on every device of `mesh` with its own samples."""
-    if mesh is None:
-        return functools.partial(run, weights)
-    samples = PartitionSpec(BATCH_AXES)
-    return lambda *batch: jax.shard_map(
-        run,
-        mesh=mesh,
-        in_specs=(PartitionSpec(), *(samples for _ in batch)),
-        out_specs=samples,
-        check_vma=False,  # attention kernels do not say how their results vary
-    )(weights, *batch)
+    return spread(run, mesh, (vision, language))(ids, lengths, patches)

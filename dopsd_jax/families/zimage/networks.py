@@ -3,11 +3,12 @@
 import dataclasses
 from collections.abc import Sequence
 
+from dopsd_jax.families.texts import TEXT_ENCODER
 from dopsd_jax.families.zimage import layouts
-from dopsd_jax.models import autoencoder, qwen3, qwen3_vl, zimage
+from dopsd_jax.models import autoencoder, qwen3_vl, zimage
 from dopsd_jax.models.names import Leaf
 from dopsd_jax.weights import layouts_vae
-from dopsd_jax.weights.layouts import Layout, canonical, renamed
+from dopsd_jax.weights.layouts import Layout, canonical
 from dopsd_jax.weights.networks import DIFFUSERS_BASE, TRANSFORMERS_BASE, Network
 
 
@@ -17,11 +18,6 @@ def _zimage_layouts(config: zimage.ZImageConfig, leaves: Sequence[Leaf]) -> list
         canonical(leaves), name="prefixed", prefixes=layouts.PREFIXES[1:]
     )
     return [layouts.original(leaves, config.dim), behind_prefix]
-
-
-def _qwen3_layouts(config: qwen3.Qwen3Config, leaves: Sequence[Leaf]) -> list[Layout]:
-    # Qwen3Model saves without the `model.` that Qwen3ForCausalLM puts in front.
-    return [renamed("bare", canonical(leaves), {"model.": ""})]
 
 
 def _vae_layouts(config: autoencoder.AutoencoderConfig, leaves: Sequence[Leaf]) -> list[Layout]:
@@ -39,15 +35,7 @@ ZIMAGE = {
         single=layouts.ORIGINAL,
         lora="Z-Image/lora",  # SAI model spec, as musubi-tuner writes it
     ),
-    "text_encoder": Network(
-        "text_encoder",
-        TRANSFORMERS_BASE,
-        qwen3.Qwen3Config.from_dict,
-        lambda config, rngs: qwen3.Qwen3(config, rngs=rngs),
-        qwen3.names,
-        qwen3.unused,
-        _qwen3_layouts,
-    ),
+    "text_encoder": TEXT_ENCODER,
     "vae": Network(
         "vae",
         DIFFUSERS_BASE,

@@ -1,6 +1,7 @@
 """Prompts in the chat templates of the text encoder and of the vision-language model."""
 
 from dopsd_jax.common.errors import raise_if
+from dopsd_jax.families.texts import user_turn
 
 IMAGE_PAD = "<|image_pad|>"
 VISION_START = "<|vision_start|>"
@@ -13,7 +14,7 @@ def student_text(prompt: str) -> str:
 
     (Thinking enabled adds nothing; disabling it is what adds an empty think block.)
     """
-    return f"<|im_start|>user\n{prompt}<|im_end|>\n<|im_start|>assistant\n"
+    return user_turn(prompt)
 
 
 def teacher_text(

@@ -1,0 +1,186 @@
+"""FLUX.2-klein as a `Family`: see `families.base`."""
+
+import math
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jaxtyping import Array, Float
+
+from dopsd_jax.common.errors import UserError
+from dopsd_jax.common.flow import check_grid
+from dopsd_jax.common.json_fields import Fields
+from dopsd_jax.dopsd import Denoiser
+from dopsd_jax.families.base import TEACHER, Features, PaddedLengths
+from dopsd_jax.families.flux2_klein.flops import (
+    TEXT_ROWS,
+    context_work,
+    image_tokens,
+    velocity_work,
+)
+from dopsd_jax.families.flux2_klein.networks import NETWORKS
+from dopsd_jax.families.flux2_klein.options import CONTEXTS
+from dopsd_jax.families.flux2_klein.pipeline import KleinPipeline as Pipeline
+from dopsd_jax.families.flux2_klein.random import random_size, write_random_model
+from dopsd_jax.models.flux2 import STACKS, Flux2
+from dopsd_jax.models.flux2_config import Flux2Config
+from dopsd_jax.parallel.sharding import to_device
+
+__all__ = [
+    "CONTEXTS",
+    "NETWORKS",
+    "Pipeline",
+    "context_work",
+    "image_tokens",
+    "random_size",
+    "velocity_work",
+    "write_random_model",
+]
+
+NAME = "flux2_klein"
+PUBLISHED = Flux2Config()  # 4B
+SCHEDULER = None
+LATENT_FACTOR = 16
+DEPLOYED_STEPS = 4
+LARGEST_LATENT = 128  # cells a side: 2048 pixels
+LEAST_SIGMA = 0.001  # where the scheduler's own levels end before they are shifted
+
+_JOINT = (
+    *("attn.to_q", "attn.to_k", "attn.to_v", "attn.to_out.0"),
+    *("attn.add_q_proj", "attn.add_k_proj", "attn.add_v_proj", "attn.to_add_out"),
+)
+_FEED_FORWARD = ("ff.linear_in", "ff.linear_out", "ff_context.linear_in", "ff_context.linear_out")
+_SINGLE = ("attn.to_qkv_mlp_proj", "attn.to_out")
+LORA_PRESETS = {
+    "blocks": (*_JOINT, *_FEED_FORWARD, *_SINGLE),
+    "double": (*_JOINT, *_FEED_FORWARD),
+    "single": _SINGLE,
+    "klein_upstream": _JOINT,  # all that the released code's patterns match
+}
+
+
+class Context(NamedTuple):
+    """Text features, all rows seen, and clean latents of reference pictures."""
+
+    text: Float[Array, "b l t"]
+    references: tuple[Float[Array, "b _h _w c"], ...] = ()
+
+
+# ---- The sampler.
+
+
+def read_scheduler(content: Any, where: str) -> None:
+    """Checks that it is klein's. Raises `UserError` for a scheduler of another kind."""
+    fields = Fields(content, where)
+    fields.only("_class_name", "FlowMatchEulerDiscreteScheduler", required=True)
+    fields.only("use_dynamic_shifting", True, required=True)
+    fields.only("time_shift_type", "exponential", None)
+    fields.only("shift_terminal", None)
+    fields.finish()
+
+
+def empirical_mu(tokens: int, steps: int) -> float:
+    """The logarithm of the shift for a number of image tokens and of forwards (FLUX.2's fit)."""
+    many = 0.00016927 * tokens + 0.45666666  # for 200 forwards
+    if tokens > 4300:
+        return many
+    few = 8.73809524e-05 * tokens + 1.89833333  # for 10
+    return many + (many - few) / 190 * (steps - 200)
+
+
+def _shifted(sigma: np.ndarray, height: int, width: int) -> tuple[float, ...]:
+    s = math.exp(empirical_mu(height * width, len(sigma)))
+    return (*(s * sigma / (1 + (s - 1) * sigma)).tolist(), 0.0)
+
+
+def deployed_grid(steps: int, scheduler: Any, height: int, width: int) -> tuple[float, ...]:
+    """The nodes of the released sampler."""
+    return _shifted(np.linspace(1.0, 1.0 / steps, steps), height, width)
+
+
+def grid(name: str | Sequence[float], scheduler: Any, height: int, width: int) -> tuple[float, ...]:
+    """The sigma nodes that config.grid names, with the final 0, for a latent [height, width].
+
+    `nodes4`: the deployed sampler's; `upstream4`: those of the released training code, which are
+    not the sampler's and end near 0; or a list of sigmas.
+    """
+    if not isinstance(name, str):
+        return check_grid(name, "config.grid")
+    levels = {
+        "nodes4": np.linspace(1.0, 1.0 / 4, 4),
+        "upstream4": np.linspace(1.0, LEAST_SIGMA, 4),
+    }
+    if name not in levels:
+        raise UserError(
+            f"config.grid: {name!r} is not one of {', '.join(levels)} or a list of sigmas"
+        )
+    return _shifted(levels[name], height, width)
+
+
+def shift(scheduler: Any, height: int, width: int) -> float:
+    """The deployed sampler's for this size."""
+    return math.exp(empirical_mu(height * width, DEPLOYED_STEPS))
+
+
+# ---- The network.
+
+
+def build(size: Flux2Config, *, dtype: Any, attention: str, remat: str, rngs: nnx.Rngs) -> Flux2:
+    """The transformer, to be filled with weights."""
+    return Flux2(size, dtype=dtype, attention=attention, remat=remat, rngs=rngs)
+
+
+def denoiser(graphdef: nnx.GraphDef) -> Denoiser:
+    """The transformer in the project's convention, which is its own."""
+
+    def network(trainable, base):
+        # What lies in the host's memory: stacks are left to the scan over their layers.
+        flat = [
+            (path, leaf if path[0] in STACKS else to_device(leaf))
+            for path, leaf in nnx.to_flat_state(trainable)
+        ]
+        return nnx.merge(graphdef, nnx.from_flat_state(flat), base)
+
+    def precompute(trainable, base, context: Context):
+        return network(trainable, base).embed(*context)
+
+    def velocity(trainable, base, x, sigma, context: Context, embedded):
+        sizes = [latent.shape[1:3] for latent in context.references]
+        sigma = jnp.broadcast_to(sigma, (len(x),))
+        return network(trainable, base)(x, sigma, *embedded, sizes)
+
+    return Denoiser(precompute, velocity)
+
+
+def largest_latent(size: Flux2Config) -> tuple[int, int]:
+    """Positions are not bounded; this is far above what the model was made for."""
+    return LARGEST_LATENT, LARGEST_LATENT
+
+
+# ---- Contexts.
+
+
+def collate(features: Sequence[Features], lengths: PaddedLengths | None = None) -> Context:
+    """Features of a batch as one context; references of a batch have one size."""
+    stacked = lambda name: np.stack([one[name] for one in features])
+    return Context(stacked("text"), (stacked("reference"),) if "reference" in features[0] else ())
+
+
+def abstract_features(
+    size: Flux2Config, role: int, rows: int, dtype: Any, height: int, width: int
+) -> Context:
+    """One sample's context in shapes: the teacher's has a reference besides the text."""
+    shape = jax.ShapeDtypeStruct
+    text = shape((TEXT_ROWS, size.text_dim), dtype)
+    if role != TEACHER:
+        return Context(text)
+    return Context(text, (shape((height, width, size.channels), jnp.float32),))
+
+
+def positions(context: Context) -> int:
+    """Rows of the text and of the references."""
+    cells = (math.prod(latent.shape[-3:-1]) for latent in context.references)
+    return context.text.shape[-2] + sum(cells)

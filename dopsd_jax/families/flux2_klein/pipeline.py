@@ -1,0 +1,98 @@
+"""FLUX.2-klein's encoders: what makes the student's and the teacher's features."""
+
+import functools
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from dopsd_jax.families.base import STUDENT, TEACHER, Features, Request
+from dopsd_jax.families.flux2_klein.flops import TEXT_ROWS
+from dopsd_jax.families.flux2_klein.options import INSTRUCTION
+from dopsd_jax.families.flux2_klein.references import prepare_reference, reference_size
+from dopsd_jax.families.pipeline import Pipeline, too_long
+from dopsd_jax.families.texts import hidden_states, user_turn
+from dopsd_jax.models import qwen3
+from dopsd_jax.weights.load import load_component
+from dopsd_jax.weights.tokenizers import read_tokenizer
+
+LAYERS = (9, 18, 27)  # whose outputs, joined, are a text's features
+REFERENCE_PIXELS = 1024 * 1024
+NOT_THINKING = "<think>\n\n</think>\n\n"  # how the chat template says so
+
+
+class KleinPipeline(Pipeline):
+    """See `Pipeline`."""
+
+    ENCODERS = (("text_encoder",), ("text_encoder", "vae"))
+
+    @functools.cached_property
+    def tokenizer(self) -> Any:
+        return read_tokenizer(self.folder, self.part_config("text_encoder").vocab_size)
+
+    @functools.cached_property
+    def text_encoder(self) -> qwen3.Qwen3:
+        return load_component(
+            self.part_folder("text_encoder"),
+            self.family.NETWORKS["text_encoder"],
+            sharding_for=self.encoder_place(),
+            build=lambda cfg, rngs: qwen3.Qwen3(cfg, attention=self.attention, rngs=rngs),
+        )
+
+    def options(self, role: int, teacher: Mapping[str, Any]) -> dict[str, Any]:
+        """`instruction`: said behind the caption. `reference_pixels`: of the picture, at most."""
+        if role == STUDENT:
+            return {}
+        return {name: teacher[name] for name in ("instruction", "reference_pixels")}
+
+    def limits(self, role: int) -> dict[str, jax.ShapeDtypeStruct]:
+        """Nothing varies: every text has 512 rows, and every picture of one size one reference."""
+        return {}
+
+    def request(
+        self,
+        role: int,
+        prompt: str,
+        *,
+        size: tuple[int, int] | None = None,
+        options: Mapping[str, Any] | None = None,
+        told: int | None = None,
+        where: str = "",
+    ) -> Request:
+        """See `Pipeline.request`."""
+        options, reference = options or {}, None
+        shapes = {"text": jax.ShapeDtypeStruct((TEXT_ROWS, self.config.text_dim), self.dtype)}
+        if role == TEACHER:
+            pixels = options.get("reference_pixels", REFERENCE_PIXELS)
+            reference = self.latent_shape(*reference_size(*size, pixels, where))
+            shapes["reference"] = jax.ShapeDtypeStruct(reference, jnp.float32)
+            prompt = f"{prompt} {options.get('instruction', INSTRUCTION)}".strip()
+        ids = self.tokenizer(user_turn(prompt) + NOT_THINKING, add_special_tokens=False)[
+            "input_ids"
+        ]
+        if len(ids) > TEXT_ROWS:
+            raise too_long(prompt, len(ids), TEXT_ROWS)
+        return Request(shapes, reference, ids)
+
+    def encode(
+        self,
+        role: int,
+        requests: Sequence[Request],
+        pictures: Sequence[np.ndarray],
+        options: Mapping[str, Any] | None = None,
+    ) -> list[Features]:
+        """See `Pipeline.encode`. The rows behind a text are kept: the transformer sees them."""
+        ids = [request.inputs for request in requests]
+        lengths, pad = np.array([len(own) for own in ids]), self.tokenizer.pad_token_id
+        rows = np.array([[*own, *[pad] * (TEXT_ROWS - len(own))] for own in ids], np.int32)
+        mesh = self.encoder_mesh
+        texts = hidden_states(self.text_encoder, rows, lengths, LAYERS, self.dtype, mesh)
+        found = [{"text": text} for text in np.asarray(texts)]
+        if role == STUDENT:
+            return found
+        pixels = (options or {}).get("reference_pixels", REFERENCE_PIXELS)
+        references = np.stack([prepare_reference(picture, pixels) for picture in pictures])
+        latents = np.asarray(self.encode_image(references))
+        return [own | {"reference": one} for own, one in zip(found, latents, strict=True)]

@@ -1,0 +1,71 @@
+"""Texts through Qwen3, the text encoder of several families: on one device or on many."""
+
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh, PartitionSpec
+from jaxtyping import Array, Float, Int
+
+from dopsd_jax.models import qwen3
+from dopsd_jax.models.names import Leaf
+from dopsd_jax.parallel.sharding import BATCH_AXES
+from dopsd_jax.weights.layouts import Layout, canonical, renamed
+from dopsd_jax.weights.networks import TRANSFORMERS_BASE, Network
+
+
+def _layouts(config: qwen3.Qwen3Config, leaves: Sequence[Leaf]) -> list[Layout]:
+    # Qwen3Model saves without the `model.` that Qwen3ForCausalLM puts in front.
+    return [renamed("bare", canonical(leaves), {"model.": ""})]
+
+
+TEXT_ENCODER = Network(
+    "text_encoder",
+    TRANSFORMERS_BASE,
+    qwen3.Qwen3Config.from_dict,
+    lambda config, rngs: qwen3.Qwen3(config, rngs=rngs),
+    qwen3.names,
+    qwen3.unused,
+    _layouts,
+)
+
+
+def user_turn(prompt: str) -> str:
+    """The prompt in Qwen3's chat template: one user turn, and the start of the answer."""
+    return f"<|im_start|>user\n{prompt}<|im_end|>\n<|im_start|>assistant\n"
+
+
+@functools.partial(jax.jit, static_argnames=("hidden", "dtype", "mesh"))
+def hidden_states(
+    encoder: qwen3.Qwen3,
+    ids: Int[Array, "b n"],
+    lengths: Int[Array, " b"],
+    hidden: tuple[int, ...],
+    dtype: Any,
+    mesh: Mesh | None,
+) -> Float[Array, "b n c"]:
+    """The chosen hidden states of texts, joined along the channels; see `Qwen3.__call__`.
+
+    `mesh`: the encoder is whole on each of its devices, and each takes an equal share of the texts.
+    """
+
+    def run(encoder, ids, lengths):
+        return jnp.concatenate(encoder(ids, lengths, hidden=hidden, dtype=dtype), axis=-1)
+
+    return spread(run, mesh, encoder)(ids, lengths)
+
+
+def spread(run: Callable, mesh: Mesh | None, weights: Any) -> Callable:
+    """`run(weights, *batch)` on every device of `mesh` with its own samples."""
+    if mesh is None:
+        return functools.partial(run, weights)
+    samples = PartitionSpec(BATCH_AXES)
+    return lambda *batch: jax.shard_map(
+        run,
+        mesh=mesh,
+        in_specs=(PartitionSpec(), *(samples for _ in batch)),
+        out_specs=samples,
+        check_vma=False,  # attention kernels do not say how their results vary
+    )(weights, *batch)

@@ -1,0 +1,171 @@
+"""FLUX.2-klein against diffusers' pipeline: texts, references, noise levels, pictures."""
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import torch
+from conftest import relative_error
+from diffusers import FlowMatchEulerDiscreteScheduler, Flux2KleinPipeline
+from diffusers.pipelines.flux2.image_processor import Flux2ImageProcessor
+from diffusers.pipelines.flux2.pipeline_flux2_klein import compute_empirical_mu
+from PIL import Image
+
+from dopsd_jax import families
+from dopsd_jax.adapters import attach
+from dopsd_jax.common.errors import UserError
+from dopsd_jax.data.buckets import make_buckets
+from dopsd_jax.families.base import STUDENT, TEACHER
+from dopsd_jax.families.flux2_klein import family
+from dopsd_jax.families.flux2_klein.options import INSTRUCTION
+from dopsd_jax.families.flux2_klein.references import prepare_reference, reference_size
+from dopsd_jax.families.pipeline import pipeline
+from dopsd_jax.models.flux2_config import Flux2Config
+
+KLEIN_4B = Flux2Config()
+KLEIN_9B = Flux2Config(heads=32, double_layers=8, single_layers=24, text_dim=12288)
+PROMPT = "a large red circle on the left"
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return family.write_random_model(tmp_path_factory.mktemp("klein") / "model")
+
+
+@pytest.fixture(scope="module")
+def pipe(folder):
+    return pipeline(folder)
+
+
+@pytest.fixture(scope="module")
+def theirs(folder):
+    found = Flux2KleinPipeline.from_pretrained(folder, dtype=torch.float32)
+    found.set_progress_bar_config(disable=True)
+    return found
+
+
+def picture(height, width, seed=0):
+    small = np.random.default_rng(seed).integers(0, 256, (height // 8, width // 8, 3), np.uint8)
+    return np.asarray(Image.fromarray(small).resize((width, height), Image.Resampling.BICUBIC))
+
+
+def test_the_folder_names_its_family(folder):
+    assert families.of_folder(folder) is family
+
+
+@pytest.mark.parametrize("prompt", [PROMPT, ""])
+def test_texts_are_those_of_diffusers_with_all_their_rows(pipe, theirs, prompt):
+    with torch.no_grad():
+        expected = theirs.encode_prompt(prompt)[0][0].numpy()
+    (features,) = pipe.encode(STUDENT, [pipe.request(STUDENT, prompt)], [])
+    assert features["text"].shape == (512, pipe.config.text_dim)
+    assert relative_error(features["text"], expected) <= 1e-5
+
+
+def test_a_picture_is_that_of_diffusers(pipe, theirs):
+    noise = np.random.default_rng(0).standard_normal((1, 6, 4, pipe.config.channels), np.float32)
+    packed = torch.tensor(noise).permute(0, 3, 1, 2)
+    expected = theirs(
+        prompt=PROMPT, height=96, width=64, num_inference_steps=4, latents=packed, output_type="np"
+    ).images[0]
+    actual = pipe([PROMPT], height=96, width=64, latents=noise)[0]
+    assert np.abs(actual - np.round(255 * expected)).max() <= 2
+    assert len(np.unique(actual)) > 50
+
+
+@pytest.mark.parametrize("size", [(96, 64), (70, 150)])
+def test_the_teacher_is_the_editing_branch_of_diffusers(pipe, theirs, size):
+    """Caption and instruction, with the picture as reference, of its own size."""
+    noise = np.random.default_rng(1).standard_normal((1, 4, 6, pipe.config.channels), np.float32)
+    shown = picture(80, 160)[: size[0], : size[1]]
+    expected = theirs(
+        prompt=f"{PROMPT} {INSTRUCTION}", image=Image.fromarray(shown), height=64, width=96,
+        num_inference_steps=4, latents=torch.tensor(noise).permute(0, 3, 1, 2), output_type="np",
+    ).images[0]  # fmt: skip
+    request = pipe.request(TEACHER, PROMPT, size=shown.shape[:2])
+    context = family.collate(pipe.encode(TEACHER, [request], [shown]))
+    grid = pipe.deployed_grid((4, 6))
+    actual = pipe.decode(pipe.sample(pipe.split[1], jnp.asarray(noise), context, grid))[0]
+    assert np.abs(actual - np.round(255 * expected)).max() <= 2
+    alone = pipe([PROMPT], height=64, width=96, latents=noise)[0]
+    assert np.abs(alone.astype(int) - actual).max() > 2  # and the reference is seen
+
+
+def test_grids_are_those_of_diffusers_for_every_bucket():
+    scheduler = FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True, shift=3.0)
+    sizes = [(b.height // 16, b.width // 16) for b in make_buckets(1024, 16)]
+    assert len(sizes) > 5
+    for height, width in [*sizes, (16, 16), (32, 32), (96, 96)]:
+        mu = compute_empirical_mu(height * width, 4)
+        scheduler.set_timesteps(sigmas=np.linspace(1.0, 0.25, 4), mu=mu)
+        wanted = scheduler.sigmas.numpy()
+        np.testing.assert_allclose(family.grid("nodes4", None, height, width), wanted, atol=2e-6)
+        assert family.deployed_grid(4, None, height, width) == family.grid(
+            "nodes4", None, height, width
+        )
+        scheduler.set_timesteps(4, mu=mu)
+        wanted = scheduler.sigmas.numpy()
+        np.testing.assert_allclose(family.grid("upstream4", None, height, width), wanted, atol=2e-6)
+
+
+def test_published_grids():
+    np.testing.assert_allclose(
+        family.grid("nodes4", None, 64, 64), [1, 0.967384, 0.908144, 0.767200, 0], atol=1e-6
+    )
+    upstream = family.grid("upstream4", None, 64, 64)
+    np.testing.assert_allclose(upstream, [1, 0.9519, 0.8322, 0.0098, 0], atol=5e-5)
+
+
+@pytest.mark.parametrize("size", [(64, 64), (1000, 700), (1100, 1300), (2000, 250), (65, 513)])
+def test_references_are_prepared_as_diffusers_does(size):
+    shown = picture(*(side + -side % 8 for side in size))[: size[0], : size[1]]
+    processor = Flux2ImageProcessor(vae_scale_factor=16)
+    image = Image.fromarray(shown)
+    if image.width * image.height > 1024 * 1024:
+        image = processor._resize_to_target_area(image, 1024 * 1024)
+    sides = {"height": image.height // 16 * 16, "width": image.width // 16 * 16}
+    pixels = processor.preprocess(image, resize_mode="crop", **sides)[0].permute(1, 2, 0).numpy()
+    actual = prepare_reference(shown, 1024 * 1024)
+    np.testing.assert_array_equal(actual, np.round((pixels + 1) * 127.5))
+    assert actual.shape[:2] == reference_size(*size, 1024 * 1024)
+
+
+@pytest.mark.parametrize(
+    ("size", "pixels", "message"),
+    [
+        ((63, 200), 2**20, "dog.png: is 200x63; a reference has at least 64 pixels a side"),
+        ((64, 520), 2**20, "dog.png: is 520x64; a reference is at most 8 times as long as wide"),
+        ((64, 512), 64 * 16, "dog.png: 90x11 is left of it under config.teacher.reference_pixels"),
+    ],
+)
+def test_references_that_cannot_be_are_one_line(size, pixels, message):
+    with pytest.raises(UserError, match=message):
+        reference_size(*size, pixels, "dog.png")
+
+
+def test_a_smaller_reference_is_fewer_tokens(pipe):
+    request = lambda pixels: pipe.request(
+        TEACHER, PROMPT, size=(128, 128), options={"reference_pixels": pixels, "instruction": ""}
+    )
+    assert request(2**20).shapes["reference"].shape[:2] == (8, 8)
+    assert request(64 * 64).shapes["reference"].shape[:2] == (4, 4)
+
+
+@pytest.mark.parametrize(
+    ("preset", "counts"),
+    [
+        ("blocks", (100, 144)),
+        ("klein_upstream", (40, 64)),
+        ("single", (40, 48)),
+        ("double", (60, 96)),
+    ],
+)
+def test_presets_adapt_the_layers_they_name(preset, counts):
+    for size, count in zip((KLEIN_4B, KLEIN_9B), counts, strict=True):
+        slots = attach.slots(family.NETWORKS["transformer"].names(size))
+        chosen = attach.select(slots, preset, family.LORA_PRESETS)
+        assert len(chosen) == count and not any("norm_out" in name for name in chosen)
+
+
+def test_a_prompt_that_is_too_long_is_refused(pipe):
+    with pytest.raises(UserError, match="the model takes 512; shorten it"):
+        pipe.request(STUDENT, "red circle " * 600)
