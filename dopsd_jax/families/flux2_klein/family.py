@@ -163,7 +163,7 @@ def largest_latent(size: Flux2Config) -> tuple[int, int]:
 # ---- Contexts.
 
 
-def collate(features: Sequence[Features], lengths: PaddedLengths | None = None) -> Context:
+def collate(features: Sequence[Features], rows: PaddedLengths | None = None) -> Context:
     """Features of a batch as one context; references of a batch have one size."""
     stacked = lambda name: np.stack([one[name] for one in features])
     return Context(stacked("text"), (stacked("reference"),) if "reference" in features[0] else ())

@@ -58,7 +58,7 @@ class KleinPipeline(Pipeline):
         *,
         size: tuple[int, int] | None = None,
         options: Mapping[str, Any] | None = None,
-        told: int | None = None,
+        limits_of: int | None = None,
         where: str = "",
     ) -> Request:
         """See `Pipeline.request`."""
