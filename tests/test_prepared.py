@@ -163,7 +163,7 @@ def forge(path, name, old, new):
 def test_a_part_is_not_read_before_its_sizes_are_looked_at(tmp_path, monkeypatch):
     folder = write(tmp_path / "set")
     monkeypatch.setattr(parts, "MAX_SMALL", 100)
-    assert "rows is larger than" in problems_of(Prepared, folder)[0]
+    assert "is larger than" in problems_of(Prepared, folder)[0]
 
 
 @pytest.mark.parametrize(
