@@ -58,7 +58,8 @@ def test_shipped_configurations_are_found_by_name(tmp_path, monkeypatch):
         assert find.find_config(name) == name
     (tmp_path / "zimage").write_text("")  # a file of that name comes first
     assert find.find_config("zimage:x") == "zimage:x"
-    with pytest.raises(UserError, match=r"zimagee: is neither a file nor .*; those are flux2_klein, zimage"):
+    known = r"zimagee: is neither a file nor .*; those are flux2_klein, zimage"
+    with pytest.raises(UserError, match=known):
         find.find_config("zimagee:tiny")
 
 
