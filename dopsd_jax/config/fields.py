@@ -112,7 +112,7 @@ _DATA = (
           low=1, high=65536, unit="pixels"),
     Field("data.buckets", "", "bucket sizes instead of these, such as 832x1248,1024x1024", "list"),
     Field("data.prompt_keys", "", "caption keys to use; empty: all that every row has", "list"),
-    Field("data.image_key", "", "column with the picture's path; empty: one of the known names"),
+    Field("data.image_key", "", "column of pictures or their paths; empty: one of the known names"),
     Field("data.caption_key", "", "column with the caption; empty: see data.prompt_keys"),
     Field("data.caption_extension", ".txt", "file name ending of the captions beside the pictures"),
     Field("data.caption_lines", False, "every line of a caption file is an alternative caption"),
