@@ -48,6 +48,7 @@ setup(
         "ml_collections>=1.1.0",
         "transformers>=5.23",
         "numpy>=2.0",
+        "scipy",  # JAX needs it too
         "pillow>=11.3",
         "absl-py",
         "etils[epath]",

@@ -189,4 +189,3 @@ def test_rates_of_devices():
     assert flops.peak_rate("NVIDIA H100 80GB HBM3") == 989e12
     assert flops.peak_rate("NVIDIA H100 PCIe") == 756e12
     assert flops.peak_rate("cpu") is None
-    assert flops.mfu(459e12, seconds=2.0, devices=1, rate=459e12) == 0.5

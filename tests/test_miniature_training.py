@@ -9,6 +9,7 @@ import optax
 import pytest
 import transformers
 from conftest import relative_error
+from flax import nnx
 from jax.sharding import SingleDeviceSharding
 from torch_reference import sample_with_diffusers
 
@@ -71,7 +72,11 @@ def test_the_exported_model_predicts_what_was_trained(folder, start, texts, vae)
     images = pool.plain_pictures(0, 0, 2)
     x = jax.random.normal(jax.random.key(2), (2, 16, 16, configs.LATENT_CHANNELS))
     net = optimizer.merge(networks.abstract(SMALL), start)
-    sigma = jnp.full(2, 0.7)
+
+    @nnx.jit
+    def velocity(net, ids, lengths, patches):
+        return net.velocity(x, jnp.full(2, 0.7), net.context(ids, lengths, patches), lengths)
+
     contexts = {
         False: pipe.encode_prompt([PROMPT] * 2),
         True: pipe.encode_prompt_with_image(
@@ -82,11 +87,11 @@ def test_the_exported_model_predicts_what_was_trained(folder, start, texts, vae)
     for image, context in contexts.items():
         ids, lengths = texts([PROMPT] * 2, image)
         patches = networks.patches_of(images) if image else None
-        features = net.context(ids, lengths, patches)
-        seen[image] = np.asarray(net.velocity(x, sigma, features, lengths))
+        seen[image] = np.asarray(velocity(net, ids, lengths, patches))
         assert relative_error(pipe.velocity(x, 0.7, context), seen[image]) < 1e-4
     assert relative_error(seen[True], seen[False]) > 1e-3
-    trained = np.asarray(to_uint8(vae.decode_images(vae.encode_images(images))), np.int32)
+    again = nnx.jit(lambda vae, x: to_uint8(vae.decode_images(vae.encode_images(x))))
+    trained = np.asarray(again(vae, images), np.int32)
     found = np.asarray(pipe.decode(pipe.encode_image(images)), np.int32)
     # The autoencoder is stored in bfloat16.
     assert np.abs(found - trained).mean() < 3

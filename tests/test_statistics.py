@@ -8,9 +8,9 @@ from shape_checks import unchecked
 from dopsd_jax.evaluation import statistics
 
 
-@pytest.mark.parametrize("freedom", [1, 2, 3, 4, 7, 30, 199])
-def test_t_is_that_of_the_tables(freedom):
-    assert statistics.t_quantile(freedom) == pytest.approx(stats.t.ppf(0.975, freedom), rel=1e-9)
+def test_t_is_that_of_the_tables():
+    found = [statistics.t_quantile(freedom) for freedom in (1, 2, 4, 30, 200)]
+    assert found == pytest.approx([12.706, 4.303, 2.776, 2.042, 1.972], abs=5e-4)
 
 
 def test_the_interval_is_students_over_prompts():

@@ -52,7 +52,7 @@ def numbers(workdir):
 def test_a_run_stopped_by_a_signal_and_killed_while_saving_is_the_same_run(random_run, tmp_path):
     """Other checkpoints and previews on its way than the one that was left alone."""
     workdir = tmp_path / "run"
-    for name in ("random_model", "random_data"):
+    for name in ("random_model", "random_data", "features"):
         shutil.copytree(random_run / name, workdir / name)
     options = "--config.checkpoint_every=1", "--config.sample_every=3"
 

@@ -95,25 +95,6 @@ def test_the_exported_lora_gives_diffusers_the_pictures_we_sample(random_run, tm
     assert np.abs(ours - again).max() <= 2
 
 
-def test_a_resumed_run_equals_an_uninterrupted_one_bit_for_bit(random_run, tmp_path):
-    """Stopped after step 2, with a half-written line and a half-written checkpoint behind it."""
-    workdir = tmp_path / "run"
-    shutil.copytree(random_run, workdir)
-    shutil.rmtree(workdir / "checkpoints" / "4")
-    (workdir / "checkpoints" / "4.orbax-checkpoint-tmp-0").mkdir()
-    (workdir / "lora" / "step_4.safetensors").unlink()
-    with open(workdir / "metrics.jsonl", "a") as file:
-        file.write('{"step": 5, "lo')
-    result = run_program("train", *RANDOM_CONFIG, f"--workdir={workdir}")
-    assert result.returncode == 0, result.stderr
-    assert "resuming at step 2" in result.stdout
-    same_numbers(records(workdir), records(random_run))
-    ours, whole = (tensors(w / "lora" / "step_4.safetensors") for w in (workdir, random_run))
-    assert ours.keys() == whole.keys()
-    for name, array in whole.items():
-        np.testing.assert_array_equal(ours[name], array, err_msg=name)
-
-
 def test_a_result_that_was_altered_is_written_again_from_the_state(random_run, tmp_path):
     """Also one that was emptied, or that other settings made; and an intact one is left alone."""
     workdir = tmp_path / "run"
@@ -250,7 +231,7 @@ def test_a_caption_longer_than_the_model_takes_is_named_before_training(random_r
     assert not (workdir / "metrics.jsonl").exists()
 
 
-def test_a_full_disk_while_saving_loses_nothing(random_run, tmp_path):
+def test_a_run_that_a_full_disk_ended_goes_on_bit_for_bit(random_run, tmp_path):
     """Files cannot grow past what the first checkpoint took: the next, larger write fails."""
     workdir = tmp_path / "run"
     shutil.copytree(random_run, workdir)
@@ -270,9 +251,17 @@ def test_a_full_disk_while_saving_loses_nothing(random_run, tmp_path):
     assert len(errors) == 1 and "disk is full" in errors[0] and "Traceback" not in result.stderr
     assert (workdir / "lora" / "step_2.safetensors").read_bytes() == before
     assert Checkpoints(workdir / "checkpoints", keep=3).steps == [2]
+    # What a kill leaves: a half-written checkpoint and a half-written line.
+    (workdir / "checkpoints" / "4.orbax-checkpoint-tmp-0").mkdir(exist_ok=True)
+    with open(workdir / "metrics.jsonl", "a") as file:
+        file.write('{"step": 5, "lo')
     again = run_program("train", *RANDOM_CONFIG, f"--workdir={workdir}")
-    assert again.returncode == 0 and "resuming at step 2" in again.stdout
+    assert again.returncode == 0 and "resuming at step 2" in again.stdout, again.stderr
     same_numbers(records(workdir), records(random_run))
+    ours, whole = (tensors(w / "lora" / "step_4.safetensors") for w in (workdir, random_run))
+    assert ours.keys() == whole.keys()
+    for name, array in whole.items():
+        np.testing.assert_array_equal(ours[name], array, err_msg=name)
 
 
 def test_a_run_goes_on_with_another_rate_if_that_is_allowed(random_run, tmp_path):

@@ -6,18 +6,15 @@ from concurrent.futures import ThreadPoolExecutor
 
 from etils import epath
 
-_CHUNK, _THREADS = 1 << 22, 4
+_THREADS = 4
 
 
 def file_digests(folder: epath.Path, names: Sequence[str]) -> dict[str, str]:
     """sha256 of each file `folder / name`, by name. Raises OSError."""
 
     def digest(name: str) -> str:
-        content = hashlib.sha256()
         with (folder / name).open("rb") as file:
-            while chunk := file.read(_CHUNK):
-                content.update(chunk)
-        return content.hexdigest()
+            return hashlib.file_digest(file, "sha256").hexdigest()
 
     with ThreadPoolExecutor(_THREADS) as pool:
         return dict(zip(names, pool.map(digest, names), strict=True))

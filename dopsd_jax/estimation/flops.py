@@ -91,11 +91,3 @@ def peak_rate(device_kind: str) -> float | None:
 def device_memory(device_kind: str) -> float | None:
     """Bytes of a TPU's memory; None if it is not in `DEVICES`."""
     return next((size for kind, _, size in DEVICES if re.search(kind, device_kind)), None)
-
-
-def mfu(model_flop: float, seconds: float, devices: int, rate: float) -> float:
-    """Share of the devices' peak that the work a step needs would keep busy.
-
-    `model_flop`: `StepWork.model` times the images of a step. `rate`: see `peak_rate`.
-    """
-    return model_flop / (seconds * devices * rate)

@@ -11,12 +11,12 @@ seed. Where all prompts agree its width is 0, but the value is not certain: a sh
 prompts is uncertain by about 3 / n.
 """
 
-import functools
 import math
 from collections.abc import Callable
 from typing import NamedTuple
 
 import numpy as np
+import scipy.special
 from jaxtyping import Bool, Float
 
 LEVEL = 0.95
@@ -38,7 +38,7 @@ def mean(values: Float[np.ndarray, "p s"]) -> Estimate:
     if count < 2:
         return Estimate(float(each.mean()), None, count)
     error = each.std(ddof=1) / math.sqrt(count)
-    return Estimate(float(each.mean()), float(t_quantile(count - 1) * error), count)
+    return Estimate(float(each.mean()), t_quantile(count - 1) * error, count)
 
 
 def difference(values: Float[np.ndarray, "p s"], base: Float[np.ndarray, "p s"]) -> Estimate:
@@ -59,28 +59,9 @@ def jackknife(figure: Callable[[Bool[np.ndarray, " p"]], float], prompts: int) -
         return Estimate(whole, None, prompts)
     less = np.array([figure(np.arange(prompts) != left_out) for left_out in range(prompts)])
     error = math.sqrt((prompts - 1) / prompts * np.square(less - less.mean()).sum())
-    return Estimate(whole, float(t_quantile(prompts - 1) * error), prompts)
+    return Estimate(whole, t_quantile(prompts - 1) * error, prompts)
 
 
-@functools.cache
 def t_quantile(freedom: int) -> float:
     """The t that |Student's t| of `freedom` degrees stays below with probability `LEVEL`."""
-    low, high = 0.0, 1.0
-    while _central(high, freedom) < LEVEL:
-        high *= 2
-    for _ in range(80):
-        middle = (low + high) / 2
-        low, high = (low, middle) if _central(middle, freedom) > LEVEL else (middle, high)
-    return (low + high) / 2
-
-
-def _central(t: float, freedom: int) -> float:
-    """P(|T| < t), by the finite series of Abramowitz and Stegun 26.7.3 and 26.7.4."""
-    angle = math.atan2(t, math.sqrt(freedom))
-    cosine, sine = math.cos(angle), math.sin(angle)
-    odd = freedom % 2
-    term, total = (cosine if odd else 1.0), 0.0
-    for k in range(1 + odd, freedom, 2):
-        total += term
-        term *= cosine * cosine * k / (k + 1)
-    return 2 / math.pi * (angle + sine * total) if odd else sine * total
+    return float(scipy.special.stdtrit(freedom, (1 + LEVEL) / 2))

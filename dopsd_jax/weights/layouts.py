@@ -58,7 +58,7 @@ def canonical(leaves: Iterable[Leaf], unused: Iterable[Source] = ()) -> Layout:
     )
 
 
-def renamed(name: str, base: Layout, rename: Mapping[str, str], prefixes=("",)) -> Layout:
+def renamed(name: str, base: Layout, rename: Mapping[str, str]) -> Layout:
     """`base` with parts of names replaced, in the mapping's order."""
 
     def one(entry: Entry) -> Entry:
@@ -68,7 +68,7 @@ def renamed(name: str, base: Layout, rename: Mapping[str, str], prefixes=("",)) 
         return dataclasses.replace(entry, name=new)
 
     entries, extras = (tuple(map(one, group)) for group in (base.entries, base.extras))
-    return Layout(name, entries, extras, prefixes)
+    return Layout(name, entries, extras)
 
 
 def recognise(where: str, names: Iterable[str], layouts: Sequence[Layout]) -> Found:
