@@ -172,6 +172,9 @@ def test_broken_model_folders_are_named(random_model, tmp_path, change, message)
 def test_sizes_and_prompts_the_model_cannot_take_are_named(pipe):
     with pytest.raises(UserError, match="width 100: must be a multiple of 16"):
         pipe(["a"], height=96, width=100)
+    size = {"min_pixels": 2**20, "max_pixels": 2**20}
+    with pytest.raises(UserError, match=r"tokens .* of them for the picture.*teacher\.max_pixels"):
+        pipe.encode_prompt_with_image(["x"], np.zeros((1, 64, 64, 3), np.uint8), **size)
     with pytest.raises(UserError, match="512; shorten it"):
         pipe(["word " * 600], height=32, width=32)
     with pytest.raises(UserError, match="no such folder"):

@@ -3,7 +3,7 @@
 import functools
 import hashlib
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -235,7 +235,7 @@ class Pipeline:
         return self.family.collate([self.features(STUDENT, p) for p in prompts])
 
     def encode_prompt_with_image(
-        self, prompts: Sequence[str], images: Sequence[UInt8[np.ndarray, "_H _W 3"]], **options: Any
+        self, prompts: Sequence[str], images: Iterable[UInt8[np.ndarray, "_H _W 3"]], **options: Any
     ) -> Tree:
         """The teacher's context; `options`: see the family's `options`."""
         pairs = zip(prompts, images, strict=True)
@@ -333,12 +333,16 @@ def start_noise(seed: int, count: int, shape: tuple[int, ...]) -> Float[Array, "
     return jax.vmap(draw)(jnp.arange(count))
 
 
-def too_long(prompt: str, count: int, limit: int) -> UserError:
-    """A prompt makes more tokens than the model takes."""
+def too_long(prompt: str, count: int, limit: int, picture: int = 0) -> UserError:
+    """A prompt makes more tokens than the model takes; `picture`: how many are its picture's."""
     start = prompt if len(prompt) < 60 else f"{prompt[:57]}..."
+    share, advice = "", "shorten it"
+    if picture:
+        share = f", {picture} of them for the picture"
+        advice += ", or lower teacher.min_pixels and teacher.max_pixels"
     return UserError(
-        f"the prompt {start!r} makes {count} tokens with its template, the model takes {limit}; "
-        "shorten it"
+        f"the prompt {start!r} makes {count} tokens with its template{share}, the model takes "
+        f"{limit}; {advice}"
     )
 
 

@@ -94,7 +94,7 @@ class ZImagePipeline(Pipeline):
         where: str = "",
     ) -> Request:
         """See `Pipeline.request`."""
-        grid, options = None, options or {}
+        grid, count, options = None, 0, options or {}
         if role == STUDENT:
             text = templates.student_text(prompt)
         else:
@@ -106,7 +106,7 @@ class ZImagePipeline(Pipeline):
         ids = self.tokenizer(text, add_special_tokens=False)["input_ids"]
         limit = self.limits(role if limits_of is None else limits_of)["features"]
         if len(ids) > limit.shape[0]:
-            raise too_long(prompt, len(ids), limit.shape[0])
+            raise too_long(prompt, len(ids), limit.shape[0], count)
         shape = limit.update(shape=(len(ids), limit.shape[1]))
         return Request({"features": shape}, (encoders.padded_tokens(len(ids)), grid), ids)
 
