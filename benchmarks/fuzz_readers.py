@@ -36,6 +36,7 @@ from dopsd_jax.data.sources.array_record import write_array_record
 from dopsd_jax.evaluation.arms import of_run
 from dopsd_jax.evaluation.gallery import Gallery
 from dopsd_jax.evaluation.prompts import class_names, read_prompts
+from dopsd_jax.families.flux2_klein import random
 from dopsd_jax.families.zimage.networks import VLM, ZIMAGE
 from dopsd_jax.miniature.concepts import read_concept, write_concept
 from dopsd_jax.miniature.saved import load_tree, save_tree
@@ -76,13 +77,10 @@ def readers(folder: Path) -> dict[str, Reader]:
     model = write_random_model(folder / "model")
     import_model(model, folder / "converted")
     found = weight_readers(folder, model)
-    for name, of in {
-        "data": data_readers,
-        "prepared": prepared_readers,
-        "run": run_readers,
-    }.items():
-        (folder / name).mkdir()
-        found |= of(folder / name)
+    for of in (flux2_readers, data_readers, prepared_readers, run_readers):
+        place = folder / of.__name__
+        place.mkdir()
+        found |= of(place)
     return found
 
 
@@ -139,6 +137,19 @@ def weight_readers(folder: Path, model: Path) -> dict[str, Reader]:
         ),
         "preprocessor": Reader(preprocessor, lambda: pipeline().image_settings({}), "json"),
     }
+
+
+def flux2_readers(folder: Path) -> dict[str, Reader]:
+    """The readers of the other family's model."""
+    family = families.load("flux2_klein")
+    model = random.write_random_model(folder / "model")
+    found = {}
+    for name in ("transformer", "vae"):
+        read = lambda name=name: open_stored(model / name, family.NETWORKS[name])
+        found[f"flux2 {name} config"] = Reader(model / name / "config.json", read, "json")
+    scheduler = model / "scheduler" / "scheduler_config.json"
+    read = lambda: family.Pipeline(family, model).scheduler
+    return found | {"flux2 scheduler": Reader(scheduler, read, "json")}
 
 
 def picture(kind: str = "PNG") -> bytes:

@@ -78,12 +78,12 @@ LISTS = lambda size: b"[" + b"[]," * (size // 3 - 2) + b"[]]"
 ONES = lambda size: b"[" + b"1," * (size // 2 - 2) + b"1]"
 # Name of the file: what is in it; and bytes that follow without taking room.
 FILES: dict[str, Callable[[], bytes | tuple[bytes, int]]] = {
-    "entries.safetensors": lambda: header(entries(MAX_HEADER // 12)),
+    "entries.safetensors": lambda: header(entries(MAX_HEADER // 13)),
     "unknown.safetensors": lambda: tensors(90_000),
     "numbers.safetensors": lambda: header(entries(1, "[" + "9" * (MAX_HEADER - 100) + "]")),
     "ones.safetensors": lambda: header(ONES(MAX_HEADER)),
     "lists.config": lambda: LISTS(8 * MIB),
-    "keys.config": lambda: entries(8 * MIB // 12),
+    "keys.config": lambda: entries(8 * MIB // 13),
     "deep.config": lambda: b"[" * 8 * MIB,
     "digits.config": lambda: b"9" * 8 * MIB,
     "lists.tokenizer": lambda: LISTS(MAX_RULES),

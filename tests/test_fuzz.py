@@ -16,7 +16,7 @@ def table(tmp_path_factory):
 
 
 @settings(
-    max_examples=10,
+    max_examples=6,
     derandomize=True,
     deadline=None,
     database=None,
