@@ -9,17 +9,22 @@ from diffusers import FlowMatchEulerDiscreteScheduler, Flux2KleinPipeline
 from diffusers.pipelines.flux2.image_processor import Flux2ImageProcessor
 from diffusers.pipelines.flux2.pipeline_flux2_klein import compute_empirical_mu
 from PIL import Image
+from weights_helpers import tensors_of
 
 from dopsd_jax import families
 from dopsd_jax.adapters import attach
 from dopsd_jax.common.errors import UserError
+from dopsd_jax.conversion.export import export_diffusers
+from dopsd_jax.conversion.importing import import_model
 from dopsd_jax.data.buckets import make_buckets
 from dopsd_jax.families.base import STUDENT, TEACHER
 from dopsd_jax.families.flux2_klein import family
 from dopsd_jax.families.flux2_klein.options import INSTRUCTION
 from dopsd_jax.families.flux2_klein.references import prepare_reference, reference_size
-from dopsd_jax.families.pipeline import pipeline
+from dopsd_jax.families.pipeline import lora_layers, pipeline
 from dopsd_jax.models.flux2_config import Flux2Config
+from dopsd_jax.weights.lora_files import LoraModule
+from dopsd_jax.weights.lora_write import write_lora
 
 KLEIN_4B = Flux2Config()
 KLEIN_9B = Flux2Config(heads=32, double_layers=8, single_layers=24, text_dim=12288)
@@ -169,3 +174,42 @@ def test_presets_adapt_the_layers_they_name(preset, counts):
 def test_a_prompt_that_is_too_long_is_refused(pipe):
     with pytest.raises(UserError, match="the model takes 512; shorten it"):
         pipe.request(STUDENT, "red circle " * 600)
+
+
+def test_a_lora_of_ours_is_loaded_by_diffusers(folder, theirs, tmp_path):
+    """Every preset layer adapted: the same picture."""
+    rng = np.random.default_rng(0)
+    cfg = pipeline(folder).config
+    slots = attach.slots(family.NETWORKS["transformer"].names(cfg))
+    chosen = attach.select(slots, "blocks", family.LORA_PRESETS)
+    modules = {
+        path: LoraModule(
+            rng.standard_normal((4, slot.din)).astype(np.float32) / slot.din**0.5,
+            0.3 * rng.standard_normal((slot.dout, 4)).astype(np.float32),
+            1.0,
+        )
+        for path, slot in chosen.items()
+    }
+    file = tmp_path / "lora.safetensors"
+    write_lora(file, modules, lora_layers(family, cfg))
+    noise = np.random.default_rng(0).standard_normal((1, 4, 4, cfg.channels), np.float32)
+    plain, tuned = (
+        pipeline(folder, lora_file=lora)([PROMPT], height=64, width=64, latents=noise)[0]
+        for lora in (None, file)
+    )
+    assert np.abs(plain.astype(int) - tuned).max() > 20
+    theirs.load_lora_weights(str(tmp_path), weight_name=file.name, local_files_only=True)
+    expected = theirs(
+        prompt=PROMPT, height=64, width=64, num_inference_steps=4,
+        latents=torch.tensor(noise).permute(0, 3, 1, 2), output_type="np",
+    ).images[0]  # fmt: skip
+    theirs.unload_lora_weights()
+    assert np.abs(tuned - np.round(255 * expected)).max() <= 2
+
+
+def test_a_model_is_imported_and_exported_exactly(folder, tmp_path):
+    import_model(folder, tmp_path / "converted")
+    assert families.of_folder(tmp_path / "converted") is family
+    export_diffusers(tmp_path / "converted", tmp_path / "back")
+    for name in ("transformer", "vae", "text_encoder"):
+        assert tensors_of(folder / name) == tensors_of(tmp_path / "back" / name)

@@ -1,7 +1,8 @@
-"""D-OPSD for Z-Image in PyTorch, on diffusers' transformer and peft: the JAX step's reference.
+"""D-OPSD in PyTorch, on diffusers' transformers and peft: the JAX step's reference.
 
 Written from the paper's algorithm, sharing nothing with `dopsd_jax`. Latents are [b, c, h, w] here,
-as in diffusers; the network is told t = 1 - sigma and answers with x0 - noise. All float32.
+as in diffusers; Z-Image is told t = 1 - sigma and answers with x0 - noise, and FLUX.2's answer is
+turned round so that it does too. All float32.
 """
 
 import copy
@@ -12,7 +13,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from diffusers import ZImagePipeline, ZImageTransformer2DModel
+from diffusers import Flux2Transformer2DModel, ZImagePipeline, ZImageTransformer2DModel
 from diffusers.utils import logging as diffusers_logging
 from peft import LoraConfig
 from peft.tuners.lora import LoraLayer
@@ -112,11 +113,13 @@ def build_transformer(seed: int, **overrides) -> ZImageTransformer2DModel:
 
 
 def targets(model: ZImageTransformer2DModel) -> dict[str, tuple[int, int]]:
-    """Adapted modules by diffusers path, with (in, out): the seven Linears of every block."""
+    """Adapted modules by diffusers path, with (in, out): all Linears of every block."""
+    flux2 = isinstance(model, Flux2Transformer2DModel)
+    wanted = lambda name: "transformer_blocks." in name if flux2 else name.endswith(TARGETS)
     return {
         name: (m.in_features, m.out_features)
         for name, m in model.named_modules()
-        if hasattr(m, "in_features") and name.endswith(TARGETS)
+        if hasattr(m, "in_features") and wanted(name)
     }
 
 
@@ -142,7 +145,7 @@ def load_adapters(
     ranks = {a.shape[0] for a, _ in adapters.values()}
     (rank,) = ranks
     config = LoraConfig(
-        r=rank, lora_alpha=alpha or rank, target_modules=list(TARGETS), lora_dropout=0.0
+        r=rank, lora_alpha=alpha or rank, target_modules=[*adapters], lora_dropout=0.0
     )
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Already found a `peft_config`")  # two adapters are meant
@@ -267,12 +270,40 @@ def predict(
     sigma: float,
     captions: Sequence[np.ndarray],
 ) -> torch.Tensor:
-    """The network's own output x0 - noise [b, c, h, w] with one of the adapters."""
+    """x0 - noise [b, c, h, w] as the network predicts it with one of the adapters.
+
+    `captions`: features; of FLUX.2 pairs of features and a reference [h, w, c], or None.
+    """
     model.set_adapter(adapter)
+    if isinstance(model, Flux2Transformer2DModel):
+        return -_predict_flux2(model, x, sigma, captions)
     t = x.new_full((len(x),), sigma)
     features = [torch.tensor(c, device=x.device) for c in captions]
     out = model([image[:, None] for image in x], 1 - t, features, return_dict=False)[0]
     return torch.stack(out)[:, :, 0]
+
+
+def _predict_flux2(model, x, sigma: float, captions) -> torch.Tensor:
+    ids = lambda frame, h, w, l: torch.cartesian_prod(
+        *(torch.tensor(axis) for axis in ([frame], [*range(h)], [*range(w)], [*range(l)]))
+    )
+    texts, references = zip(*captions, strict=True)
+    b, c, h, w = x.shape
+    tokens, places = [x.flatten(2).transpose(1, 2)], [ids(0, h, w, 1)]
+    if references[0] is not None:
+        shown = torch.tensor(np.stack(references))
+        tokens.append(shown.reshape(b, -1, c))
+        places.append(ids(10, *shown.shape[1:3], 1))
+    text = torch.tensor(np.stack(texts))
+    out = model(
+        hidden_states=torch.cat(tokens, dim=1),
+        encoder_hidden_states=text,
+        timestep=x.new_full((b,), sigma),
+        img_ids=torch.cat(places)[None].expand(b, -1, -1),
+        txt_ids=ids(0, 1, 1, text.shape[1])[None].expand(b, -1, -1),
+        return_dict=False,
+    )[0]
+    return out[:, : h * w].transpose(1, 2).reshape(x.shape)
 
 
 def adapter_parameters(model: ZImageTransformer2DModel, name: str) -> list[torch.nn.Parameter]:

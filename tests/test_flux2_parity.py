@@ -1,0 +1,96 @@
+"""FLUX.2-klein's D-OPSD step against PyTorch (diffusers, peft): three steps in float32."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import torch_reference as reference
+from conftest import relative_error
+from flax import nnx
+from test_flux2 import build, port
+
+from dopsd_jax import dopsd
+from dopsd_jax.adapters import attach
+from dopsd_jax.families.flux2_klein import family
+from dopsd_jax.models.flux2_config import names
+from dopsd_jax.training import optimizers, state, train_step
+from dopsd_jax.weights.lora_files import LoraModule
+
+RANK, ALPHA, SEED, STEPS, TEXT = 4, 8.0, 7, 3, 7
+GRID = (1.0, 0.95, 0.85, 0.7, 0.0)
+
+
+def test_three_optimizer_steps_with_a_reference_equal_pytorch():
+    """The teacher is told another text, and shown a reference of another size (edit_ref)."""
+    # A large eps: else Adam's step is full where a gradient is rounding only. A large rate: else
+    # float32 holds too few digits of what is added to a weight.
+    settings = reference.Settings(
+        sigmas=GRID[:-1], adam_eps=1e-4, learning_rate=1e-3, decay=0.5, weight_decay=0.1
+    )
+    model, cfg = build()
+    model.requires_grad_(False)
+    ours = port(model, cfg)
+    chosen = attach.select(attach.slots(names(cfg)), "blocks", family.LORA_PRESETS)
+    assert chosen.keys() == reference.targets(model).keys()
+    attach.attach(ours, chosen, RANK, ALPHA, jax.random.key(0))
+    graphdef, adapter, base = nnx.split(ours, nnx.LoRAParam, ...)
+    student, teacher = (reference.random_adapters(model, RANK, seed) for seed in (1, 2))
+
+    def take(arrays):
+        modules = {p: LoraModule(a=a, b=b, scale=ALPHA / RANK) for p, (a, b) in arrays.items()}
+        return attach.load(adapter, chosen, modules, ALPHA / RANK, "test")
+
+    rng = np.random.default_rng(3)
+    draw = lambda *shape: rng.standard_normal(shape, np.float32)
+    told = [
+        ([(draw(TEXT, cfg.text_dim), None) for _ in range(2)],
+         [(draw(TEXT, cfg.text_dim), draw(3, 5, cfg.channels)) for _ in range(2)])
+        for _ in range(STEPS)
+    ]  # fmt: skip
+    latent = (2, 6, 4, cfg.channels)
+    micro_key = lambda step: jax.random.fold_in(state.step_key(SEED, step), 0)
+    noises = [
+        np.asarray(jax.random.normal(jax.random.split(micro_key(step))[0], latent))
+        for step in range(STEPS)
+    ]
+    batches = [
+        reference.Batch(*both, noise.transpose(0, 3, 1, 2))
+        for both, noise in zip(told, noises, strict=True)
+    ]
+    expected = reference.run_reference(model, student, teacher, batches, settings, alpha=ALPHA)
+
+    config = dict(
+        learning_rate=settings.learning_rate, warmup_steps=0, steps=STEPS, lr_schedule="constant",
+        adam_b1=0.9, adam_b2=0.999, adam_eps=settings.adam_eps, weight_decay=settings.weight_decay,
+        grad_clip=settings.clip_norm, optimizer="adamw", moments_dtype="float32",
+    )  # fmt: skip
+    role, net = state.Teacher(settings.teacher, settings.decay), family.denoiser(graphdef)
+
+    def method(student, teacher, base, contexts, noise, key):
+        nodes = dopsd.make_nodes(GRID, settings.loss, "all", key)
+        return dopsd.loss_and_gradient(net, student, teacher, base, contexts, noise, nodes)
+
+    tx = optimizers.optimizer(config)
+    step = train_step.make_step(method, tx, role, optimizers.schedule(config), SEED)
+    train = state.create(take(student), role, tx)._replace(teacher=take(teacher))
+    named = lambda rows: [
+        {"text": text} if shown is None else {"text": text, "reference": shown}
+        for text, shown in rows
+    ]
+    arrays = lambda adapter: {
+        p: (m.a, m.b) for p, m in attach.export(adapter, chosen, ALPHA / RANK).items()
+    }
+    worst = lambda ours, theirs: max(
+        relative_error(ours[p][i], theirs[p][i]) for p in theirs for i in (0, 1)
+    )
+    for i in range(STEPS):
+        contexts = dopsd.Contexts(*(family.collate(named(rows)) for rows in told[i]))
+        if i == 0:  # the gradient is not a metric: take it from the method itself
+            args = train.student, train.teacher, base, contexts, noises[0]
+            _, gradient = jax.jit(method)(*args, jax.random.split(micro_key(0))[1])
+            assert worst(arrays(gradient), expected[0].gradients) < 1e-4
+        batch = jax.tree.map(lambda x: jnp.asarray(x)[None], contexts)
+        train, metrics = step(train, base, batch, latent=latent)
+        assert relative_error(metrics["loss_per_step"], expected[i].node_losses) < 1e-4
+        assert relative_error(metrics["grad_norm"], expected[i].grad_norm) < 1e-4
+        assert worst(arrays(train.student), expected[i].student) < 1e-4
+        assert worst(arrays(train.teacher), expected[i].teacher) < 1e-4
