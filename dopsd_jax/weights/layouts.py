@@ -18,11 +18,20 @@ CANONICAL = "diffusers"
 
 @dataclasses.dataclass(frozen=True)
 class Entry:
-    """A tensor of a layout: canonical tensors stacked along the first axis, then given `shape`."""
+    """A tensor of a layout: canonical tensors stacked along the first axis, then given `shape`.
+
+    swapped: it is one canonical tensor whose first half of rows stands last.
+    """
 
     name: str
     sources: tuple[Source, ...]
     shape: tuple[int, ...]
+    swapped: bool = False
+
+    def pieces(self, name: str) -> tuple[Piece, ...]:
+        """Of one tensor, as this one and the canonical one are made of each other."""
+        half = self.shape[0] // 2 if self.swapped else 0
+        return (Piece(name, (half, 2 * half)), Piece(name, (0, half))) if half else (Piece(name),)
 
     @classmethod
     def stacked(cls, name: str, parts: Sequence[Source]) -> "Entry":
@@ -99,9 +108,8 @@ def as_canonical(tensors: Tensors, found: Found) -> View:
     recipes = {}
     for entry in (*layout.entries, *extras):
         if len(entry.sources) == 1:
-            recipes[entry.sources[0].name] = Recipe(
-                (Piece(prefix + entry.name),), entry.sources[0].shape
-            )
+            pieces = entry.pieces(prefix + entry.name)
+            recipes[entry.sources[0].name] = Recipe(pieces, entry.sources[0].shape)
             continue
         first = 0
         for source in entry.sources:
@@ -130,7 +138,7 @@ def in_layout(tensors: Tensors, found: Found) -> View:
     if faults:
         raise UserError(*faults)
     recipes = {
-        found.prefix + e.name: Recipe(tuple(Piece(s.name) for s in e.sources), e.shape)
+        found.prefix + e.name: Recipe(sum((e.pieces(s.name) for s in e.sources), ()), e.shape)
         for e in (*layout.entries, *extras)
     }
     return View(tensors, recipes)

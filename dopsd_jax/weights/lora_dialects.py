@@ -118,7 +118,7 @@ def layers_of(network: Network, config: Any) -> Layers:
             continue
         for entry in layout.entries:
             paths = tuple(s.name.removesuffix(".weight") for s in entry.sources)
-            if all(path in split for path in paths):
+            if all(path in split for path in paths) and not entry.swapped:
                 rows, width = tuple(split[p][0] for p in paths), split[paths[0]][1]
                 native[entry.name.removesuffix(".weight")] = Target(paths, rows, width)
     own = {path: Target((path,), (shape[0],), shape[1]) for path, shape in split.items()}

@@ -1,8 +1,26 @@
 """The networks of a FLUX.2-klein model folder."""
 
+import dataclasses
+
+from dopsd_jax.families.flux2_klein import layouts
 from dopsd_jax.families.texts import TEXT_ENCODER
 from dopsd_jax.models import flux2, flux2_autoencoder, flux2_config
+from dopsd_jax.weights.layouts import canonical
 from dopsd_jax.weights.networks import DIFFUSERS_BASE, Network
+
+
+def _transformer_layouts(config, leaves):
+    # ComfyUI also reads the diffusers names behind its own prefix.
+    behind_prefix = dataclasses.replace(
+        canonical(leaves), name="prefixed", prefixes=layouts.PREFIXES[1:]
+    )
+    return [layouts.transformer(leaves), behind_prefix]
+
+
+def _vae_layouts(config, leaves):
+    levels, unused = len(config.block_out_channels), flux2_autoencoder.unused(config)
+    return [layouts.autoencoder(leaves, levels, unused)]
+
 
 NETWORKS = {
     "transformer": Network(
@@ -11,7 +29,9 @@ NETWORKS = {
         flux2_config.Flux2Config.from_dict,
         lambda config, rngs: flux2.Flux2(config, rngs=rngs),
         flux2_config.names,
-        lora="flux-2-klein/lora",
+        others=_transformer_layouts,
+        single=layouts.ORIGINAL,
+        lora="Flux.2-klein/lora",
     ),
     "text_encoder": TEXT_ENCODER,
     "vae": Network(
@@ -21,5 +41,6 @@ NETWORKS = {
         lambda config, rngs: flux2_autoencoder.Flux2Autoencoder(config, rngs=rngs),
         flux2_autoencoder.names,
         flux2_autoencoder.unused,
+        _vae_layouts,
     ),
 }
