@@ -9,6 +9,9 @@ OPTIONS = program.options(__name__)
 MODEL = OPTIONS.path("model", None, "model folder, converted checkpoint or hub id")
 LORA = OPTIONS.path("lora", None, "LoRA file to apply")
 PROMPT = OPTIONS.multi_string("prompt", None, "what to draw; may be given several times")
+REFERENCE = OPTIONS.multi_string(
+    "reference", [], "picture to edit, if the model can; may be given several times"
+)
 OUT = OPTIONS.path("out", None, "folder for the pictures")
 HEIGHT = OPTIONS.integer("height", None, "pixels; default: the model's own size", 1, 65536)
 WIDTH = OPTIONS.integer("width", None, "pixels; default: the model's own size", 1, 65536)
@@ -32,6 +35,7 @@ import dopsd_jax
 from dopsd_jax.common.atomic import disk_error, remove_leftovers
 from dopsd_jax.common.errors import UserError
 from dopsd_jax.common.progress import Progress
+from dopsd_jax.data.images import open_image
 from dopsd_jax.families.base import STUDENT
 from dopsd_jax.families.pipeline import start_noise
 from dopsd_jax.reporting.pictures import save_picture
@@ -43,6 +47,7 @@ def main() -> None:
     if dtype == "auto":
         dtype = "float32" if jax.default_backend() == "cpu" else "bfloat16"
     pipe = dopsd_jax.load_pipeline(MODEL.value, dtype=dtype, lora=LORA.value)
+    references = [open_image(path) for path in REFERENCE.value]
     height, width = HEIGHT.value or pipe.own_size, WIDTH.value or pipe.own_size
     shape = pipe.latent_shape(height, width)
     for prompt in PROMPT.value:  # all faults before the first picture
@@ -69,6 +74,7 @@ def main() -> None:
             width=width,
             steps=STEPS.value,
             latents=start_noise(seed, 1, shape),
+            references=references,
         )[0]
         path = unused(out / f"{number:03d}_seed{seed}.png")
         save_picture(path, image, {"prompt": prompt, "seed": str(seed), "lora": LORA.value or ""})

@@ -95,6 +95,24 @@ def test_the_teacher_is_the_editing_branch_of_diffusers(pipe, theirs, size):
     assert np.abs(alone.astype(int) - actual).max() > 2  # and the reference is seen
 
 
+def test_two_references_of_different_sizes_are_edited_as_in_diffusers(pipe, theirs):
+    noise = np.random.default_rng(2).standard_normal((1, 4, 4, pipe.config.channels), np.float32)
+    shown = [picture(96, 64, seed=1), picture(64, 160, seed=2)]
+    expected = theirs(
+        prompt=PROMPT, image=[Image.fromarray(one) for one in shown], height=64, width=64,
+        num_inference_steps=4, latents=torch.tensor(noise).permute(0, 3, 1, 2), output_type="np",
+    ).images[0]  # fmt: skip
+    actual = pipe([PROMPT], height=64, width=64, latents=noise, references=shown)[0]
+    assert np.abs(actual - np.round(255 * expected)).max() <= 2
+    one = pipe([PROMPT], height=64, width=64, latents=noise, references=shown[:1])[0]
+    assert np.abs(one.astype(int) - actual).max() > 2  # the second is seen
+
+
+def test_a_family_that_edits_nothing_refuses_references(random_model):
+    with pytest.raises(UserError, match="the family zimage edit no pictures"):
+        pipeline(random_model).encode_prompt([PROMPT], [picture(64, 64)])
+
+
 def test_grids_are_those_of_diffusers_for_every_bucket():
     scheduler = FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True, shift=3.0)
     sizes = [(b.height // 16, b.width // 16) for b in make_buckets(1024, 16)]
@@ -151,8 +169,8 @@ def test_a_smaller_reference_is_fewer_tokens(pipe):
     request = lambda pixels: pipe.request(
         TEACHER, PROMPT, size=(128, 128), options={"reference_pixels": pixels, "instruction": ""}
     )
-    assert request(2**20).shapes["reference"].shape[:2] == (8, 8)
-    assert request(64 * 64).shapes["reference"].shape[:2] == (4, 4)
+    assert request(2**20).shapes["reference0"].shape[:2] == (8, 8)
+    assert request(64 * 64).shapes["reference0"].shape[:2] == (4, 4)
 
 
 @pytest.mark.parametrize(

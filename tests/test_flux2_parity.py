@@ -73,7 +73,7 @@ def test_three_optimizer_steps_with_a_reference_equal_pytorch():
     step = train_step.make_step(method, tx, role, optimizers.schedule(config), SEED)
     train = state.create(take(student), role, tx)._replace(teacher=take(teacher))
     named = lambda rows: [
-        {"text": text} if shown is None else {"text": text, "reference": shown}
+        {"text": text} if shown is None else {"text": text, "reference0": shown}
         for text, shown in rows
     ]
     arrays = lambda adapter: {

@@ -230,8 +230,17 @@ class Pipeline:
         request = self.request(role, prompt, size=size, options=options)
         return self.encode(role, [request], [] if picture is None else [picture], options)[0]
 
-    def encode_prompt(self, prompts: Sequence[str]) -> Tree:
-        """The student's context."""
+    def encode_prompt(
+        self, prompts: Sequence[str], references: Sequence[UInt8[np.ndarray, "_H _W 3"]] = ()
+    ) -> Tree:
+        """The student's context; `references`: pictures to edit, the same for all prompts.
+
+        Raises `UserError` for references where the family edits none.
+        """
+        if references:
+            raise UserError(
+                f"references: models of the family {self.family.NAME} edit no pictures; give none"
+            )
         return self.family.collate([self.features(STUDENT, p) for p in prompts])
 
     def encode_prompt_with_image(
@@ -302,19 +311,20 @@ class Pipeline:
         steps: int | None = None,
         seed: int = 0,
         latents: Float[Array, "b h w c"] | None = None,
+        references: Sequence[UInt8[np.ndarray, "_H _W 3"]] = (),
     ) -> UInt8[np.ndarray, "b H W 3"]:
         """Images of the prompts by the few-step sampler, without guidance.
 
         `height`, `width`: pixels; None: `own_size`. `steps`: forwards; None: the deployed number.
         `latents`: start noise, float32; None: drawn from `seed`, image i of any batch from
-        (seed, i).
+        (seed, i). `references`: see `encode_prompt`.
         """
         shape = self.latent_shape(height or self.own_size, width or self.own_size)
         if latents is None:
             latents = start_noise(seed, len(prompts), shape)
         elif jnp.shape(latents) != (len(prompts), *shape):
             raise ValueError(f"latents {jnp.shape(latents)}, needed {(len(prompts), *shape)}")
-        grid, context = self.deployed_grid(shape, steps), self.encode_prompt(prompts)
+        grid, context = self.deployed_grid(shape, steps), self.encode_prompt(prompts, references)
         return self.decode(self.sample(self.split[1], latents, context, grid))
 
     def sample(self, trained: nnx.State, noise, context: Tree, grid: tuple[float, ...]):

@@ -164,9 +164,10 @@ def largest_latent(size: Flux2Config) -> tuple[int, int]:
 
 
 def collate(features: Sequence[Features], rows: PaddedLengths | None = None) -> Context:
-    """Features of a batch as one context; references of a batch have one size."""
+    """Features of a batch as one context: all have as many references, the k-th of one size."""
     stacked = lambda name: np.stack([one[name] for one in features])
-    return Context(stacked("text"), (stacked("reference"),) if "reference" in features[0] else ())
+    references = sorted(name for name in features[0] if name.startswith("reference"))
+    return Context(stacked("text"), tuple(map(stacked, references)))
 
 
 def abstract_features(

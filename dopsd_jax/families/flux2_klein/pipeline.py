@@ -7,8 +7,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import UInt8
 
-from dopsd_jax.families.base import STUDENT, TEACHER, Features, Request
+from dopsd_jax.families.base import STUDENT, TEACHER, Features, Request, Tree
 from dopsd_jax.families.flux2_klein.flops import TEXT_ROWS
 from dopsd_jax.families.flux2_klein.options import INSTRUCTION
 from dopsd_jax.families.flux2_klein.references import prepare_reference, reference_size
@@ -47,6 +48,16 @@ class KleinPipeline(Pipeline):
             return {}
         return {name: teacher[name] for name in ("instruction", "reference_pixels")}
 
+    def encode_prompt(
+        self, prompts: Sequence[str], references: Sequence[UInt8[np.ndarray, "_H _W 3"]] = ()
+    ) -> Tree:
+        """See `Pipeline.encode_prompt`; every reference keeps its own size."""
+        shown = {}
+        for k, picture in enumerate(references):
+            picture = prepare_reference(picture, REFERENCE_PIXELS, f"reference {k + 1}")
+            shown[f"reference{k}"] = np.asarray(self.encode_image(picture[None])[0])
+        return self.family.collate([self.features(STUDENT, p) | shown for p in prompts])
+
     def limits(self, role: int) -> dict[str, jax.ShapeDtypeStruct]:
         """Nothing varies: every text has 512 rows, and every picture of one size one reference."""
         return {}
@@ -67,7 +78,7 @@ class KleinPipeline(Pipeline):
         if role == TEACHER:
             pixels = options.get("reference_pixels", REFERENCE_PIXELS)
             reference = self.latent_shape(*reference_size(*size, pixels, where))
-            shapes["reference"] = jax.ShapeDtypeStruct(reference, jnp.float32)
+            shapes["reference0"] = jax.ShapeDtypeStruct(reference, jnp.float32)
             prompt = f"{prompt} {options.get('instruction', INSTRUCTION)}".strip()
         ids = self.tokenizer(user_turn(prompt) + NOT_THINKING, add_special_tokens=False)[
             "input_ids"
@@ -95,4 +106,4 @@ class KleinPipeline(Pipeline):
         pixels = (options or {}).get("reference_pixels", REFERENCE_PIXELS)
         references = np.stack([prepare_reference(picture, pixels) for picture in pictures])
         latents = np.asarray(self.encode_image(references))
-        return [own | {"reference": one} for own, one in zip(found, latents, strict=True)]
+        return [own | {"reference0": one} for own, one in zip(found, latents, strict=True)]

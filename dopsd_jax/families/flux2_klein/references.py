@@ -37,11 +37,11 @@ def reference_size(height: int, width: int, pixels: int, where: str = "") -> tup
 
 
 def prepare_reference(
-    picture: UInt8[np.ndarray, "H W 3"], pixels: int
+    picture: UInt8[np.ndarray, "H W 3"], pixels: int, where: str = ""
 ) -> UInt8[np.ndarray, "h w 3"]:
     """The picture, made smaller if it has more than `pixels`, and cut around its middle."""
     height, width = picture.shape[:2]
-    rows, columns = reference_size(height, width, pixels)
+    rows, columns = reference_size(height, width, pixels, where)
     if height * width > pixels:
         height, width = _shrunk(height, width, pixels)
         small = Image.fromarray(picture).resize((width, height), Image.Resampling.LANCZOS)
