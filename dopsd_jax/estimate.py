@@ -15,8 +15,12 @@ TOPOLOGY = OPTIONS.string("topology", "local", "local, or a TPU slice such as v5
 FULL_SIZE = OPTIONS.bool("full_size", False, "the published network, not config.model's")
 HEIGHT = OPTIONS.integer("height", 0, "pixels; 0: config.data.resolution", 0, 65536)
 WIDTH = OPTIONS.integer("width", 0, "pixels; 0: config.data.resolution", 0, 65536)
-STUDENT_ROWS = OPTIONS.integer("student_rows", 512, "caption tokens of the student", 1, 10**6)
-TEACHER_ROWS = OPTIONS.integer("teacher_rows", 1024, "caption tokens of the teacher", 1, 10**6)
+STUDENT_ROWS = OPTIONS.integer(
+    "student_rows", None, "caption tokens of the student; default: a long caption", 1, 10**6
+)
+TEACHER_ROWS = OPTIONS.integer(
+    "teacher_rows", None, "caption tokens of the teacher; default: a long caption", 1, 10**6
+)
 
 if __name__ == "__main__":
     parse(data=False)  # wrong options end it here: the imports below take seconds
@@ -27,6 +31,7 @@ from ml_collections import ConfigDict
 from dopsd_jax.estimation import abstract_step, compiled_step, flops, remedies, tpu_topologies
 from dopsd_jax.estimation.abstract_step import Workload
 from dopsd_jax.estimation.compiled_step import Report
+from dopsd_jax.families.base import STUDENT, TEACHER
 
 
 def main() -> int:
@@ -40,8 +45,8 @@ def main() -> int:
         size,
         height=HEIGHT.value or config.data.resolution,
         width=WIDTH.value or config.data.resolution,
-        rows_student=STUDENT_ROWS.value,
-        rows_teacher=TEACHER_ROWS.value,
+        rows_student=STUDENT_ROWS.value or family.ROWS[STUDENT],
+        rows_teacher=TEACHER_ROWS.value or family.ROWS[TEACHER],
     )
     print(
         f"network: {origin}, {flops.parameters(family, size):,} parameters; compiling", flush=True

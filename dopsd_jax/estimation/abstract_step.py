@@ -12,6 +12,7 @@ from ml_collections import ConfigDict
 
 from dopsd_jax import dopsd, families
 from dopsd_jax.common.errors import UserError, raise_if
+from dopsd_jax.conditioning.features import sees_picture
 from dopsd_jax.families.base import STUDENT, TEACHER, Family, Size
 from dopsd_jax.methods import registry
 from dopsd_jax.methods.flow_matching import Batch
@@ -42,17 +43,12 @@ class Workload:
         factor = self.family.LATENT_FACTOR
         return self.height // factor, self.width // factor
 
-    def tokens(self) -> set[int]:
-        """Lengths of the rows of tokens that the network sees: captions, image, both."""
-        image = self.family.image_tokens(self.size, *self.latent)
-        captions = {self.rows_student, self.rows_teacher}
-        return {image, *captions, *(image + rows for rows in captions)}
-
 
 class Program(NamedTuple):
     """The step of a configuration with the shapes and placements of what it is given.
 
-    latent: [b, h, w, c] of a micro-batch's noise. attention: the kernel.
+    latent: [b, h, w, c] of a micro-batch's noise. attention: the kernel. positions: of the contexts
+    of student and teacher.
     """
 
     plan: build.Plan
@@ -61,6 +57,7 @@ class Program(NamedTuple):
     batch: Batch
     latent: tuple[int, int, int, int]
     attention: str
+    positions: tuple[int, int]
 
 
 def find_network(config: ConfigDict, full_size: bool) -> tuple[Family, Size, str]:
@@ -97,7 +94,8 @@ def make_program(
     plan, graphdef, base = build.abstract_plan(config, case.family, size, kernel, mesh)
     latent = (config.batch_size, *case.latent, size.channels)
     batch = _batch(config, case, features, mesh)
-    return Program(plan, graphdef, base, batch, latent, kernel)
+    positions = tuple(map(case.family.positions, features))
+    return Program(plan, graphdef, base, batch, latent, kernel, positions)
 
 
 def _batch(config, case: Workload, features, mesh: Mesh) -> Batch:
@@ -116,6 +114,7 @@ def _batch(config, case: Workload, features, mesh: Mesh) -> Batch:
 def _features(config, case: Workload) -> list:
     """One sample's context of each role. Raises `UserError` for sizes that cannot be."""
     family, side = case.family, case.family.LATENT_FACTOR * case.size.patch
+    shown = TEACHER if sees_picture(config, family) else STUDENT
     most = [cells * family.LATENT_FACTOR for cells in family.largest_latent(case.size)]
     faults = [
         f"--{name}: {pixels} must be a multiple of {side}, from {side} to {limit}"
@@ -128,7 +127,7 @@ def _features(config, case: Workload) -> list:
     found, dtype = [], jnp.dtype(config.dtype)
     for role, name, rows in (
         (STUDENT, "student_rows", case.rows_student),
-        (TEACHER, "teacher_rows", case.rows_teacher),
+        (shown, "teacher_rows", case.rows_teacher),
     ):
         try:
             found.append(family.abstract_features(case.size, role, rows, dtype, *case.latent))

@@ -78,7 +78,10 @@ def compile_step(config: ConfigDict, case: Workload, devices: list[jax.Device]) 
         results = stats.output_size_in_bytes - stats.alias_size_in_bytes
         needed = stats.argument_size_in_bytes + results + stats.temp_size_in_bytes
     sent = collectives(compiled.as_text())
-    parts = {n // split for n in case.tokens() for split in (1, report.mesh["context"])}
+    # Lengths of the rows of tokens that the network sees: contexts, image, both.
+    image = case.family.image_tokens(case.size, *case.latent)
+    rows = {image, *program.positions, *(image + count for count in program.positions)}
+    parts = {n // split for n in rows for split in (1, report.mesh["context"])}
     return dataclasses.replace(
         report,
         seconds=time.monotonic() - clock,
@@ -131,8 +134,8 @@ def _work(config, case: Workload, program: Program) -> flops.StepWork:
         registry.passes(config, program.plan.grid),
         height=case.latent[0],
         width=case.latent[1],
-        rows_student=case.rows_student,
-        rows_teacher=case.rows_teacher,
+        rows_student=program.positions[0],
+        rows_teacher=program.positions[1],
         chosen=program.plan.trained.chosen,
         rank=config.lora.rank,
         full=config.train == "full",

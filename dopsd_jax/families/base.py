@@ -71,6 +71,7 @@ class Family(Protocol):
       PUBLISHED, SCHEDULER: configuration of the published transformer, and its scheduler.
       LATENT_FACTOR: pixels a side of one cell of the latent.
       DEPLOYED_STEPS: forwards of the released few-step sampler.
+      ROWS: by role, the rows of long captions; estimates are made for them.
       CONTEXTS: see `Options`.
       LORA_PRESETS: names for sets of adapted layers: patterns of PyTorch paths.
       Pipeline: the class that puts a model folder together.
@@ -82,6 +83,7 @@ class Family(Protocol):
     SCHEDULER: Any
     LATENT_FACTOR: int
     DEPLOYED_STEPS: int
+    ROWS: tuple[int, int]
     CONTEXTS: Mapping[str, bool]
     LORA_PRESETS: Mapping[str, Sequence[str]]
     Pipeline: type

@@ -1,6 +1,7 @@
 """The family: see `dopsd_jax.families.base`."""
 
 import json
+import math
 import shutil
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -30,6 +31,7 @@ NAME, LATENT_FACTOR, DEPLOYED_STEPS = "second", 8, 4
 PUBLISHED, SCHEDULER, RANDOM = Config(64, 4, 2560), 1.0, Config(32, 2, 64)
 LORA_PRESETS = {"blocks": ("to_q", "to_k", "to_v", "to_out")}
 TEXT_ROWS = 64
+ROWS = (TEXT_ROWS, TEXT_ROWS)
 
 
 def build(size, *, rngs, **options):
@@ -93,8 +95,8 @@ def abstract_features(size, role, rows, dtype, height, width):
 
 
 def positions(context):
-    reference = context.reference
-    return context.features.shape[-2] + (0 if reference is None else reference[0, ..., 0].size)
+    cells = () if context.reference is None else context.reference.shape[-3:-1]
+    return context.features.shape[-2] + (math.prod(cells) if cells else 0)
 
 
 def largest_latent(size):

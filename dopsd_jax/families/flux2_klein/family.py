@@ -45,6 +45,7 @@ PUBLISHED = Flux2Config()  # 4B
 SCHEDULER = None
 LATENT_FACTOR = 16
 DEPLOYED_STEPS = 4
+ROWS = (TEXT_ROWS, TEXT_ROWS)
 LARGEST_LATENT = 128  # cells a side: 2048 pixels
 LEAST_SIGMA = 0.001  # where the scheduler's own levels end before they are shifted
 
@@ -174,6 +175,8 @@ def abstract_features(
     size: Flux2Config, role: int, rows: int, dtype: Any, height: int, width: int
 ) -> Context:
     """One sample's context in shapes: the teacher's has a reference besides the text."""
+    if rows != TEXT_ROWS:
+        raise UserError(f"{rows} must be {TEXT_ROWS}, as all texts have")
     shape = jax.ShapeDtypeStruct
     text = shape((TEXT_ROWS, size.text_dim), dtype)
     if role != TEACHER:

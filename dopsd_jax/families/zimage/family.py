@@ -38,6 +38,7 @@ PUBLISHED = ZImageConfig()
 SCHEDULER = 3.0  # the static shift of the published one
 LATENT_FACTOR = 8
 DEPLOYED_STEPS = 8
+ROWS = (512, 1024)
 
 # The seven linear layers of every block are upstream's own targets: 238 modules.
 _ATTENTION = ("attention.to_q", "attention.to_k", "attention.to_v", "attention.to_out.0")
