@@ -231,3 +231,15 @@ def test_a_model_is_imported_and_exported_exactly(folder, tmp_path):
     export_diffusers(tmp_path / "converted", tmp_path / "back")
     for name in ("transformer", "vae", "text_encoder"):
         assert tensors_of(folder / name) == tensors_of(tmp_path / "back" / name)
+
+
+@pytest.mark.parametrize(
+    ("size", "expected"), [(KLEIN_4B, (34.8, 76.7, 128.9)), (KLEIN_9B, (75.5, 161.2, 264.6))]
+)
+def test_work_of_a_forward_is_the_count_of_its_products(size, expected):
+    """At 1024 x 1024 with no, one and two references of that size, in TFLOP."""
+    for references, tera in enumerate(expected):
+        rows = 512 + 4096 * references
+        work = family.velocity_work(size, 64, 64, rows, {}, 1)
+        work = work.forward + family.context_work(size, rows, {}, 1).forward
+        assert work / 1e12 == pytest.approx(tera, abs=0.06)
