@@ -100,7 +100,7 @@ def flags_of(program):
     """The flags that a program defines, besides those of its configuration."""
     files = (f"{program}.py", "config/flags.py", "parallel/cluster.py")
     text = "".join((ROOT / "dopsd_jax" / name).read_text() for name in files)
-    return {"config", *re.findall(r'DEFINE_\w+\(\s*"(\w+)"', text)}
+    return {"config", *re.findall(r'(?:DEFINE_|OPTIONS\.)\w+\(\s*"(\w+)"', text)}
 
 
 @pytest.mark.parametrize("program", ["train", "prepare"])

@@ -233,7 +233,7 @@ def _tensors(where: Path, shapes: dict[str, tuple[int, ...]]) -> dict[str, np.nd
         for name, shape in shapes.items()
         if name not in files.infos or tuple(files.infos[name].shape) != shape
     ]  # fmt: skip
-    raise_if(faults, 10)
+    raise_if(faults)
     return {name: files.read(name) for name in shapes}
 
 
