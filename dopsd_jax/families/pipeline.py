@@ -336,6 +336,20 @@ class Pipeline:
         )
 
 
+def merged(
+    graphdef: nnx.GraphDef, trainable: nnx.State, base: nnx.State, stacks: Sequence[str]
+) -> nnx.Module:
+    """The network, with what lies in the host's memory copied to the device.
+
+    `stacks`: parameters with a leading layer axis: the scan over their layers copies these.
+    """
+    flat = [
+        (path, leaf if path[0] in stacks else sharding.to_device(leaf))
+        for path, leaf in nnx.to_flat_state(trainable)
+    ]
+    return nnx.merge(graphdef, nnx.from_flat_state(flat), base)
+
+
 def start_noise(seed: int, count: int, shape: tuple[int, ...]) -> Float[Array, "b h w c"]:
     """Unit Gaussian start noise; image i depends on (seed, i) only."""
     key = jax.random.key(seed)

@@ -9,11 +9,14 @@ import jax.numpy as jnp
 from jax.sharding import Mesh, PartitionSpec
 from jaxtyping import Array, Float, Int
 
+from dopsd_jax.families.pipeline import Pipeline
 from dopsd_jax.models import qwen3
 from dopsd_jax.models.names import Leaf
 from dopsd_jax.parallel.sharding import BATCH_AXES
 from dopsd_jax.weights.layouts import Layout, canonical, renamed
+from dopsd_jax.weights.load import load_component
 from dopsd_jax.weights.networks import TRANSFORMERS_BASE, Network
+from dopsd_jax.weights.tokenizers import read_tokenizer
 
 
 def _layouts(config: qwen3.Qwen3Config, leaves: Sequence[Leaf]) -> list[Layout]:
@@ -30,6 +33,23 @@ TEXT_ENCODER = Network(
     qwen3.unused,
     _layouts,
 )
+
+
+class TextPipeline(Pipeline):
+    """A pipeline whose text encoder is Qwen3."""
+
+    @functools.cached_property
+    def tokenizer(self) -> Any:
+        return read_tokenizer(self.folder, self.part_config("text_encoder").vocab_size)
+
+    @functools.cached_property
+    def text_encoder(self) -> qwen3.Qwen3:
+        return load_component(
+            self.part_folder("text_encoder"),
+            self.family.NETWORKS["text_encoder"],
+            sharding_for=self.encoder_place(),
+            build=lambda cfg, rngs: qwen3.Qwen3(cfg, attention=self.attention, rngs=rngs),
+        )
 
 
 def user_turn(prompt: str) -> str:

@@ -25,9 +25,9 @@ from dopsd_jax.families.flux2_klein.networks import NETWORKS
 from dopsd_jax.families.flux2_klein.options import CONTEXTS
 from dopsd_jax.families.flux2_klein.pipeline import KleinPipeline as Pipeline
 from dopsd_jax.families.flux2_klein.random import random_size, write_random_model
+from dopsd_jax.families.pipeline import merged
 from dopsd_jax.models.flux2 import STACKS, Flux2
 from dopsd_jax.models.flux2_config import Flux2Config
-from dopsd_jax.parallel.sharding import to_device
 
 __all__ = [
     "CONTEXTS",
@@ -136,14 +136,7 @@ def build(size: Flux2Config, *, dtype: Any, attention: str, remat: str, rngs: nn
 
 def denoiser(graphdef: nnx.GraphDef) -> Denoiser:
     """The transformer in the project's convention, which is its own."""
-
-    def network(trainable, base):
-        # What lies in the host's memory: stacks are left to the scan over their layers.
-        flat = [
-            (path, leaf if path[0] in STACKS else to_device(leaf))
-            for path, leaf in nnx.to_flat_state(trainable)
-        ]
-        return nnx.merge(graphdef, nnx.from_flat_state(flat), base)
+    network = lambda trainable, base: merged(graphdef, trainable, base, STACKS)
 
     def precompute(trainable, base, context: Context):
         return network(trainable, base).embed(*context)

@@ -1,6 +1,5 @@
 """FLUX.2-klein's encoders: what makes the student's and the teacher's features."""
 
-import functools
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -13,34 +12,18 @@ from dopsd_jax.families.base import STUDENT, TEACHER, Features, Request, Tree
 from dopsd_jax.families.flux2_klein.flops import TEXT_ROWS
 from dopsd_jax.families.flux2_klein.options import INSTRUCTION
 from dopsd_jax.families.flux2_klein.references import prepare_reference, reference_size
-from dopsd_jax.families.pipeline import Pipeline, too_long
-from dopsd_jax.families.texts import hidden_states, user_turn
-from dopsd_jax.models import qwen3
-from dopsd_jax.weights.load import load_component
-from dopsd_jax.weights.tokenizers import read_tokenizer
+from dopsd_jax.families.pipeline import too_long
+from dopsd_jax.families.texts import TextPipeline, hidden_states, user_turn
 
 LAYERS = (9, 18, 27)  # whose outputs, joined, are a text's features
 REFERENCE_PIXELS = 1024 * 1024
 NOT_THINKING = "<think>\n\n</think>\n\n"  # how the chat template says so
 
 
-class KleinPipeline(Pipeline):
+class KleinPipeline(TextPipeline):
     """See `Pipeline`."""
 
     ENCODERS = (("text_encoder",), ("text_encoder", "vae"))
-
-    @functools.cached_property
-    def tokenizer(self) -> Any:
-        return read_tokenizer(self.folder, self.part_config("text_encoder").vocab_size)
-
-    @functools.cached_property
-    def text_encoder(self) -> qwen3.Qwen3:
-        return load_component(
-            self.part_folder("text_encoder"),
-            self.family.NETWORKS["text_encoder"],
-            sharding_for=self.encoder_place(),
-            build=lambda cfg, rngs: qwen3.Qwen3(cfg, attention=self.attention, rngs=rngs),
-        )
 
     def options(self, role: int, teacher: Mapping[str, Any]) -> dict[str, Any]:
         """`instruction`: said behind the caption. `reference_pixels`: of the picture, at most."""

@@ -14,12 +14,12 @@ from dopsd_jax.common.json_fields import Fields
 from dopsd_jax.data.padding import pad_stack
 from dopsd_jax.dopsd import Denoiser
 from dopsd_jax.families.base import Features, PaddedLengths
+from dopsd_jax.families.pipeline import merged
 from dopsd_jax.families.zimage.flops import context_work, image_tokens, velocity_work
 from dopsd_jax.families.zimage.networks import NETWORKS
 from dopsd_jax.families.zimage.options import CONTEXTS
 from dopsd_jax.families.zimage.pipeline import ZImagePipeline as Pipeline
 from dopsd_jax.models.zimage import PAD_MULTIPLE, STACKS, ZImage, ZImageConfig
-from dopsd_jax.parallel.sharding import to_device
 from dopsd_jax.random_model import configs as random_configs
 from dopsd_jax.random_model import write_random_model
 
@@ -110,14 +110,7 @@ def build(size: ZImageConfig, *, dtype: Any, attention: str, remat: str, rngs: n
 
 def denoiser(graphdef: nnx.GraphDef) -> Denoiser:
     """The transformer in the project's convention; its own is 1 - sigma in, x0 - noise out."""
-
-    def network(trainable, base):
-        # Copies arrays from host memory, except stacks: the scan copies these layer by layer.
-        flat = [
-            (path, leaf if path[0] in STACKS else to_device(leaf))
-            for path, leaf in nnx.to_flat_state(trainable)
-        ]
-        return nnx.merge(graphdef, nnx.from_flat_state(flat), base)
+    network = lambda trainable, base: merged(graphdef, trainable, base, STACKS)
 
     def precompute(trainable, base, context: Context):
         return network(trainable, base).refine(*context)

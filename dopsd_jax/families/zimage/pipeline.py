@@ -15,33 +15,20 @@ import numpy as np
 
 from dopsd_jax.common.json_files import read_json
 from dopsd_jax.families.base import STUDENT, TEACHER, Features, Request
-from dopsd_jax.families.pipeline import Pipeline, too_long
+from dopsd_jax.families.pipeline import too_long
+from dopsd_jax.families.texts import TextPipeline
 from dopsd_jax.families.zimage import encoders, templates
-from dopsd_jax.models import qwen3, qwen3_vl, vlm_images
+from dopsd_jax.models import qwen3_vl, vlm_images
 from dopsd_jax.weights.load import load_component
-from dopsd_jax.weights.tokenizers import read_tokenizer
 
 TOKENS = {STUDENT: 512, TEACHER: 1024}  # the pipeline's max_sequence_length; upstream's cut
 TEACHER_MIN_PIXELS, TEACHER_MAX_PIXELS = 512**2, 768**2  # upstream's bounds
 
 
-class ZImagePipeline(Pipeline):
+class ZImagePipeline(TextPipeline):
     """See `Pipeline`."""
 
     ENCODERS = (("text_encoder",), ("text_encoder", "vlm"))
-
-    @functools.cached_property
-    def tokenizer(self) -> Any:
-        return read_tokenizer(self.folder, self.part_config("text_encoder").vocab_size)
-
-    @functools.cached_property
-    def text_encoder(self) -> qwen3.Qwen3:
-        return load_component(
-            self.part_folder("text_encoder"),
-            self.family.NETWORKS["text_encoder"],
-            sharding_for=self.encoder_place(),
-            build=lambda cfg, rngs: qwen3.Qwen3(cfg, attention=self.attention, rngs=rngs),
-        )
 
     @functools.cached_property
     def vlm_config(self) -> qwen3_vl.Qwen3VLConfig:
