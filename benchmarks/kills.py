@@ -2,7 +2,8 @@
 
     python benchmarks/kills.py --kills 30 --seed 0
 
-Each start is killed with SIGKILL after a random time: while it starts, compiles, trains or saves.
+Each start is killed with SIGKILL after a random time, up to --patience seconds: while it starts,
+compiles, trains or saves.
 After the last kill the run goes on to its end. Equal are: every number of every step, the LoRA
 files bit for bit, and nothing is left behind. The exit status is 1 if anything differs.
 """
@@ -24,7 +25,7 @@ FIELDS = (
     "--config.data.buckets=96x96",
     "--config.grid=1,0.5",
     "--config.lora.targets=attention",
-    "--config.checkpoint_every=3",
+    "--config.checkpoint_every=10",
     "--config.sample_every=0",
     "--config.sample_rows=1",
 )
@@ -66,7 +67,8 @@ def listing(workdir: Path) -> set[str]:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--kills", type=int, default=30)
-    parser.add_argument("--steps", type=int, default=300)
+    parser.add_argument("--steps", type=int, default=1500)
+    parser.add_argument("--patience", type=float, default=15.0)
     parser.add_argument("--seed", type=int, default=0)
     given = parser.parse_args()
     rng = random.Random(given.seed)
@@ -77,7 +79,7 @@ def main() -> int:
         whole = time.monotonic() - begin
         print(f"left alone: {given.steps} steps in {whole:.0f} s", flush=True)
         for number in range(1, given.kills + 1):
-            process, patience = start(killed, given.steps), rng.uniform(0, 0.4 * whole)
+            process, patience = start(killed, given.steps), rng.uniform(0, given.patience)
             try:
                 _, errors = process.communicate(timeout=patience)
             except subprocess.TimeoutExpired:
@@ -88,7 +90,7 @@ def main() -> int:
                 continue
             if process.returncode:
                 sys.exit(f"start {number} refused to go on: {errors.decode()}")
-            print(f"start {number} came to the end", flush=True)
+            sys.exit(f"start {number} came to the end, and was not killed; take more --steps")
         finish(killed, given.steps)
         same = {
             "numbers": numbers(alone) == numbers(killed),
