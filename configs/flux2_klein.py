@@ -1,30 +1,47 @@
-"""FLUX.2-klein, 4B and 9B.
+"""FLUX.2-klein. Presets are named SIZE_TASK_TRAIN, such as `4b_prompt_full`; `4b` alone (also what
+`configs/flux2_klein.py` is) and `9b` are SIZE_identity_lora.
 
-`configs/flux2_klein.py` or `:4b`: a LoRA of an identity or a concept by the editing branch: the
-teacher is given the picture as reference; set config.data.path. `:9b`: the same. `:4b_full`:
-every parameter, for several large devices. `:random`, `:random_full`: the same programs on a
-network with random weights and drawn pictures, for tests.
+SIZE: `4b`, `9b`. TASK: `identity`, the teacher is shown the picture as the reference of the editing
+branch; `prompt`, the teacher has another caption, under the key detailed_en. TRAIN: `lora`; `full`,
+every parameter, for several large devices. Set config.data.path, and config.model to a folder if
+you have one. `:random`, `:random_full`: the same programs on a network with random weights and
+drawn pictures, for tests.
 """
+
+import itertools
 
 from ml_collections import ConfigDict
 
 from dopsd_jax.config.fields import defaults
 from dopsd_jax.config.loading import choose
 
+SIZES, TASKS, TRAIN = ("4b", "9b"), ("identity", "prompt"), ("lora", "full")
+PRESETS = tuple("_".join(parts) for parts in itertools.product(SIZES, TASKS, TRAIN))
+
 
 def get_config(arg: str | None = None) -> ConfigDict:
-    name = choose(arg, ("4b", "9b", "4b_full", "9b_full", "random", "random_full"))
+    name = choose(arg, (*SIZES, *PRESETS, "random", "random_full"))
+    size, *rest = name.split("_")
     c = defaults()
     c.family = "flux2_klein"
-    c.teacher.context = "edit_ref"
-    size = name.partition("_")[0]
     c.model = f"black-forest-labs/FLUX.2-klein-{size.upper()}"
-    c.learning_rate = 2e-5  # the released recipe's
+    c.teacher.context = "edit_ref"
+    c.learning_rate = 2e-5  # the released recipes'
     c.steps = 3001
-    if name.endswith("full"):
+    if "prompt" in rest:
+        prompt(c)
+    if "full" in rest:
         full(c)
-    if name.startswith("random"):
+    if size == "random":
         random(c)
+    return c
+
+
+def prompt(c: ConfigDict) -> ConfigDict:
+    """A short prompt learns from a long one, as in a public variant of the released code."""
+    c.teacher.context = "prompt"
+    c.teacher.prompt_key = "detailed_en"
+    c.teacher.weights = "frozen"  # that variant's decay of 1
     return c
 
 

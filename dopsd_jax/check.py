@@ -45,7 +45,8 @@ def main() -> None:
     sharding.check(mesh, size, batch_size=config.batch_size)
     build.check_method(config, pipe)
     dataset = build.open_data(config, workdir, pipe.size_multiple)
-    print("\n".join(describe(dataset, config.batch_size * config.accumulate)), flush=True)
+    lines = describe(dataset, config.batch_size * config.accumulate)
+    print("\n".join([*build.notes(config, pipe), *lines]), flush=True)
 
     features = Features(pipe, dataset, config, build.cache_folder(config, workdir))
     features.prepare()

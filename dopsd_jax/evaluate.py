@@ -115,6 +115,8 @@ def evaluate(config: ConfigDict, out: Path) -> None:
     # ---- Pictures, then scores; then the table.
     counted = {case.kind: sum(c.kind == case.kind for c in cases) for case in cases}
     kinds = ", ".join(f"{count} {kind}" for kind, count in counted.items())
+    for note in pipe.notes():
+        print(note)
     print(f"prompts: {kinds}; {SEEDS.value} pictures each of {', '.join(a.name for a in every)}")
     gathering.draw(every, cases, SEEDS.value, gallery)
     scores = [gathering.judge(s, every, cases, SEEDS.value, gallery) for s in scorers]

@@ -61,6 +61,8 @@ def main() -> None:
     remove_leftovers(out)
     seeds = range(SEED.value, SEED.value + COUNT.value)
     todo = [(n, prompt, seed) for n, prompt in enumerate(PROMPT.value) for seed in seeds]
+    for note in pipe.notes():
+        print(note)
     print(
         f"{MODEL.value}: to draw {len(todo)} of {width}x{height} pixels, {dtype} on "
         f"{jax.default_backend()}; the first takes longer: the sampler is compiled",

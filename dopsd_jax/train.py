@@ -68,7 +68,7 @@ def train(config: ConfigDict, workdir: epath.Path) -> int | None:
 
     pipe, dataset = multihost.first_alone(open_run)
     effective_batch = config.batch_size * config.accumulate
-    multihost.say("\n".join(describe(dataset, effective_batch)))
+    multihost.say("\n".join([*build.notes(config, pipe), *describe(dataset, effective_batch)]))
 
     # ---- What the method learns from: computed once, then the encoders are freed.
     with multihost.together():

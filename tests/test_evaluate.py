@@ -264,6 +264,7 @@ def test_the_student_of_a_run_is_its_newest_result(config, tmp_path):
     with pytest.raises(UserError) as error:
         arms.of_run(str(tmp_path), other)
     assert len(error.value.problems) == 2
+    assert all("or name its result with --lora or" in problem for problem in error.value.problems)
     with pytest.raises(UserError, match="copy its lora/"):
         arms.of_run("gs://bucket/run", config)
 

@@ -1,12 +1,15 @@
 """FLUX.2's files as their authors and ComfyUI have them."""
 
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
 import pytest
+from safetensors.numpy import load_file, save_file
 from weights_helpers import tensors_of
 
+from dopsd_jax.common.errors import UserError
 from dopsd_jax.conversion.export import export_diffusers, export_single
 from dopsd_jax.conversion.importing import import_model
 from dopsd_jax.families.flux2_klein import family, layouts
@@ -14,6 +17,7 @@ from dopsd_jax.families.flux2_klein.networks import NETWORKS
 from dopsd_jax.models.autoencoder_config import DOWN_BLOCK, UP_BLOCK
 from dopsd_jax.models.flux2_autoencoder import Flux2AutoencoderConfig
 from dopsd_jax.models.flux2_config import Flux2Config
+from dopsd_jax.weights.load import load_component
 from dopsd_jax.weights.safetensors_io import TensorFiles
 from dopsd_jax.weights.safetensors_write import file_order, header_bytes
 from dopsd_jax.weights.tensors import TensorInfo
@@ -61,6 +65,21 @@ def test_the_autoencoders_layout_is_the_published_one():
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     return family.write_random_model(tmp_path_factory.mktemp("klein") / "model")
+
+
+def test_a_variance_below_zero_is_refused(folder, tmp_path):
+    model = tmp_path / "model"
+    shutil.copytree(folder, model)
+    (file,) = (model / "vae").glob("*.safetensors")
+    tensors = load_file(file)
+    tensors["bn.running_var"][3] = -0.25
+    save_file(tensors, file)
+    for read in (
+        lambda: load_component(model / "vae", NETWORKS["vae"]),
+        lambda: import_model(model, tmp_path / "out"),
+    ):
+        with pytest.raises(UserError, match=r"'bn\.running_var' holds -0\.25; no number of it"):
+            read()
 
 
 def test_a_model_goes_to_a_single_file_and_back(folder, tmp_path):

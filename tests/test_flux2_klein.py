@@ -1,5 +1,8 @@
 """FLUX.2-klein against diffusers' pipeline: texts, references, noise levels, pictures."""
 
+import json
+
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -14,6 +17,7 @@ from weights_helpers import tensors_of
 from dopsd_jax import families
 from dopsd_jax.adapters import attach
 from dopsd_jax.common.errors import UserError
+from dopsd_jax.config import loading, schema
 from dopsd_jax.conversion.export import export_diffusers
 from dopsd_jax.conversion.importing import import_model
 from dopsd_jax.data.buckets import make_buckets
@@ -23,11 +27,13 @@ from dopsd_jax.families.flux2_klein.options import INSTRUCTION
 from dopsd_jax.families.flux2_klein.references import prepare_reference, reference_size
 from dopsd_jax.families.pipeline import lora_layers, pipeline
 from dopsd_jax.models.flux2_config import Flux2Config
+from dopsd_jax.run import build
 from dopsd_jax.weights.lora_files import LoraModule
 from dopsd_jax.weights.lora_write import write_lora
 
 KLEIN_4B = Flux2Config()
 KLEIN_9B = Flux2Config(heads=32, double_layers=8, single_layers=24, text_dim=12288)
+TASKS = {"identity": "edit_ref", "prompt": "prompt"}
 PROMPT = "a large red circle on the left"
 
 
@@ -93,6 +99,78 @@ def test_the_teacher_is_the_editing_branch_of_diffusers(pipe, theirs, size):
     assert np.abs(actual - np.round(255 * expected)).max() <= 2
     alone = pipe([PROMPT], height=64, width=96, latents=noise)[0]
     assert np.abs(alone.astype(int) - actual).max() > 2  # and the reference is seen
+
+
+def test_the_time_in_bfloat16_is_rounded_as_diffusers_rounds_it():
+    """To the bit, at any noise level; the network gets 968, 908 and 768 at 1024 x 1024."""
+    grid = np.float32(family.grid("nodes4", None, 64, 64)[:-1])
+    sigma = np.concatenate([grid, np.random.default_rng(0).uniform(0, 1, 5000).astype(np.float32)])
+    told = jax.jit(lambda s: family.told_time(s, jnp.dtype("bfloat16")))(sigma)
+    pipelines = torch.tensor(1000 * sigma).to(torch.bfloat16) / 1000
+    np.testing.assert_allclose(1000 * told, (pipelines * 1000).float().numpy(), rtol=2e-7)
+    np.testing.assert_allclose(1000 * told[:4], [1000, 968, 908, 768], rtol=2e-7)
+    assert family.told_time(sigma, jnp.dtype("float32")) is sigma
+
+
+def test_bfloat16_is_that_of_diffusers(folder, pipe, theirs):
+    """Each encoder is as near to its float32 as theirs is; a picture is nearer to theirs than
+    either is to float32. With the time that float32 tells the network, it is at 2.0 of 255.
+    """
+    ours = pipeline(folder, dtype="bfloat16", base_dtype="bfloat16")
+    rounded = Flux2KleinPipeline.from_pretrained(folder, dtype=torch.bfloat16)
+    rounded.set_progress_bar_config(disable=True)
+    shown = picture(64, 96)[None]
+    pixels = torch.tensor(shown / 127.5 - 1).permute(0, 3, 1, 2)
+
+    def ours_of(pipe):
+        text = pipe.encode(STUDENT, [pipe.request(STUDENT, PROMPT)], [])[0]["text"]
+        return np.asarray(text, np.float32), np.asarray(pipe.encode_image(shown))
+
+    def theirs_of(pipe):
+        with torch.no_grad():
+            latent = pipe._encode_vae_image(pixels.to(pipe.vae.dtype), None)
+            text = pipe.encode_prompt(PROMPT)[0][0]
+        return text.float().numpy(), latent.float().permute(0, 2, 3, 1).numpy()
+
+    off = lambda a, b: np.abs(a - b).mean() / np.abs(b).mean()
+    for exact, mine, other in zip(*map(ours_of, (pipe, ours)), theirs_of(rounded), strict=True):
+        assert off(mine, exact) <= 1.5 * off(other, exact) < 0.05
+
+    noise = np.random.default_rng(0).standard_normal((1, 6, 4, pipe.config.channels), np.float32)
+    packed = torch.tensor(noise, dtype=torch.bfloat16).permute(0, 3, 1, 2)
+    size = {"height": 96, "width": 64}
+    expected = rounded(
+        prompt=PROMPT, **size, num_inference_steps=4, latents=packed, output_type="np"
+    ).images[0]
+    actual = ours([PROMPT], **size, latents=noise)[0]
+    assert np.abs(actual - 255 * expected).mean() <= 1.4
+
+
+def test_a_base_model_is_told_of_and_nothing_else(folder, pipe, tmp_path):
+    assert pipe.notes() == []
+    index = json.loads((folder / "model_index.json").read_text())
+    del index["is_distilled"]  # as in the published base models
+    (tmp_path / "model_index.json").write_text(json.dumps(index))
+    base = pipeline(tmp_path)
+    (note,) = base.notes()
+    assert note.startswith(f"warning: {tmp_path}/model_index.json: is of a base model")
+    config = loading.load("flux2_klein:random")
+    assert build.notes(config, base) == [note]
+    config.method = "sft"  # a base model is what this is for
+    assert build.notes(config, base) == []
+
+
+def test_every_preset_is_a_right_configuration():
+    config = lambda name: loading.load(f"flux2_klein:{name}", {"data.path": "/data"})
+    names = [f"{s}_{t}_{w}" for s in ("4b", "9b") for t in TASKS for w in ("lora", "full")]
+    for name in names:
+        schema.check(config(name))
+        size, task, what = name.split("_")
+        assert config(name).model.endswith(f"klein-{size.upper()}")
+        assert (config(name).teacher.context, config(name).train) == (TASKS[task], what)
+    assert config("4b") == config("4b_identity_lora") and config("9b") == config("9b_identity_lora")
+    with pytest.raises(UserError, match="'4b_full' is not one of 4b, 9b, 4b_identity_lora, "):
+        config("4b_full")
 
 
 def test_two_references_of_different_sizes_are_edited_as_in_diffusers(pipe, theirs):

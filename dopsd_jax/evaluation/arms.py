@@ -70,7 +70,7 @@ def of_run(workdir: str, config: ConfigDict) -> Tuned:
     now = flat(config)
     raise_if(
         f"--workdir {workdir}: its run has config.{name} = {recorded['config'].get(name)!r}, here "
-        f"it is {now[name]!r}; set it to the run's"
+        f"it is {now[name]!r}; set it to the run's, or name its result with --lora or --model"
         for name in ("model", "train", "teacher.vlm")
         if recorded["config"].get(name) != now[name]
     )

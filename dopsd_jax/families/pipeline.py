@@ -172,6 +172,10 @@ class Pipeline:
             parts.append(read_json(folder / "preprocessor_config.json")[1])
         return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
 
+    def notes(self) -> list[str]:
+        """What a user should know of the model before it is used in few steps; mostly nothing."""
+        return []
+
     # Contexts.
 
     def options(self, role: int, teacher: Mapping[str, Any]) -> dict[str, Any]:

@@ -71,7 +71,8 @@ class Method:
     student, teacher, base, batch, draws, key) -> (losses, gradient), see `losses`. gap: the two
     velocities that the metric `gap` compares. requires: fields that must not be empty, and what to
     write there. start_only: the start noise of a rollout is all that is random about a sample.
-    together: pictures that one backward pass differentiates.
+    together: pictures that one backward pass differentiates. base: whether it is for models that
+    are not distilled too.
     """
 
     name: str
@@ -86,3 +87,4 @@ class Method:
     requires: Mapping[str, str] = dataclasses.field(default_factory=dict)
     start_only: bool = False
     together: int = 1
+    base: bool = False

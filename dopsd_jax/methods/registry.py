@@ -50,6 +50,7 @@ _RECORDS = (
         keeps="none",
         passes=lambda config, n: Passes(n.samples),
         loss=_loss("sft"),
+        base=True,
     ),
     Method(
         name="sft_teacher",

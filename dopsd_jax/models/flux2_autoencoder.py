@@ -84,7 +84,7 @@ def names(cfg: Flux2AutoencoderConfig) -> list[Leaf]:
     return [
         *autoencoder.names(cfg),
         vector("mean", None, "bn.running_mean", cfg.channels),
-        vector("variance", None, "bn.running_var", cfg.channels),
+        vector("variance", None, "bn.running_var", cfg.channels, low=0.0),
     ]
 
 

@@ -32,6 +32,7 @@ class Leaf:
         `same` as it is.
       groups: the sources are cut into so many blocks of rows each, and block after block is taken
         from every source in turn; see `layers.Dense`.
+      low: no number of it may be below; None: any may.
     """
 
     path: str
@@ -39,6 +40,7 @@ class Leaf:
     sources: tuple[Source, ...]
     kind: str
     groups: int = 1
+    low: float | None = None
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -62,9 +64,9 @@ def linear(path: str, index: int | None, *sources: tuple[str, int, int], groups:
     return Leaf(path, index, tensors, "linear", groups)
 
 
-def vector(path: str, index: int | None, name: str, *shape: int) -> Leaf:
+def vector(path: str, index: int | None, name: str, *shape: int, low: float | None = None) -> Leaf:
     """A parameter that is stored the same way on both sides; `name` is the whole tensor name."""
-    return Leaf(path, index, (Source(name, tuple(shape)),), "same")
+    return Leaf(path, index, (Source(name, tuple(shape)),), "same", low=low)
 
 
 def to_flax(leaf: Leaf, tensors: Sequence[np.ndarray]) -> np.ndarray:

@@ -247,6 +247,11 @@ def picture_index(config: ConfigDict, workdir: Path, name: str = "") -> PictureI
     return PictureIndex(FeatureCache(cache_folder(config, workdir)), f"{where} {name}")
 
 
+def notes(config: ConfigDict, pipe: Pipeline) -> list[str]:
+    """What to say of the model before a run."""
+    return [] if registry.method(config).base else pipe.notes()
+
+
 def check_method(config: ConfigDict, pipe: Pipeline) -> None:
     """Raises `UserError` for a grid, a loss, targets or a LoRA file that do not fit the model."""
     side = config.data.resolution // pipe.family.LATENT_FACTOR

@@ -26,7 +26,7 @@ from dopsd_jax.common.progress import SILENT, Progress
 from dopsd_jax.models.names import Leaf, Source, to_flax
 from dopsd_jax.weights.digest import combined_digest, part_digest, tensor_digest
 from dopsd_jax.weights.layouts import Found
-from dopsd_jax.weights.tensors import DTYPES, Tensors, check_finite, contiguous, total_bytes
+from dopsd_jax.weights.tensors import DTYPES, Tensors, contiguous, read_leaf, total_bytes
 
 FORMAT = 3  # raise it when the same tensors are arranged otherwise
 MANIFEST, JOURNAL, PARTS, CONFIG = "manifest.json", "incomplete.json", "parts", "config.json"
@@ -188,7 +188,7 @@ def _read_part(tensors: Tensors, part: Sequence[Leaf]):
     arrays, digests = {}, {}
     for leaf in part:
         names = [source.name for source in leaf.sources]
-        pieces = [check_finite(tensors.read(n), tensors.where, n) for n in names]
+        pieces = read_leaf(tensors, leaf)
         types = {piece.dtype for piece in pieces}
         if len(types) > 1:
             raise UserError(

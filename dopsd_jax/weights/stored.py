@@ -20,7 +20,15 @@ from dopsd_jax.weights.found_files import readable
 from dopsd_jax.weights.layouts import CANONICAL, Found, as_canonical, recognise
 from dopsd_jax.weights.networks import Network
 from dopsd_jax.weights.safetensors_io import TensorFiles
-from dopsd_jax.weights.tensors import DTYPES, TensorInfo, Tensors, check_finite, contiguous, take
+from dopsd_jax.weights.tensors import (
+    DTYPES,
+    TensorInfo,
+    Tensors,
+    check_finite,
+    contiguous,
+    read_leaf,
+    take,
+)
 from dopsd_jax.weights.validation import check_tensors, sources
 
 AGAIN = "convert the model again"
@@ -245,5 +253,4 @@ def host_leaf(leaf: Leaf, tensors: Tensors) -> np.ndarray:
             f"{tensors.where}: {', '.join(names)} are stored in different types but are one "
             "parameter here; convert the folder to one type (--dtype)"
         )
-    pieces = [_read_finite(tensors, name) for name in names]
-    return contiguous(to_flax(leaf, pieces))
+    return contiguous(to_flax(leaf, read_leaf(tensors, leaf)))

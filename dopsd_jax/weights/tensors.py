@@ -13,7 +13,8 @@ from typing import Protocol
 import ml_dtypes
 import numpy as np
 
-from dopsd_jax.common.errors import UserError
+from dopsd_jax.common.errors import UserError, raise_if
+from dopsd_jax.models.names import Leaf
 
 # Safetensors' type codes. The sub-byte types are missing: no numpy array holds them as stored.
 DTYPES: dict[str, np.dtype] = {
@@ -151,6 +152,19 @@ def check_finite(array: np.ndarray, where: object, name: str) -> np.ndarray:
                     f"that made it failed, or they are beyond {CODES[array.dtype]}"
                 )
     return array
+
+
+def read_leaf(tensors: Tensors, leaf: Leaf) -> list[np.ndarray]:
+    """The tensors that make a leaf, their numbers looked at. Raises `UserError`."""
+    names = [source.name for source in leaf.sources]
+    pieces = [check_finite(tensors.read(name), tensors.where, name) for name in names]
+    raise_if(
+        f"{tensors.where}: tensor {name!r} holds {piece.min()}; no number of it can be below "
+        f"{leaf.low:g}; download the file again"
+        for name, piece in zip(names, pieces, strict=True)
+        if leaf.low is not None and piece.min() < leaf.low
+    )
+    return pieces
 
 
 def take(array: np.ndarray, rows: slice) -> np.ndarray:

@@ -8,12 +8,15 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import UInt8
 
+from dopsd_jax.common.json_fields import Fields
+from dopsd_jax.common.json_files import read_json
 from dopsd_jax.families.base import STUDENT, TEACHER, Features, Request, Tree
 from dopsd_jax.families.flux2_klein.flops import TEXT_ROWS
 from dopsd_jax.families.flux2_klein.options import INSTRUCTION
 from dopsd_jax.families.flux2_klein.references import prepare_reference, reference_size
 from dopsd_jax.families.pipeline import too_long
 from dopsd_jax.families.texts import TextPipeline, hidden_states, user_turn
+from dopsd_jax.weights.model_folder import INDEX
 
 LAYERS = (9, 18, 27)  # whose outputs, joined, are a text's features
 REFERENCE_PIXELS = 1024 * 1024
@@ -24,6 +27,16 @@ class KleinPipeline(TextPipeline):
     """See `Pipeline`."""
 
     ENCODERS = (("text_encoder",), ("text_encoder", "vae"))
+
+    def notes(self) -> list[str]:
+        """See `Pipeline.notes`."""
+        path = self.folder / INDEX
+        if Fields(read_json(path)[0], str(path)).json.get("is_distilled") is True:
+            return []
+        return [
+            f"warning: {path}: is of a base model, made for many steps with guidance; in the few "
+            "steps without guidance that follow, the distilled model is expected"
+        ]
 
     def options(self, role: int, teacher: Mapping[str, Any]) -> dict[str, Any]:
         """`instruction`: said behind the caption. `reference_pixels`: of the picture, at most."""
