@@ -10,6 +10,8 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import numpy as np
+
 from dopsd_jax.weights.found_files import COMPILED
 from dopsd_jax.weights.networks import Network
 
@@ -22,11 +24,17 @@ class Target:
       paths: diffusers paths, in the order of their rows.
       rows: output size of each.
       width: input size.
+      swapped: the file has the second half of a layer's rows first.
     """
 
     paths: tuple[str, ...]
     rows: tuple[int, ...]
     width: int
+    swapped: bool = False
+
+    def in_order(self, b: np.ndarray) -> np.ndarray:
+        """B [out, rank] of a file with our rows, and the other way round."""
+        return np.roll(b, len(b) // 2, axis=0) if self.swapped else b
 
 
 @dataclasses.dataclass(frozen=True)
@@ -118,11 +126,13 @@ def layers_of(network: Network, config: Any) -> Layers:
             continue
         for entry in layout.entries:
             paths = tuple(s.name.removesuffix(".weight") for s in entry.sources)
-            if all(path in split for path in paths) and not entry.swapped:
+            if all(path in split for path in paths):
                 rows, width = tuple(split[p][0] for p in paths), split[paths[0]][1]
-                native[entry.name.removesuffix(".weight")] = Target(paths, rows, width)
+                native[entry.name.removesuffix(".weight")] = Target(
+                    paths, rows, width, entry.swapped
+                )
     own = {path: Target((path,), (shape[0],), shape[1]) for path, shape in split.items()}
-    return Layers(own, native, config.to_dict(), network.lora)
+    return Layers(own, native, config.to_dict(), network.lora(config))
 
 
 def split_name(name: str) -> tuple[str, str | None, str, str]:

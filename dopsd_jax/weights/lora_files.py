@@ -107,12 +107,14 @@ def _group(path: Path, files: TensorFiles, layers: Layers, transformer_only: boo
     """stem -> (style, target, {part: tensor name}), and the kinds of suffixes seen."""
     table, groups, kinds, faults = stems(layers, list(STYLES)), {}, set(), []
     adapters: set[str] = set()
+    strangers = 0  # factors of layers that are not here
     for name, info in files.infos.items():
         if transformer_only and name.startswith(TEXT_ENCODERS):
             continue
         stem, part, kind, adapter = split_name(name)
         found = table.get(stem) if part else None
         if found is None:
+            strangers += part is not None and not name.startswith(TEXT_ENCODERS)
             faults.append(f"{path}: tensor {name!r} {_why(name, part)}")
             continue
         if info.dtype not in (FACTORS if part != "alpha" else NUMBERS):
@@ -125,6 +127,14 @@ def _group(path: Path, files: TensorFiles, layers: Layers, transformer_only: boo
         if part in parts:
             faults.append(f"{path}: {name!r} and {parts[part]!r} are the same factor")
         parts[part] = name
+    sizes = _other_sizes(files, groups) if len(faults) == strangers else ""
+    if sizes or 1 < strangers == len(files.infos):
+        first = sizes or f"none of its {strangers} tensors is of a linear layer of this one"
+        said = files.metadata.get("modelspec.architecture")
+        made = f" ({said}, its header says)" if said else ""
+        raise UserError(
+            f"{path}: is for another model{made}: {first}; give the model that it was made for"
+        )
     if len(adapters) > 1 and not faults:
         named = ", ".join(repr(adapter) for adapter in sorted(adapters))
         faults.append(f"{path}: holds several adapters ({named}); save one of them alone")
@@ -132,6 +142,19 @@ def _group(path: Path, files: TensorFiles, layers: Layers, transformer_only: boo
     if not groups:
         raise UserError(f"{path}: holds no tensors of an adapter of this model's transformer")
     return groups, kinds
+
+
+def _other_sizes(files: TensorFiles, groups) -> str:
+    """Of several layers, how the first differs, if none has the size of its adapter; else ''."""
+    seen = []
+    for stem, (_, target, parts) in groups.items():
+        if {"a", "b"} <= parts.keys():
+            a, b = (files.infos[parts[part]].shape for part in ("a", "b"))
+            seen.append((stem, [*b[:1], *a[1:]], [sum(target.rows), target.width]))
+    if len(seen) < 2 or any(found == here for _, found, here in seen):
+        return ""
+    stem, found, here = seen[0]
+    return f"all its layers have other sizes, such as {stem} with {found}, here {here}"
 
 
 def _why(name: str, part: str | None) -> str:
@@ -203,7 +226,7 @@ def _whole(files: TensorFiles, target: Target, parts: dict[str, str], settings) 
 def _cut(target: Target, whole: LoraModule) -> dict[str, LoraModule]:
     """One adapter for each of the fused layers: rows of B; and of A, if B is block-diagonal."""
     if len(target.paths) == 1:
-        return {target.paths[0]: whole}
+        return {target.paths[0]: dataclasses.replace(whole, b=target.in_order(whole.b))}
     blocks = np.split(whole.b, np.cumsum(target.rows)[:-1])
     count = len(blocks)
     if whole.rank % count == 0:

@@ -1,5 +1,6 @@
 """Writes LoRA files in the dialects that other programs load."""
 
+import dataclasses
 import json
 from collections.abc import Mapping
 from pathlib import Path
@@ -95,7 +96,7 @@ def fuse(modules: Mapping[str, LoraModule], layers: Layers) -> dict[str, LoraMod
 def _fuse(target: Target, modules: Mapping[str, LoraModule]) -> LoraModule:
     found = [modules.get(path) for path in target.paths]
     if len(found) == 1:
-        return found[0]
+        return dataclasses.replace(found[0], b=target.in_order(found[0].b))
     present = [module for module in found if module is not None]
     first = present[0]
     same_scale = all(module.scale == first.scale for module in present)

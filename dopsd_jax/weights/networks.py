@@ -29,7 +29,7 @@ class Network:
       unused: config -> tensors that may be in a checkpoint but that the module has no use for.
       others: config and leaves -> layouts besides the canonical one.
       single: name of the layout of the authors' single file, if that is one of them.
-      lora: `modelspec.architecture` of LoRA files for it.
+      lora: config -> `modelspec.architecture` of LoRA files for it.
       beside: whether a model is complete without it, as published ones have no such folder.
     """
 
@@ -41,7 +41,7 @@ class Network:
     unused: Callable[[Any], Sequence[Source]] = lambda config: ()
     others: Callable[[Any, Sequence[Leaf]], Sequence[Layout]] = lambda config, leaves: ()
     single: str | None = None
-    lora: str = ""
+    lora: Callable[[Any], str] = lambda config: ""
     beside: bool = False
 
     def layouts(self, config: Any) -> list[Layout]:

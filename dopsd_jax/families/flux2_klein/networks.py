@@ -22,6 +22,8 @@ def _vae_layouts(config, leaves):
     return [layouts.autoencoder(leaves, levels, unused)]
 
 
+PUBLISHED = {3072: "-4b", 4096: "-9b"}  # by width, as musubi-tuner names them
+
 NETWORKS = {
     "transformer": Network(
         "transformer",
@@ -31,7 +33,7 @@ NETWORKS = {
         flux2_config.names,
         others=_transformer_layouts,
         single=layouts.ORIGINAL,
-        lora="Flux.2-klein/lora",
+        lora=lambda config: f"Flux.2-klein{PUBLISHED.get(config.dim, '')}/lora",
     ),
     "text_encoder": TEXT_ENCODER,
     "vae": Network(

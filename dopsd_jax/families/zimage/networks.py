@@ -33,7 +33,7 @@ ZIMAGE = {
         zimage.names,
         others=_zimage_layouts,
         single=layouts.ORIGINAL,
-        lora="Z-Image/lora",  # SAI model spec, as musubi-tuner writes it
+        lora=lambda config: "Z-Image/lora",  # SAI model spec, as musubi-tuner writes it
     ),
     "text_encoder": TEXT_ENCODER,
     "vae": Network(
