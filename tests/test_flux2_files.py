@@ -17,9 +17,12 @@ from dopsd_jax.families.flux2_klein.networks import NETWORKS
 from dopsd_jax.models.autoencoder_config import DOWN_BLOCK, UP_BLOCK
 from dopsd_jax.models.flux2_autoencoder import Flux2AutoencoderConfig
 from dopsd_jax.models.flux2_config import Flux2Config
+from dopsd_jax.weights.converted import Origin, convert
+from dopsd_jax.weights.layouts import Found, in_layout
 from dopsd_jax.weights.load import load_component
 from dopsd_jax.weights.safetensors_io import TensorFiles
 from dopsd_jax.weights.safetensors_write import file_order, header_bytes
+from dopsd_jax.weights.stored import open_stored
 from dopsd_jax.weights.tensors import TensorInfo
 
 DATA = Path(__file__).parent / "data"
@@ -68,28 +71,66 @@ def folder(tmp_path_factory):
 
 
 def test_a_variance_below_zero_is_refused(folder, tmp_path):
-    model = tmp_path / "model"
-    shutil.copytree(folder, model)
-    (file,) = (model / "vae").glob("*.safetensors")
+    vae, network = tmp_path / "vae", NETWORKS["vae"]
+    shutil.copytree(folder / "vae", vae)
+    (file,) = vae.glob("*.safetensors")
     tensors = load_file(file)
     tensors["bn.running_var"][3] = -0.25
     save_file(tensors, file)
+    stored = open_stored(vae, network)
+    origin = Origin("vae", "", stored.found)
     for read in (
-        lambda: load_component(model / "vae", NETWORKS["vae"]),
-        lambda: import_model(model, tmp_path / "out"),
+        lambda: load_component(vae, network),
+        lambda: convert(stored.tensors, stored.leaves, "{}", tmp_path / "out", "vae", origin),
     ):
         with pytest.raises(UserError, match=r"'bn\.running_var' holds -0\.25; no number of it"):
             read()
 
 
-def test_a_model_goes_to_a_single_file_and_back(folder, tmp_path):
-    file = tmp_path / "klein.safetensors"
+def in_names(folder, component, name):
+    """A network's tensors under the names of a layout."""
+    network = NETWORKS[component]
+    stored = open_stored(folder / component, network)
+    (layout,) = (one for one in network.layouts(stored.config) if one.name == name)
+    view = in_layout(stored.tensors, Found(layout, ""))
+    return {name: view.read(name) for name in view.infos}
+
+
+def test_a_model_goes_to_single_files_and_back(folder, tmp_path):
+    """The transformer behind ComfyUI's prefix, the autoencoder under the authors' names."""
+    file, vae = tmp_path / "klein.safetensors", tmp_path / "flux2-vae.safetensors"
     export_single(folder, file)
-    single, parts = TensorFiles.open(file), TensorFiles.open(folder / "transformer")
+    tensors, parts = load_file(file), TensorFiles.open(folder / "transformer")
     canonical = parts.read(layouts.SWAPPED)
     half = len(canonical) // 2
-    swapped = single.read("final_layer.adaLN_modulation.1.weight")
+    swapped = tensors["final_layer.adaLN_modulation.1.weight"]
     np.testing.assert_array_equal(swapped, np.concatenate([canonical[half:], canonical[:half]]))
-    import_model(folder, tmp_path / "model", files={"transformer": file})
+    save_file({f"model.diffusion_model.{name}": tensor for name, tensor in tensors.items()}, file)
+    save_file(in_names(folder, "vae", "ldm"), vae)
+    assert "encoder.quant_conv.weight" in load_file(vae)
+    import_model(folder, tmp_path / "model", files={"transformer": file, "vae": vae})
     export_diffusers(tmp_path / "model", tmp_path / "back")
-    assert tensors_of(tmp_path / "back" / "transformer") == tensors_of(folder / "transformer")
+    for component in ("transformer", "vae"):
+        assert tensors_of(tmp_path / "back" / component) == tensors_of(folder / component)
+    assert tensors_of(tmp_path / "back" / "vae")["bn.num_batches_tracked"][:2] == ("I64", ())
+    export_single(tmp_path / "model", tmp_path / "again.safetensors")
+    assert tensors_of(tmp_path / "again.safetensors") == tensors_of(file)
+
+
+def test_diffusers_names_in_one_file_are_known(folder, tmp_path):
+    """The other circulating file of the autoencoder, and what ComfyUI saves behind its prefix."""
+    for component, prefix in (("vae", ""), ("transformer", "diffusion_model.")):
+        (own,) = (folder / component).glob("*.safetensors")
+        file = tmp_path / f"{component}.safetensors"
+        save_file({prefix + name: tensor for name, tensor in load_file(own).items()}, file)
+        stored = open_stored(folder / component, NETWORKS[component], file)
+        assert all(np.array_equal(stored.tensors.read(n), t) for n, t in load_file(own).items())
+
+
+def test_the_9bs_single_file_would_have_the_published_size():
+    network = NETWORKS["transformer"]
+    config = Flux2Config(heads=32, double_layers=8, single_layers=24, text_dim=12288)
+    (layout,) = (one for one in network.layouts(config) if one.name == network.single)
+    infos = {e.name: TensorInfo("BF16", e.shape) for e in layout.entries}
+    header = header_bytes(file_order(infos), infos, None)
+    assert len(header) + sum(info.nbytes for info in infos.values()) == 18_157_185_168

@@ -46,6 +46,8 @@ class Leaf:
     def shape(self) -> tuple[int, ...]:
         """Shape in Flax, without the layer axis."""
         first = self.sources[0].shape
+        if self.kind == "same" and len(self.sources) == 1:
+            return first  # also that of a single number
         out = sum(s.shape[0] for s in self.sources)
         if self.kind == "linear":
             return (first[1], out)
@@ -93,6 +95,8 @@ def to_torch(leaf: Leaf, array: np.ndarray) -> list[np.ndarray]:
         joined = array.transpose(3, 2, 0, 1)
     else:
         joined = array
+    if len(leaf.sources) == 1:
+        return [joined.reshape(leaf.sources[0].shape)]
     bounds = np.cumsum([s.shape[0] // leaf.groups for s in leaf.sources])[:-1]
     pieces = np.split(joined.reshape(leaf.groups, -1, *joined.shape[1:]), bounds, axis=1)
     return [p.reshape(s.shape) for p, s in zip(pieces, leaf.sources, strict=True)]

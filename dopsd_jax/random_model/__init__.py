@@ -15,7 +15,7 @@ import numpy as np
 
 from dopsd_jax.models import autoencoder, qwen3, qwen3_vl, zimage
 from dopsd_jax.models.autoencoder_config import AutoencoderConfig
-from dopsd_jax.models.names import Leaf
+from dopsd_jax.models.names import Leaf, Source
 from dopsd_jax.random_model import configs
 from dopsd_jax.random_model.configs import Size
 from dopsd_jax.random_model.tokenizer import QWEN3_TEMPLATE, QWEN3_VL_TEMPLATE, write_tokenizer
@@ -60,8 +60,18 @@ def write_random_model(folder: str | os.PathLike, seed: int = 0, size: Size | No
     return folder
 
 
-def write_network(folder: Path, config: dict, leaves: Iterable[Leaf], dtype: str, seed: int):
-    """A network's folder: `config` and weights drawn from `seed` and their names."""
+def write_network(
+    folder: Path,
+    config: dict,
+    leaves: Iterable[Leaf],
+    dtype: str,
+    seed: int,
+    counters: Iterable[Source] = (),
+) -> None:
+    """A network's folder: `config` and weights drawn from `seed` and their names.
+
+    `counters`: whole numbers that stand beside the weights, all zero.
+    """
     base = "diffusion_pytorch_model" if "_class_name" in config else "model"
     write_json(folder / "config.json", config)
     tensors = {
@@ -69,6 +79,7 @@ def write_network(folder: Path, config: dict, leaves: Iterable[Leaf], dtype: str
         for leaf in leaves
         for source in leaf.sources
     }
+    tensors |= {source.name: np.zeros(source.shape, np.int64) for source in counters}
     write_sharded(folder, base, ArrayTensors(tensors), metadata={"format": "pt"})
 
 

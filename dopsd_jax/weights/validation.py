@@ -20,7 +20,8 @@ def check_tensors(
 ) -> None:
     """Raises one `UserError` that lists every missing, unexpected or mis-shaped tensor.
 
-    `unused` may be there or not. Parameters must be stored in one of `tensors.FLOATS`.
+    `unused` may be there or not, and may be counters. Parameters must be stored in one of
+    `tensors.FLOATS`.
     """
     allowed = {source.name: source.shape for source in unused}
     faults = []
@@ -39,7 +40,7 @@ def check_tensors(
                 f"{where}: tensor {name!r} has shape {list(info.shape)}, "
                 f"config.json makes it {list(shape)}; is this its own config.json?"
             )
-        elif info.dtype not in FLOATS:
+        elif info.dtype not in (FLOATS if name in needed else (*FLOATS, "I64")):
             faults.append(
                 f"{where}: tensor {name!r} is stored as {info.dtype}, one of {', '.join(FLOATS)} "
                 "is needed; get a version that is not quantised"

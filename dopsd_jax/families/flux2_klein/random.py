@@ -79,8 +79,9 @@ def write_random_model(folder: str | os.PathLike, seed: int = 0) -> Path:
     }
     for name, (config, dtype) in parts.items():
         network = NETWORKS[name]
-        leaves = network.names(network.read_config(config, name))
-        write_network(folder / name, config, leaves, dtype, seed)
+        size = network.read_config(config, name)
+        counters = network.unused(size) if name == "vae" else ()
+        write_network(folder / name, config, network.names(size), dtype, seed, counters)
     # The last: a folder that has it is whole.
     write_json(folder / "model_index.json", MODEL_INDEX)
     return folder
