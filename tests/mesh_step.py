@@ -17,8 +17,9 @@ from flax import nnx
 from dopsd_jax import dopsd
 from dopsd_jax.adapters import attach
 from dopsd_jax.estimation.collectives import collectives
+from dopsd_jax.families.flux2_klein import family as klein
 from dopsd_jax.families.zimage import family
-from dopsd_jax.models import zimage
+from dopsd_jax.models import flux2, flux2_config, zimage
 from dopsd_jax.models.attention import attention, per_device, splash_attention
 from dopsd_jax.parallel import sharding
 from dopsd_jax.training import optimizers, state, train_step
@@ -26,6 +27,10 @@ from dopsd_jax.training import optimizers, state, train_step
 CFG = zimage.ZImageConfig(
     dim=96, layers=2, refiner_layers=0, heads=4, caption_dim=16, axes_dims=(8, 8, 8)
 )
+KLEIN = flux2_config.Flux2Config(
+    heads=4, head_dim=16, double_layers=3, single_layers=3, channels=8, text_dim=24, mlp_ratio=2.5,
+    axes_dims=(4, 4, 4, 4), time_frequencies=32,
+)  # fmt: skip
 REFINED = dataclasses.replace(CFG, refiner_layers=1)  # dear to compile: on one mesh only
 MESHES = {
     "one": {"data": 1},
@@ -38,12 +43,12 @@ MESHES = {
     "fsdp, context, tensor, refined": {"fsdp": 2, "context": 2, "tensor": 2},
 }
 OFFLOADED = "fsdp, context, tensor, refined"  # in full fine-tuning
-PAIRS = ("fsdp, tensor",)  # the other two are left to the mesh of all three
-CASES = [  # and full fine-tuning leaves this one too
+LEFT = ("fsdp, tensor", "context")  # to the mesh of all three, as other pairs are in both modes
+CASES = [
     (mode, mesh)
     for mode in ("lora", "full")
     for mesh in MESHES
-    if mode == "lora" or mesh not in PAIRS
+    if mode == "lora" or mesh not in LEFT
 ]
 RANK, BATCH, LATENT, STEPS = 4, 8, (8, 4, 6, 16), 2
 # No number of tokens (6 image tokens are padded to 32) is a side of a kernel.
@@ -145,10 +150,43 @@ def run_kernel():
     return {"kernel/actual": np.asarray(actual), "kernel/expected": np.asarray(expected)}
 
 
+def run_klein():
+    """FLUX.2-klein's velocity and the gradient of all that can be trained, on one device and on
+    every axis. The reference makes the number of tokens odd: `context` then needs padding."""
+    net = flux2.Flux2(KLEIN, rngs=nnx.Rngs(0))
+    chosen = attach.select(attach.slots(flux2_config.names(KLEIN)), "blocks", klein.LORA_PRESETS)
+    attach.attach(net, chosen, RANK, 8.0, jax.random.key(1))
+    graphdef, adapter, weights, scales = nnx.split(net, nnx.LoRAParam, nnx.Param, ...)
+    adapter = jax.tree.map(
+        lambda a: a + 0.05 * jnp.cos(jnp.arange(a.size)).reshape(a.shape), adapter
+    )
+    draw = lambda i, *shape: jax.random.normal(jax.random.key(i), (BATCH, *shape))
+    given = draw(0, 5, 5, 8), draw(1, 16, KLEIN.text_dim), draw(2, 3, 4, 8)
+
+    def loss(adapter, weights, x, text, reference):
+        net = nnx.merge(graphdef, adapter, weights, scales)
+        embedded = net.embed(text, (reference,))
+        return jnp.mean(net(x, jnp.full(BATCH, 0.7), *embedded, [reference.shape[1:3]]) ** 2)
+
+    results = {}
+    axes = {"fsdp": 2, "context": 2, "tensor": 2}
+    for name, sizes, devices in (("one", {"data": 1}, jax.devices()[:1]), ("all", axes, None)):
+        mesh = sharding.make_mesh(sizes, devices)
+        with jax.set_mesh(mesh):
+            placed = jax.device_put(weights, sharding.state_shardings(weights, mesh))
+            step = jax.jit(jax.value_and_grad(loss, argnums=(0, 1)))
+            compiled = step.lower(adapter, placed, *given).compile()
+            found = jax.tree.leaves(compiled(adapter, placed, *given))
+        results[f"klein/{name}"] = np.concatenate([np.ravel(x) for x in found])
+        sent = [(*a, t.count) for a, t in collectives(compiled.as_text()).arrays.items()]
+        results[f"klein/{name}/sent"] = np.asarray(json.dumps(sent))
+    return results
+
+
 def main(out):
     jax.config.update("jax_num_cpu_devices", 8)
     jax.config.update("jax_default_matmul_precision", "float32")
-    results = run_kernel()
+    results = run_kernel() | run_klein()
     for mode, name in CASES:
         start = time.process_time()
         results |= run(name, mode, *model(mode, REFINED if "refined" in name else CFG))

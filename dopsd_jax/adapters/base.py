@@ -1,6 +1,6 @@
 """What every kind of adapter is: the interface between a network, its training and its files."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -38,13 +38,21 @@ class Adapter(nnx.Module):
         raise NotImplementedError
 
     @classmethod
-    def updates(cls, parts: Sequence["Adapter"], x: Float[Array, "... din"]) -> list[Array]:
-        """What each of a `Dense`'s adapters adds to its part [..., dout] of the output.
+    def updates(
+        cls,
+        parts: Sequence["Adapter"],
+        x: Float[Array, "... din"],
+        rows: Callable[[Array], Array] = lambda a: a,
+        columns: Callable[[Array], Array] = lambda a: a,
+    ) -> list[Array]:
+        """What each of a `Dense`'s adapters adds to its layer's output [..., dout].
 
-        In x's type. A kind that has a cheaper way than its whole `delta`, or can share work between
-        parts, says so here.
+        In x's type. `rows`, `columns`: the first or last axis of an array [din, ...] or [..., dout]
+        in the order that the `Dense` has. They are for weights: to order x or the output would send
+        these between devices. A kind that has a cheaper way than its whole `delta`, or can share
+        work between parts, says so here.
         """
-        return [x @ part.delta().astype(x.dtype) for part in parts]
+        return [x @ columns(rows(part.delta().astype(x.dtype))) for part in parts]
 
     @staticmethod
     def size(din: int, dout: int, rank: int) -> int:

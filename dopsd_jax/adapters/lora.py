@@ -30,12 +30,15 @@ class Lora(Adapter):
         return self.scale[...][..., None, None] * (self.a[...] @ self.b[...])
 
     @classmethod
-    def updates(cls, parts: Sequence["Lora"], x: Float[Array, "... din"]) -> list[Array]:
+    def updates(
+        cls, parts: Sequence["Lora"], x: Float[Array, "... din"], rows=lambda a: a,
+        columns=lambda b: b,
+    ) -> list[Array]:  # fmt: skip
         # One product for all down-projections: x is read once.
-        downs = [part.a[...].astype(x.dtype) for part in parts]
+        downs = [rows(part.a[...].astype(x.dtype)) for part in parts]
         lows = jnp.split(x @ jnp.concatenate(downs, -1), len(downs), axis=-1)
         return [
-            (low * part.scale[...].astype(x.dtype)) @ part.b[...].astype(x.dtype)
+            (low * part.scale[...].astype(x.dtype)) @ columns(part.b[...].astype(x.dtype))
             for part, low in zip(parts, lows, strict=True)
         ]
 

@@ -4,26 +4,28 @@ Dimension names: b batch, h w rows and columns of tokens, c channels, n tokens, 
 r reference tokens, d width. Facts: the published checkpoints and diffusers 0.42.1.
 """
 
+import math
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
 from dopsd_jax.models.attention import attention
 from dopsd_jax.models.flux2_config import Flux2Config
+from dopsd_jax.models.interleaved import Interleaved
 from dopsd_jax.models.layers import Dense, RMSNorm, normalize, scan_blocks, sinusoids, stack
 from dopsd_jax.models.zimage_rope import rotate
-from dopsd_jax.parallel.sharding import constrain_batch, declare_block_kernels
+from dopsd_jax.parallel.sharding import axis_size, constrain_batch, declare_block_kernels
 
 STACKS = ("double", "single")  # parameters with a leading layer axis
 REFERENCE_FRAME = 10  # the k-th reference stands at 10, 20, ... on the first rotary axis
 
 declare_block_kernels(
-    columns=("image.qkv", "image.w_in", "text.qkv", "text.w_in", "single.w_in"),
-    rows=("image.out", "image.w_out", "text.out", "text.w_out", "single.w_out"),
+    columns=("image.qkv", "text.qkv", "w_in"), rows=("image.out", "text.out", "w_out")
 )
 
 
@@ -58,10 +60,22 @@ def modulated(x: Float[Array, "b n d"], shift, scale, eps: float) -> Float[Array
     return y * (1 + scale).astype(x.dtype) + shift.astype(x.dtype)
 
 
-def gated(y: Float[Array, "b n f"]) -> Float[Array, "b n g"]:
-    """silu of the first half times the second."""
-    gate, up = jnp.split(y, 2, axis=-1)
+def gated(gate: Float[Array, "b n f"], up: Float[Array, "b n f"]) -> Float[Array, "b n f"]:
+    """silu(gate) up."""
+    gate, up = (constrain_batch(y, "context", "tensor") for y in (gate, up))
     return jax.nn.silu(gate) * up
+
+
+class Row(NamedTuple):
+    """Text, image and references as one row of tokens.
+
+    `order`: of the two parts text and the rest, interleaved, so that a device of the axis context
+    has some of both. `rope`: of the row. `lengths`: see `attention`.
+    """
+
+    order: Interleaved
+    rope: tuple[Array, Array]
+    lengths: Int[Array, " b"] | None
 
 
 class Stream(nnx.Module):
@@ -72,7 +86,8 @@ class Stream(nnx.Module):
         self.qkv = Dense(cfg.dim, (cfg.dim,) * 3, groups=cfg.groups, rngs=rngs)
         self.out = Dense(cfg.dim, cfg.dim, rngs=rngs)
         self.q_norm, self.k_norm = (RMSNorm(cfg.head_dim, cfg.eps) for _ in range(2))
-        self.w_in = Dense(cfg.dim, 2 * cfg.hidden_dim, rngs=rngs)
+        halves = (cfg.hidden_dim,) * 2
+        self.w_in = Dense(cfg.dim, halves, groups=cfg.groups, fused_before=True, rngs=rngs)
         self.w_out = Dense(cfg.hidden_dim, cfg.dim, rngs=rngs)
 
     def project(self, x: Float[Array, "b n d"], shift, scale) -> tuple[Array, Array, Array]:
@@ -85,8 +100,8 @@ class Stream(nnx.Module):
         """Adds what attention gave, then the feed-forward part; `rest`: its shift, scale, gate."""
         x = x + gate.astype(x.dtype) * self.out(attended)
         shift, scale, gate = rest
-        y = self.w_out(gated(self.w_in(modulated(x, shift, scale, self.cfg.eps))))
-        return x + gate.astype(x.dtype) * y
+        parts = self.w_in.split(self.w_in(modulated(x, shift, scale, self.cfg.eps)))
+        return x + gate.astype(x.dtype) * self.w_out(gated(*parts))
 
 
 class DoubleBlock(nnx.Module):
@@ -96,7 +111,7 @@ class DoubleBlock(nnx.Module):
         self.implementation = implementation
         self.image, self.text = Stream(cfg, rngs), Stream(cfg, rngs)
 
-    def __call__(self, x, rope, image_modulation, text_modulation):
+    def __call__(self, x, row: Row, image_modulation, text_modulation):
         """x: image [b, n, d] and text [b, l, d]; a modulation: six arrays [b, 1, d]."""
         image, text = x
         (i_shift, i_scale, i_gate, *i_rest), (t_shift, t_scale, t_gate, *t_rest) = (
@@ -108,10 +123,8 @@ class DoubleBlock(nnx.Module):
             self.image.project(image, i_shift, i_scale),
             strict=True,
         )
-        q, k, v = (jnp.concatenate(pair, axis=1) for pair in parts)
-        y = attention(rotate(q, rope), rotate(k, rope), v, implementation=self.implementation)
-        y = y.reshape(*y.shape[:2], -1)
-        text_y, image_y = jnp.split(y, [text.shape[1]], axis=1)
+        q, k, v = (row.order.join(pair, axis=1) for pair in parts)
+        text_y, image_y = row.order.split(attend(q, k, v, row, self.implementation), axis=1)
         return (
             self.image.finish(image, image_y, i_gate, i_rest),
             self.text.finish(text, text_y, t_gate, t_rest),
@@ -123,20 +136,26 @@ class SingleBlock(nnx.Module):
 
     def __init__(self, cfg: Flux2Config, implementation: str, rngs: nnx.Rngs):
         self.cfg, self.implementation = cfg, implementation
-        self.w_in = Dense(cfg.dim, 3 * cfg.dim + 2 * cfg.hidden_dim, rngs=rngs)
-        self.w_out = Dense(cfg.dim + cfg.hidden_dim, cfg.dim, rngs=rngs)
+        d, hidden, groups = cfg.dim, cfg.hidden_dim, cfg.groups
+        outputs = (d, d, d, hidden, hidden)
+        self.w_in = Dense(d, outputs, groups=groups, fused_before=True, rngs=rngs)
+        self.w_out = Dense((d, hidden), d, groups=groups, rngs=rngs)
         self.q_norm, self.k_norm = (RMSNorm(cfg.head_dim, cfg.eps) for _ in range(2))
 
-    def __call__(self, x: Float[Array, "b n d"], rope, modulation) -> Float[Array, "b n d"]:
-        """x: text, image and references in one row."""
-        (shift, scale, gate), d = modulation, self.cfg.dim
-        y = self.w_in(modulated(x, shift, scale, self.cfg.eps))
-        *parts, hidden = jnp.split(y, [d, 2 * d, 3 * d], axis=-1)
-        q, k, v = (_heads(part, self.cfg) for part in parts)
-        q, k = rotate(self.q_norm(q), rope), rotate(self.k_norm(k), rope)
-        y = attention(q, k, v, implementation=self.implementation)
-        y = jnp.concatenate([y.reshape(x.shape), gated(hidden)], axis=-1)
+    def __call__(self, x: Float[Array, "b n d"], row: Row, modulation) -> Float[Array, "b n d"]:
+        shift, scale, gate = modulation
+        *qkv, hidden, up = self.w_in.split(self.w_in(modulated(x, shift, scale, self.cfg.eps)))
+        q, k, v = (_heads(part, self.cfg) for part in qkv)
+        y = attend(self.q_norm(q), self.k_norm(k), v, row, self.implementation)
+        y = self.w_out.inputs.join([y, gated(hidden, up)])
         return x + gate.astype(x.dtype) * self.w_out(y)
+
+
+def attend(q, k, v, row: Row, implementation: str) -> Float[Array, "b n d"]:
+    """Attention of the whole row; queries, keys and values are [b, n, head, head_dim]."""
+    q, k = rotate(q, row.rope), rotate(k, row.rope)
+    y = attention(q, k, v, lengths=row.lengths, implementation=implementation)
+    return y.reshape(*y.shape[:2], -1)
 
 
 def _heads(x: Float[Array, "b n d"], cfg: Flux2Config) -> Float[Array, "b n h f"]:
@@ -197,10 +216,9 @@ class Flux2(nnx.Module):
         `text`, `references`: see `embed`; `sizes`: rows and columns of each reference's latent.
         """
         h, w = x.shape[1:3]
-        frames = [(h, w, 0)]
-        frames += [(*size, REFERENCE_FRAME * (k + 1)) for k, size in enumerate(sizes)]
-        places = [text_positions(text.shape[1]), *(image_positions(*frame) for frame in frames)]
-        angles = rope(self.cfg, np.concatenate(places))
+        image = jnp.concatenate([self._tokens(x), *references], axis=1)
+        row, pads = self._row(text.shape[1], [(h, w), *sizes], len(x))
+        image = jnp.pad(image, ((0, 0), (0, pads), (0, 0)))
         c = self.time_out(
             jax.nn.silu(self.time_in(sinusoids(1000.0 * sigma, self.cfg.time_frequencies)))
         )
@@ -208,23 +226,36 @@ class Flux2(nnx.Module):
         text_modulation = self._modulation(self.text_modulation, c, 6)
         single_modulation = self._modulation(self.single_modulation, c, 3)
 
-        image = jnp.concatenate([self._tokens(x), *references], axis=1)
         image, text = scan_blocks(
-            lambda block, tokens: block(tokens, angles, image_modulation, text_modulation),
+            lambda block, tokens: block(tokens, row, image_modulation, text_modulation),
             self.double,
             (image, text.astype(self.dtype)),
             self.remat,
         )
         tokens = scan_blocks(
-            lambda block, tokens: block(tokens, angles, single_modulation),
+            lambda block, tokens: block(tokens, row, single_modulation),
             self.single,
-            jnp.concatenate([text, image], axis=1),
+            row.order.join([text, image], axis=1),
             self.remat,
         )
-        tokens = constrain_batch(tokens)[:, text.shape[1] : text.shape[1] + h * w]
+        tokens = constrain_batch(row.order.split(tokens, axis=1)[1])[:, : h * w]
         scale, shift = self._modulation(self.final_modulation, c, 2)
         y = self.final_linear(modulated(tokens, shift, scale, self.cfg.eps))
         return y.astype(jnp.float32).reshape(x.shape)
+
+    def _row(self, l: int, sizes: Sequence[tuple[int, int]], b: int) -> tuple[Row, int]:
+        """Where l text tokens, an image and references of `sizes` stand, and how many tokens of
+        padding follow, so that the mesh axis context divides their number."""
+        frames = [(*size, REFERENCE_FRAME * k) for k, size in enumerate(sizes)]
+        places = np.concatenate([image_positions(*frame) for frame in frames])
+        groups, n = math.gcd(l, axis_size("context")), len(places)
+        pads = -n % groups
+        if pads * groups > n + pads:  # so few that padding would not be the end of the row only
+            groups, pads = 1, 0
+        order = Interleaved((l, n + pads), groups)
+        places = order.join([text_positions(l), np.pad(places, ((0, pads), (0, 0)))], axis=0)
+        lengths = jnp.full((b,), l + n) if pads else None
+        return Row(order, rope(self.cfg, places), lengths), pads
 
     def _tokens(self, latent: Float[Array, "b h w c"]) -> Float[Array, "b n d"]:
         flat = latent.reshape(len(latent), -1, latent.shape[-1]).astype(self.dtype)

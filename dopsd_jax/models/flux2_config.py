@@ -1,10 +1,13 @@
 """Sizes of FLUX.2's transformer, read from config.json, and the names of its tensors."""
 
 import dataclasses
+import math
 from collections.abc import Mapping
 
 from dopsd_jax.common.json_fields import MAX_LAYERS, Fields
 from dopsd_jax.models.names import Leaf, linear, vector
+
+TEXT_ROWS = 512  # tokens of every text: the padding is kept and seen
 
 
 @dataclasses.dataclass(frozen=True)
@@ -24,7 +27,7 @@ class Flux2Config:
     time_frequencies: int = 256
 
     patch = 1  # the autoencoder folds 2 x 2 cells into channels
-    token_multiple = 1
+    token_multiple = TEXT_ROWS  # the image's are padded where they do not divide
 
     @property
     def dim(self) -> int:
@@ -36,8 +39,8 @@ class Flux2Config:
 
     @property
     def groups(self) -> int:
-        """Most devices that heads can be spread over; see `layers.Dense`."""
-        return self.heads
+        """Most devices that heads and hidden units can both be spread over; see `layers.Dense`."""
+        return math.gcd(self.heads, self.hidden_dim)
 
     @classmethod
     def from_dict(cls, config: Mapping, where: str) -> "Flux2Config":
@@ -103,13 +106,17 @@ def names(cfg: Flux2Config) -> list[Leaf]:
         for ours, norm in zip(("q_norm", "k_norm"), norms, strict=True):
             yield vector(f"{path}.{ours}.scale", i, f"{theirs}.attn.{norm}.weight", cfg.head_dim)
         ff = f"{theirs}.{feed_forward}"
-        yield linear(f"{path}.w_in.kernel", i, (f"{ff}.linear_in", 2 * hidden, d))
+        w_in, halves = (f"{ff}.linear_in", 2 * hidden, d), (hidden, hidden)
+        yield linear(f"{path}.w_in.kernel", i, w_in, groups=cfg.groups, outputs=halves)
         yield linear(f"{path}.w_out.kernel", i, (f"{ff}.linear_out", d, hidden))
 
     def single(i):
         theirs = f"single_transformer_blocks.{i}.attn"
-        yield linear("single.w_in.kernel", i, (f"{theirs}.to_qkv_mlp_proj", 3 * d + 2 * hidden, d))
-        yield linear("single.w_out.kernel", i, (f"{theirs}.to_out", d, d + hidden))
+        w_in, w_out = f"{theirs}.to_qkv_mlp_proj", f"{theirs}.to_out"
+        outputs, inputs = (d, d, d, hidden, hidden), (d, hidden)
+        into, out = (w_in, sum(outputs), d), (w_out, d, sum(inputs))
+        yield linear("single.w_in.kernel", i, into, groups=cfg.groups, outputs=outputs)
+        yield linear("single.w_out.kernel", i, out, groups=cfg.groups, inputs=inputs)
         yield vector("single.q_norm.scale", i, f"{theirs}.norm_q.weight", cfg.head_dim)
         yield vector("single.k_norm.scale", i, f"{theirs}.norm_k.weight", cfg.head_dim)
 

@@ -1,5 +1,6 @@
 """Parts that several networks share. Dimension names: b batch, n tokens, d width, h heads."""
 
+import functools
 import math
 from collections.abc import Callable
 
@@ -8,6 +9,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
 
+from dopsd_jax.models.interleaved import Interleaved
 from dopsd_jax.models.quantised import QuantisedKernel
 from dopsd_jax.parallel.sharding import UNCONSTRAINED, constrain_batch, constrain_weights, to_device
 
@@ -15,30 +17,32 @@ from dopsd_jax.parallel.sharding import UNCONSTRAINED, constrain_batch, constrai
 class Dense(nnx.Module):
     """y = x W (+ b) (+ what an adapter adds to each adapted part).
 
-    Projections of one input are fused: with `dout=(d0, d1, d2)` the kernel is [din, d0 + d1 + d2].
-    Every part is cut into `groups` blocks, and the kernel holds the first block of each part, then
-    the second of each, ...: so a device that has some of the columns has the same share of every
-    part, whole heads if `groups` divides these. `split` and `join` know the order.
-    `adapters.attach` fills `adapters`, keyed by the part's number, all of one kind; this class only
-    calls their `updates` (see `adapters.base.Adapter`).
+    Projections of one input are fused: with `dout=(d0, d1, d2)` the kernel is [din, d0 + d1 + d2],
+    its columns interleaved (`outputs`), so that a device that has some of them has the same share
+    of every part, whole heads if `groups` divides these. `din=(d0, d1)`: the inputs are parts in
+    the same way (`inputs`). `fused_before`: the parts are of one PyTorch layer, with one adapter.
+    `adapters.attach` fills `adapters`, keyed by the number of the layer, all of one kind; this
+    class only calls their `updates` (see `adapters.base.Adapter`).
     The product runs in x's type, whatever the kernel is stored in; `quantised.quantised` may put a
     `QuantisedKernel` in its place.
     """
 
     def __init__(
         self,
-        din: int,
+        din: int | tuple[int, ...],
         dout: int | tuple[int, ...],
         *,
         bias: bool = False,
         groups: int = 1,
+        fused_before: bool = False,
         rngs: nnx.Rngs,
     ):
-        self.din, self.groups = din, groups
-        self.douts = (dout,) if isinstance(dout, int) else tuple(dout)
-        init = jax.nn.initializers.normal(1 / math.sqrt(din))
-        self.kernel = nnx.Param(init(rngs.params(), (din, sum(self.douts))))
-        self.bias = nnx.Param(jnp.zeros((sum(self.douts),))) if bias else None
+        order = lambda d: Interleaved((d,) if isinstance(d, int) else tuple(d), groups)
+        self.inputs, self.outputs, self.fused_before = order(din), order(dout), fused_before
+        rows, columns = sum(self.inputs.sizes), sum(self.outputs.sizes)
+        init = jax.nn.initializers.normal(1 / math.sqrt(rows))
+        self.kernel = nnx.Param(init(rngs.params(), (rows, columns)))
+        self.bias = nnx.Param(jnp.zeros((columns,))) if bias else None
         self.adapters = nnx.Dict()
 
     def __call__(self, x: Float[Array, "... din"]) -> Float[Array, "... dout"]:
@@ -56,24 +60,18 @@ class Dense(nnx.Module):
 
     def split(self, y: Float[Array, "... dout"]) -> list[Float[Array, "... _part"]]:
         """Cuts an output into its parts."""
-        bounds, total = [], 0
-        for size in self.douts[:-1]:
-            total += size // self.groups
-            bounds.append(total)
-        parts = jnp.split(y.reshape(*y.shape[:-1], self.groups, -1), bounds, axis=-1)
-        return [part.reshape(*y.shape[:-1], -1) for part in parts]
-
-    def join(self, parts: list[Float[Array, "... _part"]]) -> Float[Array, "... dout"]:
-        """The output that has these parts: the inverse of `split`."""
-        blocks = [part.reshape(*part.shape[:-1], self.groups, -1) for part in parts]
-        return jnp.concatenate(blocks, axis=-1).reshape(*parts[0].shape[:-1], -1)
+        return self.outputs.split(y)
 
     def _adapter_update(self, x: Float[Array, "... din"]) -> Float[Array, "... dout"]:
-        parts = [str(part) for part in range(len(self.douts)) if str(part) in self.adapters]
-        held = [self.adapters[part] for part in parts]
-        found = dict(zip(parts, type(held[0]).updates(held, x), strict=True))
+        layers = sorted(self.adapters, key=int)
+        held = [self.adapters[layer] for layer in layers]
+        rows = functools.partial(self.inputs.ordered, axis=0)
+        if self.fused_before:
+            return type(held[0]).updates(held, x, rows, self.outputs.ordered)[0]
+        found = dict(zip(layers, type(held[0]).updates(held, x, rows), strict=True))
         empty = lambda size: jnp.zeros((*x.shape[:-1], size), x.dtype)
-        return self.join([found.get(str(i), empty(size)) for i, size in enumerate(self.douts)])
+        parts = enumerate(self.outputs.sizes)
+        return self.outputs.join([found.get(str(i), empty(size)) for i, size in parts])
 
 
 class RMSNorm(nnx.Module):

@@ -10,6 +10,8 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from dopsd_jax.models.interleaved import Interleaved
+
 
 @dataclasses.dataclass(frozen=True)
 class Source:
@@ -30,8 +32,9 @@ class Leaf:
       kind: `linear` [out, in] -> [in, out]; `conv` [out, in, kh, kw] -> [kh, kw, in, out];
         `patch` [out, c, ...] -> [c * ..., out], a convolution whose stride is its kernel;
         `same` as it is.
-      groups: the sources are cut into so many blocks of rows each, and block after block is taken
-        from every source in turn; see `layers.Dense`.
+      groups: into how many blocks each part is cut; see `interleaved.Interleaved`.
+      outputs: sizes of the parts of the output axis; () if they are the sources.
+      inputs: sizes of the parts of the input axis of a `linear`; () if it is one part.
       low: no number of it may be below; None: any may.
     """
 
@@ -40,7 +43,18 @@ class Leaf:
     sources: tuple[Source, ...]
     kind: str
     groups: int = 1
+    outputs: tuple[int, ...] = ()
+    inputs: tuple[int, ...] = ()
     low: float | None = None
+
+    @property
+    def output_order(self) -> Interleaved:
+        sizes = tuple(math.prod(s.shape[:1]) for s in self.sources)
+        return Interleaved(self.outputs or sizes, self.groups)
+
+    @property
+    def input_order(self) -> Interleaved:
+        return Interleaved(self.inputs or (self.sources[0].shape[-1],), self.groups)
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -60,10 +74,10 @@ class Leaf:
         raise ValueError(f"{self.path}: unknown kind {self.kind!r}")
 
 
-def linear(path: str, index: int | None, *sources: tuple[str, int, int], groups: int = 1) -> Leaf:
-    """Kernel of a (fused) linear layer; sources are (module name, out, in)."""
+def linear(path: str, index: int | None, *sources: tuple[str, int, int], **parts) -> Leaf:
+    """Kernel of a (fused) linear layer; sources are (module name, out, in); `parts`: see `Leaf`."""
     tensors = tuple(Source(f"{n}.weight", (o, i)) for n, o, i in sources)
-    return Leaf(path, index, tensors, "linear", groups)
+    return Leaf(path, index, tensors, "linear", **parts)
 
 
 def vector(path: str, index: int | None, name: str, *shape: int, low: float | None = None) -> Leaf:
@@ -73,13 +87,10 @@ def vector(path: str, index: int | None, name: str, *shape: int, low: float | No
 
 def to_flax(leaf: Leaf, tensors: Sequence[np.ndarray]) -> np.ndarray:
     """The Flax array [*leaf.shape] made of the PyTorch tensors, in their type."""
-    if len(tensors) == 1:
-        joined = tensors[0]
-    else:
-        blocks = [t.reshape(leaf.groups, -1, *t.shape[1:]) for t in tensors]
-        joined = np.concatenate(blocks, axis=1).reshape(-1, *tensors[0].shape[1:])
+    order = leaf.output_order
+    joined = order.ordered(tensors[0], 0) if len(tensors) == 1 else order.join(tensors, 0)
     if leaf.kind == "linear":
-        return joined.T
+        return leaf.input_order.ordered(joined, 1).T
     if leaf.kind == "conv":
         return joined.transpose(2, 3, 1, 0)
     if leaf.kind == "patch":
@@ -89,14 +100,14 @@ def to_flax(leaf: Leaf, tensors: Sequence[np.ndarray]) -> np.ndarray:
 
 def to_torch(leaf: Leaf, array: np.ndarray) -> list[np.ndarray]:
     """The PyTorch tensors, in the order of `leaf.sources`: the inverse of `to_flax`."""
-    if leaf.kind in ("linear", "patch"):
+    if leaf.kind == "linear":
+        joined = leaf.input_order.plain(array.T, 1)
+    elif leaf.kind == "patch":
         joined = array.T
     elif leaf.kind == "conv":
         joined = array.transpose(3, 2, 0, 1)
     else:
         joined = array
-    if len(leaf.sources) == 1:
-        return [joined.reshape(leaf.sources[0].shape)]
-    bounds = np.cumsum([s.shape[0] // leaf.groups for s in leaf.sources])[:-1]
-    pieces = np.split(joined.reshape(leaf.groups, -1, *joined.shape[1:]), bounds, axis=1)
+    order = leaf.output_order
+    pieces = [order.plain(joined, 0)] if len(leaf.sources) == 1 else order.split(joined, 0)
     return [p.reshape(s.shape) for p, s in zip(pieces, leaf.sources, strict=True)]

@@ -290,6 +290,12 @@ def ambient_mesh():
     return None if mesh.empty or mesh.size == 1 or mesh.manual_axes else mesh
 
 
+def axis_size(axis: str) -> int:
+    """Devices along an axis of the ambient mesh; 1 without one."""
+    mesh = ambient_mesh()
+    return 1 if mesh is None else mesh.shape[axis]
+
+
 def sample_axes() -> tuple[str, ...]:
     """The mesh axes that samples may be spread over here: none inside `per_shard`."""
     return _sample_axes.get()

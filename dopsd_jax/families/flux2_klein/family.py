@@ -16,19 +16,14 @@ from dopsd_jax.common.flow import check_grid
 from dopsd_jax.common.json_fields import Fields
 from dopsd_jax.dopsd import Denoiser
 from dopsd_jax.families.base import TEACHER, Features, PaddedLengths
-from dopsd_jax.families.flux2_klein.flops import (
-    TEXT_ROWS,
-    context_work,
-    image_tokens,
-    velocity_work,
-)
+from dopsd_jax.families.flux2_klein.flops import context_work, image_tokens, velocity_work
 from dopsd_jax.families.flux2_klein.networks import NETWORKS
 from dopsd_jax.families.flux2_klein.options import CONTEXTS
 from dopsd_jax.families.flux2_klein.pipeline import KleinPipeline as Pipeline
 from dopsd_jax.families.flux2_klein.random import random_size, write_random_model
 from dopsd_jax.families.pipeline import merged
 from dopsd_jax.models.flux2 import STACKS, Flux2
-from dopsd_jax.models.flux2_config import Flux2Config
+from dopsd_jax.models.flux2_config import TEXT_ROWS, Flux2Config
 
 __all__ = [
     "CONTEXTS",

@@ -4,9 +4,7 @@ from collections.abc import Mapping
 
 from dopsd_jax.adapters.attach import Slot
 from dopsd_jax.families.work import Work, adapter_parameters, add
-from dopsd_jax.models.flux2_config import Flux2Config
-
-TEXT_ROWS = 512  # tokens of every text: the padding is kept and seen
+from dopsd_jax.models.flux2_config import TEXT_ROWS, Flux2Config
 
 
 def image_tokens(cfg: Flux2Config, height: int, width: int) -> int:

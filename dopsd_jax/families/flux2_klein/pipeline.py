@@ -11,11 +11,11 @@ from jaxtyping import UInt8
 from dopsd_jax.common.json_fields import Fields
 from dopsd_jax.common.json_files import read_json
 from dopsd_jax.families.base import STUDENT, TEACHER, Features, Request, Tree
-from dopsd_jax.families.flux2_klein.flops import TEXT_ROWS
 from dopsd_jax.families.flux2_klein.options import INSTRUCTION
 from dopsd_jax.families.flux2_klein.references import prepare_reference, reference_size
 from dopsd_jax.families.pipeline import too_long
 from dopsd_jax.families.texts import TextPipeline, hidden_states, user_turn
+from dopsd_jax.models.flux2_config import TEXT_ROWS
 from dopsd_jax.weights.model_folder import INDEX
 
 LAYERS = (9, 18, 27)  # whose outputs, joined, are a text's features

@@ -1,0 +1,52 @@
+"""Parts of one axis, interleaved by blocks, so that devices that split it have some of each."""
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+Array = Any  # of NumPy or JAX
+
+
+@dataclasses.dataclass(frozen=True)
+class Interleaved:
+    """An axis made of parts of `sizes`, each cut into `groups` blocks.
+
+    The first block of each part comes first, then the second of each, ...: so a device that has
+    1/n of the axis has 1/n of every part, if n divides `groups`. A single part stays as it is.
+    """
+
+    sizes: tuple[int, ...]
+    groups: int = 1
+
+    def join(self, parts: Sequence[Array], axis: int = -1) -> Array:
+        """The whole axis, made of its parts."""
+        axis %= parts[0].ndim
+        blocks = [
+            part.reshape(*part.shape[:axis], self.groups, -1, *part.shape[axis + 1 :])
+            for part in parts
+        ]
+        whole = parts[0].__array_namespace__().concatenate(blocks, axis=axis + 1)
+        return whole.reshape(*whole.shape[:axis], -1, *whole.shape[axis + 2 :])
+
+    def split(self, x: Array, axis: int = -1) -> list[Array]:
+        """The parts of the whole axis: the inverse of `join`."""
+        axis %= x.ndim
+        blocks = x.reshape(*x.shape[:axis], self.groups, -1, *x.shape[axis + 1 :])
+        parts = _cut(blocks, [size // self.groups for size in self.sizes], axis + 1)
+        return [part.reshape(*x.shape[:axis], -1, *x.shape[axis + 1 :]) for part in parts]
+
+    def ordered(self, x: Array, axis: int = -1) -> Array:
+        """The whole axis, made of parts that stand one after another."""
+        return x if len(self.sizes) == 1 else self.join(_cut(x, self.sizes, axis), axis)
+
+    def plain(self, x: Array, axis: int = -1) -> Array:
+        """The parts one after another: the inverse of `ordered`."""
+        if len(self.sizes) == 1:
+            return x
+        return x.__array_namespace__().concatenate(self.split(x, axis), axis=axis)
+
+
+def _cut(x: Array, sizes: Sequence[int], axis: int) -> list[Array]:
+    return x.__array_namespace__().split(x, np.cumsum(sizes)[:-1], axis=axis)
