@@ -119,7 +119,7 @@ def test_bfloat16_is_that_of_diffusers(folder, pipe, theirs):
     ours = pipeline(folder, dtype="bfloat16", base_dtype="bfloat16")
     rounded = Flux2KleinPipeline.from_pretrained(folder, dtype=torch.bfloat16)
     rounded.set_progress_bar_config(disable=True)
-    shown = picture(64, 96)[None]
+    shown = picture(96, 64)[None]
     pixels = torch.tensor(shown / 127.5 - 1).permute(0, 3, 1, 2)
 
     def ours_of(pipe):

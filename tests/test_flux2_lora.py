@@ -8,6 +8,7 @@ from safetensors.numpy import load_file, save_file
 from dopsd_jax import families
 from dopsd_jax.adapters import attach
 from dopsd_jax.common.errors import UserError
+from dopsd_jax.conversion.inspection import layers_for
 from dopsd_jax.families.flux2_klein import family
 from dopsd_jax.families.pipeline import lora_layers
 from dopsd_jax.models.flux2_config import Flux2Config
@@ -77,6 +78,7 @@ def test_every_name_is_in_comfyuis_map_and_the_header_names_the_size(tmp_path, s
         header = read_header(file)
         assert set(header.tensors) == {f"{prefix}{name}.{end}" for name in names for end in ends}
         assert header.metadata["modelspec.architecture"] == f"Flux.2-klein-{size}/lora"
+    assert layers_for(None, file) == layers  # `convert lora` needs no model for a file of ours
 
 
 @pytest.mark.parametrize("dialect", ["D", "Cn", "K"])
