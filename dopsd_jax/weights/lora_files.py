@@ -127,13 +127,11 @@ def _group(path: Path, files: TensorFiles, layers: Layers, transformer_only: boo
         if part in parts:
             faults.append(f"{path}: {name!r} and {parts[part]!r} are the same factor")
         parts[part] = name
-    sizes = _other_sizes(files, groups) if len(faults) == strangers else ""
-    if sizes or 1 < strangers == len(files.infos):
-        first = sizes or f"none of its {strangers} tensors is of a linear layer of this one"
+    if len(faults) == strangers and (why := _other_model(files, groups, strangers)):
         said = files.metadata.get("modelspec.architecture")
         made = f" ({said}, its header says)" if said else ""
         raise UserError(
-            f"{path}: is for another model{made}: {first}; give the model that it was made for"
+            f"{path}: is for another model{made}: {why}; give the model that it was made for"
         )
     if len(adapters) > 1 and not faults:
         named = ", ".join(repr(adapter) for adapter in sorted(adapters))
@@ -144,8 +142,10 @@ def _group(path: Path, files: TensorFiles, layers: Layers, transformer_only: boo
     return groups, kinds
 
 
-def _other_sizes(files: TensorFiles, groups) -> str:
-    """Of several layers, how the first differs, if none has the size of its adapter; else ''."""
+def _other_model(files: TensorFiles, groups, strangers: int) -> str:
+    """Why a file of several layers is as a whole not for this model; else ''."""
+    if not groups and strangers > 1:
+        return f"none of its {strangers} tensors is of a linear layer of this one"
     seen = []
     for stem, (_, target, parts) in groups.items():
         if {"a", "b"} <= parts.keys():

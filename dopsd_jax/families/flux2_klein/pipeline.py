@@ -34,8 +34,8 @@ class KleinPipeline(TextPipeline):
         if Fields(read_json(path)[0], str(path)).json.get("is_distilled") is True:
             return []
         return [
-            f"warning: {path}: is of a base model, made for many steps with guidance; in the few "
-            "steps without guidance that follow, the distilled model is expected"
+            f"warning: {path}: is of a base model, made for many steps with guidance; a distilled "
+            "one is expected here, and pictures drawn in few steps will be poor"
         ]
 
     def options(self, role: int, teacher: Mapping[str, Any]) -> dict[str, Any]:
