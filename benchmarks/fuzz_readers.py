@@ -270,7 +270,8 @@ def prepared_readers(folder: Path) -> dict[str, Reader]:
         row = {
             "captions": [["short_en", "a cube"]], "picture": "a.png", "digest": "0" * 64,
             "notes": ["x"], "size": [48, 40], "bucket": [48, 40],
-            "shown": [0, len(content), zlib.crc32(content)],
+            "references": [["1" * 64, [48, 40]]],
+            "shown": [[0, len(content), zlib.crc32(content)]] * 2,
         }  # fmt: skip
         path, order = folder / parts.part_name(number), [(0, role, made[role]) for role in (0, 1)]
         layouts = [[parts.layout_of(own) for own in made]]
@@ -279,7 +280,11 @@ def prepared_readers(folder: Path) -> dict[str, Reader]:
     def read():
         found = Prepared(str(folder))
         for number in range(len(found.rows)):
-            found.shapes(0), found.load((number, 0)), [found.picture(row) for row in found.shown]
+            (
+                found.shapes(0),
+                found.load((number, 0)),
+                [(found.picture(row), found.edited(row)) for row in found.shown],
+            )
 
     return {
         "prepared manifest": Reader(folder / parts.MANIFEST, read, "json"),

@@ -139,7 +139,7 @@ class Bench:
         looks: what to do with the student after so many steps.
         """
         pipe = self.pipe(config.train, config.lora.rank)
-        dataset = build.open_data(config, self.folder, pipe.size_multiple)
+        dataset = build.open_data(config, self.folder, pipe)
         features = Features(pipe, dataset, config, build.cache_folder(config, self.folder))
         features.prepare()
         batches = Batches(

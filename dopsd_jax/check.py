@@ -44,7 +44,7 @@ def main() -> None:
     size = pipe.config
     sharding.check(mesh, size, batch_size=config.batch_size)
     build.check_method(config, pipe)
-    dataset = build.open_data(config, workdir, pipe.size_multiple)
+    dataset = build.open_data(config, workdir, pipe)
     lines = describe(dataset, config.batch_size * config.accumulate)
     print("\n".join([*build.notes(config, pipe), *lines]), flush=True)
 

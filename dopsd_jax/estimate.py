@@ -21,6 +21,9 @@ STUDENT_ROWS = OPTIONS.integer(
 TEACHER_ROWS = OPTIONS.integer(
     "teacher_rows", None, "caption tokens of the teacher; default: a long caption", 1, 10**6
 )
+REFERENCES = OPTIONS.integer(
+    "references", 0, "pictures of the same size that are edited, if the model can", 0, 10
+)
 
 if __name__ == "__main__":
     parse(data=False)  # wrong options end it here: the imports below take seconds
@@ -47,6 +50,7 @@ def main() -> int:
         width=WIDTH.value or config.data.resolution,
         rows_student=STUDENT_ROWS.value or family.ROWS[STUDENT],
         rows_teacher=TEACHER_ROWS.value or family.ROWS[TEACHER],
+        references=REFERENCES.value,
     )
     print(
         f"network: {origin}, {flops.parameters(family, size):,} parameters; compiling", flush=True
@@ -66,8 +70,8 @@ def describe(report: Report, config: ConfigDict, case: Workload) -> list[str]:
     return [
         f"{devices} x {report.device_kind}: {axes}",
         f"{what}, {report.images} images a step of {case.height} x {case.width}, captions of "
-        f"{case.rows_student} and {case.rows_teacher} rows; attention {report.attention}, remat "
-        f"{config.remat}, base {config.base_dtype}",
+        f"{case.rows_student} and {case.rows_teacher} rows, {case.references} references; "
+        f"attention {report.attention}, remat {config.remat}, base {config.base_dtype}",
         *_memory(report),
         *_work(report, devices),
         *_traffic(report),

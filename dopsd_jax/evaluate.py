@@ -56,7 +56,7 @@ from dopsd_jax.evaluation.scorer import Case, Judge, judges, load_scorers
 from dopsd_jax.families.base import TEACHER
 from dopsd_jax.families.pipeline import Pipeline
 from dopsd_jax.parallel import sharding
-from dopsd_jax.reporting.pictures import GridRow
+from dopsd_jax.reporting.pictures import GridRow, filled, reference_columns
 from dopsd_jax.run import build
 from dopsd_jax.run.lock import exclusive_run
 from dopsd_jax.run.workdir import versions
@@ -203,7 +203,7 @@ def find_cases(
 ) -> list[Case]:
     """The prompts to draw."""
     if own is None:
-        dataset = build.open_data(config, home, pipe.size_multiple)
+        dataset = build.open_data(config, home, pipe)
         return prompts.cases(
             dataset,
             tests,
@@ -241,7 +241,7 @@ def write(
     content = {"format": 2, **facts, "prompts": asked}
     content["scores"] = {score.name: score.as_json() for score in scores}
     write_text(out / "scores.json", json.dumps(content, indent=1, allow_nan=False) + "\n")
-    rows = []
+    rows, references = [], reference_columns(case.references for case in cases)
     for case in cases:
         shown = [
             None
@@ -249,13 +249,14 @@ def write(
             else gallery.picture(arm.key(Shot(case, 0)))
             for arm in every
         ]
-        rows.append(GridRow(f"{case.kind}: {case.prompt}", (case.target, *shown)))
+        edited = filled(case.references, len(references))
+        rows.append(GridRow(f"{case.kind}: {case.prompt}", (*edited, case.target, *shown)))
     text = {
         name: value if isinstance(value, str) else json.dumps(value)
         for part in ("facts", "pictures", "versions", "weights", "config")
         for name, value in facts[part].items()
     }
-    columns = ["target", *(arm.name for arm in every)]
+    columns = [*references, "target", *(arm.name for arm in every)]
     content = page(f"Evaluation: {out}", cells, notes, columns, rows, text)
     write_text(out / "evaluation.html", content.encode("utf-8", "replace").decode())
     print(f"scores: {out / 'scores.json'}\npage: {out / 'evaluation.html'}", flush=True)

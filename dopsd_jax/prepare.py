@@ -45,6 +45,7 @@ from dopsd_jax.common.progress import Progress
 from dopsd_jax.conditioning.encoding import Encoder
 from dopsd_jax.conditioning.features import DIGESTS, prepared_settings, sees_picture
 from dopsd_jax.data import prepared_parts as parts
+from dopsd_jax.data.blobs import Blob
 from dopsd_jax.data.dataset import Dataset, describe, measure, spread
 from dopsd_jax.data.rows import Rows
 from dopsd_jax.data.table import Chosen, DataRow
@@ -120,7 +121,9 @@ def prepare(
                 build.data_buckets(config, pipe.size_multiple),
                 build.limits(config),
                 index=index,
+                reference_size=build.reference_size(config, pipe),
             )
+            build.check_references(config, pipe.family, dataset)
             print("\n".join(describe(dataset, config.batch_size * config.accumulate)), flush=True)
             keys = build.trained_keys(config, dataset.prompt_keys)
             encoder = Encoder(pipe, dataclasses.replace(dataset, prompt_keys=keys), config)
@@ -195,7 +198,8 @@ def write_parts(
     for part in todo:
         pictures, records = io.BytesIO(), []
         for number in manifest.rows_of(part):
-            kept = keep_picture(encoder.image(row), pictures) if number in shown else None
+            kept = [encoder.image(row), *encoder.edited(row)] if number in shown else []
+            kept = [keep_picture(image, pictures) for image in kept]
             records.append(record(dataset, row, root, kept))
             row += 1
         own = captions[caption : caption + sum(len(r["captions"]) for r in records)]
@@ -265,14 +269,14 @@ def source_digest(rows: Sequence[DataRow], root: Path) -> str:
     """sha256 over the rows as they are named and captioned, wherever the folder lies."""
     total = hashlib.sha256()
     for row in rows:
-        total.update(json.dumps([picture_name(row, root), row.captions]).encode())
+        names = [picture_name(picture, root) for picture in (row.image, *row.references)]
+        total.update(json.dumps([*names, row.captions]).encode())
     return total.hexdigest()
 
 
-def picture_name(row: DataRow, root: Path) -> str:
-    """The picture's name below the data set's folder."""
-    name = str(row.image)
-    return name.removeprefix(f"{root}{os.sep}")
+def picture_name(picture: Path | Blob, root: Path) -> str:
+    """Its name below the data set's folder."""
+    return str(picture).removeprefix(f"{root}{os.sep}")
 
 
 def keep_picture(image: np.ndarray, pictures: io.BytesIO) -> list[int]:
@@ -284,16 +288,17 @@ def keep_picture(image: np.ndarray, pictures: io.BytesIO) -> list[int]:
     return [place, len(png.getvalue()), zlib.crc32(png.getvalue())]
 
 
-def record(dataset: Dataset, row: int, root: Path, shown: list[int] | None) -> Mapping[str, Any]:
+def record(dataset: Dataset, row: int, root: Path, shown: list[list[int]]) -> Mapping[str, Any]:
     """What a part says of a row."""
     info = dataset.infos[row]
     return {
         "captions": [list(caption) for caption in dataset.rows[row].captions],
-        "picture": picture_name(dataset.rows[row], root),
+        "picture": picture_name(dataset.rows[row].image, root),
         "digest": info.digest,
         "notes": list(info.notes),
         "size": [info.width, info.height],
         "bucket": list(dataset.buckets[row]),
+        "references": dataset.references[row] if dataset.references else [],
         "shown": shown,
     }
 

@@ -48,6 +48,8 @@ def main() -> None:
         dtype = "float32" if jax.default_backend() == "cpu" else "bfloat16"
     pipe = dopsd_jax.load_pipeline(MODEL.value, dtype=dtype, lora=LORA.value)
     references = [open_image(path) for path in REFERENCE.value]
+    for path, picture in zip(REFERENCE.value, references, strict=True):
+        pipe.reference_size(*picture.shape[:2], f"--reference {path}")
     height, width = HEIGHT.value or pipe.own_size, WIDTH.value or pipe.own_size
     shape = pipe.latent_shape(height, width)
     for prompt in PROMPT.value:  # all faults before the first picture
@@ -70,13 +72,15 @@ def main() -> None:
     )
     progress = Progress("picture", len(todo), every=0)
     for number, prompt, seed in todo:
+        if seed == SEED.value:
+            context = pipe.encode_prompt([prompt], references)
         image = pipe(
             [prompt],
             height=height,
             width=width,
             steps=STEPS.value,
             latents=start_noise(seed, 1, shape),
-            references=references,
+            context=context,
         )[0]
         path = unused(out / f"{number:03d}_seed{seed}.png")
         save_picture(path, image, {"prompt": prompt, "seed": str(seed), "lora": LORA.value or ""})

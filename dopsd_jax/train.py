@@ -61,7 +61,7 @@ def train(config: ConfigDict, workdir: epath.Path) -> int | None:
         pipe, origin = build.open_pipeline(config, workdir, mesh)
         sharding.check(mesh, pipe.config, batch_size=config.batch_size)
         build.check_method(config, pipe)
-        dataset = build.open_data(config, workdir, pipe.size_multiple)
+        dataset = build.open_data(config, workdir, pipe)
         facts = {"data": dataset.digest(), **origin}
         open_workdir(workdir, config, facts, multihost.is_first(), ALLOW_CHANGES.value)
         return pipe, dataset
@@ -115,7 +115,7 @@ def train(config: ConfigDict, workdir: epath.Path) -> int | None:
 
     # ---- Loop. Metrics are read one step late, so that the device never waits for the host.
     batches = Batches(
-        dataset.rows_by_bucket(),
+        dataset.rows_by_shape(),
         dataset.rows,
         dataset.prompt_keys,
         batch_size=effective_batch,
@@ -124,7 +124,7 @@ def train(config: ConfigDict, workdir: epath.Path) -> int | None:
     )
     places = sharding.own_samples(mesh, config.batch_size)
     own = lambda index: index.part(places, config.accumulate)
-    load = lambda index: (index.bucket, features.batch(own(index), config.accumulate))
+    load = lambda index: (index.shape.bucket, features.batch(own(index), config.accumulate))
     rate = lambda steps: f"{steps * effective_batch:.3g} images/s"
     quiet = not multihost.is_first()
     progress = Progress("step", config.steps, done=first, rate=rate, quiet=quiet)

@@ -20,8 +20,7 @@ BASE = {
     "prompt": "a red cube",
     "encoder": "e" * 64,
     "options": {"template": "clean", "max_length": 512},
-    "image": "f" * 64,
-    "crop": "cover:64x64",
+    "pictures": [("f" * 64, "cover:64x64")],
 }
 
 
@@ -48,16 +47,15 @@ def test_keys_depend_on_every_part_and_on_nothing_else():
         "prompt": "a red cube ",
         "encoder": "d" * 64,
         "options": {"template": "doubled", "max_length": 512},
-        "image": "0" * 64,
-        "crop": "cover:64x48",
+        "pictures": [("0" * 64, "cover:64x64")],
     }
     keys = {feature_key(**BASE)} | {feature_key(**BASE | {k: v}) for k, v in changed.items()}
-    keys.add(feature_key(**BASE | {"image": None, "crop": None}))
-    assert len(keys) == 8
+    ((image, crop),) = BASE["pictures"]
+    for pictures in ([], [(image, "cover:64x48")], [(image, crop), ("0" * 64, crop)]):
+        keys.add(feature_key(**BASE | {"pictures": pictures}))
+    assert len(keys) == 9
     turned = dict(reversed(BASE["options"].items()))
     assert feature_key(**BASE | {"options": turned}) == feature_key(**BASE)
-    with pytest.raises(ValueError):
-        feature_key(**BASE | {"crop": None})
 
 
 def test_keys_are_the_same_in_another_process():

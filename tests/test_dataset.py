@@ -5,7 +5,7 @@ import pytest
 from PIL import Image
 
 from dopsd_jax.common.errors import UserError
-from dopsd_jax.data.buckets import UPSTREAM, make_buckets
+from dopsd_jax.data.buckets import UPSTREAM, Bucket, Shape, make_buckets
 from dopsd_jax.data.dataset import describe, measure
 from dopsd_jax.data.images import ImageLimits, fit, open_image
 from dopsd_jax.data.loader import Batches
@@ -29,9 +29,9 @@ def test_rows_go_to_their_buckets(tmp_path):
     assert [str(b) for b in dataset.buckets] == [
         "1248x832", "864x1152", "1024x1024", "832x1248", "1024x1024",
     ]  # fmt: skip
-    by_bucket = dataset.rows_by_bucket()
-    assert by_bucket[1024, 1024].tolist() == [2, 4]
-    assert sorted(np.concatenate(list(by_bucket.values())).tolist()) == [0, 1, 2, 3, 4]
+    by_shape = dataset.rows_by_shape()
+    assert by_shape[Shape(Bucket(1024, 1024))].tolist() == [2, 4]
+    assert sorted(np.concatenate(list(by_shape.values())).tolist()) == [0, 1, 2, 3, 4]
 
 
 def test_faults_of_all_pictures_are_told_at_once_with_their_rows(tmp_path):
@@ -82,7 +82,7 @@ def test_the_report_agrees_with_the_batches(tmp_path):
     rows = write_set(tmp_path, [(64, 64)] * 5 + [(64, 96)] * 3)
     dataset = measure(rows, UPSTREAM)
     options = {"batch_size": 4, "seed": 0}
-    batches = Batches(dataset.rows_by_bucket(), dataset.rows, dataset.prompt_keys, **options)
+    batches = Batches(dataset.rows_by_shape(), dataset.rows, dataset.prompt_keys, **options)
     assert f"batches of 4: {batches.per_epoch} an epoch" in "\n".join(describe(dataset, 4))
 
 
@@ -117,7 +117,7 @@ def test_the_digest_follows_pictures_captions_and_buckets(tmp_path):
 def test_the_drawn_set_is_an_ordinary_folder(tmp_path):
     folder = synthetic.write_folder(tmp_path / "drawn", count=8)
     dataset = measure(load_rows(folder), make_buckets(128))
-    assert len(dataset.rows) == 8 and len(dataset.rows_by_bucket()) > 1
+    assert len(dataset.rows) == 8 and len(dataset.rows_by_shape()) > 1
     assert not dataset.notes
     captions = [row.captions[0][1] for row in dataset.rows]
     assert len(set(captions)) == 8

@@ -23,7 +23,7 @@ from dopsd_jax.conversion.importing import import_model
 from dopsd_jax.data.buckets import make_buckets
 from dopsd_jax.families.base import STUDENT, TEACHER
 from dopsd_jax.families.flux2_klein import family
-from dopsd_jax.families.flux2_klein.options import INSTRUCTION
+from dopsd_jax.families.flux2_klein.options import INSTRUCTIONS
 from dopsd_jax.families.flux2_klein.references import prepare_reference, reference_size
 from dopsd_jax.families.pipeline import lora_layers, pipeline
 from dopsd_jax.models.flux2_config import Flux2Config
@@ -87,13 +87,12 @@ def test_a_picture_is_that_of_diffusers(pipe, theirs):
 def test_the_teacher_is_the_editing_branch_of_diffusers(pipe, theirs, size):
     """Caption and instruction, with the picture as reference, of its own size."""
     noise = np.random.default_rng(1).standard_normal((1, 4, 6, pipe.config.channels), np.float32)
-    shown = picture(80, 160)[: size[0], : size[1]]
+    shown, said = picture(80, 160)[: size[0], : size[1]], INSTRUCTIONS["edit_ref"]
     expected = theirs(
-        prompt=f"{PROMPT} {INSTRUCTION}", image=Image.fromarray(shown), height=64, width=96,
+        prompt=f"{PROMPT} {said}", image=Image.fromarray(shown), height=64, width=96,
         num_inference_steps=4, latents=torch.tensor(noise).permute(0, 3, 1, 2), output_type="np",
     ).images[0]  # fmt: skip
-    request = pipe.request(TEACHER, PROMPT, size=shown.shape[:2])
-    context = family.collate(pipe.encode(TEACHER, [request], [shown]))
+    context = pipe.encode_prompt_with_image([PROMPT], [shown])
     grid = pipe.deployed_grid((4, 6))
     actual = pipe.decode(pipe.sample(pipe.split[1], jnp.asarray(noise), context, grid))[0]
     assert np.abs(actual - np.round(255 * expected)).max() <= 2
@@ -245,7 +244,7 @@ def test_references_that_cannot_be_are_one_line(size, pixels, message):
 
 def test_a_smaller_reference_is_fewer_tokens(pipe):
     request = lambda pixels: pipe.request(
-        TEACHER, PROMPT, size=(128, 128), options={"reference_pixels": pixels, "instruction": ""}
+        TEACHER, PROMPT, sizes=[(128, 128)], options={"reference_pixels": pixels, "instruction": ""}
     )
     assert request(2**20).shapes["reference0"].shape[:2] == (8, 8)
     assert request(64 * 64).shapes["reference0"].shape[:2] == (4, 4)

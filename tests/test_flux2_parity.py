@@ -3,6 +3,7 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 import torch_reference as reference
 from conftest import relative_error
 from flax import nnx
@@ -19,8 +20,12 @@ RANK, ALPHA, SEED, STEPS, TEXT = 4, 8.0, 7, 3, 7
 GRID = (1.0, 0.95, 0.85, 0.7, 0.0)
 
 
-def test_three_optimizer_steps_with_a_reference_equal_pytorch():
-    """The teacher is told another text, and shown a reference of another size (edit_ref)."""
+@pytest.mark.parametrize("edited", [0, 1], ids=["edit_ref", "gt_ref"])
+def test_three_optimizer_steps_with_references_equal_pytorch(edited):
+    """The teacher is told another text, and shown one reference more than the student.
+
+    All have sizes of their own. With gt_ref the student is shown the picture that is edited.
+    """
     # A large eps: else Adam's step is full where a gradient is rounding only. A large rate: else
     # float32 holds too few digits of what is added to a weight.
     settings = reference.Settings(
@@ -41,11 +46,16 @@ def test_three_optimizer_steps_with_a_reference_equal_pytorch():
 
     rng = np.random.default_rng(3)
     draw = lambda *shape: rng.standard_normal(shape, np.float32)
-    told = [
-        ([(draw(TEXT, cfg.text_dim), None) for _ in range(2)],
-         [(draw(TEXT, cfg.text_dim), draw(3, 5, cfg.channels)) for _ in range(2)])
-        for _ in range(STEPS)
-    ]  # fmt: skip
+    told = []
+    for _ in range(STEPS):
+        own = [[draw(5, 2, cfg.channels)] * edited for _ in range(2)]
+        target = [draw(3, 5, cfg.channels) for _ in range(2)]
+        text = lambda: draw(TEXT, cfg.text_dim)
+        both = (
+            [(text(), shown) for shown in own],
+            [(text(), [*shown, last]) for shown, last in zip(own, target, strict=True)],
+        )
+        told.append(both)
     latent = (2, 6, 4, cfg.channels)
     micro_key = lambda step: jax.random.fold_in(state.step_key(SEED, step), 0)
     noises = [
@@ -73,7 +83,7 @@ def test_three_optimizer_steps_with_a_reference_equal_pytorch():
     step = train_step.make_step(method, tx, role, optimizers.schedule(config), SEED)
     train = state.create(take(student), role, tx)._replace(teacher=take(teacher))
     named = lambda rows: [
-        {"text": text} if shown is None else {"text": text, "reference0": shown}
+        {"text": text} | {f"reference{k}": latent for k, latent in enumerate(shown)}
         for text, shown in rows
     ]
     arrays = lambda adapter: {

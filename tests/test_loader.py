@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from dopsd_jax.common.errors import UserError
-from dopsd_jax.data.buckets import Bucket
+from dopsd_jax.data.buckets import Bucket, Shape
 from dopsd_jax.data.loader import Batches, prefetch
 from dopsd_jax.data.rows import DataRow
 
@@ -24,7 +24,7 @@ def split(*sizes):
     """Rows 0..n-1 dealt to buckets of these sizes."""
     edges = np.cumsum([0, *sizes])
     return {
-        Bucket(64 + 16 * i, 64): np.arange(a, b)
+        Shape(Bucket(64 + 16 * i, 64)): np.arange(a, b)
         for i, (a, b) in enumerate(itertools.pairwise(edges.tolist()))
     }
 
@@ -36,7 +36,7 @@ def make(*sizes, batch_size=4, seed=0, **options):
 
 
 def same(a, b):
-    assert (a.n, a.bucket, a.prompt_keys) == (b.n, b.bucket, b.prompt_keys)
+    assert (a.n, a.shape, a.prompt_keys) == (b.n, b.shape, b.prompt_keys)
     np.testing.assert_array_equal(a.rows, b.rows)
     np.testing.assert_array_equal(a.captions, b.captions)
 
@@ -51,10 +51,10 @@ def test_a_batch_depends_only_on_seed_and_number():
 
 
 def test_the_order_of_the_mapping_does_not_matter():
-    by_bucket = split(7, 5)
-    turned = {bucket: ids[::-1] for bucket, ids in reversed(by_bucket.items())}
+    by_shape = split(7, 5)
+    turned = {bucket: ids[::-1] for bucket, ids in reversed(by_shape.items())}
     one, other = (
-        Batches(rows, make_rows(12), KEYS, batch_size=2, seed=3) for rows in (by_bucket, turned)
+        Batches(rows, make_rows(12), KEYS, batch_size=2, seed=3) for rows in (by_shape, turned)
     )
     for n in range(20):
         same(one.batch(n), other.batch(n))
@@ -77,19 +77,19 @@ def test_the_order_is_the_same_in_every_version():
 @pytest.mark.parametrize("batch_size", [1, 2, 3, 4, 8])
 def test_every_epoch_covers_every_row_in_batches_of_one_bucket(sizes, batch_size):
     batches = make(*sizes, batch_size=batch_size, seed=5)
-    by_bucket = split(*sizes)
+    by_shape = split(*sizes)
     assert batches.per_epoch == sum(-(-size // batch_size) for size in sizes)
     for epoch in range(3):
         seen = Counter()
         for n in range(epoch * batches.per_epoch, (epoch + 1) * batches.per_epoch):
             batch = batches.batch(n)
             assert len(batch.rows) == batch_size
-            assert set(batch.rows.tolist()) <= set(by_bucket[batch.bucket].tolist())
+            assert set(batch.rows.tolist()) <= set(by_shape[batch.shape].tolist())
             seen.update(batch.rows.tolist())
-            if len(by_bucket[batch.bucket]) >= batch_size:
+            if len(by_shape[batch.shape]) >= batch_size:
                 assert len(set(batch.rows.tolist())) == batch_size
         assert set(seen) == set(range(sum(sizes)))
-        for ids in by_bucket.values():
+        for ids in by_shape.values():
             counts = [seen[i] for i in ids.tolist()]
             assert max(counts) - min(counts) <= 1
 
@@ -102,7 +102,7 @@ def test_epochs_differ():
 
 def test_buckets_are_mixed_within_an_epoch():
     batches = make(40, 40, batch_size=4)
-    order = [batches.batch(n).bucket.width for n in range(20)]
+    order = [batches.batch(n).shape.bucket.width for n in range(20)]
     assert order != sorted(order) and order != sorted(order, reverse=True)
 
 
@@ -126,7 +126,7 @@ def test_one_key_is_drawn_for_a_batch_or_one_for_each_row():
 def test_captions_belong_to_the_key_and_alternatives_are_all_drawn():
     captions = (("a", "1"), ("b", "2"), ("a", "3"), ("a", "4"))
     rows = [DataRow(Path("x"), captions, "x"), DataRow(Path("y"), (("b", "5"), ("a", "6")), "y")]
-    batches = Batches({Bucket(16, 16): np.arange(2)}, rows, "ab", batch_size=2, seed=0)
+    batches = Batches({Shape(Bucket(16, 16)): np.arange(2)}, rows, "ab", batch_size=2, seed=0)
     drawn = Counter()
     for n in range(400):
         batch = batches.batch(n)
@@ -147,7 +147,7 @@ def test_parts_make_up_every_micro_batch(shares, accumulate):
         captions, keys = rows.copy(), np.full((accumulate, 4), "", object)
         for places in shares:
             part = whole.part(np.array(places), accumulate)
-            assert part.bucket == whole.bucket and part.n == n
+            assert part.shape == whole.shape and part.n == n
             rows[:, places] = part.rows.reshape(accumulate, -1)
             captions[:, places] = part.captions.reshape(accumulate, -1)
             keys[:, places] = np.reshape(part.prompt_keys, (accumulate, -1))

@@ -110,15 +110,15 @@ def open_features(model, path, workdir, **fields):
     config = config_of(**fields)
     schema.check(config)
     pipe, _ = build.open_pipeline(config, workdir)
-    dataset = build.open_data(config, workdir, pipe.size_multiple)
+    dataset = build.open_data(config, workdir, pipe)
     features = Features(pipe, dataset, config, build.cache_folder(config, workdir))
     features.prepare()
     return features
 
 
 def batch_of(features, rows, caption):
-    bucket = features.dataset.buckets[0]
-    index = BatchIndex(0, bucket, np.array(rows), ("-",) * len(rows), np.array([caption] * 2))
+    shape = features.dataset.shape(0)
+    index = BatchIndex(0, shape, np.array(rows), ("-",) * len(rows), np.array([caption] * 2))
     return features.batch(index, 2)
 
 

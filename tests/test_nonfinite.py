@@ -9,7 +9,7 @@ import numpy as np
 import optax
 import pytest
 
-from dopsd_jax.data.buckets import Bucket
+from dopsd_jax.data.buckets import Bucket, Shape
 from dopsd_jax.data.loader import BatchIndex
 from dopsd_jax.data.rows import DataRow
 from dopsd_jax.dopsd import Losses
@@ -150,7 +150,8 @@ def test_the_batch_of_an_incident_is_named(tmp_path):
         )
         for n in range(3)
     ]
-    batch = BatchIndex(6, Bucket(64, 48), np.array([2, 0]), ("long", "text"), np.array([1, 0]))
+    shape = Shape(Bucket(64, 48))
+    batch = BatchIndex(6, shape, np.array([2, 0]), ("long", "text"), np.array([1, 0]))
     metrics = record(7, np.float32("nan"))
     path = write_incident(tmp_path, "it broke", metrics, batch, SimpleNamespace(rows=rows))
     found = json.loads(path.read_text())

@@ -11,12 +11,12 @@ import numpy as np
 import pytest
 from conftest import RANDOM_CONFIG, left_by_killed, run_program
 from etils import epath
-from ml_collections import ConfigDict
 from PIL import Image
 from test_processes import free_port, start
 
 from dopsd_jax.common.errors import UserError
 from dopsd_jax.conditioning.encoding import STUDENT, TEACHER, Encoder
+from dopsd_jax.config.fields import defaults
 from dopsd_jax.data import prepared_parts as parts
 from dopsd_jax.data.buckets import make_buckets
 from dopsd_jax.data.dataset import measure
@@ -51,17 +51,17 @@ def write(folder, rows=5, rows_per_part=2, dtype=np.float32, keys=("short_en", "
     for number in range(manifest.parts):
         records, made, pictures = [], [], b""
         for row in manifest.rows_of(number):
-            shown = None
+            shown = []
             if row in (0, 3):
                 png = io.BytesIO()
                 Image.new("RGB", (64, 64), (row, 0, 0)).save(png, "PNG")
                 content = png.getvalue()
-                shown = [len(pictures), len(content), zlib.crc32(content)]
+                shown = [[len(pictures), len(content), zlib.crc32(content)]]
                 pictures += content
             records.append({
                 "captions": [[key, f"{key} {row}"] for key in keys], "picture": f"{row}.png",
                 "digest": f"{row:064x}", "notes": [], "size": [64 + row, 64], "bucket": [64, 64],
-                "shown": shown,
+                "references": [], "shown": shown,
             })  # fmt: skip
             made += [[features(row, i, role, dtype) for role in (0, 1)] for i in (0, 1)]
         layouts = [[parts.layout_of(one) for one in pair] for pair in made]
@@ -236,8 +236,9 @@ def test_prepared_data_in_a_store(bucket, tmp_path):
 def test_batches_give_what_single_captions_give(random_model, tmp_path):
     dataset = measure(load_rows(write_folder(tmp_path / "set", count=5)), make_buckets(128)[:2])
     pipe = pipeline(random_model)
-    teacher = {"doubled_template": False, "min_pixels": 64 * 64, "max_pixels": 128 * 128}
-    encoder = Encoder(pipe, dataset, ConfigDict({"teacher": teacher, "dreambooth": {}}))
+    config = defaults()
+    config.teacher.min_pixels, config.teacher.max_pixels = 64 * 64, 128 * 128
+    encoder = Encoder(pipe, dataset, config)
     wanted = dict.fromkeys(dataset.captions(), (STUDENT, TEACHER))
     encode = lambda batch: {(c, role): f for c, role, f in encoder.encode(wanted, batch)}
     one, some = encode(1), encode(3)
@@ -310,10 +311,7 @@ def test_all_captions_that_are_too_long_are_named_at_once(random_model, tmp_path
     for path in sorted(folder.glob("*.txt"))[:4]:
         path.write_text("The image shows a hand thrown mug with a speckled glaze. " * 200)
     dataset = measure(load_rows(folder), make_buckets(128)[:2])
-    teacher = {"doubled_template": False, "min_pixels": 64 * 64, "max_pixels": 128 * 128}
-    encoder = Encoder(
-        pipeline(random_model), dataset, ConfigDict({"teacher": teacher, "dreambooth": {}})
-    )
+    encoder = Encoder(pipeline(random_model), dataset, defaults())
     problems = problems_of(encoder.shapes, dict.fromkeys(dataset.captions(), (STUDENT,)))
     assert len(problems) == 4 and all("tokens with its template" in p for p in problems)
     assert len({p.partition(": ")[0] for p in problems}) == 4

@@ -202,7 +202,7 @@ def test_a_picture_is_the_pipelines_from_the_noise_of_its_seed(pipe, cases, role
         features = [pipe.features(STUDENT, s.case.prompt) for s in shots]
     else:
         bounds = {"min_pixels": 64 * 64, "max_pixels": 128 * 128}
-        features = [pipe.features(TEACHER, s.case.prompt, s.case.target, bounds) for s in shots]
+        features = [pipe.features(TEACHER, s.case.prompt, [s.case.target], bounds) for s in shots]
     order = [4, 2, 0, 1]
     context = family.collate([features[i] for i in order], {"features": 64})
     noise = np.concatenate([start_noise(shots[i].seed, 1, (8, 8, 16)) for i in order])

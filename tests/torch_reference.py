@@ -272,7 +272,7 @@ def predict(
 ) -> torch.Tensor:
     """x0 - noise [b, c, h, w] as the network predicts it with one of the adapters.
 
-    `captions`: features; of FLUX.2 pairs of features and a reference [h, w, c], or None.
+    `captions`: features; of FLUX.2 pairs of features and a list of references [h, w, c].
     """
     model.set_adapter(adapter)
     if isinstance(model, Flux2Transformer2DModel):
@@ -290,10 +290,10 @@ def _predict_flux2(model, x, sigma: float, captions) -> torch.Tensor:
     texts, references = zip(*captions, strict=True)
     b, c, h, w = x.shape
     tokens, places = [x.flatten(2).transpose(1, 2)], [ids(0, h, w, 1)]
-    if references[0] is not None:
-        shown = torch.tensor(np.stack(references))
+    for k, same in enumerate(zip(*references, strict=True), 1):
+        shown = torch.tensor(np.stack(same))
         tokens.append(shown.reshape(b, -1, c))
-        places.append(ids(10, *shown.shape[1:3], 1))
+        places.append(ids(10 * k, *shown.shape[1:3], 1))
     text = torch.tensor(np.stack(texts))
     out = model(
         hidden_states=torch.cat(tokens, dim=1),

@@ -20,6 +20,7 @@ from dopsd_jax.families.pipeline import Pipeline
 # of a class prompt.
 PRIOR = 2
 KINDS = 3
+TO_BUCKET = "bucket"  # config.data.reference_crop: references are cut to the row's bucket
 Shapes = dict[str, jax.ShapeDtypeStruct]
 
 
@@ -28,12 +29,29 @@ class Encoder:
 
     def __init__(self, pipe: Pipeline, dataset: Dataset, config: ConfigDict):
         self.pipe, self.dataset = pipe, dataset
+        self.to_bucket = config.data.reference_crop == TO_BUCKET
         self.dreambooth = config.dreambooth
         self.options = [pipe.options(role, config.teacher) for role in (STUDENT, TEACHER)]
 
     def image(self, row: int) -> np.ndarray:
         """The row's picture as training sees it: cut to its bucket."""
         return fit(open_image(self.dataset.rows[row].image), *self.dataset.buckets[row])
+
+    def references(self, row: int) -> list[np.ndarray]:
+        """The pictures that the row edits, as the model is given them."""
+        found = [open_image(path) for path in self.dataset.rows[row].references]
+        bucket = self.dataset.buckets[row]
+        return [fit(picture, *bucket) if self.to_bucket else picture for picture in found]
+
+    def edited(self, row: int) -> list[np.ndarray]:
+        """The pictures that the row edits, in the sizes that the model sees."""
+        sizes = self.dataset.shape(row).references
+        pairs = zip(self.references(row), sizes, strict=True)
+        return [fit(picture, *size) for picture, size in pairs]
+
+    def pictures(self, row: int, kind: int) -> list[np.ndarray]:
+        """What is shown with a caption of the row."""
+        return [*self.references(row), *[self.image(row)] * (kind == TEACHER)]
 
     def latent(self, row: int) -> Float[np.ndarray, "h w c"]:
         """The picture's clean latent, float32: the mean of the posterior."""
@@ -48,14 +66,17 @@ class Encoder:
     def request(self, caption: Caption, kind: int) -> Request:
         """A caption as it will be encoded. Raises `UserError` if it is too long."""
         row, text = self.dataset.rows[caption[0]], self.text(caption, kind)
+        shape = self.dataset.shape(caption[0])
+        sizes = [(height, width) for width, height in shape.references]
         if kind != TEACHER:
             # A caption for the teacher alone may be as long as the teacher's captions with
             # pictures.
             trained = row.captions[caption[1]][0] in self.dataset.prompt_keys
-            return self.pipe.request(STUDENT, text, limits_of=STUDENT if trained else TEACHER)
-        width, height = self.dataset.buckets[caption[0]]
+            limits_of = STUDENT if trained else TEACHER
+            return self.pipe.request(STUDENT, text, sizes=sizes, limits_of=limits_of)
+        sizes.append((shape.bucket.height, shape.bucket.width))
         options, where = self.options[TEACHER], str(row.image)
-        return self.pipe.request(TEACHER, text, size=(height, width), options=options, where=where)
+        return self.pipe.request(TEACHER, text, sizes=sizes, options=options, where=where)
 
     def shapes(self, wanted: Mapping[Caption, Sequence[int]]) -> dict[tuple[Caption, int], Shapes]:
         """The shapes of the features of each caption's wanted kinds.
@@ -90,8 +111,8 @@ class Encoder:
             for first in range(0, len(group), batch):
                 some = group[first : first + batch]
                 requests = _filled([request for _, _, request in some], batch)
-                pictures = [self.image(row) for (row, _), _, _ in some] if role == TEACHER else []
-                pictures = _filled(pictures, batch) if pictures else []
+                pictures = [self.pictures(row, kind) for (row, _), kind, _ in some]
+                pictures = _filled(pictures, batch)
                 made = self.pipe.encode(role, requests, pictures, self.options[role])
                 for (caption, kind, _), features in zip(some, made[: len(some)], strict=True):
                     yield caption, kind, features

@@ -37,6 +37,7 @@ SETTINGS = {
     "vlm": "the vision-language model",
     "dtype": "config.dtype",
     "crop": "crops",
+    "reference_crop": "config.data.reference_crop",
 }
 
 
@@ -56,6 +57,8 @@ def prepared_settings(config: ConfigDict, pipe: Pipeline, memo: Path) -> dict[st
     found = {"dtype": config.dtype} | pipe.options(role, config.teacher)
     if shown:
         found["crop"] = crop_name(0, 0)
+    if config.data.references:
+        found["reference_crop"] = config.data.reference_crop
     names = dict.fromkeys((*pipe.ENCODERS[STUDENT], *pipe.ENCODERS[role]))
     here = [name for name in names if pipe.part_folder(name).is_dir()]
     return found | {name: pipe.part_digest(name, memo) for name in here}
@@ -75,6 +78,9 @@ class Store(Protocol):
 
     def picture(self, row: int) -> np.ndarray:
         """The row's picture as training sees it: cut to its bucket."""
+
+    def edited(self, row: int) -> Sequence[np.ndarray]:
+        """The pictures that the row edits, in the sizes that the model sees."""
 
 
 class Features:
@@ -116,6 +122,10 @@ class Features:
         """The row's picture as training sees it: cut to its bucket."""
         return self.store.picture(row)
 
+    def edited(self, row: int) -> Sequence[np.ndarray]:
+        """The pictures that the row edits, in the sizes that the model sees."""
+        return self.store.edited(row)
+
     def contexts(self, captions: Sequence[Caption]) -> Contexts:
         """The contexts of the captions, padded, as host arrays."""
         student = self._context(captions, STUDENT, STUDENT)
@@ -155,14 +165,15 @@ class CachedFeatures:
         self.encoder = Encoder(pipe, dataset, config)
         self.needs = registry.needs(config)
         self.shown, memo = sees_picture(config, pipe.family), Path(folder) / DIGESTS
-        self.encoders = pipe.ENCODERS
+        seen = ("vae",) * bool(dataset.references)
+        self.encoders = [dict.fromkeys((*own, *seen)) for own in pipe.ENCODERS]
         roles = (STUDENT, TEACHER) if self.shown else (STUDENT,)
-        names = [name for role in roles for name in pipe.ENCODERS[role]] + [
+        names = [name for role in roles for name in self.encoders[role]] + [
             "vae"
         ] * self.needs.target
         digest = lambda name: f"{pipe.part_digest(name, memo)} {config.dtype}"
         self.digests = {name: digest(name) for name in dict.fromkeys(names)}
-        self.picture = self.encoder.image
+        self.picture, self.edited = self.encoder.image, self.encoder.edited
 
     def wanted(self) -> dict[Caption, list[int]]:
         """The kinds of features that each caption needs."""
@@ -175,25 +186,27 @@ class CachedFeatures:
 
     def key(self, caption: Caption, kind: int) -> str:
         """Where the cache has a caption's features."""
-        role = TEACHER if kind == TEACHER else STUDENT
+        role, row = TEACHER if kind == TEACHER else STUDENT, caption[0]
+        seen = [self._picture(row)] if role == TEACHER else []
+        if self.dataset.references:
+            crop = str(self.config.data.reference_crop)
+            own = self.dataset.references[row]
+            seen = [*((one.digest, f"{crop} {one.size}") for one in own), *seen]
         return feature_key(
             role=ROLE_NAMES[role],
             prompt=self.encoder.text(caption, kind),
             encoder=" ".join(self.digests[name] for name in self.encoders[role]),
             options=self.encoder.options[role],
-            **(self._picture(caption[0]) if role == TEACHER else {}),
+            pictures=seen,
         )
 
     def latent_key(self, row: int) -> str:
         """Where the cache has the latent of a row's picture."""
-        digest = self.digests["vae"]
-        return feature_key(
-            role="latent", prompt="", encoder=digest, options={}, **self._picture(row)
-        )
+        digest, pictures = self.digests["vae"], [self._picture(row)]
+        return feature_key(role="latent", prompt="", encoder=digest, options={}, pictures=pictures)
 
-    def _picture(self, row: int) -> dict[str, str]:
-        image, crop = self.dataset.infos[row].digest, crop_name(*self.dataset.buckets[row])
-        return {"image": image, "crop": crop}
+    def _picture(self, row: int) -> tuple[str, str]:
+        return self.dataset.infos[row].digest, crop_name(*self.dataset.buckets[row])
 
     def compute(self) -> None:
         """Computes what the cache lacks. Raises `UserError` before with all over-long captions."""

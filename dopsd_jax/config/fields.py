@@ -118,6 +118,12 @@ _DATA = (
     Field("data.caption_lines", False, "every line of a caption file is an alternative caption"),
     Field("data.folder_captions", False, "the folder's name replaces a missing caption"),
     Field("data.folder_repeats", False, "pictures of a folder 10_name are used ten times an epoch"),
+    Field("data.references", "",
+          "where the pictures are that rows edit: auto or columns of a table, or folders; empty: "
+          "rows edit none", "list"),
+    Field("data.reference_crop", "own",
+          "own: references keep their sizes, as in sampling; bucket: they are cut to the bucket of "
+          "their row (as in the released code)", choices=("own", "bucket")),
     Field("data.trigger", "", "word that replaces [trigger] in captions"),
     Field("data.prompt_draw", "batch",
           "a caption key is drawn for each batch (as in the released code), or for each row",

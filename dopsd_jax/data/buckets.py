@@ -20,6 +20,24 @@ class Bucket(NamedTuple):
         return f"{self.width}x{self.height}"
 
 
+class Reference(NamedTuple):
+    """A picture that is edited: sha256 of its file, and the size that the model is given."""
+
+    digest: str
+    size: Bucket
+
+
+class Shape(NamedTuple):
+    """What rows of one batch have in common: the bucket, and the sizes of their references."""
+
+    bucket: Bucket
+    references: tuple[Bucket, ...] = ()
+
+    def __str__(self) -> str:
+        sizes = ", ".join(map(str, self.references))
+        return f"{self.bucket}" + (f" with references {sizes}" if sizes else "")
+
+
 # Upstream's list for 1024, in its order (width x height).
 UPSTREAM_RESOLUTION = 1024
 UPSTREAM = tuple(

@@ -6,7 +6,7 @@ import hashlib
 import json
 import os
 import zlib
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Literal
@@ -32,17 +32,14 @@ def feature_key(
     prompt: str,
     encoder: str,
     options: Mapping[str, object],
-    image: str | None = None,
-    crop: str | None = None,
+    pictures: Sequence[tuple[str, str]] = (),
 ) -> str:
     """sha256 of all that an encoder's output depends on.
 
     `encoder` is the digest of the encoder's weights; `options` holds template and length settings
-    as plain JSON; `image` is the sha256 of the file, `crop` names what was done to it.
+    as plain JSON; `pictures`: of each one shown the sha256 of the file, and what was done to it.
     """
-    if (image is None) != (crop is None):
-        raise ValueError("image and crop belong together")
-    parts = [FORMAT, role, prompt, encoder, dict(options), image, crop]
+    parts = [FORMAT, role, prompt, encoder, dict(options), *map(list, pictures)]
     return hashlib.sha256(json.dumps(parts, sort_keys=True, allow_nan=False).encode()).hexdigest()
 
 

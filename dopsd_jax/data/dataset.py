@@ -4,7 +4,7 @@ import functools
 import hashlib
 import json
 from array import array
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
@@ -12,7 +12,7 @@ import numpy as np
 
 from dopsd_jax.common.errors import UserError, raise_if
 from dopsd_jax.common.progress import Progress
-from dopsd_jax.data.buckets import Bucket, nearest
+from dopsd_jax.data.buckets import Bucket, Reference, Shape, nearest
 from dopsd_jax.data.images import ImageInfo, ImageLimits, enlargement
 from dopsd_jax.data.picture_index import Infos, PictureIndex
 from dopsd_jax.data.prepared import Caption, Prepared
@@ -20,7 +20,11 @@ from dopsd_jax.data.rows import Rows
 from dopsd_jax.data.sources.collector import Examples
 from dopsd_jax.data.table import DataRow
 
-_AT_ONCE = 1024  # pictures given to the threads at a time
+MOST_SHAPES = 24  # that are described
+_AT_ONCE = 1024  # rows given to the threads at a time
+# Bucket of a row, height and width of a reference, what messages call it -> the size that the model
+# is given. Raises `UserError` for a size that it cannot be given.
+ReferenceSize = Callable[[Bucket, int, int, str], Bucket]
 
 
 @dataclass(frozen=True)
@@ -28,7 +32,8 @@ class Dataset:
     """Rows with the measured facts of their pictures; `buckets[i]` is the bucket of `rows[i]`.
 
     `prompt_keys`: keys of the trained captions; rows may have others, for their teacher.
-    `features`: the encoders' outputs, if `dopsd_jax.prepare` has made them.
+    `features`: the encoders' outputs, if `dopsd_jax.prepare` has made them. `references[i]`: what
+    row i edits; empty if no row edits anything.
     """
 
     rows: Sequence[DataRow]
@@ -37,13 +42,19 @@ class Dataset:
     prompt_keys: tuple[str, ...]
     notes: tuple[str, ...]
     features: Prepared | None = None
+    references: Sequence[tuple[Reference, ...]] = ()
 
-    def rows_by_bucket(self) -> dict[Bucket, np.ndarray]:
-        """Row numbers of each bucket that has any."""
-        found: dict[Bucket, array] = {}
-        for row, bucket in enumerate(self.buckets):
-            found.setdefault(bucket, array("q")).append(row)
-        return {bucket: np.array(found[bucket], np.int64) for bucket in sorted(found)}
+    def shape(self, row: int) -> Shape:
+        """What the row has in common with the others of its batches."""
+        own = self.references[row] if self.references else ()
+        return Shape(self.buckets[row], tuple(reference.size for reference in own))
+
+    def rows_by_shape(self) -> dict[Shape, np.ndarray]:
+        """Row numbers of each shape that has any."""
+        found: dict[Shape, array] = {}
+        for row in range(len(self.buckets)):
+            found.setdefault(self.shape(row), array("q")).append(row)
+        return {shape: np.array(found[shape], np.int64) for shape in sorted(found)}
 
     def captions(self, keys: Sequence[str] | None = None) -> list[Caption]:
         """Every caption under `keys`, in order; None: under any."""
@@ -68,6 +79,8 @@ class Dataset:
         total = hashlib.sha256()
         for row, info, bucket in zip(self.rows, self.infos, self.buckets, strict=True):
             total.update(json.dumps([info.digest, bucket, row.captions]).encode())
+        if self.references:
+            total.update(json.dumps(list(self.references)).encode())
         return total.hexdigest()
 
 
@@ -79,6 +92,7 @@ def measure(
     verify: bool = True,
     workers: int = 4,
     index: PictureIndex | None = None,
+    reference_size: ReferenceSize | None = None,
 ) -> Dataset:
     """Opens every picture once and chooses its bucket; raises the faults of all rows together.
 
@@ -87,33 +101,47 @@ def measure(
     """
     limits = limits or ImageLimits()
     index = index or PictureIndex(None)
-    infos, problems = Infos(), []
+    infos, problems, references = Infos(), [], []
     count = len(rows.rows)
     progress = Progress("looking at pictures", count, quiet=count <= _AT_ONCE)
 
-    def look(row: DataRow) -> ImageInfo | UserError:
-        try:
-            return index.look(row.image, limits, verify)
-        except UserError as error:
-            return error
+    def look(row: DataRow) -> tuple[list[ImageInfo], list[str]]:
+        """Of the picture and the references, and what is wrong with them."""
+        found, faults = [], []
+        for picture in (row.image, *row.references):
+            try:
+                found.append(index.look(picture, limits, verify))
+            except UserError as error:
+                own = row.where == str(picture)
+                faults += [fault if own else f"{row.where}: {fault}" for fault in error.problems]
+        return found, faults
 
     # The pool queues all items at once, so it gets a few at a time.
     with ThreadPoolExecutor(workers) as pool, index:
         for first in range(0, count, _AT_ONCE):
             some = [rows.rows[i] for i in range(first, min(first + _AT_ONCE, count))]
-            for row, info in zip(some, pool.map(look, some), strict=True):
-                if not isinstance(info, UserError):
-                    infos.append(info)
+            for row, (found, faults) in zip(some, pool.map(look, some), strict=True):
+                problems += faults
+                if faults:
                     continue
-                for problem in info.problems:
-                    own = row.where == str(row.image)
-                    problems.append(problem if own else f"{row.where}: {problem}")
+                infos.append(found[0])
+                own = []
+                for path, info in zip(row.references, found[1:], strict=True):
+                    try:
+                        bucket = nearest(found[0].width, found[0].height, buckets)
+                        where = f"{row.where}: {path}"
+                        size = reference_size(bucket, info.height, info.width, where)
+                        own.append(Reference(info.digest, size))
+                    except UserError as error:
+                        problems += error.problems
+                references.append(tuple(own))
             progress.advance(len(some))
             index.save_sometimes()
     raise_if(problems)
     chosen = tuple(nearest(width, height, buckets) for width, height in infos.sizes())
     notes = (*rows.notes, *_notes(rows.rows, infos, chosen))
-    return Dataset(rows.rows, infos, chosen, rows.prompt_keys, notes)
+    references = references if any(references) else ()
+    return Dataset(rows.rows, infos, chosen, rows.prompt_keys, notes, references=references)
 
 
 def _notes(rows: Sequence[DataRow], infos: Infos, buckets: Sequence[Bucket]) -> Iterable[str]:
@@ -153,18 +181,23 @@ def _notes(rows: Sequence[DataRow], infos: Infos, buckets: Sequence[Bucket]) -> 
 
 def describe(dataset: Dataset, batch_size: int) -> list[str]:
     """The data set in a few lines, for a report."""
-    by_bucket = dataset.rows_by_bucket()
-    batches = sum(-(-len(rows) // batch_size) for rows in by_bucket.values())
+    by_shape = dataset.rows_by_shape()
+    batches = sum(-(-len(rows) // batch_size) for rows in by_shape.values())
     repeated = batches * batch_size - len(dataset.rows)
     pictures = dataset.infos.distinct()
     lines = [
         f"data: {len(dataset.rows)} rows (a picture with its captions), {pictures} different "
         f"pictures, digest {dataset.digest()[:12]}"
     ]
-    for bucket, rows in by_bucket.items():
+    for shape, rows in list(by_shape.items())[:MOST_SHAPES]:
         sizes = dataset.infos.sizes()[rows]
-        enlarged = int(np.sum((sizes < np.array(bucket)).any(axis=1)))
-        lines.append(f"bucket {bucket}: {len(rows)} rows, {enlarged} of them enlarged")
+        enlarged = int(np.sum((sizes < np.array(shape.bucket)).any(axis=1)))
+        lines.append(f"bucket {shape}: {len(rows)} rows, {enlarged} of them enlarged")
+    if len(by_shape) > MOST_SHAPES:
+        lines.append(
+            f"... and {len(by_shape) - MOST_SHAPES} more, for each of which a step is compiled: "
+            "give the references few sizes, or set data.reference_crop=bucket"
+        )
     lengths: dict[str, array] = {}
     for row in dataset.rows:
         for key, text in row.captions:

@@ -5,6 +5,7 @@ incomplete batches and repeats the same order every epoch; this loader does not.
 """
 
 import functools
+import itertools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal, TypeVar
@@ -13,7 +14,7 @@ import grain
 import numpy as np
 from jaxtyping import Int64
 
-from dopsd_jax.data.buckets import Bucket
+from dopsd_jax.data.buckets import Shape
 from dopsd_jax.data.rows import DataRow
 
 T = TypeVar("T")
@@ -24,13 +25,13 @@ _ROWS, _BATCHES, _KEYS, _CAPTIONS = range(4)
 
 @dataclass(frozen=True)
 class BatchIndex:
-    """What batch `n` holds: rows of one bucket, and for each its prompt key and caption.
+    """What batch `n` holds: rows of one shape, and for each its prompt key and caption.
 
     `captions[i]` is an index into the captions of row `rows[i]`.
     """
 
     n: int
-    bucket: Bucket
+    shape: Shape
     rows: Int64[np.ndarray, " b"]
     prompt_keys: tuple[str, ...]
     captions: Int64[np.ndarray, " b"]
@@ -52,17 +53,17 @@ class BatchIndex:
 class Batches:
     """The endless sequence of batches.
 
-    In each epoch the rows of each bucket are shuffled and cut into batches; the last batch of a
-    bucket is filled up with rows from the start of the same shuffle. The batches of all buckets are
+    In each epoch the rows of each shape are shuffled and cut into batches; the last batch of a
+    shape is filled up with rows from the start of the same shuffle. The batches of all shapes are
     then shuffled. So every row is seen at least once an epoch, and at most once more, or as often
-    as a bucket with fewer rows than a batch must repeat them.
+    as a shape with fewer rows than a batch must repeat them.
 
     `draw` says whether one prompt key is drawn for the whole batch (as upstream) or for each row.
     """
 
     def __init__(
         self,
-        rows_by_bucket: Mapping[Bucket, np.ndarray],
+        rows_by_shape: Mapping[Shape, np.ndarray],
         rows: Sequence[DataRow],
         prompt_keys: Sequence[str],
         *,
@@ -72,38 +73,39 @@ class Batches:
     ):
         if batch_size < 1 or seed < 0 or not prompt_keys or draw not in ("batch", "row"):
             raise ValueError(f"{batch_size=} {seed=} {prompt_keys=} {draw=}")
-        if not rows_by_bucket or any(len(ids) == 0 for ids in rows_by_bucket.values()):
-            raise ValueError("a bucket without rows")
-        self.rows_by_bucket = {
-            bucket: np.sort(np.asarray(rows_by_bucket[bucket], np.int64))
-            for bucket in sorted(rows_by_bucket)
+        if not rows_by_shape or any(len(ids) == 0 for ids in rows_by_shape.values()):
+            raise ValueError("a shape without rows")
+        self.rows_by_shape = {
+            shape: np.sort(np.asarray(rows_by_shape[shape], np.int64))
+            for shape in sorted(rows_by_shape)
         }
-        self.buckets = tuple(self.rows_by_bucket)
+        self.shapes = tuple(self.rows_by_shape)
         self.rows = rows
         self.prompt_keys = tuple(prompt_keys)
         self.batch_size = batch_size
         self.seed = seed
         self.draw = draw
-        counts = (-(-len(ids) // batch_size) for ids in self.rows_by_bucket.values())
+        counts = (-(-len(ids) // batch_size) for ids in self.rows_by_shape.values())
         self.per_epoch = sum(counts)
         self._plan = functools.lru_cache(maxsize=2)(self._make_plan)
 
     def _make_plan(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
-        """Bucket numbers [n] and rows [n, b] of the batches of one epoch, in order."""
-        buckets, rows = [], []
-        for number, (bucket, ids) in enumerate(self.rows_by_bucket.items()):
-            shuffled = ids[_permutation(len(ids), self.seed, epoch, _ROWS, *bucket)]
+        """Numbers of shapes [n] and rows [n, b] of the batches of one epoch, in order."""
+        shapes, rows = [], []
+        for number, (shape, ids) in enumerate(self.rows_by_shape.items()):
+            sides = itertools.chain(shape.bucket, *shape.references)
+            shuffled = ids[_permutation(len(ids), self.seed, epoch, _ROWS, *sides)]
             count = -(-len(ids) // self.batch_size)
             rows.append(np.resize(shuffled, (count, self.batch_size)))  # repeats from the start
-            buckets.append(np.full(count, number))
+            shapes.append(np.full(count, number))
         order = _permutation(self.per_epoch, self.seed, epoch, _BATCHES)
-        return np.concatenate(buckets)[order], np.concatenate(rows)[order]
+        return np.concatenate(shapes)[order], np.concatenate(rows)[order]
 
     def batch(self, n: int) -> BatchIndex:
         """The n-th batch, counted from 0 over all epochs."""
         epoch, place = divmod(n, self.per_epoch)
-        bucket_numbers, all_rows = self._plan(epoch)
-        bucket, rows = self.buckets[bucket_numbers[place]], all_rows[place]
+        numbers, all_rows = self._plan(epoch)
+        shape, rows = self.shapes[numbers[place]], all_rows[place]
         size = len(rows)
         draws = _random(size, self.seed, n, _KEYS)
         if self.draw == "batch":
@@ -113,7 +115,7 @@ class Batches:
         for i, draw in enumerate(_random(size, self.seed, n, _CAPTIONS).tolist()):
             having = self.rows[rows[i]].having(keys[i])
             captions[i] = having[draw % len(having)]
-        return BatchIndex(n, bucket, rows, keys, captions)
+        return BatchIndex(n, shape, rows, keys, captions)
 
 
 def prefetch(

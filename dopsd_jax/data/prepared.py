@@ -17,7 +17,7 @@ from PIL import Image
 
 from dopsd_jax.common.errors import UserError, raise_if
 from dopsd_jax.data import prepared_parts as parts
-from dopsd_jax.data.buckets import Bucket
+from dopsd_jax.data.buckets import Bucket, Reference
 from dopsd_jax.data.images import ImageInfo
 from dopsd_jax.data.picture_index import Infos
 from dopsd_jax.data.sources.collector import listing
@@ -34,7 +34,8 @@ class Prepared:
 
     Attributes:
       manifest: what it was made from, and how.
-      rows, infos, buckets: what a `Dataset` holds, for the prompt keys that were asked for.
+      rows, infos, buckets, references: what a `Dataset` holds, for the prompt keys that were asked
+        for.
       shown: the rows whose pictures were kept.
     """
 
@@ -57,12 +58,13 @@ class Prepared:
         self._paths = [self.folder / parts.part_name(n) for n in range(self.manifest.parts)]
         self.rows, self.infos = Table(self.prompt_keys, str(folder)), Infos()
         self.buckets: list[Bucket] = []
+        self.references: list[tuple[Reference, ...]] = []
         self._starts = [0] * self.manifest.parts
         self._numbers = array("i")  # of each caption that is used, within its part
         self._index: list[np.ndarray] = []
         self._layouts: list[list[parts.Layout]] = []
         self._crcs: list[np.ndarray] = []
-        self._pictures: dict[int, list[int]] = {}
+        self._pictures: dict[int, list[tuple[int, int, int]]] = {}
         known: dict = {}  # equal buckets and layouts are kept once
         with ThreadPoolExecutor(THREADS) as pool:
             read = lambda path: parts.read_part(path, self.manifest.identity)
@@ -73,6 +75,8 @@ class Prepared:
                 if first and first % 1024 == 0:
                     report(f"prepared data: {first}/{self.manifest.parts} parts opened")
         self.shown = sorted(self._pictures)
+        if not any(self.references):
+            self.references = []
 
     def _check_all_there(self) -> None:
         with parts.reading(self.folder):
@@ -108,9 +112,11 @@ class Prepared:
             self.infos.append(info)
             bucket = Bucket(*row["bucket"])
             self.buckets.append(known.setdefault(bucket, bucket))
-            if row["shown"] is not None:
-                first, size, crc = row["shown"]
-                self._pictures[row_number] = [part.pictures + first, size, crc]
+            edited = (Reference(digest, Bucket(*sides)) for digest, sides in row["references"])
+            self.references.append(tuple(edited))
+            if row["shown"]:
+                places = [(part.pictures + first, size, crc) for first, size, crc in row["shown"]]
+                self._pictures[row_number] = places
 
     def check(self, settings: Mapping[str, Any], what: Mapping[str, str]) -> None:
         """Raises `UserError` for every one of `settings` under which it was not made.
@@ -166,14 +172,22 @@ class Prepared:
 
     def picture(self, row: int) -> UInt8[np.ndarray, "h w 3"]:
         """The picture of one of the rows `shown`, as training saw it."""
-        place, size, crc = self._pictures[row]
+        return self._shown(row, 0, self.buckets[row])
+
+    def edited(self, row: int) -> list[UInt8[np.ndarray, "_h _w 3"]]:
+        """What one of the rows `shown` edits."""
+        own = self.references[row] if self.references else ()
+        return [self._shown(row, k, one.size) for k, one in enumerate(own, 1)]
+
+    def _shown(self, row: int, number: int, sides: Bucket) -> np.ndarray:
+        place, size, crc = self._pictures[row][number]
         path = self._paths[row // self.manifest.rows_per_part]
         with parts.reading(path), path.open("rb") as file:
             file.seek(place)
             content = file.read(size)
         wrong = (OSError, ValueError, SyntaxError, Image.DecompressionBombError)
         with contextlib.suppress(*wrong), Image.open(io.BytesIO(content), formats=["PNG"]) as image:
-            right = image.size == self.buckets[row] and image.mode == "RGB"
+            right = image.size == sides and image.mode == "RGB"
             if right and zlib.crc32(content) == crc:
                 return np.asarray(image)
         raise UserError(f"{path}: the picture of row {row} is damaged; {parts.AGAIN}")

@@ -42,12 +42,13 @@ from dopsd_jax.weights.safetensors_write import header_bytes
 from dopsd_jax.weights.tensors import CODES, DTYPES, TensorInfo
 
 MANIFEST = "prepared.json"
-FORMAT = 2
+FORMAT = 3
 TYPES = ("BF16", "F32", "I32")  # of features
 MAX_SMALL = 256 << 20  # bytes of each of the arrays that describe the features
 AGAIN = "remove it and run dopsd_jax.prepare again"
 ROLES = 2  # student, teacher
-ROW_FIELDS = {"captions", "picture", "digest", "notes", "size", "bucket", "shown"}
+ROW_FIELDS = {"captions", "picture", "digest", "notes", "size", "bucket", "references", "shown"}
+MAX_SIDE = 2**31  # pixels
 SMALL = ("index", "crc32", "layouts", "rows")
 # The arrays that features consist of: name, code of the type, shape.
 Layout = tuple[tuple[str, str, tuple[int, ...]], ...]
@@ -264,19 +265,23 @@ def _is_row(row: object, picture_bytes: int) -> bool:
         and all(type(n) is int and 0 <= n < 2**32 for n in value)
     )
     texts = lambda value: isinstance(value, list) and all(map(_is_text, value))
-    shown = row["shown"]
+    size = lambda value: counts(value, 2) and 0 < min(value) <= max(value) < MAX_SIDE
+    digest = lambda value: isinstance(value, str) and bool(re.fullmatch("[0-9a-f]{64}", value))
+    shown, references = row["shown"], row["references"]
     return (
         isinstance(row["captions"], list)
         and all(texts(caption) and len(caption) == 2 for caption in row["captions"])
         and _is_text(row["picture"])
-        and isinstance(row["digest"], str)
-        and re.fullmatch("[0-9a-f]{64}", row["digest"]) is not None
+        and digest(row["digest"])
         and texts(row["notes"])
-        and counts(row["size"], 2)
-        and counts(row["bucket"], 2)
-        and min(*row["size"], *row["bucket"]) > 0
-        and max(*row["size"], *row["bucket"]) < 2**31
-        and (shown is None or (counts(shown, 3) and sum(shown[:2]) <= picture_bytes))
+        and size(row["size"])
+        and size(row["bucket"])
+        and isinstance(references, list)
+        and all(isinstance(one, list) and len(one) == 2 for one in references)
+        and all(digest(name) and size(sides) for name, sides in references)
+        and isinstance(shown, list)
+        and len(shown) in (0, 1 + len(references))
+        and all(counts(one, 3) and sum(one[:2]) <= picture_bytes for one in shown)
     )
 
 

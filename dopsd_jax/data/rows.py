@@ -30,6 +30,7 @@ ONLY_FOR = {
     "image_key": (records.LAYOUT, parquet.LAYOUT),
     "folder_captions": (folder.LAYOUT,),
     "folder_repeats": (folder.LAYOUT,),
+    "references": (records.LAYOUT, folder.LAYOUT),
 }
 
 

@@ -20,13 +20,14 @@ class DataRow:
     """One picture with its captions as (key, text); several captions may share a key.
 
     `where` names the row in messages. `declared_size` is the (width, height) that a record claims;
-    it is only compared with the file.
+    it is only compared with the file. `references`: pictures that are edited to this one.
     """
 
     image: Path | Blob
     captions: tuple[tuple[str, str], ...]
     where: str
     declared_size: tuple[int, int] | None = None
+    references: tuple[Path, ...] = ()
 
     def having(self, key: str) -> tuple[int, ...]:
         """Indices into `captions` of those under `key`."""
@@ -67,6 +68,7 @@ class Table(Sequence[DataRow]):
         self._names, self._texts = Strings(), Strings()
         self._text_keys, self._ends = array("B"), array("q", [0])
         self._lines, self._sizes = array("q"), array("i")
+        self._references, self._reference_ends = Strings(), array("q", [0])
         self._archives: list[Path] = []
         self._archive, self._place, self._bytes = array("i"), array("q"), array("q")
 
@@ -77,6 +79,7 @@ class Table(Sequence[DataRow]):
         *,
         line: int = -1,
         size: tuple[int, int] | None = None,
+        references: Iterable[str] = (),
     ) -> None:
         """Adds a row; `image` is the path of a file, or a picture inside an archive."""
         if isinstance(image, str):
@@ -95,6 +98,9 @@ class Table(Sequence[DataRow]):
         self._ends.append(len(self._text_keys))
         self._lines.append(line)
         self._sizes.extend(size or (0, 0))
+        for reference in references:
+            self._references.append(reference)
+        self._reference_ends.append(len(self._references))
 
     def __len__(self) -> int:
         return len(self._lines)
@@ -108,7 +114,9 @@ class Table(Sequence[DataRow]):
             for c in range(self._ends[i], self._ends[i + 1])
         )
         size = (self._sizes[2 * i], self._sizes[2 * i + 1])
-        return DataRow(image, captions, where, size if all(size) else None)
+        references = range(self._reference_ends[i], self._reference_ends[i + 1])
+        paths = tuple(Path(self._references[r]) for r in references)
+        return DataRow(image, captions, where, size if all(size) else None, paths)
 
     def __iter__(self) -> Iterator[DataRow]:
         return (self[i] for i in range(len(self)))
@@ -142,6 +150,7 @@ class Table(Sequence[DataRow]):
                 (caption for caption in row.captions if caption[0] in keys),
                 line=self._lines[i],
                 size=row.declared_size,
+                references=map(str, row.references),
             )
         return table
 

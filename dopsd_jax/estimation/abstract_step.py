@@ -27,7 +27,7 @@ from dopsd_jax.weights.stored import read_config
 class Workload:
     """One step to compile: image sides in pixels, caption rows with their padding.
 
-    family, size: of the network.
+    family, size: of the network. references: pictures of the same sides that are edited.
     """
 
     family: Family
@@ -37,6 +37,7 @@ class Workload:
     width: int
     rows_student: int
     rows_teacher: int
+    references: int = 0
 
     @property
     def latent(self) -> tuple[int, int]:
@@ -130,7 +131,8 @@ def _features(config, case: Workload) -> list:
         (shown, "teacher_rows", case.rows_teacher),
     ):
         try:
-            found.append(family.abstract_features(case.size, role, rows, dtype, *case.latent))
+            shape = (*case.latent, case.references)
+            found.append(family.abstract_features(case.size, role, rows, dtype, *shape))
         except UserError as error:
             faults += [f"--{name}: {problem}" for problem in error.problems]
     raise_if(faults)

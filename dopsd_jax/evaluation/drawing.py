@@ -86,13 +86,13 @@ class Painter:
 
     def key(self, case: Case, role: int) -> str:
         """Where the features of a case are kept."""
-        seen = {"image": digest(case.target), "crop": "as it is"} if role == TEACHER else {}
+        seen = [(digest(picture), "as it is") for picture in _shown(case, role)]
         return feature_key(
             role=ROLE_NAMES[role],
             prompt=case.prompt,
             encoder=self.encoder,
             options=self.options[role],
-            **seen,
+            pictures=seen,
         )
 
     def grid(self, case: Case) -> tuple[float, ...]:
@@ -105,11 +105,11 @@ class Painter:
         for case in cases:
             try:
                 self.pipe.latent_shape(case.height, case.width)
-                self.pipe.request(STUDENT, case.prompt)
-                if case.target is not None:
+                for role in (STUDENT, TEACHER) if case.target is not None else (STUDENT,):
+                    sizes = [picture.shape[:2] for picture in _shown(case, role)]
                     where = f"the picture shown with {case.prompt[:60]!r}"
-                    size, options = case.target.shape[:2], self.options[TEACHER]
-                    self.pipe.request(TEACHER, case.prompt, size=size, options=options, where=where)
+                    about = {"sizes": sizes, "options": self.options[role], "where": where}
+                    self.pipe.request(role, case.prompt, **about)
             except UserError as error:
                 faults += error.problems
         raise_if(dict.fromkeys(faults))
@@ -121,7 +121,7 @@ class Painter:
         for done, key in enumerate(missing):
             yield len(missing) - done
             case = keys[key]
-            seen = case.target if role == TEACHER else None
+            seen = _shown(case, role)
             made = self.pipe.features(role, case.prompt, seen, self.options[role])
             self.kept.put(key, made)
         # One length for all, so that contexts have one shape.
@@ -133,10 +133,13 @@ class Painter:
         self, trained: nnx.State, shots: Sequence[Shot], role: int
     ) -> Iterator[tuple[Shot, Picture]]:
         """The pictures, batch by batch; `encode` has been run for their cases."""
-        by_size: dict[tuple[int, int], list[Shot]] = {}
+        by_size: dict[tuple, list[Shot]] = {}
         for shot in shots:
-            by_size.setdefault((shot.case.height, shot.case.width), []).append(shot)
-        for (height, width), own in by_size.items():
+            references = tuple(
+                self.pipe.reference_size(*r.shape[:2], "") for r in shot.case.references
+            )
+            by_size.setdefault((shot.case.height, shot.case.width, references), []).append(shot)
+        for (height, width, _), own in by_size.items():
             shape = self.pipe.latent_shape(height, width)
             for first in range(0, len(own), self.batch):
                 some = own[first : first + self.batch]
@@ -162,6 +165,11 @@ class Painter:
             some = latents[first : first + together]
             filled = np.concatenate([some, np.repeat(some[-1:], together - len(some), 0)])
             yield from self.pipe.decode(filled)[: len(some)]
+
+
+def _shown(case: Case, role: int) -> list[Picture]:
+    """The pictures that a role is shown with a case."""
+    return [*case.references, *([case.target] if role == TEACHER else [])]
 
 
 @functools.partial(jax.jit, static_argnames="shape")

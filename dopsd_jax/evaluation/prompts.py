@@ -108,7 +108,7 @@ def cases(
         asked.append((TEST, row, test["prompt"], test["where"], test.get("class_name")))
     style = any(STYLE.search(prompt) for _, _, prompt, _, _ in asked)
     classes = class_names([dataset.rows[row].where for _, row, *_ in asked])
-    targets: dict[int, Picture] = {}
+    shown: dict[int, tuple[Picture, list[Picture]]] = {}
     counts: dict[int, int] = {}
     found = []
     for kind, row, prompt, where, name in asked:
@@ -121,13 +121,14 @@ def cases(
         if kind == TEST:
             number = counts[row] = counts.get(row, -1) + 1
             number %= ROW - 1  # beyond, the noise of the next row would be used
-        if row not in targets:
-            bucket = dataset.buckets[row]
-            targets[row] = fit(open_image(dataset.rows[row].image, limits), *bucket)
+        if row not in shown:
+            own, edited = dataset.rows[row], dataset.rows[row].references
+            target = fit(open_image(own.image, limits), *dataset.buckets[row])
+            shown[row] = target, [open_image(path, limits) for path in edited]
         width, height = dataset.buckets[row]
         text = with_class(prompt, name, style) if name else prompt
         seed = case_seed(first_seed, row, number)
-        found.append(Case(kind, prompt, text, height, width, seed, targets[row]))
+        found.append(Case(kind, prompt, text, height, width, seed, *shown[row]))
     raise_if(faults)
     return found
 

@@ -30,6 +30,7 @@ class Case:
     prompt: what is drawn. text: what is scored, with the class word in place of a placeholder.
     seed: of the first picture's noise.
     target: the picture that the teacher is shown, and that likeness is measured to.
+    references: the pictures that are edited.
     truth: what the miniature's judge compares with, a `miniature.world.Scene`.
     truth_digest: names it.
     """
@@ -41,6 +42,7 @@ class Case:
     width: int
     seed: int
     target: Picture | None = None
+    references: Sequence[Picture] = ()
     truth: Any = None
     truth_digest: str = ""
 

@@ -51,11 +51,14 @@ class Options(Protocol):
 
     CONTEXTS: the values of config.teacher.context besides `prompt` (another caption), and for each
       whether the teacher is shown the row's picture.
+    EDITING: those of them that are for rows with references, pictures that are edited; empty where
+      the family edits none. Students see the references of their rows in every context.
     FIELDS: the family's own. Of a field in the group `teacher`, the last part of its name is what
       `Pipeline.options` calls it, where features depend on it.
     """
 
     CONTEXTS: Mapping[str, bool]
+    EDITING: Sequence[str]
     FIELDS: Sequence[Field]
 
     def faults(self, given: Mapping[str, Any]) -> list[str]:
@@ -72,7 +75,7 @@ class Family(Protocol):
       LATENT_FACTOR: pixels a side of one cell of the latent.
       DEPLOYED_STEPS: forwards of the released few-step sampler.
       ROWS: by role, the rows of long captions; estimates are made for them.
-      CONTEXTS: see `Options`.
+      CONTEXTS, EDITING: see `Options`.
       LORA_PRESETS: names for sets of adapted layers: patterns of PyTorch paths.
       Pipeline: the class that puts a model folder together.
     """
@@ -85,6 +88,7 @@ class Family(Protocol):
     DEPLOYED_STEPS: int
     ROWS: tuple[int, int]
     CONTEXTS: Mapping[str, bool]
+    EDITING: Sequence[str]
     LORA_PRESETS: Mapping[str, Sequence[str]]
     Pipeline: type
 
@@ -131,11 +135,19 @@ class Family(Protocol):
         """
 
     def abstract_features(
-        self, size: Size, role: int, rows: int, dtype: Any, height: int, width: int
+        self,
+        size: Size,
+        role: int,
+        rows: int,
+        dtype: Any,
+        height: int,
+        width: int,
+        references: int = 0,
     ) -> Tree:
         """Shapes and types of one sample's context of `rows` positions, for a latent of this size.
 
-        Raises `UserError` for positions that the transformer cannot take.
+        `references`: how many pictures of the same size are edited. Raises `UserError` for what the
+        transformer cannot take.
         """
 
     def positions(self, context: Tree) -> int:

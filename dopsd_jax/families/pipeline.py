@@ -194,7 +194,7 @@ class Pipeline:
         role: int,
         prompt: str,
         *,
-        size: tuple[int, int] | None = None,
+        sizes: Sequence[tuple[int, int]] = (),
         options: Mapping[str, Any] | None = None,
         limits_of: int | None = None,
         where: str = "",
@@ -202,10 +202,11 @@ class Pipeline:
         """A prompt as it will be encoded. Raises `UserError` for one that the model cannot take.
 
         Args:
-          size: height and width of the picture, where the role is shown one.
+          sizes: heights and widths of the pictures that the role is shown: references, then, for
+            the teacher, the row's picture.
           options: of `options`; None: the family's defaults.
           limits_of: the role whose limits count; None: `role`.
-          where: what messages call the picture.
+          where: what messages call the pictures.
         """
         raise NotImplementedError
 
@@ -213,10 +214,10 @@ class Pipeline:
         self,
         role: int,
         requests: Sequence[Request],
-        pictures: Sequence[UInt8[np.ndarray, "_H _W 3"]],
+        pictures: Sequence[Sequence[UInt8[np.ndarray, "_H _W 3"]]],
         options: Mapping[str, Any] | None = None,
     ) -> list[Features]:
-        """The features of requests of one group; `pictures`: one each, where the role is shown one.
+        """The features of requests of one group; `pictures`: those that each one is shown.
 
         The number of requests is a multiple of the devices of `spread_encoders`.
         """
@@ -226,34 +227,46 @@ class Pipeline:
         self,
         role: int,
         prompt: str,
-        picture: UInt8[np.ndarray, "H W 3"] | None = None,
+        pictures: Sequence[UInt8[np.ndarray, "_H _W 3"]] = (),
         options: Mapping[str, Any] | None = None,
+        where: str = "",
     ) -> Features:
-        """The features of one prompt. Raises `UserError` for one that the model cannot take."""
-        size = None if picture is None else np.shape(picture)[:2]
-        request = self.request(role, prompt, size=size, options=options)
-        return self.encode(role, [request], [] if picture is None else [picture], options)[0]
+        """The features of one prompt and what it is shown; see `request`."""
+        sizes = [np.shape(picture)[:2] for picture in pictures]
+        request = self.request(role, prompt, sizes=sizes, options=options, where=where)
+        return self.encode(role, [request], [pictures], options)[0]
+
+    def reference_size(self, height: int, width: int, where: str) -> tuple[int, int]:
+        """Height and width that a picture to edit is given in. Raises `UserError` naming `where`.
+
+        `where`: what messages call the picture.
+        """
+        raise UserError(
+            f"{where}: models of the family {self.family.NAME} edit no pictures; give none"
+        )
 
     def encode_prompt(
         self, prompts: Sequence[str], references: Sequence[UInt8[np.ndarray, "_H _W 3"]] = ()
     ) -> Tree:
         """The student's context; `references`: pictures to edit, the same for all prompts.
 
-        Raises `UserError` for references where the family edits none.
+        Raises `UserError` for references that the model cannot take.
         """
-        if references:
-            raise UserError(
-                f"references: models of the family {self.family.NAME} edit no pictures; give none"
-            )
-        return self.family.collate([self.features(STUDENT, p) for p in prompts])
+        for number, picture in enumerate(references, 1):
+            self.reference_size(*np.shape(picture)[:2], f"reference {number}")
+        return self.family.collate([self.features(STUDENT, p, references) for p in prompts])
 
     def encode_prompt_with_image(
-        self, prompts: Sequence[str], images: Iterable[UInt8[np.ndarray, "_H _W 3"]], **options: Any
+        self,
+        prompts: Sequence[str],
+        images: Iterable[UInt8[np.ndarray, "_H _W 3"]],
+        references: Sequence[UInt8[np.ndarray, "_H _W 3"]] = (),
+        **options: Any,
     ) -> Tree:
-        """The teacher's context; `options`: see the family's `options`."""
+        """The teacher's context; `references`: as in `encode_prompt`; `options`: the family's."""
         pairs = zip(prompts, images, strict=True)
         return self.family.collate(
-            [self.features(TEACHER, p, np.asarray(i), options) for p, i in pairs]
+            [self.features(TEACHER, p, [*references, np.asarray(i)], options) for p, i in pairs]
         )
 
     # Images.
@@ -316,19 +329,21 @@ class Pipeline:
         seed: int = 0,
         latents: Float[Array, "b h w c"] | None = None,
         references: Sequence[UInt8[np.ndarray, "_H _W 3"]] = (),
+        context: Tree | None = None,
     ) -> UInt8[np.ndarray, "b H W 3"]:
         """Images of the prompts by the few-step sampler, without guidance.
 
         `height`, `width`: pixels; None: `own_size`. `steps`: forwards; None: the deployed number.
         `latents`: start noise, float32; None: drawn from `seed`, image i of any batch from
-        (seed, i). `references`: see `encode_prompt`.
+        (seed, i). `references`: see `encode_prompt`. `context`: of an earlier `encode_prompt`.
         """
         shape = self.latent_shape(height or self.own_size, width or self.own_size)
         if latents is None:
             latents = start_noise(seed, len(prompts), shape)
         elif jnp.shape(latents) != (len(prompts), *shape):
             raise ValueError(f"latents {jnp.shape(latents)}, needed {(len(prompts), *shape)}")
-        grid, context = self.deployed_grid(shape, steps), self.encode_prompt(prompts, references)
+        grid = self.deployed_grid(shape, steps)
+        context = self.encode_prompt(prompts, references) if context is None else context
         return self.decode(self.sample(self.split[1], latents, context, grid))
 
     def sample(self, trained: nnx.State, noise, context: Tree, grid: tuple[float, ...]):

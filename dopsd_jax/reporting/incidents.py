@@ -35,7 +35,7 @@ def write_incident(
     record = {
         "why": why,
         "metrics": {name: plain(value) for name, value in metrics.items()},
-        "size": list(batch.bucket),
+        "size": list(batch.shape.bucket),
         "samples": samples,
     }
     path = workdir / FOLDER / f"step_{step}.json"

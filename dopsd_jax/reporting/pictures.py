@@ -8,7 +8,7 @@ import json
 import os
 import re
 import unicodedata
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 import numpy as np
 from etils import epath
@@ -53,6 +53,17 @@ class Labels:
     title: str
     columns: tuple[str, ...]
     captions: tuple[str, ...]
+
+
+def reference_columns(references: Iterable[Sequence]) -> tuple[str, ...]:
+    """Names of the columns for the pictures that rows edit; none where no row edits any."""
+    most = max(map(len, references), default=0)
+    return tuple(f"reference {k}" if most > 1 else "reference" for k in range(1, most + 1))
+
+
+def filled(references: Sequence, count: int) -> list:
+    """A row's references in so many cells."""
+    return [*references, *[None] * (count - len(references))]
 
 
 def grid(columns: Sequence[str], rows: Sequence[GridRow], *, title: str = "", cell: int = 320):

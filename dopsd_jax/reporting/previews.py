@@ -25,6 +25,7 @@ class Sample(NamedTuple):
     contexts: Contexts
     noise: jax.Array
     target: np.ndarray
+    references: Sequence[np.ndarray]
 
 
 def rows_of(dataset: Dataset, count: int) -> list[int]:
@@ -50,7 +51,6 @@ class Previews:
     def __init__(self, pipe: Pipeline, features: Features, rows: Sequence[int], workdir: Path):
         self.pipe, self.workdir = pipe, workdir
         has_teacher = features.needs.teacher
-        self.columns = ("target", "base", *["teacher"] * has_teacher, "tuned")
         self.samples = []
         for row in rows:
             width, height = features.dataset.buckets[row]
@@ -58,7 +58,12 @@ class Previews:
             noise = start_noise(NOISE_SEED, row + 1, shape)[row:]
             _, i = caption = features.dataset.caption(row, features.dataset.prompt_keys)
             contexts, text = features.contexts([caption]), features.dataset.rows[row].captions[i][1]
-            self.samples.append(Sample(text, contexts, noise, features.image(row)))
+            edited = features.edited(row)
+            self.samples.append(Sample(text, contexts, noise, features.image(row), edited))
+        references = pictures.reference_columns(s.references for s in self.samples)
+        models = ("base", *["teacher"] * has_teacher, "tuned")
+        self.columns = (*references, "target", *models)
+        self._places = len(references)
         # Before training the trained part is the base model's: adapters add nothing yet.
         base = pipe.split[1]
         self.base = [self._picture(base, s.contexts.student, s.noise) for s in self.samples]
@@ -75,7 +80,7 @@ class Previews:
         """
         found = []
         for base, sample in zip(self.base, self.samples, strict=True):
-            drawn = [sample.target, base]
+            drawn = [*pictures.filled(sample.references, self._places), sample.target, base]
             if "teacher" in self.columns:
                 drawn.append(self._picture(teacher, sample.contexts.teacher, sample.noise))
             drawn.append(self._picture(student, sample.contexts.student, sample.noise))

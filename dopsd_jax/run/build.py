@@ -16,10 +16,11 @@ from dopsd_jax import dopsd, families
 from dopsd_jax.common.atomic import is_remote
 from dopsd_jax.common.config_fields import as_list, name_or_list
 from dopsd_jax.common.errors import UserError, raise_if
+from dopsd_jax.conditioning.encoding import TO_BUCKET
 from dopsd_jax.conditioning.features import sees_picture
 from dopsd_jax.data.buckets import Bucket, make_buckets, parse_buckets
 from dopsd_jax.data.cache import FeatureCache
-from dopsd_jax.data.dataset import Dataset, measure
+from dopsd_jax.data.dataset import Dataset, ReferenceSize, measure
 from dopsd_jax.data.images import ImageLimits
 from dopsd_jax.data.picture_index import PictureIndex
 from dopsd_jax.data.prepared import Prepared
@@ -140,12 +141,9 @@ def find_vlm(
     return inside
 
 
-def open_data(config: ConfigDict, workdir: Path, step: int) -> Dataset:
-    """The data set of config.data: every row checked, every new picture opened once.
-
-    `step`: what sides of images must be a multiple of.
-    """
-    buckets = data_buckets(config, step)
+def open_data(config: ConfigDict, workdir: Path, pipe: Pipeline) -> Dataset:
+    """The data set of config.data: every row checked, every new picture opened once."""
+    buckets = data_buckets(config, pipe.size_multiple)
     if is_prepared(config.data.path):
         keys, other = asked_keys(config), registry.teacher_key(config)
         keys += (other,) if keys and other else ()
@@ -163,11 +161,42 @@ def open_data(config: ConfigDict, workdir: Path, step: int) -> Dataset:
             prepared.prompt_keys,
             notes,
             prepared,
+            prepared.references,
         )
     else:
         rows, index = open_rows(config, workdir), picture_index(config, workdir)
-        dataset = measure(rows, buckets, limits(config), index=index)
+        size = reference_size(config, pipe)
+        dataset = measure(rows, buckets, limits(config), index=index, reference_size=size)
+    check_references(config, pipe.family, dataset)
     return dataclasses.replace(dataset, prompt_keys=trained_keys(config, dataset.prompt_keys))
+
+
+def reference_size(config: ConfigDict, pipe: Pipeline) -> ReferenceSize:
+    """In which size the model is given a picture that is edited: config.data.reference_crop."""
+
+    def own(bucket: Bucket, height: int, width: int, where: str) -> Bucket:
+        height, width = pipe.reference_size(height, width, where)
+        return Bucket(width, height)
+
+    return (lambda bucket, *_: bucket) if config.data.reference_crop == TO_BUCKET else own
+
+
+def check_references(config: ConfigDict, family: Family, dataset: Dataset) -> None:
+    """Raises `UserError` where rows edit pictures and the model or its teacher does not, or so."""
+    context, there = config.teacher.context, bool(dataset.references)
+    if there and not family.EDITING:
+        raise UserError(
+            f"config.data.references: models of the family {family.NAME} edit no pictures; unset it"
+        )
+    if not registry.needs(config).teacher or context == OTHER_CAPTION:
+        return
+    if there != (context in family.EDITING):
+        other = [name for name in family.CONTEXTS if (name in family.EDITING) == there]
+        what = "edit pictures" if there else "edit none (config.data.references)"
+        raise UserError(
+            f"config.teacher.context: {context} does not fit the rows of {config.data.path}, which "
+            f"{what}; use {' or '.join((*other, OTHER_CAPTION))}"
+        )
 
 
 def asked_keys(config: ConfigDict) -> tuple[str, ...]:
@@ -218,6 +247,7 @@ def open_rows(config: ConfigDict, workdir: Path) -> Rows:
         data_root=data.root or None,
         cache=FeatureCache(cache_folder(config, workdir)),
         teacher_key=registry.teacher_key(config),
+        references=as_list(config.data.references),
         **{name: data[name] for name in ROW_OPTIONS},
     )
 

@@ -23,9 +23,9 @@ from dopsd_jax.families.zimage.pipeline import ZImagePipeline
 from dopsd_jax.parallel.sharding import to_device
 from dopsd_jax.weights.networks import DIFFUSERS_BASE, Network
 from second_family.network import Config, Transformer, names
-from second_family.options import CONTEXTS
+from second_family.options import CONTEXTS, EDITING
 
-__all__ = ["CONTEXTS"]
+__all__ = ["CONTEXTS", "EDITING"]
 
 NAME, LATENT_FACTOR, DEPLOYED_STEPS = "second", 8, 4
 PUBLISHED, SCHEDULER, RANDOM = Config(64, 4, 2560), 1.0, Config(32, 2, 64)
@@ -88,7 +88,7 @@ def collate(features, rows=None):
     return Context(*padded, np.stack(given) if given else None)
 
 
-def abstract_features(size, role, rows, dtype, height, width):
+def abstract_features(size, role, rows, dtype, height, width, references=0):
     shape = jax.ShapeDtypeStruct
     reference = shape((height, width, size.channels), jnp.float32) if role == TEACHER else None
     return Context(shape((rows, size.text), dtype), shape((), jnp.int32), reference)
@@ -128,19 +128,19 @@ class Pipeline(ZImagePipeline):
     def limits(self, role):
         return {"features": jax.ShapeDtypeStruct((TEXT_ROWS, self.config.text), self.dtype)}
 
-    def request(self, role, prompt, *, size=None, options=None, limits_of=None, where=""):
+    def request(self, role, prompt, *, sizes=(), options=None, limits_of=None, where=""):
         found = super().request(STUDENT, prompt, limits_of=limits_of)
         if role == STUDENT:
             return found
-        latent = jax.ShapeDtypeStruct(self.latent_shape(*size), jnp.float32)
+        latent = jax.ShapeDtypeStruct(self.latent_shape(*sizes[0]), jnp.float32)
         shapes = found.shapes | {"reference": latent}
-        return found._replace(shapes=shapes, group=(found.group, size))
+        return found._replace(shapes=shapes, group=(found.group, sizes[0]))
 
     def encode(self, role, requests, pictures, options=None):
         found = super().encode(STUDENT, requests, [])
         if role == STUDENT:
             return found
-        latents = np.asarray(self.encode_image(np.stack(pictures)))
+        latents = np.asarray(self.encode_image(np.stack([picture for (picture,) in pictures])))
         return [one | {"reference": own} for one, own in zip(found, latents, strict=True)]
 
 

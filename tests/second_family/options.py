@@ -1,6 +1,7 @@
 """What it adds to the configuration."""
 
 CONTEXTS = {"reference": True}
+EDITING = ()
 FIELDS = ()
 
 

@@ -2,6 +2,7 @@
 
 import os
 import stat
+import unicodedata
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -40,6 +41,11 @@ def walk(folder: Path, passed: Examples | None = None) -> Iterator[tuple[str, li
             if name.startswith(".") and not is_rubbish(name):
                 passed.add(os.path.relpath(os.path.join(where, name), folder))
         yield where, sorted(n for n in names if not n.startswith(".") and not is_rubbish(n))
+
+
+def normal(name: str) -> str:
+    """A file name in one form: Macs write é as two characters, others as one."""
+    return unicodedata.normalize("NFC", name)
 
 
 def is_rubbish(name: str) -> bool:

@@ -2,7 +2,6 @@
 
 import os
 import re
-import unicodedata
 from pathlib import Path
 
 from dopsd_jax.common.errors import UserError
@@ -14,8 +13,16 @@ from dopsd_jax.data.sources.captions import (
     json_captions,
 )
 from dopsd_jax.data.sources.collector import Collector, Examples, listing
-from dopsd_jax.data.sources.files import FOREIGN, UNPACK, UNREADABLE_SUFFIXES, stem_of, walk
+from dopsd_jax.data.sources.files import (
+    FOREIGN,
+    UNPACK,
+    UNREADABLE_SUFFIXES,
+    normal,
+    stem_of,
+    walk,
+)
 from dopsd_jax.data.sources.layout import Layout, Options
+from dopsd_jax.data.sources.references import Folders
 
 # Masks and conditions that other trainers keep beside the pictures. Those of the second kind, and
 # pictures in a folder of such a name, are taken for them only where they have no caption.
@@ -45,7 +52,8 @@ def read(path: Path, options: Options) -> Collector:
         _check_keys(options)
     reader = _Reader(path, options, into)
     for where, names in walk(path, reader.passed):
-        reader.read(where, names)
+        if not reader.references.hold(where):
+            reader.read(where, names)
     reader.remark()
     return into
 
@@ -71,6 +79,7 @@ class _Reader:
     def __init__(self, top: Path, options: Options, into: Collector):
         self.top, self.options, self.into = top, options, into
         self.extension = options.caption_extension.lower()
+        self.references = Folders(options.references)
         self.masks, self.lonely, self.others = Examples(), Examples(), Examples()
         self.passed, self.numbered = Examples(), Examples()
         self.tables, self.foreign = Examples(), Examples()
@@ -85,7 +94,7 @@ class _Reader:
             if suffix in UNREADABLE_SUFFIXES:
                 self.into.problem(f"{path}: {suffix[1:]} cannot be read; convert it to PNG or JPEG")
             elif name.lower().endswith(self.extension):
-                texts[_normal(name[: -len(self.extension)])] = name
+                texts[normal(name[: -len(self.extension)])] = name
             elif (stem := stem_of(path)) is None:
                 self.others.add(self._short(path))
                 if suffix in TABLE_SUFFIXES:
@@ -95,12 +104,12 @@ class _Reader:
             elif stem.endswith(COMPANION_STEMS):
                 self.masks.add(self._short(path))
             else:
-                pictures.setdefault(_normal(stem), []).append(name)
+                pictures.setdefault(normal(stem), []).append(name)
         times, own_name = self._numbers(where) if pictures else (1, "")
         for stem, same in pictures.items():
             images = [os.path.join(where, name) for name in same]
             # Some programs write a.png.txt.
-            text = texts.pop(stem, None) or texts.pop(_normal(same[0]), None)
+            text = texts.pop(stem, None) or texts.pop(normal(same[0]), None)
             if text is None and self._is_mask(where, stem, pictures):
                 self.masks.add(self._short(images[0]))
             elif len(same) > 1:
@@ -124,8 +133,14 @@ class _Reader:
             self.lonely.add(self._short(os.path.join(where, name)))
 
     def _add(self, image: str, captions: list[tuple[str, str]], times: int) -> None:
+        references = []
+        if self.references.paths:
+            folder, name = os.path.split(self._short(image))
+            references, faults = self.references.of_picture(folder or ".", stem_of(image) or name)
+            for fault in faults:
+                self.into.problem(f"{image}: {fault}")
         for _ in range(times):
-            self.into.add(image, captions, os.path.basename(image))
+            self.into.add(image, captions, os.path.basename(image), references=references)
 
     def _captions(self, path: str) -> tuple[list[tuple[str, str]], str | None]:
         """The captions of one file as (key, text), or what is wrong."""
@@ -156,7 +171,7 @@ class _Reader:
     def _advice(self, stem: str, names: list[str], folder: str) -> str:
         """What to do about a picture without a caption, by what else is there."""
         beside = [n for n in names if n.lower().endswith(TEXT_SUFFIXES)]
-        beside = [n for n in beside if _normal(os.path.splitext(n)[0]) == stem]
+        beside = [n for n in beside if normal(os.path.splitext(n)[0]) == stem]
         if beside:
             suffix = os.path.splitext(beside[0])[1]
             return f"{beside[0]} is beside it: set data.caption_extension to '{suffix}'"
@@ -194,11 +209,6 @@ class _Reader:
                 f"{top}: the number in front of a folder's name is not used ({self.numbered}); "
                 "with data.folder_repeats=True its pictures count that often"
             )
-
-
-def _normal(name: str) -> str:
-    """A file name in one form: Macs write é as two characters, others as one."""
-    return unicodedata.normalize("NFC", name)
 
 
 LAYOUT = Layout("a folder of pictures with caption files", matches, read)

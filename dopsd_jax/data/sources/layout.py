@@ -22,7 +22,8 @@ class Options:
     of archives. teacher_key: a further key that every row must have (teacher.prompt_key).
     image_key: the field of a record that names its picture; "": one of the known names.
     trigger: replaces the placeholder [trigger]. folder_captions: a picture without a caption file
-    takes the name of its folder. folder_repeats: a folder `10_name` counts ten times.
+    takes the name of its folder. folder_repeats: a folder `10_name` counts ten times. references:
+    where the pictures are that are edited: `auto` or columns of a table, or folders; "": nowhere.
     """
 
     prompt_keys: Sequence[str] | None = None
@@ -35,6 +36,7 @@ class Options:
     trigger: str = ""
     folder_captions: bool = False
     folder_repeats: bool = False
+    references: Sequence[str] = ()
 
     def check(self) -> None:
         """Raises `UserError` for the first option that cannot be."""

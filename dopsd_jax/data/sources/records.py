@@ -20,6 +20,7 @@ from dopsd_jax.data.sources.captions import CAPTION_KEY, captions_of, kind_of, n
 from dopsd_jax.data.sources.collector import Collector, Examples, listing
 from dopsd_jax.data.sources.files import IMAGE_SUFFIXES, stem_of, walk
 from dopsd_jax.data.sources.layout import Layout, Options
+from dopsd_jax.data.sources.references import of_record
 
 SUFFIXES = (".jsonl", ".csv", ".tsv", ".json")
 METADATA = ("metadata.jsonl", "metadata.csv", "metadata.json")
@@ -28,7 +29,7 @@ CAPTIONS = ("captions.jsonl", "captions.csv", "captions.json")
 
 # Tried in this order; the first one that is present and not empty is used.
 PATH_LISTS = ("local_path_list", "local_paths", "image_path_list", "image_paths")
-PATH_STRINGS = ("image_path", "path", "file_name", "image")
+PATH_STRINGS = ("image_path", "path", "file_name", "image", "target_image")
 REMOTE_LIST = "oss_path_list"  # used upstream when its entries are local
 PATH_KEYS = (*PATH_LISTS, *PATH_STRINGS, REMOTE_LIST)
 
@@ -96,8 +97,12 @@ def _read_table(path: Path, options: Options, into: Collector) -> None:
             into.problem(f"{where}: {found}")
             continue
         into.fields = into.fields or tuple(found)
-        image, fault = _image(found, roots, options.image_key)
-        faults = [fault] if fault else []
+        image, before, fault = _image(found, roots, options)
+        faults, references = [fault] if fault else [], []
+        if options.references:
+            find = lambda name: _find(name, roots)
+            references, wrong = of_record(found, options.references, before, find)
+            faults += wrong
         texts, text_faults = captions_of(found, into.keys)
         for fault in (*faults, *text_faults):
             into.problem(f"{where}: {fault}")
@@ -105,7 +110,7 @@ def _read_table(path: Path, options: Options, into: Collector) -> None:
         if not sound:
             bad_sizes.add(number)
         if not faults and not text_faults:
-            into.add(image, texts.items(), number, line=number, size=size)
+            into.add(image, texts.items(), number, line=number, size=size, references=references)
     if bad_sizes:
         into.notes.append(
             f"{path}: 'h*w' or 'w*h' is not a size such as \"832*1264\" in lines "
@@ -115,7 +120,7 @@ def _read_table(path: Path, options: Options, into: Collector) -> None:
 
 def _note_unlisted(path: Path, table: Path, into: Collector) -> None:
     """Tells of pictures in the folder that the table does not name."""
-    listed = {os.path.normpath(row.image) for row in into.table}
+    listed = {os.path.normpath(p) for row in into.table for p in (row.image, *row.references)}
     unlisted = Examples()
     for where, names in walk(path):
         files = (os.path.join(where, name) for name in names)
@@ -215,26 +220,37 @@ def _lines(file) -> Iterator[tuple[int, bytes]]:
 # --- the fields of a row
 
 
-def _image(record: Mapping, roots: list[Path], image_key: str) -> tuple[str | None, str | None]:
-    """The picture of a record on disk, or what is wrong."""
+def _image(
+    record: Mapping, roots: list[Path], options: Options
+) -> tuple[str | None, list[object], str | None]:
+    """The picture of a record on disk, what its list names before it, and what is wrong.
+
+    The picture is the first of a list; of a list with references the last.
+    """
+    image_key, before = options.image_key, []
     for key in [image_key] if image_key else PATH_KEYS:
         value = record.get(key)
         if value is None or value == "" or value == []:
             continue
         if isinstance(value, list) and (key == image_key or key not in PATH_STRINGS):
-            value = value[0]
+            *before, value = value if options.references else value[:1]
         elif key not in (image_key, *PATH_STRINGS):
-            return None, f"{key!r} must be a list of paths"
+            return None, [], f"{key!r} must be a list of paths"
         if not isinstance(value, str) or not value:
-            return None, f"{key!r} is {kind_of(value)}; it must be the path of a picture"
-        return _find(value, roots)
+            return None, [], f"{key!r} is {kind_of(value)}; it must be the path of a picture"
+        path, fault = _find(value, roots)
+        return path, before, fault
     there = f"its fields are {listing(map(repr, record))}"
     if image_key:
-        return None, f"has no {image_key!r} ({there}); correct data.image_key"
+        return None, [], f"has no {image_key!r} ({there}); correct data.image_key"
     known = listing(PATH_KEYS)
-    return None, (
-        f"names no picture ({there}); give its path under one of {known}, or name its field in "
-        "data.image_key"
+    return (
+        None,
+        [],
+        (
+            f"names no picture ({there}); give its path under one of {known}, or name its field in "
+            "data.image_key"
+        ),
     )
 
 

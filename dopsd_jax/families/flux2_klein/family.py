@@ -18,7 +18,7 @@ from dopsd_jax.dopsd import Denoiser
 from dopsd_jax.families.base import TEACHER, Features, PaddedLengths
 from dopsd_jax.families.flux2_klein.flops import context_work, image_tokens, velocity_work
 from dopsd_jax.families.flux2_klein.networks import NETWORKS
-from dopsd_jax.families.flux2_klein.options import CONTEXTS
+from dopsd_jax.families.flux2_klein.options import CONTEXTS, EDITING
 from dopsd_jax.families.flux2_klein.pipeline import KleinPipeline as Pipeline
 from dopsd_jax.families.flux2_klein.random import random_size, write_random_model
 from dopsd_jax.families.pipeline import merged
@@ -27,6 +27,7 @@ from dopsd_jax.models.flux2_config import TEXT_ROWS, Flux2Config
 
 __all__ = [
     "CONTEXTS",
+    "EDITING",
     "NETWORKS",
     "Pipeline",
     "context_work",
@@ -175,16 +176,21 @@ def collate(features: Sequence[Features], rows: PaddedLengths | None = None) -> 
 
 
 def abstract_features(
-    size: Flux2Config, role: int, rows: int, dtype: Any, height: int, width: int
+    size: Flux2Config,
+    role: int,
+    rows: int,
+    dtype: Any,
+    height: int,
+    width: int,
+    references: int = 0,
 ) -> Context:
-    """One sample's context in shapes: the teacher's has a reference besides the text."""
+    """One sample's context in shapes: the teacher's has one more reference."""
     if rows != TEXT_ROWS:
         raise UserError(f"{rows} must be {TEXT_ROWS}, as all texts have")
     shape = jax.ShapeDtypeStruct
     text = shape((TEXT_ROWS, size.text_dim), dtype)
-    if role != TEACHER:
-        return Context(text)
-    return Context(text, (shape((height, width, size.channels), jnp.float32),))
+    latent = shape((height, width, size.channels), jnp.float32)
+    return Context(text, (latent,) * (references + (role == TEACHER)))
 
 
 def positions(context: Context) -> int:

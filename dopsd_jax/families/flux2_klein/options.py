@@ -8,21 +8,27 @@ from typing import Any
 
 from dopsd_jax.common.config_fields import Field
 
-CONTEXTS = {"edit_ref": True}  # the picture as a reference, with an instruction behind the caption
+# The picture as a reference, with an instruction behind the caption: by itself, or after the
+# references that the row edits.
+CONTEXTS = {"edit_ref": True, "gt_ref": True}
+EDITING = ("gt_ref",)
 
-_REFERENCE = {"teacher.context": ("edit_ref",)}
-# Our own words; the released code asks for the same: the subject, the place and the composition.
-INSTRUCTION = (
-    "Show what the reference image shows: the same subject with the same details, in the same "
-    "surroundings and arrangement."
-)
+_REFERENCE = {"teacher.context": tuple(CONTEXTS)}
+# Our own words for what the released code asks for.
+INSTRUCTIONS = {
+    "edit_ref": "Show what the reference image shows: the same subject with the same details, in "
+    "the same surroundings and arrangement.",
+    "gt_ref": "The last reference image is the wanted result: come as close to it as you can, and "
+    "keep to the first reference image and to the instruction.",
+}
 # fmt: off
 FIELDS = (
-    Field("teacher.instruction", INSTRUCTION, "what is said to the teacher behind the caption",
+    Field("teacher.instruction", "",
+          "what is said to the teacher behind the caption; empty: the context's own words",
           when=_REFERENCE),
     Field("teacher.reference_pixels", 1024 * 1024,
-          "area of the reference, at most; a larger picture is made smaller", low=64 * 64,
-          high=2024 * 2024, unit="pixels", when=_REFERENCE),
+          "area of the row's picture as the teacher's reference, at most; a larger one is made "
+          "smaller", low=64 * 64, high=2024 * 2024, unit="pixels", when=_REFERENCE),
 )
 # fmt: on
 

@@ -1,4 +1,8 @@
-"""FLUX.2-klein's encoders: what makes the student's and the teacher's features."""
+"""FLUX.2-klein's encoders: what makes the student's and the teacher's features.
+
+Both roles: the text, and the pictures that are edited as latents of their own size. The teacher is
+shown the row's picture as one more, the last.
+"""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -6,12 +10,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import UInt8
 
 from dopsd_jax.common.json_fields import Fields
 from dopsd_jax.common.json_files import read_json
-from dopsd_jax.families.base import STUDENT, TEACHER, Features, Request, Tree
-from dopsd_jax.families.flux2_klein.options import INSTRUCTION
+from dopsd_jax.families.base import STUDENT, TEACHER, Features, Request
+from dopsd_jax.families.flux2_klein.options import INSTRUCTIONS
 from dopsd_jax.families.flux2_klein.references import prepare_reference, reference_size
 from dopsd_jax.families.pipeline import too_long
 from dopsd_jax.families.texts import TextPipeline, hidden_states, user_turn
@@ -39,55 +42,55 @@ class KleinPipeline(TextPipeline):
         ]
 
     def options(self, role: int, teacher: Mapping[str, Any]) -> dict[str, Any]:
-        """`instruction`: said behind the caption. `reference_pixels`: of the picture, at most."""
+        """`instruction`: said behind the caption. `reference_pixels`: of the row's picture, at
+        most.
+        """
         if role == STUDENT:
             return {}
-        return {name: teacher[name] for name in ("instruction", "reference_pixels")}
-
-    def encode_prompt(
-        self, prompts: Sequence[str], references: Sequence[UInt8[np.ndarray, "_H _W 3"]] = ()
-    ) -> Tree:
-        """See `Pipeline.encode_prompt`; every reference keeps its own size."""
-        shown = {}
-        for k, picture in enumerate(references):
-            picture = prepare_reference(picture, REFERENCE_PIXELS, f"reference {k + 1}")
-            shown[f"reference{k}"] = np.asarray(self.encode_image(picture[None])[0])
-        return self.family.collate([self.features(STUDENT, p) | shown for p in prompts])
+        said = teacher["instruction"] or INSTRUCTIONS.get(teacher["context"], "")
+        return {"instruction": said, "reference_pixels": teacher["reference_pixels"]}
 
     def limits(self, role: int) -> dict[str, jax.ShapeDtypeStruct]:
-        """Nothing varies: every text has 512 rows, and every picture of one size one reference."""
+        """Nothing varies: every text has 512 rows, and rows of one shape have like references."""
         return {}
+
+    def reference_size(self, height: int, width: int, where: str) -> tuple[int, int]:
+        """See `Pipeline.reference_size`."""
+        return reference_size(height, width, REFERENCE_PIXELS, where)
 
     def request(
         self,
         role: int,
         prompt: str,
         *,
-        size: tuple[int, int] | None = None,
+        sizes: Sequence[tuple[int, int]] = (),
         options: Mapping[str, Any] | None = None,
         limits_of: int | None = None,
         where: str = "",
     ) -> Request:
         """See `Pipeline.request`."""
-        options, reference = options or {}, None
+        options = options or {}
         shapes = {"text": jax.ShapeDtypeStruct((TEXT_ROWS, self.config.text_dim), self.dtype)}
+        pixels = _pixels(role, len(sizes), options)
+        for k, ((height, width), most) in enumerate(zip(sizes, pixels, strict=True)):
+            latent = self.latent_shape(*reference_size(height, width, most, where))
+            shapes[f"reference{k}"] = jax.ShapeDtypeStruct(latent, jnp.float32)
         if role == TEACHER:
-            pixels = options.get("reference_pixels", REFERENCE_PIXELS)
-            reference = self.latent_shape(*reference_size(*size, pixels, where))
-            shapes["reference0"] = jax.ShapeDtypeStruct(reference, jnp.float32)
-            prompt = f"{prompt} {options.get('instruction', INSTRUCTION)}".strip()
+            said = options.get("instruction", next(iter(INSTRUCTIONS.values())))
+            prompt = f"{prompt} {said}".strip()
         ids = self.tokenizer(user_turn(prompt) + NOT_THINKING, add_special_tokens=False)[
             "input_ids"
         ]
         if len(ids) > TEXT_ROWS:
             raise too_long(prompt, len(ids), TEXT_ROWS)
-        return Request(shapes, reference, ids)
+        group = tuple(shape.shape for name, shape in shapes.items() if name != "text")
+        return Request(shapes, group, ids)
 
     def encode(
         self,
         role: int,
         requests: Sequence[Request],
-        pictures: Sequence[np.ndarray],
+        pictures: Sequence[Sequence[np.ndarray]],
         options: Mapping[str, Any] | None = None,
     ) -> list[Features]:
         """See `Pipeline.encode`. The rows behind a text are kept: the transformer sees them."""
@@ -97,9 +100,17 @@ class KleinPipeline(TextPipeline):
         mesh = self.encoder_mesh
         texts = hidden_states(self.text_encoder, rows, lengths, LAYERS, self.dtype, mesh)
         found = [{"text": text} for text in np.asarray(texts)]
-        if role == STUDENT:
-            return found
-        pixels = (options or {}).get("reference_pixels", REFERENCE_PIXELS)
-        references = np.stack([prepare_reference(picture, pixels) for picture in pictures])
-        latents = np.asarray(self.encode_image(references))
-        return [own | {"reference0": one} for own, one in zip(found, latents, strict=True)]
+        for k, same in enumerate(zip(*pictures, strict=True)):
+            most = _pixels(role, len(pictures[0]), options or {})[k]
+            references = np.stack([prepare_reference(picture, most) for picture in same])
+            for own, latent in zip(found, np.asarray(self.encode_image(references)), strict=True):
+                own[f"reference{k}"] = latent
+        return found
+
+
+def _pixels(role: int, count: int, options: Mapping[str, Any]) -> list[int]:
+    """The largest areas of the pictures of a role: the teacher's last one has its own."""
+    pixels = [REFERENCE_PIXELS] * count
+    if role == TEACHER:
+        pixels[-1] = options.get("reference_pixels", REFERENCE_PIXELS)
+    return pixels

@@ -17,7 +17,7 @@ from dopsd_jax.families.base import Features, PaddedLengths
 from dopsd_jax.families.pipeline import merged
 from dopsd_jax.families.zimage.flops import context_work, image_tokens, velocity_work
 from dopsd_jax.families.zimage.networks import NETWORKS
-from dopsd_jax.families.zimage.options import CONTEXTS
+from dopsd_jax.families.zimage.options import CONTEXTS, EDITING
 from dopsd_jax.families.zimage.pipeline import ZImagePipeline as Pipeline
 from dopsd_jax.models.zimage import PAD_MULTIPLE, STACKS, ZImage, ZImageConfig
 from dopsd_jax.random_model import configs as random_configs
@@ -25,6 +25,7 @@ from dopsd_jax.random_model import write_random_model
 
 __all__ = [
     "CONTEXTS",
+    "EDITING",
     "NETWORKS",
     "Pipeline",
     "context_work",
@@ -135,9 +136,17 @@ def collate(features: Sequence[Features], rows: PaddedLengths | None = None) -> 
 
 
 def abstract_features(
-    size: ZImageConfig, role: int, rows: int, dtype: Any, height: int, width: int
+    size: ZImageConfig,
+    role: int,
+    rows: int,
+    dtype: Any,
+    height: int,
+    width: int,
+    references: int = 0,
 ) -> Context:
     """One sample's context in shapes; both roles have the same."""
+    if references:
+        raise UserError(f"{references}: models of the family {NAME} edit no pictures; leave it out")
     if rows % PAD_MULTIPLE or not 0 < rows <= size.max_caption:
         raise UserError(
             f"{rows} must be a multiple of {PAD_MULTIPLE}, from {PAD_MULTIPLE} to "

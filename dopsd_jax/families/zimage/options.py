@@ -6,6 +6,7 @@ from typing import Any
 from dopsd_jax.common.config_fields import Field
 
 CONTEXTS = {"vlm": True}  # the picture through the vision-language model
+EDITING = ()
 
 _VLM = {"teacher.context": ("vlm",)}
 _AREA = {"low": 1, "high": 2**28, "unit": "pixels", "when": _VLM}

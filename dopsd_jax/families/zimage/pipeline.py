@@ -75,7 +75,7 @@ class ZImagePipeline(TextPipeline):
         role: int,
         prompt: str,
         *,
-        size: tuple[int, int] | None = None,
+        sizes: Sequence[tuple[int, int]] = (),
         options: Mapping[str, Any] | None = None,
         limits_of: int | None = None,
         where: str = "",
@@ -85,7 +85,8 @@ class ZImagePipeline(TextPipeline):
         if role == STUDENT:
             text = templates.student_text(prompt)
         else:
-            grid = vlm_images.grid_of(self.image_settings(options), *size, where)
+            ((height, width),) = sizes
+            grid = vlm_images.grid_of(self.image_settings(options), height, width, where)
             count = self.vlm_config.vision.image_tokens(grid)
             text = templates.teacher_text(
                 prompt, count, doubled=options.get("doubled_template", False)
@@ -101,7 +102,7 @@ class ZImagePipeline(TextPipeline):
         self,
         role: int,
         requests: Sequence[Request],
-        pictures: Sequence[np.ndarray],
+        pictures: Sequence[Sequence[np.ndarray]],
         options: Mapping[str, Any] | None = None,
     ) -> list[Features]:
         """See `Pipeline.encode`."""
@@ -110,7 +111,7 @@ class ZImagePipeline(TextPipeline):
             found = encoders.texts(self.text_encoder, ids, *where)
         else:
             settings, (_, grid) = self.image_settings(options or {}), requests[0].group
-            patches = [vlm_images.preprocess(picture, settings)[0] for picture in pictures]
+            patches = [vlm_images.preprocess(picture, settings)[0] for (picture,) in pictures]
             both = self.vlm, self.text_encoder
             found = encoders.image_texts(*both, self.vlm_config, ids, patches, grid, *where)
         return [{"features": features} for features in found]
