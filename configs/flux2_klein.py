@@ -2,10 +2,11 @@
 `configs/flux2_klein.py` is) and `9b` are SIZE_identity_lora.
 
 SIZE: `4b`, `9b`. TASK: `identity`, the teacher is shown the picture as the reference of the editing
-branch; `prompt`, the teacher has another caption, under the key detailed_en. TRAIN: `lora`; `full`,
-every parameter, for several large devices. Set config.data.path, and config.model to a folder if
-you have one. `:random`, `:random_full`: the same programs on a network with random weights and
-drawn pictures, for tests.
+branch; `edit`, rows with pictures to edit, and the teacher is shown the result as its last
+reference; `prompt`, the teacher has another caption, under the key detailed_en. TRAIN: `lora`;
+`full`, every parameter, for several large devices. Set config.data.path, and config.model to a
+folder if you have one. `:random`, `:random_full`: the same programs on a network with random
+weights and drawn pictures, for tests.
 """
 
 import itertools
@@ -15,7 +16,7 @@ from ml_collections import ConfigDict
 from dopsd_jax.config.fields import defaults
 from dopsd_jax.config.loading import choose
 
-SIZES, TASKS, TRAIN = ("4b", "9b"), ("identity", "prompt"), ("lora", "full")
+SIZES, TASKS, TRAIN = ("4b", "9b"), ("identity", "edit", "prompt"), ("lora", "full")
 PRESETS = tuple("_".join(parts) for parts in itertools.product(SIZES, TASKS, TRAIN))
 
 
@@ -28,12 +29,22 @@ def get_config(arg: str | None = None) -> ConfigDict:
     c.teacher.context = "edit_ref"
     c.learning_rate = 2e-5  # the released recipes'
     c.steps = 3001
+    if "edit" in rest:
+        edit(c)
     if "prompt" in rest:
         prompt(c)
     if "full" in rest:
         full(c)
     if size == "random":
         random(c)
+    return c
+
+
+def edit(c: ConfigDict) -> ConfigDict:
+    """The editor itself, as in the released recipe, which has 8 rows a step."""
+    c.teacher.context = "gt_ref"
+    c.data.references = "auto"
+    c.batch_size = 8
     return c
 
 

@@ -33,7 +33,7 @@ from dopsd_jax.weights.lora_write import write_lora
 
 KLEIN_4B = Flux2Config()
 KLEIN_9B = Flux2Config(heads=32, double_layers=8, single_layers=24, text_dim=12288)
-TASKS = {"identity": "edit_ref", "prompt": "prompt"}
+TASKS = {"identity": "edit_ref", "edit": "gt_ref", "prompt": "prompt"}
 PROMPT = "a large red circle on the left"
 
 
