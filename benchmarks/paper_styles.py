@@ -93,9 +93,8 @@ class StyleExam:
         cases = []
         for i, (scene, image) in enumerate(zip(self.scenes, self.truth, strict=True)):
             text = caption(scene, kind, rng)
-            cases.append(
-                Case("style", text, text, *image.shape[:2], i, image, scene, digest(image))
-            )
+            known = {"truth": scene, "truth_digest": digest(image)}
+            cases.append(Case("style", text, text, *image.shape[:2], i, image, **known))
         self.shots = [Shot(case, 0) for case in cases]
         self.painter = Painter(pipe, config.teacher, batch=DRAWN_TOGETHER)
         for role in (STUDENT, TEACHER):

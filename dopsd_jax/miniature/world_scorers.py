@@ -51,7 +51,8 @@ def cases(
         text, picture = caption(said, rng), world.pictures([truth])[0]
         target = None if kind == OTHER else picture
         noise, name = case_seed(first_seed, number), digest(picture)
-        found.append(Case(kind, text, text, SIDE, SIDE, noise, target, truth, name))
+        known = {"truth": truth, "truth_digest": name}
+        found.append(Case(kind, text, text, SIDE, SIDE, noise, target, **known))
     return found
 
 
