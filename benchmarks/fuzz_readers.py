@@ -172,7 +172,9 @@ def write_parquet(path: Path) -> Path:
 
 def data_readers(folder: Path) -> dict[str, Reader]:
     """The readers of pictures, captions, tables, archives and cached features."""
-    places = {name: folder / name for name in ("tables", "listed", "text", "json", "pictures")}
+    places = {
+        name: folder / name for name in ("tables", "listed", "text", "json", "edits", "pictures")
+    }
     for name, place in places.items():
         place.mkdir()
         if name != "pictures":
@@ -188,6 +190,11 @@ def data_readers(folder: Path) -> dict[str, Reader]:
     for name, text in tables.items():
         (places["tables"] / name).write_text(text)
     (places["listed"] / "metadata.jsonl").write_text(lines)
+    edit = {"source_images": ["a.png"], "control_path_0": "a.png", "image": "a.png", "text": "x"}
+    edits = "".join(
+        json.dumps(own) + "\n" for own in (edit, row | {"local_path_list": ["a.png"] * 3})
+    )
+    (places["edits"] / "edits.jsonl").write_text(edits)
     (places["text"] / "a.txt").write_text("a red cube\nund ein Häuschen\n")
     (places["json"] / "a.json").write_text(json.dumps(CAPTIONS | {"tags": [1]}))
     sample = {"png": picture(), "txt": b"a red cube", "json": json.dumps(CAPTIONS).encode()}
@@ -205,8 +212,8 @@ def data_readers(folder: Path) -> dict[str, Reader]:
         def read():
             found = load_rows(path, **options).rows
             class_names([row.where for row in found])
-            for row in found:
-                inspect_image(row.image)
+            for picture in (p for row in found for p in (row.image, *row.references)):
+                inspect_image(picture)
 
         return read
 
@@ -244,6 +251,11 @@ def data_readers(folder: Path) -> dict[str, Reader]:
     return found | {
         "metadata": Reader(
             places["listed"] / "metadata.jsonl", rows(places["listed"], data_root=folder), "lines"
+        ),
+        "edits": Reader(
+            places["edits"] / "edits.jsonl",
+            rows(places["edits"] / "edits.jsonl", references=["auto"]),
+            "lines",
         ),
         "sidecar": Reader(places["text"] / "a.txt", rows(places["text"]), "bytes"),
         "sidecar lines": Reader(
