@@ -150,10 +150,14 @@ def budget(config, pipe, plan, features) -> list[str]:
 
 
 def positions(features: Features) -> tuple[int, int]:
-    """Of the student's and of the teacher's padded contexts; 0 without a teacher."""
-    contexts = features.contexts([features.dataset.caption(0, features.dataset.prompt_keys)])
-    count = features.pipe.family.positions
-    return count(contexts.student), 0 if contexts.teacher is None else count(contexts.teacher)
+    """Of the student's and of the teacher's padded contexts, at most; 0 without a teacher."""
+    dataset, count = features.dataset, features.pipe.family.positions
+    most = [0, 0]
+    for rows in dataset.rows_by_shape().values():
+        contexts = features.contexts([dataset.caption(int(rows[0]), dataset.prompt_keys)])
+        for role, context in enumerate(contexts):
+            most[role] = max(most[role], 0 if context is None else count(context))
+    return tuple(most)
 
 
 def gap(family: Family, split, student, teacher, contexts: Contexts, noise, grid) -> np.ndarray:
