@@ -216,6 +216,8 @@ def test_sizes_come_from_the_folder_or_are_the_published_ones(tmp_path):
     (tmp_path / "model_index.json").write_text('{"_class_name": "ZImagePipeline"}')
     (tmp_path / "transformer").mkdir()
     (tmp_path / "transformer" / "config.json").write_text(json.dumps(TINY.to_dict()))
+    klein = load_config(None, family="flux2_klein", model="black-forest-labs/FLUX.2-klein-9B")
+    assert flops.parameters(*abstract_step.find_network(klein, True)[:2]) == 9_078_581_248
     assert size(str(tmp_path)) == TINY and size("random").dim < 512
 
 

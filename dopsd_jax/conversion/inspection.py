@@ -64,7 +64,7 @@ def layers_for(model: Path | None, lora: Path | None = None) -> Layers:
     text = read_header(file).metadata.get(BASE) if file is not None else None
     if text is None:
         family = families.load(families.AUTO)
-        return layers_of(family.NETWORKS["transformer"], family.PUBLISHED)
+        return layers_of(family.NETWORKS["transformer"], next(iter(family.PUBLISHED.values())))
     where = f"{file}: header string {BASE}"
     content = parse_json(text, where)
     candidates = [family.NETWORKS["transformer"] for family in families.every()]
@@ -152,7 +152,9 @@ def _single(path: Path, files: TensorFiles, model: Path | None) -> Iterator[str]
     """A file of one network. Without a model, only published transformers can be recognised."""
     yield f"{path}: {_summary(files.infos.values())}"
     candidates: list[tuple[Network, object]] = [
-        (family.NETWORKS["transformer"], family.PUBLISHED) for family in families.every()
+        (family.NETWORKS["transformer"], size)
+        for family in families.every()
+        for size in family.PUBLISHED.values()
     ]
     if model is not None:
         networks = families.of_folder(model).NETWORKS.values()

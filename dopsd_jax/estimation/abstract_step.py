@@ -64,8 +64,8 @@ class Program(NamedTuple):
 def find_network(config: ConfigDict, full_size: bool) -> tuple[Family, Size, str]:
     """The network that is compiled, and where its sizes come from.
 
-    That of the folder config.model; the published one if that is a name on the hub, or with
-    `full_size`.
+    That of the folder config.model; a published one if that is a name on the hub, or with
+    `full_size`: the one with this name, else the family's first.
     """
     folder = Path(config.model).expanduser()
     family = families.load(config.family)
@@ -73,7 +73,9 @@ def find_network(config: ConfigDict, full_size: bool) -> tuple[Family, Size, str
     if not (full_size or known) and (folder.exists() or not hub.HUB_ID.fullmatch(config.model)):
         hub.resolve(config.model)  # says what is wrong with it
     if full_size or not known:
-        return family, family.PUBLISHED, f"the published network of the family {family.NAME}"
+        ids = list(family.PUBLISHED)
+        own = next((end for end in ids if config.model.lower().endswith(end.lower())), ids[0])
+        return family, family.PUBLISHED[own], f"the published {own} of the family {family.NAME}"
     if config.model == build.RANDOM:
         return family, family.random_size(), "the random model"
     family = families.of_folder(folder, config.family)

@@ -71,7 +71,8 @@ class Family(Protocol):
     Attributes:
       NAME: as `FAMILIES` lists it.
       NETWORKS: the networks of a model folder by component; `transformer` is the trained one.
-      PUBLISHED, SCHEDULER: configuration of the published transformer, and its scheduler.
+      PUBLISHED: configurations of the published transformers, by the end of their hub ids.
+      SCHEDULER: that of the published models.
       LATENT_FACTOR: pixels a side of one cell of the latent.
       DEPLOYED_STEPS: forwards of the released few-step sampler.
       ROWS: by role, the rows of long captions; estimates are made for them.
@@ -82,7 +83,7 @@ class Family(Protocol):
 
     NAME: str
     NETWORKS: Mapping[str, Network]
-    PUBLISHED: Size
+    PUBLISHED: Mapping[str, Size]
     SCHEDULER: Any
     LATENT_FACTOR: int
     DEPLOYED_STEPS: int

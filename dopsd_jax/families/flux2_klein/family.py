@@ -38,7 +38,10 @@ __all__ = [
 ]
 
 NAME = "flux2_klein"
-PUBLISHED = Flux2Config()  # 4B
+PUBLISHED = {
+    "4B": Flux2Config(),
+    "9B": Flux2Config(heads=32, double_layers=8, single_layers=24, text_dim=12288),
+}
 SCHEDULER = None
 LATENT_FACTOR = 16
 DEPLOYED_STEPS = 4

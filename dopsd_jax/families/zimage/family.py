@@ -35,7 +35,7 @@ __all__ = [
 ]
 
 NAME = "zimage"
-PUBLISHED = ZImageConfig()
+PUBLISHED = {"Z-Image-Turbo": ZImageConfig()}
 SCHEDULER = 3.0  # the static shift of the published one
 LATENT_FACTOR = 8
 DEPLOYED_STEPS = 8
