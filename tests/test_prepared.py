@@ -42,8 +42,13 @@ def longest(prepared, role):
     return max(shapes["text"][0] for shapes in prepared.shapes(role))
 
 
-def write(folder, rows=5, rows_per_part=2, dtype=np.float32, keys=("short_en", "detailed_en")):
-    """A small prepared data set; its pictures are those of rows 0 and 3."""
+def write(
+    folder, rows=5, rows_per_part=2, dtype=np.float32, keys=("short_en", "detailed_en"), wrong=None
+):
+    """A small prepared data set; its pictures are those of rows 0 and 3.
+
+    `wrong`: a row whose captions have other keys.
+    """
     folder = epath.Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     manifest = parts.Manifest(rows, rows_per_part, keys, "f" * 64, SETTINGS)
@@ -59,7 +64,8 @@ def write(folder, rows=5, rows_per_part=2, dtype=np.float32, keys=("short_en", "
                 shown = [[len(pictures), len(content), zlib.crc32(content)]]
                 pictures += content
             records.append({
-                "captions": [[key, f"{key} {row}"] for key in keys], "picture": f"{row}.png",
+                "captions": [[key + "x" * (row == wrong), f"{key} {row}"] for key in keys],
+                "picture": f"{row}.png",
                 "digest": f"{row:064x}", "notes": [], "size": [64 + row, 64], "bucket": [64, 64],
                 "references": [], "shown": shown,
             })  # fmt: skip
@@ -103,6 +109,12 @@ def test_some_of_the_prompt_keys(tmp_path):
     assert longest(prepared, STUDENT) == 9
     assert longest(Prepared(folder, ["short_en"]), STUDENT) == 7
     assert "was prepared with short_en, detailed_en only" in problems_of(Prepared, folder, ["x"])[0]
+
+
+def test_a_row_without_the_captions_of_the_set_is_told(tmp_path):
+    folder = write(tmp_path / "set", wrong=3)
+    (problem,) = problems_of(Prepared, str(folder))
+    assert f"{parts.part_name(1)}: row 3 lacks captions" in problem
 
 
 def test_missing_and_foreign_parts_are_told(tmp_path):

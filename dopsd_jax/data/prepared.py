@@ -107,6 +107,8 @@ class Prepared:
                     chosen.append((key, text))
                     self._numbers.append(caption)
                 caption += 1
+            if {key for key, _ in chosen} != set(self.prompt_keys):
+                raise UserError(f"{path}: row {row_number} lacks captions; {parts.AGAIN}")
             self.rows.append(row["picture"], chosen, line=row_number)
             info = ImageInfo(*row["size"], row["digest"], tuple(row["notes"]))
             self.infos.append(info)
