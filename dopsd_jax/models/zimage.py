@@ -362,7 +362,7 @@ class ZImage(nnx.Module):
             self.remat,
         )
 
-        # Image first: what stands behind a caption's own padding is then the end of the row.
+        # Image first, so that the rows behind a caption's own padding are the last ones.
         both = jnp.concatenate([constrain_batch(image), caption.astype(self.dtype)], axis=1)
         caption_rope = self._rope(caption_positions(caption.shape[1])[None])
         rope = jax.tree.map(
@@ -374,9 +374,9 @@ class ZImage(nnx.Module):
         return both, lambda block, x: block(x, rope, total, c), c
 
     def leave(self, tokens, c, shape: tuple[int, ...]) -> Float[Array, "b h w c"]:
-        """What the last layer's tokens say about a latent of that shape; `c` is the time."""
+        """The output for a latent of that shape, from the last layer's tokens; `c` is the time."""
         rows, columns = shape[1] // self.cfg.patch, shape[2] // self.cfg.patch
-        # Of all tokens: where they are split over devices, only narrow pixels are gathered.
+        # For all tokens: where they are split over devices, only their few outputs are gathered.
         y = normalize(tokens.astype(jnp.float32), FINAL_NORM_EPS)
         y = y * (1 + self.final_modulation(jax.nn.silu(c)))[:, None]
         y = constrain_batch(self.final_linear(y.astype(self.dtype)))

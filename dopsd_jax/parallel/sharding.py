@@ -214,7 +214,7 @@ def batch_sharding(mesh: Mesh) -> NamedSharding:
 def own_samples(mesh: Mesh, batch_size: int) -> np.ndarray:
     """Which samples of a micro-batch lie on this process's devices; sorted.
 
-    Not every process has its own: those that split the same samples by tensors have them all.
+    Processes that share the same samples, split by tokens or heads, all have these samples.
     """
     indices = batch_sharding(mesh).addressable_devices_indices_map((1, batch_size)).values()
     return np.unique(np.concatenate([np.arange(batch_size)[index[1]] for index in indices]))
@@ -336,8 +336,8 @@ def per_shard(method: Callable[..., tuple[Tree, Tree]], split: Sequence[bool]) -
 def gather_weights(x: Array) -> Array:
     """States that a weight that fsdp splits is whole here, so that it is sent as it is stored.
 
-    Else the compiler may first make bfloat16 of 8-bit codes and then send these. Which part a
-    device needs under `tensor` is left to the compiler. Without a mesh it does nothing.
+    Without it the compiler may turn 8-bit codes into bfloat16 first and send twice the bytes. Which
+    part a device needs under `tensor` is left to the compiler. Without a mesh it does nothing.
     """
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty or mesh.manual_axes or mesh.shape["fsdp"] == 1 or mesh.shape["tensor"] > 1:
