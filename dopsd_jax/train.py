@@ -63,10 +63,10 @@ def train(config: ConfigDict, workdir: epath.Path) -> int | None:
         build.check_method(config, pipe)
         dataset = build.open_data(config, workdir, pipe)
         facts = {"data": dataset.digest(), **origin}
-        open_workdir(workdir, config, facts, multihost.is_first(), ALLOW_CHANGES.value)
-        return pipe, dataset
+        open_workdir(workdir, config, facts, False, ALLOW_CHANGES.value)
+        return pipe, dataset, facts
 
-    pipe, dataset = multihost.first_alone(open_run)
+    pipe, dataset, facts = multihost.first_alone(open_run)
     effective_batch = config.batch_size * config.accumulate
     multihost.say("\n".join([*build.notes(config, pipe), *describe(dataset, effective_batch)]))
 
@@ -74,6 +74,8 @@ def train(config: ConfigDict, workdir: epath.Path) -> int | None:
     with multihost.together():
         features = Features(pipe, dataset, config, build.cache_folder(config, workdir))
     multihost.first_alone(features.prepare)
+    with multihost.together():  # only now is nothing left that a change can be refused for
+        open_workdir(workdir, config, facts, multihost.is_first(), ALLOW_CHANGES.value)
 
     # ---- State and step.
     with jax.set_mesh(mesh):

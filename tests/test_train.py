@@ -273,6 +273,16 @@ def test_a_run_goes_on_with_another_rate_if_that_is_allowed(random_run, tmp_path
     assert refused.returncode == 2
     assert "--allow_changes=learning_rate" in refused.stderr
     assert "config.lora.init_from" in refused.stderr
+    # What is refused for another reason changes nothing.
+    before, data = (workdir / "config.json").read_text(), tmp_path / "long"
+    shutil.copytree(workdir / "random_data", data)
+    next(data.glob("*.txt")).write_text("a long caption " * 600)
+    more_allowed = "--allow_changes=learning_rate,data"
+    refused = run_program(
+        "train", *RANDOM_CONFIG, *more, more_allowed, f"--config.data.path={data}"
+    )
+    assert refused.returncode == 2 and "tokens with its template" in refused.stderr
+    assert (workdir / "config.json").read_text() == before
     allowed = run_program("train", *RANDOM_CONFIG, *more, "--allow_changes=learning_rate")
     assert allowed.returncode == 0, allowed.stderr
     assert [r["lr"] for r in records(workdir)] == pytest.approx([1e-3] * 4 + [5e-4], rel=1e-6)
