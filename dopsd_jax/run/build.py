@@ -172,7 +172,15 @@ def open_data(config: ConfigDict, workdir: Path, pipe: Pipeline) -> Dataset:
 
 
 def reference_size(config: ConfigDict, pipe: Pipeline) -> ReferenceSize:
-    """In which size the model is given a picture that is edited: config.data.reference_crop."""
+    """In which size the model is given a picture that is edited: config.data.reference_crop.
+
+    Raises `UserError` if rows edit pictures and the model does not.
+    """
+    family = pipe.family
+    if config.data.references and not family.EDITING:
+        raise UserError(
+            f"config.data.references: models of the family {family.NAME} edit no pictures; unset it"
+        )
 
     def own(bucket: Bucket, height: int, width: int, where: str) -> Bucket:
         height, width = pipe.reference_size(height, width, where)
@@ -182,12 +190,8 @@ def reference_size(config: ConfigDict, pipe: Pipeline) -> ReferenceSize:
 
 
 def check_references(config: ConfigDict, family: Family, dataset: Dataset) -> None:
-    """Raises `UserError` where rows edit pictures and the model or its teacher does not, or so."""
+    """Raises `UserError` where the teacher's context is not for rows like these."""
     context, there = config.teacher.context, bool(dataset.references)
-    if there and not family.EDITING:
-        raise UserError(
-            f"config.data.references: models of the family {family.NAME} edit no pictures; unset it"
-        )
     if not registry.needs(config).teacher or context == OTHER_CAPTION:
         return
     if there != (context in family.EDITING):
