@@ -1,4 +1,4 @@
-"""Makes docs/scaling.md: what Z-Image's step takes on TPU slices, by the TPU compiler.
+"""Makes docs/scaling.md: what a step takes on TPU slices, by the TPU compiler.
 
     python benchmarks/scaling.py                   # compile what is missing, then write the table
     python benchmarks/scaling.py --compile=none    # only write the table
@@ -30,7 +30,7 @@ from dopsd_jax.estimation import abstract_step, compiled_step, tpu_topologies
 ROOT = Path(__file__).resolve().parents[1]
 RECORDS = ROOT / "docs" / "scaling.jsonl"
 TABLE = ROOT / "docs" / "scaling.md"
-STEP = {"height": 1024, "width": 1024, "rows_student": 512, "rows_teacher": 1024}
+SIDES = {"height": 1024, "width": 1024}
 
 CASES = flags.DEFINE_string("cases", "", "only cases whose name matches this pattern")
 COMPILE = flags.DEFINE_enum(
@@ -39,18 +39,20 @@ COMPILE = flags.DEFINE_enum(
 
 
 class Job(NamedTuple):
-    """One row of the table. topology: of `slices`; changes: fields of configs/zimage.py:train."""
+    """One row of the table. topology: of `slices`; preset: of configs/FAMILY.py, with `changes`."""
 
     name: str
-    train: str
+    preset: str
     topology: str
     changes: dict[str, Any]
+    family: str = "zimage"
 
 
 def _split(fsdp: int, data: int = 1) -> dict[str, int]:
     return {"mesh.data": data, "mesh.fsdp": fsdp}
 
 
+KLEIN = "flux2_klein"
 # In the order in which they are compiled. The name counts chips, also of v5p.
 JOBS = (
     Job("full v5e-1", "full", "v5e-1", _split(1)),
@@ -71,6 +73,12 @@ JOBS = (
     Job("lora v5e-1", "lora", "v5e-1", _split(1)),
     Job("full v5e-8", "full", "v5e-8", _split(8)),
     Job("full v5e-8 adafactor", "full", "v5e-8", {**_split(8), "optimizer": "adafactor"}),
+    Job("klein 4b lora v6e-1", "4b", "v6e-1", _split(1), KLEIN),
+    Job("klein 4b full v5p-4", "4b_identity_full", "v5p:2x2x1", _split(4), KLEIN),
+    Job("klein 9b lora v6e-1", "9b", "v6e-1", _split(1), KLEIN),
+    Job("klein 9b lora v6e-4", "9b", "v6e-4", _split(4), KLEIN),
+    Job("klein 9b full v5p-4", "9b_identity_full", "v5p:2x2x1", _split(4), KLEIN),
+    Job("klein 9b full v6e-8", "9b_identity_full", "v6e-8", _split(8), KLEIN),
 )
 
 
@@ -106,21 +114,21 @@ def make(job: Job, old: dict | None) -> dict | None:
     family, size, _ = abstract_step.find_network(config, full_size=True)
     devices = tpu_topologies.devices(job.topology)
     config.batch_size = len(devices)
+    student, teacher = family.ROWS
+    case = abstract_step.Workload(family, size, **SIDES, rows_student=student, rows_teacher=teacher)
     if old and COMPILE.value == "changed" and old["versions"] == versions():
-        report, lower = compiled_step.prepare(config, size, STEP, devices)
+        report, lower = compiled_step.prepare(config, case, devices)
         digest = "" if report.problem else compiled_step.digest(lower()[0])
         if digest == old["report"]["digest"]:
             print(f"{job.name}: the program is the same", flush=True)
             return {**old, "checked": commit()}
     print(f"{job.name}: compiling, {time.strftime('%H:%M')}", flush=True)
-    report = compiled_step.compile_step(
-        config, abstract_step.Workload(family, size, **STEP), devices
-    )
+    report = compiled_step.compile_step(config, case, devices)
     print(f"{job.name}: {'fits' if report.fits else report.problem}", flush=True)
     return {
         "name": job.name,
         "topology": job.topology,
-        "config": f"configs/zimage.py:{job.train}",
+        "config": f"configs/{job.family}.py:{job.preset}",
         "changes": {**job.changes, "batch_size": len(devices)},
         "fields": {name: config[name] for name in ("train", "base_dtype", "remat", "optimizer")},
         "fits": report.fits,
@@ -132,10 +140,11 @@ def make(job: Job, old: dict | None) -> dict | None:
 
 
 def configuration(job: Job):
-    spec = importlib.util.spec_from_file_location("config", ROOT / "configs" / "zimage.py")
+    path = ROOT / "configs" / f"{job.family}.py"
+    spec = importlib.util.spec_from_file_location("config", path)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
-    config = module.get_config(job.train)
+    config = module.get_config(job.preset)
     config.update_from_flattened_dict(job.changes)
     return config
 

@@ -6,9 +6,11 @@ HEAD = """# What a step takes on TPU slices
 
 Made by `python benchmarks/scaling.py` from `docs/scaling.jsonl`; do not edit. The numbers are those
 of the TPU compiler (libtpu), which compiled the step for each slice; **no step has been run on a
-TPU**. Z-Image-Turbo, 6.15 billion parameters, at 1024 x 1024, captions of 512 and 1024 tokens, four
-rollout steps, one image per chip, full rematerialisation; LoRA of rank 64, or full fine-tuning with
-float32 weights, an EMA teacher and AdamW, unless the name says otherwise. One micro-batch per step.
+TPU**. Z-Image-Turbo, 6.15 billion parameters, with captions of 512 and 1024 tokens; *klein*:
+FLUX.2-klein, 3.88 and 9.08 billion parameters, texts of 512 tokens and the teacher's reference.
+All at 1024 x 1024, four rollout steps, one image per chip, full rematerialisation; LoRA of rank 64,
+or full fine-tuning with float32 weights, an EMA teacher and AdamW, unless the name says otherwise.
+One micro-batch per step.
 
 Names count **chips**. Google's own names do too for v5e and v6e; for v5p they count TensorCores,
 two per chip: v5p-4 here is its v5p-8, and v5p-64 here its v5p-128.
