@@ -190,7 +190,7 @@ def data_readers(folder: Path) -> dict[str, Reader]:
     for name, text in tables.items():
         (places["tables"] / name).write_text(text)
     (places["listed"] / "metadata.jsonl").write_text(lines)
-    edit = {"source_images": ["a.png"], "control_path_0": "a.png", "image": "a.png", "text": "x"}
+    edit = {"source_images": ["a.png"], "control_path_0": "a.png", "image": "a.png", **CAPTIONS}
     edits = "".join(
         json.dumps(own) + "\n" for own in (edit, row | {"local_path_list": ["a.png"] * 3})
     )
