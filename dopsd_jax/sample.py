@@ -72,7 +72,7 @@ def main() -> None:
     )
     progress = Progress("picture", len(todo), every=0)
     for number, prompt, seed in todo:
-        if seed == SEED.value:
+        if seed == SEED.value:  # the first picture of a prompt
             context = pipe.encode_prompt([prompt], references)
         image = pipe(
             [prompt],

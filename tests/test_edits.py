@@ -65,7 +65,7 @@ def pictures(tmp_path):
         ({"target_image": "c.png", "source_images": ["b.png", "a.png"]}, ["auto"],
          ["b.png", "a.png"]),
         ({"image": "c.png", "edit_image": "a.png"}, ["auto"], ["a.png"]),
-        ({"image": "c.png", "control_path_0": "a.png", "control_path_1": "b.png"}, ["auto"],
+        ({"image": "c.png", "control_path_1": "b.png", "control_path_0": "a.png"}, ["auto"],
          ["a.png", "b.png"]),
         ({"image": "c.png", "mine": ["a.png"], "other": "b.png"}, ["other", "mine"],
          ["b.png", "a.png"]),
@@ -96,6 +96,8 @@ def test_every_row_without_its_pictures_is_told(pictures):
         found, strict=True,
     ):  # fmt: skip
         assert part in problem
+    (problem,) = problems_of(load_rows, path, references=[3])
+    assert "data.references is [3]; it must name columns or folders" in problem
     problem = problems_of(load_rows, path, references=["source"])[0]
     assert "names no picture to edit in 'source'" in problem
 

@@ -248,6 +248,9 @@ def test_a_smaller_reference_is_fewer_tokens(pipe):
     )
     assert request(2**20).shapes["reference0"].shape[:2] == (8, 8)
     assert request(64 * 64).shapes["reference0"].shape[:2] == (4, 4)
+    # One of 8 to 1 is longer than any picture that is drawn, and is taken all the same.
+    long = pipe.request(STUDENT, PROMPT, sizes=[(360, 2880)])
+    assert long.shapes["reference0"].shape[:2] == (22, 180)
 
 
 @pytest.mark.parametrize(

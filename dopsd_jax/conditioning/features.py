@@ -189,7 +189,7 @@ class CachedFeatures:
         role, row = TEACHER if kind == TEACHER else STUDENT, caption[0]
         seen = [self._picture(row)] if role == TEACHER else []
         if self.dataset.references:
-            crop = str(self.config.data.reference_crop)
+            crop = self.config.data.reference_crop
             own = self.dataset.references[row]
             seen = [*((one.digest, f"{crop} {one.size}") for one in own), *seen]
         return feature_key(

@@ -23,7 +23,8 @@ class Options:
     image_key: the field of a record that names its picture; "": one of the known names.
     trigger: replaces the placeholder [trigger]. folder_captions: a picture without a caption file
     takes the name of its folder. folder_repeats: a folder `10_name` counts ten times. references:
-    where the pictures are that are edited: `auto` or columns of a table, or folders; "": nowhere.
+    where the pictures are that are edited: `auto` or columns of a table, or folders; empty: there
+    are none.
     """
 
     prompt_keys: Sequence[str] | None = None
@@ -49,6 +50,10 @@ class Options:
             raise UserError("data.prompt_keys is empty; name at least one key, or leave it unset")
         if keys is not None and len(keys) > MAX_KEYS:
             raise UserError(f"data.prompt_keys has {len(keys)} keys; name {MAX_KEYS} at most")
+        if not all(isinstance(name, str) for name in self.references):
+            raise UserError(
+                f"data.references is {list(self.references)!r}; it must name columns or folders"
+            )
         if not self.caption_extension.startswith("."):
             raise UserError(
                 f"data.caption_extension {self.caption_extension!r}: must start with a dot, "

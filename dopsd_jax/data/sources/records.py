@@ -243,15 +243,11 @@ def _image(
     there = f"its fields are {listing(map(repr, record))}"
     if image_key:
         return None, [], f"has no {image_key!r} ({there}); correct data.image_key"
-    known = listing(PATH_KEYS)
-    return (
-        None,
-        [],
-        (
-            f"names no picture ({there}); give its path under one of {known}, or name its field in "
-            "data.image_key"
-        ),
+    fault = (
+        f"names no picture ({there}); give its path under one of {listing(PATH_KEYS)}, or name its "
+        "field in data.image_key"
     )
+    return None, [], fault
 
 
 def _find(name: str, roots: list[Path]) -> tuple[str | None, str | None]:

@@ -20,13 +20,16 @@ Find = Callable[[str], tuple[str | None, str | None]]  # a name -> its path, or 
 
 
 def columns_of(record: Mapping, names: Sequence[str]) -> list[str]:
-    """The columns with references, in their order."""
+    """The columns with references, in their order: as they are named, or by their numbers."""
     if tuple(names) != (AUTO,):
         return list(names)
-    known = lambda name: (
-        name in COLUMNS or ((match := _NUMBERED.fullmatch(name)) and match[1] in COLUMNS)
-    )
-    return [name for name in record if isinstance(name, str) and known(name) and record[name]]
+    found = []
+    for name in record:
+        match = _NUMBERED.fullmatch(name) if isinstance(name, str) and record[name] else None
+        stem, number = (match[1], int(match[2])) if match else (name, -1)
+        if stem in COLUMNS and record[name]:
+            found.append((COLUMNS.index(stem), number, name))
+    return [name for _, _, name in sorted(found)]
 
 
 def of_record(

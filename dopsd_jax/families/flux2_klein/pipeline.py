@@ -73,7 +73,9 @@ class KleinPipeline(TextPipeline):
         shapes = {"text": jax.ShapeDtypeStruct((TEXT_ROWS, self.config.text_dim), self.dtype)}
         pixels = _pixels(role, len(sizes), options)
         for k, ((height, width), most) in enumerate(zip(sizes, pixels, strict=True)):
-            latent = self.latent_shape(*reference_size(height, width, most, where))
+            # A long reference may have a longer side than any picture that is drawn.
+            sides = reference_size(height, width, most, where)
+            latent = (*(side // self.vae_config.factor for side in sides), self.config.channels)
             shapes[f"reference{k}"] = jax.ShapeDtypeStruct(latent, jnp.float32)
         if role == TEACHER:
             said = options.get("instruction", next(iter(INSTRUCTIONS.values())))
