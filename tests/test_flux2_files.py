@@ -1,6 +1,7 @@
 """FLUX.2's files as their authors and ComfyUI have them."""
 
 import json
+import os
 import shutil
 from pathlib import Path
 
@@ -12,6 +13,7 @@ from weights_helpers import tensors_of
 from dopsd_jax.common.errors import UserError
 from dopsd_jax.conversion.export import export_diffusers, export_single
 from dopsd_jax.conversion.importing import import_model
+from dopsd_jax.conversion.inspection import inspect
 from dopsd_jax.families.flux2_klein import family, layouts
 from dopsd_jax.families.flux2_klein.networks import NETWORKS
 from dopsd_jax.models.autoencoder_config import DOWN_BLOCK, UP_BLOCK
@@ -127,10 +129,33 @@ def test_diffusers_names_in_one_file_are_known(folder, tmp_path):
         assert all(np.array_equal(stored.tensors.read(n), t) for n, t in load_file(own).items())
 
 
-def test_the_9bs_single_file_would_have_the_published_size():
+@pytest.fixture(scope="module")
+def nine(tmp_path_factory):
+    """The 9B's single file without its numbers: a header, and a hole of the published size."""
     network = NETWORKS["transformer"]
-    config = Flux2Config(heads=32, double_layers=8, single_layers=24, text_dim=12288)
-    (layout,) = (one for one in network.layouts(config) if one.name == network.single)
+    layouts = network.layouts(family.PUBLISHED["9B"])
+    (layout,) = (one for one in layouts if one.name == network.single)
     infos = {e.name: TensorInfo("BF16", e.shape) for e in layout.entries}
+    return sparse(tmp_path_factory.mktemp("nine") / "klein.safetensors", infos), infos
+
+
+def sparse(path, infos):
     header = header_bytes(file_order(infos), infos, None)
-    assert len(header) + sum(info.nbytes for info in infos.values()) == 18_157_185_168
+    path.write_bytes(header)
+    os.truncate(path, len(header) + sum(info.nbytes for info in infos.values()))
+    return path
+
+
+def test_the_9bs_single_file_would_have_the_published_size(nine):
+    assert nine[0].stat().st_size == 18_157_185_168
+
+
+def test_a_lone_file_is_compared_with_the_size_that_it_is_of(nine, tmp_path):
+    """Not with the first that has its names; one that is not whole likewise."""
+    file, infos = nine
+    name = "transformer (flux2_klein 9B) in comfyui names"
+    assert list(inspect(file))[1:] == [f"  {name}: complete"]
+    gone = "double_blocks.7.img_mlp.0.weight"
+    left = {other: info for other, info in infos.items() if other != gone}
+    about, fault = list(inspect(sparse(tmp_path / "part.safetensors", left)))[1:]
+    assert about == f"  {name}: 1 faults" and f"tensor {gone!r}" in fault and "missing" in fault

@@ -12,7 +12,7 @@ from dopsd_jax.common.progress import size
 from dopsd_jax.weights import converted
 from dopsd_jax.weights.found_files import components, readable
 from dopsd_jax.weights.hub import MODEL_MANIFEST
-from dopsd_jax.weights.layouts import as_canonical, recognise
+from dopsd_jax.weights.layouts import Found, as_canonical, recognise
 from dopsd_jax.weights.lora_dialects import UNSUPPORTED_PARTS, Layers, layers_of, split_name
 from dopsd_jax.weights.lora_files import PEFT_CONFIG, PEFT_WEIGHTS, read_lora
 from dopsd_jax.weights.lora_settings import BASE
@@ -21,7 +21,7 @@ from dopsd_jax.weights.networks import Network, present
 from dopsd_jax.weights.safetensors_io import TensorFiles, read_header
 from dopsd_jax.weights.stored import Stored, open_stored, read_config
 from dopsd_jax.weights.stored import verify as verify_numbers
-from dopsd_jax.weights.tensors import TensorInfo
+from dopsd_jax.weights.tensors import TensorInfo, Tensors
 
 
 def inspect(path: Path, model: Path | None = None, verify: bool = False) -> Iterator[str]:
@@ -149,41 +149,50 @@ def _lora(path: Path, model: Path | None) -> Iterator[str]:
 
 
 def _single(path: Path, files: TensorFiles, model: Path | None) -> Iterator[str]:
-    """A file of one network. Without a model, only published transformers can be recognised."""
+    """A file of one network. Without a model, only published transformers can be recognised.
+
+    It is compared with every published size, and described by the one with the fewest faults.
+    """
     yield f"{path}: {_summary(files.infos.values())}"
-    candidates: list[tuple[Network, object]] = [
-        (family.NETWORKS["transformer"], size)
+    candidates: list[tuple[Network, object, str]] = [
+        (family.NETWORKS["transformer"], size, f" ({family.NAME} {name})")
         for family in families.every()
-        for size in family.PUBLISHED.values()
+        for name, size in family.PUBLISHED.items()
     ]
     if model is not None:
         networks = families.of_folder(model).NETWORKS.values()
         candidates = [
-            (network, read_config(model / network.component / converted.CONFIG, network)[0])
+            (network, read_config(model / network.component / converted.CONFIG, network)[0], "")
             for network in networks
             if not network.beside
         ]
-    several, known = components(files.infos), False
+    several = components(files.infos)
     if several:
         yield f"  holds several networks: {', '.join(sorted(several))}"
-    for network, config in candidates:
+    closest: dict[str, tuple[str, tuple[str, ...]]] = {}  # what a network is called, its faults
+    for network, config, size_name in candidates:
         try:
             plain = readable(files, network.component)
             found = recognise(str(path), plain.infos, network.layouts(config))
         except UserError:
             continue
-        known = True
         behind = f" behind {found.prefix!r}" if found.prefix else ""
-        try:
-            as_canonical(plain, found)
-            yield f"  {network.component} in {found.layout.name} names{behind}: complete"
-        except UserError as error:
-            yield f"  {network.component} in {found.layout.name} names{behind}: " + (
-                f"{len(error.problems)} faults"
-            )
-            yield from (f"    {problem}" for problem in few(error.problems))
-        if not several:
-            return
-    if known:
-        return
-    yield "  of no network we know" + ("" if model else "; --model names the model it belongs to")
+        called = f"{network.component}{size_name} in {found.layout.name} names{behind}"
+        key = network.component if several else ""
+        faults = _faults(plain, found)
+        if key not in closest or len(faults) < len(closest[key][1]):
+            closest[key] = called, faults
+    if not closest:
+        advice = "" if model else "; --model names the model it belongs to"
+        yield f"  of no network we know{advice}"
+    for called, faults in closest.values():
+        yield f"  {called}: {f'{len(faults)} faults' if faults else 'complete'}"
+        yield from (f"    {problem}" for problem in few(faults))
+
+
+def _faults(tensors: Tensors, found: Found) -> tuple[str, ...]:
+    try:
+        as_canonical(tensors, found)
+    except UserError as error:
+        return tuple(error.problems)
+    return ()
