@@ -32,6 +32,7 @@ setup(
     package_dir=SHIPPED,
     package_data={
         "dopsd_jax": ["py.typed"],
+        "dopsd_jax.data": ["prompts/*.txt"],
         "dopsd_jax.examples": ["miniature/**/*"],
     },
     entry_points={

@@ -1,5 +1,7 @@
 """Data sets: rows of pictures and captions, buckets, batches, cached and prepared features.
 
 `sources` reads the layouts, `rows` picks one, `dataset` measures the pictures, `loader` draws the
-batches. Knows no model. May import `common`, `parallel` and `weights` (for safetensors headers).
+batches. `prompts/general.txt` holds 500 varied prompts of our own writing, one a line; their
+subjects are mixed evenly, so that the first n cover them too. Knows no model. May import `common`,
+`parallel` and `weights` (for safetensors headers).
 """
