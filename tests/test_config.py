@@ -12,6 +12,7 @@ from dopsd_jax.config.fields import choices, conditions, declared, defaults
 from dopsd_jax.config.reference import help_text, markdown
 from dopsd_jax.methods import flow_matching, registry
 from dopsd_jax.run.workdir import open_workdir
+from dopsd_jax.weights import converted
 
 NUMBERS = [f for f in declared().values() if f.kind in ("int", "float")]
 WRONG = (float("nan"), float("inf"), -float("inf"), 10**30, -(10**30), "text", None, [], True)
@@ -245,6 +246,27 @@ def test_a_field_that_is_younger_than_the_run_had_its_default():
     assert "config.data.trigger = '', now 'dax'" in fault
     old["config"]["gone"] = 3
     assert len(changes.compare(old, new, ["data"])[1]) == 1
+
+
+@pytest.mark.parametrize("family", ["zimage", "flux2_klein"])
+def test_full_weights_in_another_arrangement_are_refused(tmp_path, monkeypatch, family):
+    """Their shapes fit, but columns would be taken for others. Adapters have no such order."""
+    load = lambda name: loading.load(f"{family}:{name}").to_dict()
+    adapters, config, workdir = load("random"), load("random_full"), tmp_path / "full"
+    for folder, own in ((tmp_path / "lora", adapters), (workdir, config)):
+        (folder / "checkpoints" / "5").mkdir(parents=True)
+        open_workdir(folder, own, {"data": "one"})
+        open_workdir(folder, own, {"data": "one"})  # of now: nothing is refused
+    with monkeypatch.context() as patched:
+        patched.setattr(converted, "FORMAT", 99)
+        open_workdir(tmp_path / "lora", adapters, {"data": "one"})
+        (problem,) = problems_of(open_workdir, workdir, config, {"data": "one"})
+    assert f"weights_arrangement {converted.FORMAT}, now it is 99" in problem
+    path = workdir / "config.json"  # as runs were recorded before
+    path.write_text(path.read_text().replace("weights_arrangement", "other"))
+    (problem,) = problems_of(open_workdir, workdir, config, {"data": "one"})
+    assert problem.startswith(f"{workdir}: was trained with weights_arrangement unknown")
+    assert problem.endswith("with the result of this one in config.model")
 
 
 def test_what_can_never_change_is_refused_with_the_way_to_go_on():

@@ -62,6 +62,7 @@ def compare(
             changes.append({"field": name, "old": was, "new": now})
             continue
         allow = f"allow it with --allow_changes={DATA}, or " if name == DATA else ""
+        was = old["facts"].get(name, "unknown")
         faults.append(f"was trained with {name} {was}, now it is {now}; {allow}{new_run}")
     return changes, faults
 

@@ -14,6 +14,7 @@ from dopsd_jax.common.json_files import read_json
 from dopsd_jax.config.changes import compare
 from dopsd_jax.config.schema import flat
 from dopsd_jax.data.prepared_parts import is_prepared
+from dopsd_jax.weights import converted
 
 CONFIG = "config.json"
 DEFAULT = "runs/zimage"  # the work directory
@@ -69,6 +70,8 @@ def open_workdir(
     """
     path, folder = workdir / CONFIG, workdir / "checkpoints"
     new = {"config": flat(config), "facts": dict(facts), "versions": versions()}
+    if new["config"].get("train") == "full":  # an adapter's arrays have PyTorch's order
+        new["facts"]["weights_arrangement"] = converted.FORMAT
     saved = [int(p.name) for p in folder.iterdir() if p.name.isdigit()] if folder.exists() else []
     if path.exists() and saved:  # a run that has saved nothing yet may be corrected
         old, _ = read_json(path)

@@ -28,7 +28,9 @@ from dopsd_jax.weights.digest import combined_digest, part_digest, tensor_digest
 from dopsd_jax.weights.layouts import Found
 from dopsd_jax.weights.tensors import DTYPES, Tensors, contiguous, read_leaf, total_bytes
 
-FORMAT = 4  # raise it when the same tensors are arranged otherwise
+# Raise it when the same tensors are arranged otherwise: converted models and checkpoints of full
+# fine-tuning that were made before are then refused.
+FORMAT = 4
 MANIFEST, JOURNAL, PARTS, CONFIG = "manifest.json", "incomplete.json", "parts", "config.json"
 PART_BYTES = 256 << 20
 REST = "rest"
