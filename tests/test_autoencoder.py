@@ -269,7 +269,7 @@ def test_tiles_differ_from_the_whole_and_serve_only_large_images(tiled):
     whole = model.decode_images(latents)
     cut = model.decode_images(latents, tiling=Tiling(16))
     assert cut.shape == whole.shape and (cut != whole).any()
-    assert (model.decode_images(latents, tiling=Tiling(16, above=24)) == whole).all()
+    assert (model.decode_images(latents, tiling=Tiling(16, above=16 * 24)) == whole).all()
     assert (model.decode_images(latents, tiling=Tiling(32)) == whole).all()
 
 

@@ -29,7 +29,7 @@ from dopsd_jax.weights.lora_dialects import Layers, layers_of
 from dopsd_jax.weights.stored import open_stored, read_config, source_digest
 from dopsd_jax.weights.tokenizers import tokenizer_digest
 
-TILED_ABOVE = 1536  # pixels a side; larger images are decoded in tiles
+TILED_ABOVE = 1536**2  # pixels; larger images are encoded and decoded in tiles
 
 
 def pipeline(folder: str | Path, asked: str = families.AUTO, **options: Any) -> "Pipeline":
