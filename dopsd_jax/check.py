@@ -48,12 +48,13 @@ def main() -> None:
     lines = describe(dataset, config.batch_size * config.accumulate)
     print("\n".join([*build.notes(config, pipe), *lines]), flush=True)
 
-    features = Features(pipe, dataset, config, build.cache_folder(config, workdir))
+    multiple, cache = sharding.sample_devices(mesh), build.cache_folder(config, workdir)
+    features = Features(pipe, dataset, config, cache, multiple)
     features.prepare()
     lengths = zip(("student", "teacher"), positions(features), strict=True)
     print("features: " + ", ".join(f"{role} {count} rows" for role, count in lengths if count))
     plan = build.make_plan(config, pipe, mesh)
-    print("\n".join(plan.describe()), flush=True)
+    print("\n".join([*plan.describe(), *features.describe()]), flush=True)
     print("\n".join(budget(config, pipe, plan, features)), flush=True)
 
     rows = rows_of(dataset, config.sample_rows)
@@ -119,6 +120,7 @@ def budget(config, pipe, plan, features) -> list[str]:
         "student": size(like.student),
         "gradient": size(like.student),
         "teacher": size(like.teacher),
+        "start": size(like.start),
         "optimizer": size(like.opt_state),
     }
     student, teacher = positions(features)

@@ -16,7 +16,7 @@ import zlib
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from dopsd_jax.common import program
 from dopsd_jax.config.flags import CONFIG, WORKDIR, parse
@@ -42,8 +42,10 @@ from dopsd_jax.common import errors
 from dopsd_jax.common.atomic import is_remote, remove_leftovers
 from dopsd_jax.common.errors import UserError
 from dopsd_jax.common.progress import Progress
+from dopsd_jax.conditioning import anchors
+from dopsd_jax.conditioning.cached import DIGESTS, sees_picture
 from dopsd_jax.conditioning.encoding import Encoder
-from dopsd_jax.conditioning.features import DIGESTS, prepared_settings, sees_picture
+from dopsd_jax.conditioning.features import prepared_settings
 from dopsd_jax.data import prepared_parts as parts
 from dopsd_jax.data.blobs import Blob
 from dopsd_jax.data.dataset import Dataset, describe, measure, spread
@@ -58,6 +60,7 @@ from dopsd_jax.run.lock import exclusive
 from dopsd_jax.run.workdir import find_workdir
 
 SHOWN = 64  # rows whose pictures are kept, for previews
+ANCHORS = "anchors"  # in messages
 THREADS = 16  # parts that are looked at together
 
 
@@ -101,17 +104,16 @@ def prepare(
         return pipe, rows, root, manifest, open_folder(out, manifest)
 
     pipe, rows, root, manifest, folder = multihost.first_alone(open_source)
+    if config.anchor.share:
+        keys = build.trained_keys(config, rows.prompt_keys)
+        open_anchors = lambda: anchors_beside(config, workdir, pipe, rows, keys, out)
+        prompts, of_anchors, beside = multihost.first_alone(open_anchors)
 
     # ---- This shard's share of it, without what is done. Everything that can be wrong with its
     # rows is found before anything is encoded.
-    own = range(shard, manifest.parts, shards)
+    name, work = f"shard {shard} of {shards}", []
     with multihost.together():
-        with ThreadPoolExecutor(THREADS) as pool:
-            done = pool.map(lambda part: is_done(folder, part, manifest), own)
-            todo = [part for part, whole in zip(own, done, strict=True) if not whole]
-        name = f"shard {shard} of {shards}"
-        count = f"{len(own)} of {manifest.parts} parts, {len(own) - len(todo)} done"
-        print(f"{name}: {count}", flush=True)
+        todo = undone(folder, manifest, shard, shards, name)
         if todo:
             numbers = [row for part in todo for row in manifest.rows_of(part)]
             share = Rows(Chosen(rows.rows, numbers), rows.prompt_keys, rows.notes)
@@ -128,25 +130,81 @@ def prepare(
             keys = build.trained_keys(config, dataset.prompt_keys)
             encoder = Encoder(pipe, dataclasses.replace(dataset, prompt_keys=keys), config)
             kinds = (STUDENT, *[TEACHER] * sees_picture(config, pipe.family))
-            wanted = dict.fromkeys(dataset.captions(), kinds)
-            shapes = encoder.shapes(wanted)
-            layouts = [
-                tuple(
-                    parts.layout_of(shapes.get((caption, role), {})) for role in range(parts.ROLES)
-                )
-                for caption in wanted
-            ]
+            shown = set(spread(manifest.rows, SHOWN))
+            work.append(Work(folder, manifest, todo, encoder, kinds, root, shown))
+        if config.anchor.share and (todo := undone(beside, of_anchors, shard, shards, ANCHORS)):
+            numbers = [row for part in todo for row in of_anchors.rows_of(part)]
+            encoder = Encoder(pipe, prompts.part(numbers), config)
+            work.append(Work(beside, of_anchors, todo, encoder, (STUDENT,), Path(), set()))
+        layouts = [one.layouts() for one in work]
 
     # ---- Part by part. Processes that finish first wait for the others.
     with multihost.together():
-        if todo:
+        if work:
             devices = jax.local_devices()
             print(f"{name}: encoding on {len(devices)} devices", flush=True)
             if len(devices) > 1:
                 pipe.spread_encoders(devices)
             batch = BATCH.value * len(devices)
-            write_parts(folder, manifest, todo, encoder, layouts, root, batch)
+            for one, sizes in zip(work, layouts, strict=True):
+                write_parts(one, sizes, batch)
     print(f"prepared: {folder}, {name}", flush=True)
+
+
+class Work(NamedTuple):
+    """The parts `todo` of a folder: the encoder has their rows, in order; `kinds`: of features.
+
+    shown: rows whose pictures are kept.
+    """
+
+    folder: epath.Path
+    manifest: parts.Manifest
+    todo: list[int]
+    encoder: Encoder
+    kinds: tuple[int, ...]
+    root: Path
+    shown: set[int]
+
+    def layouts(self) -> list[tuple[parts.Layout, ...]]:
+        """Of the features of all captions, by role; empty where none are kept.
+
+        Raises `UserError` with every caption that is too long.
+        """
+        wanted = dict.fromkeys(self.encoder.dataset.captions(), self.kinds)
+        shapes = self.encoder.shapes(wanted)
+        return [
+            tuple(parts.layout_of(shapes.get((caption, role), {})) for role in range(parts.ROLES))
+            for caption in wanted
+        ]
+
+
+def undone(
+    folder: epath.Path, manifest: parts.Manifest, shard: int, shards: int, name: str
+) -> list[int]:
+    """The parts of this shard that are not there yet."""
+    own = range(shard, manifest.parts, shards)
+    with ThreadPoolExecutor(THREADS) as pool:
+        done = pool.map(lambda part: is_done(folder, part, manifest), own)
+        todo = [part for part, whole in zip(own, done, strict=True) if not whole]
+    count = f"{len(own)} of {manifest.parts} parts, {len(own) - len(todo)} done"
+    print(f"{name}: {count}", flush=True)
+    return todo
+
+
+def anchors_beside(
+    config: ConfigDict,
+    workdir: epath.Path,
+    pipe: Pipeline,
+    rows: Rows,
+    keys: Sequence[str],
+    out: epath.Path,
+) -> tuple[Dataset, parts.Manifest, epath.Path]:
+    """The prompts of config.anchor as a data set, and the folder for their features."""
+    prompts = anchors.prompt_set(anchors.choose(config, rows.rows, keys))
+    made_from = anchors.settings(config, pipe, build.cache_folder(config, workdir))
+    source = source_digest(prompts.rows, Path())
+    manifest = parts.Manifest(len(prompts.rows), ROWS.value, (anchors.KEY,), source, made_from)
+    return prompts, manifest, open_folder(out / anchors.FOLDER, manifest)
 
 
 def own_share() -> tuple[int, int]:
@@ -177,30 +235,19 @@ def describe_source(
     return parts.Manifest(len(rows.rows), ROWS.value, rows.prompt_keys, source, made_from)
 
 
-def write_parts(
-    folder: epath.Path,
-    manifest: parts.Manifest,
-    todo: Sequence[int],
-    encoder: Encoder,
-    layouts: Sequence[tuple[parts.Layout, ...]],
-    root: Path,
-    batch: int,
-) -> None:
-    """Encodes and writes the parts `todo`, which hold the rows of the encoder's data set in order.
-
-    `layouts`: of the features of all its captions, by role; empty where none are kept.
-    """
-    dataset = encoder.dataset
+def write_parts(work: Work, layouts: Sequence[tuple[parts.Layout, ...]], batch: int) -> None:
+    """Encodes and writes the parts of `work`; `layouts`: its own."""
+    dataset, encoder = work.encoder.dataset, work.encoder
     captions = dataset.captions()
-    shown = set(spread(manifest.rows, SHOWN))
     progress = Progress("encoding", sum(bool(one) for pair in layouts for one in pair))
     row = caption = 0  # the first ones of the part, among the data set's
-    for part in todo:
+    for part in work.todo:
         pictures, records = io.BytesIO(), []
-        for number in manifest.rows_of(part):
-            kept = [encoder.image(row), *encoder.edited(row)] if number in shown else []
+        for number in work.manifest.rows_of(part):
+            shown = number in work.shown
+            kept = [encoder.image(row), *encoder.edited(row)] if shown else []
             kept = [keep_picture(image, pictures) for image in kept]
-            records.append(record(dataset, row, root, kept))
+            records.append(record(dataset, row, work.root, kept))
             row += 1
         own = captions[caption : caption + sum(len(r["captions"]) for r in records)]
         sizes = layouts[caption : caption + len(own)]
@@ -211,8 +258,8 @@ def write_parts(
         made = encoder.encode(kinds, batch)
         place = {name: i for i, name in enumerate(own)}
         parts.write_part(
-            folder / parts.part_name(part),
-            manifest.identity,
+            work.folder / parts.part_name(part),
+            work.manifest.identity,
             sizes,
             ((place[name], role, features) for name, role, features in progress.over(made)),
             records,

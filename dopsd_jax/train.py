@@ -72,7 +72,9 @@ def train(config: ConfigDict, workdir: epath.Path) -> int | None:
 
     # ---- What the method learns from: computed once, then the encoders are freed.
     with multihost.together():
-        features = Features(pipe, dataset, config, build.cache_folder(config, workdir))
+        multiple, cache = sharding.sample_devices(mesh), build.cache_folder(config, workdir)
+        features = Features(pipe, dataset, config, cache, multiple)
+    facts |= features.facts()
     multihost.first_alone(features.prepare)
     with multihost.together():  # only now is nothing left that a change can be refused for
         open_workdir(workdir, config, facts, multihost.is_first(), ALLOW_CHANGES.value)
@@ -80,7 +82,7 @@ def train(config: ConfigDict, workdir: epath.Path) -> int | None:
     # ---- State and step.
     with jax.set_mesh(mesh):
         plan = build.make_plan(config, pipe, mesh)
-    multihost.say("\n".join(plan.describe()))
+    multihost.say("\n".join([*plan.describe(), *features.describe()]))
     previews = Previews(pipe, features, rows_of(dataset, config.sample_rows), workdir)
     scores = run_scores.begin(config, workdir, pipe, dataset)
     initial = pipe.hand_over()
@@ -126,7 +128,13 @@ def train(config: ConfigDict, workdir: epath.Path) -> int | None:
     )
     places = sharding.own_samples(mesh, config.batch_size)
     own = lambda index: index.part(places, config.accumulate)
-    load = lambda index: (index.shape.bucket, features.batch(own(index), config.accumulate))
+    anchors = features.anchors
+    places_of_anchors = anchors and sharding.own_samples(mesh, anchors.micro.size)
+    load = lambda index: (
+        index.shape.bucket,
+        features.batch(own(index), config.accumulate),
+        anchors and anchors.batch(index.n, places_of_anchors),
+    )
     rate = lambda steps: f"{steps * effective_batch:.3g} images/s"
     quiet = not multihost.is_first()
     progress = Progress("step", config.steps, done=first, rate=rate, quiet=quiet)
@@ -134,8 +142,9 @@ def train(config: ConfigDict, workdir: epath.Path) -> int | None:
 
     def finish(step: int, metrics) -> None:
         metrics = jax.device_get(metrics)
-        loss, gap = float(metrics["loss"]), float(metrics["gap"])
-        seconds = progress.advance(text=f"loss {loss:.5g}  gap {gap:.5g}")
+        shown = {"loss": "loss", "gap": "gap", "anchor_gap": "anchor gap"}
+        numbers = [f"{text} {metrics[name]:.5g}" for name, text in shown.items() if name in metrics]
+        seconds = progress.advance(text="  ".join(numbers))
         speed = {"seconds": seconds, "images_per_second": effective_batch / seconds}
         verdict = guard.look(metrics)
         del metrics["finite"]  # the verdict names the parts
@@ -158,11 +167,12 @@ def train(config: ConfigDict, workdir: epath.Path) -> int | None:
         if first == 0:
             show(0)
         progress.skip()
-        for n, (bucket, batch) in prefetch(batches, load, first, config.steps):
+        for n, (bucket, batch, held) in prefetch(batches, load, first, config.steps):
             latent = (config.batch_size, *pipe.latent_shape(bucket.height, bucket.width))
             with jax.set_mesh(mesh):
                 batch = sharding.put_batch(batch, mesh, config.batch_size)
-                state, metrics = train_step(state, pipe.split[2], batch, n, latent=latent)
+                held = anchors and sharding.put_batch(held, mesh, anchors.micro.size)
+                state, metrics = train_step(state, pipe.split[2], batch, n, held, latent=latent)
             if pending:
                 finish(*pending)
             pending = step, _ = n + 1, metrics

@@ -10,6 +10,16 @@ from dopsd_jax.common.atomic import path_fault
 # Whether a field may differ when a run is continued: always, if --allow_changes names it, or never.
 ALWAYS, ON_REQUEST, NEVER = "always", "on request", "never"
 MAX_NUMBER = 1e9  # the largest magnitude of a number in a list
+
+
+class _Positive(tuple):
+    """As the values in `Field.when`: every number above 0."""
+
+    def __contains__(self, value: object) -> bool:
+        return type(value) in (int, float) and value > 0
+
+
+POSITIVE = _Positive(("above 0",))
 _TRUTH = {"true": True, "1": True, "yes": True, "false": False, "0": False, "no": False}
 
 

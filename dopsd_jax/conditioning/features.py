@@ -10,27 +10,21 @@ from jaxtyping import Float
 from ml_collections import ConfigDict
 
 from dopsd_jax.common.errors import UserError, raise_if
-from dopsd_jax.common.progress import Progress
-from dopsd_jax.conditioning.encoding import PRIOR, Encoder, concept_pattern
-from dopsd_jax.data.cache import FeatureCache, feature_key
+from dopsd_jax.conditioning.anchors import Anchors
+from dopsd_jax.conditioning.cached import DIGESTS, CachedFeatures, sees_picture
+from dopsd_jax.conditioning.encoding import PRIOR, concept_pattern
+from dopsd_jax.conditioning.padding import padded_rows
 from dopsd_jax.data.dataset import Dataset
 from dopsd_jax.data.images import crop_name
 from dopsd_jax.data.loader import BatchIndex
-from dopsd_jax.data.padding import padded_length
 from dopsd_jax.data.prepared import Caption, Prepared
 from dopsd_jax.dopsd import Contexts
-from dopsd_jax.families.base import STUDENT, TEACHER, Family, PaddedLengths, Tree
+from dopsd_jax.families.base import STUDENT, TEACHER, PaddedLengths, Tree
 from dopsd_jax.families.base import Features as Arrays
 from dopsd_jax.families.pipeline import Pipeline
-from dopsd_jax.methods import registry
+from dopsd_jax.methods import anchor, registry
 from dopsd_jax.methods.flow_matching import Batch
-from dopsd_jax.parallel import multihost
 
-ROWS = (
-    64  # features are padded to a multiple of it: one length for the student, one for the teacher
-)
-DIGESTS = "digests.json"
-ROLE_NAMES = ("student", "teacher")  # in the keys of the cache
 # The settings of a prepared data set, as messages name them.
 SETTINGS = {
     "text_encoder": "the text encoder",
@@ -39,12 +33,6 @@ SETTINGS = {
     "crop": "crops",
     "reference_crop": "config.data.reference_crop",
 }
-
-
-def sees_picture(config: ConfigDict, family: Family) -> bool:
-    """Whether the teacher is shown the row's picture: only then are its own encoders needed."""
-    context = config.teacher.context
-    return registry.needs(config).teacher and family.CONTEXTS.get(context, False)
 
 
 def prepared_settings(config: ConfigDict, pipe: Pipeline, memo: Path) -> dict[str, object]:
@@ -87,10 +75,17 @@ class Features:
     """What a method needs of every caption and picture of a data set; see `methods.needs`.
 
     `rows`: by role the padded lengths, the same for all batches; None for a teacher that is not
-    asked.
+    asked. `anchors`: None without any. multiple: devices that a micro-batch is spread over.
     """
 
-    def __init__(self, pipe: Pipeline, dataset: Dataset, config: ConfigDict, folder: Path):
+    def __init__(
+        self,
+        pipe: Pipeline,
+        dataset: Dataset,
+        config: ConfigDict,
+        folder: Path,
+        multiple: int = 1,
+    ):
         self.pipe, self.dataset = pipe, dataset
         self.needs = registry.needs(config)
         self.teacher_key = registry.teacher_key(config)
@@ -100,13 +95,19 @@ class Features:
             check_prepared(dataset.features, pipe, config, folder)
             self.store: Store = dataset.features
         else:
-            self.store = CachedFeatures(pipe, dataset, config, folder)
+            self.store = CachedFeatures(pipe, dataset, config, folder, self.needs)
+        micro = anchor.micro_batches(config, multiple)
+        self.anchors = micro and Anchors(pipe, dataset, config, folder, micro)
 
     def prepare(self) -> None:
         """Computes what is missing, then frees the encoders."""
         if isinstance(self.store, CachedFeatures):
             self.store.compute()
+        if self.anchors:
+            self.anchors.compute()
         self.pipe.release_encoders()
+        if self.anchors:
+            self.anchors.pad()
         keys = self.dataset.prompt_keys
         student = [(STUDENT, keys)] + [(PRIOR, keys)] * self.needs.prior
         self.rows = [self._rows(student, STUDENT), None]
@@ -117,6 +118,14 @@ class Features:
     def _rows(self, wanted: Sequence[tuple[int, Sequence[str]]], role: int) -> PaddedLengths:
         shapes = [shapes for kind, keys in wanted for shapes in self.store.shapes(kind, keys)]
         return padded_rows(shapes, self.pipe, role)
+
+    def facts(self) -> dict[str, str]:
+        """What decides what is trained besides the data set, for the record of a run."""
+        return {"anchors": self.anchors.digest()} if self.anchors else {}
+
+    def describe(self) -> list[str]:
+        """What the student learns from besides the data set."""
+        return [self.anchors.describe()] if self.anchors else []
 
     def image(self, row: int) -> np.ndarray:
         """The row's picture as training sees it: cut to its bucket."""
@@ -154,117 +163,6 @@ class Features:
             self._context(captions, PRIOR, STUDENT) if self.needs.prior else None,
         )
         return jax.tree.map(lambda x: x.reshape(accumulate, -1, *x.shape[1:]), whole)
-
-
-class CachedFeatures:
-    """Features in a cache by content, computed where they are missing."""
-
-    def __init__(self, pipe: Pipeline, dataset: Dataset, config: ConfigDict, folder: Path):
-        self.dataset, self.config = dataset, config
-        self.cache = FeatureCache(folder)
-        self.encoder = Encoder(pipe, dataset, config)
-        self.needs = registry.needs(config)
-        self.shown, memo = sees_picture(config, pipe.family), Path(folder) / DIGESTS
-        seen = ("vae",) * bool(dataset.references)
-        self.encoders = [dict.fromkeys((*own, *seen)) for own in pipe.ENCODERS]
-        roles = (STUDENT, TEACHER) if self.shown else (STUDENT,)
-        names = [name for role in roles for name in self.encoders[role]] + [
-            "vae"
-        ] * self.needs.target
-        digest = lambda name: f"{pipe.part_digest(name, memo)} {config.dtype}"
-        self.digests = {name: digest(name) for name in dict.fromkeys(names)}
-        self.picture, self.edited = self.encoder.image, self.encoder.edited
-
-    def wanted(self) -> dict[Caption, list[int]]:
-        """The kinds of features that each caption needs."""
-        kinds = [STUDENT, *[TEACHER] * self.shown, *[PRIOR] * self.needs.prior]
-        wanted = {caption: kinds for caption in self.dataset.captions(self.dataset.prompt_keys)}
-        key = registry.teacher_key(self.config)
-        if key is not None and key not in self.dataset.prompt_keys:
-            wanted |= {caption: [STUDENT] for caption in self.dataset.captions([key])}
-        return wanted
-
-    def key(self, caption: Caption, kind: int) -> str:
-        """Where the cache has a caption's features."""
-        role, row = TEACHER if kind == TEACHER else STUDENT, caption[0]
-        seen = [self._picture(row)] if role == TEACHER else []
-        if self.dataset.references:
-            crop = self.config.data.reference_crop
-            own = self.dataset.references[row]
-            seen = [*((one.digest, f"{crop} {one.size}") for one in own), *seen]
-        return feature_key(
-            role=ROLE_NAMES[role],
-            prompt=self.encoder.text(caption, kind),
-            encoder=" ".join(self.digests[name] for name in self.encoders[role]),
-            options=self.encoder.options[role],
-            pictures=seen,
-        )
-
-    def latent_key(self, row: int) -> str:
-        """Where the cache has the latent of a row's picture."""
-        digest, pictures = self.digests["vae"], [self._picture(row)]
-        return feature_key(role="latent", prompt="", encoder=digest, options={}, pictures=pictures)
-
-    def _picture(self, row: int) -> tuple[str, str]:
-        return self.dataset.infos[row].digest, crop_name(*self.dataset.buckets[row])
-
-    def compute(self) -> None:
-        """Computes what the cache lacks. Raises `UserError` before with all over-long captions."""
-        # What is cached has passed this check before.
-        wanted = self.wanted()
-        keys = {(c, kind): self.key(c, kind) for c, kinds in wanted.items() for kind in kinds}
-        missing = set(self.cache.missing(keys.values()))
-        todo: dict[Caption, list[int]] = {}
-        for (caption, kind), key in keys.items():
-            if key in missing:
-                missing.remove(key)  # captions may be equal
-                todo.setdefault(caption, []).append(kind)
-        self.encoder.shapes({caption: wanted[caption] for caption in todo})
-        made = self.encoder.encode(todo)
-        total = sum(map(len, todo.values()))
-        quiet = not multihost.is_first()
-        progress = Progress("encoding captions and images", total, quiet=quiet)
-        for caption, kind, features in progress.over(made):
-            self.cache.put(keys[caption, kind], features)
-        if self.needs.target:
-            rows = {self.latent_key(row): row for row in range(len(self.dataset.rows))}
-            lacking = self.cache.missing(rows)
-            progress = Progress("encoding pictures to latents", len(lacking), quiet=quiet)
-            for key in progress.over(lacking):
-                self.cache.put(key, {"latent": self.encoder.latent(rows[key])})
-
-    def shapes(self, kind: int, keys: Sequence[str]) -> Iterable[Mapping[str, tuple[int, ...]]]:
-        """See `Store`."""
-        entries = {self.key(caption, kind) for caption in self.dataset.captions(keys)}
-        return map(self.cache.shapes, entries)
-
-    def load(self, caption: Caption, kinds: Sequence[int]) -> tuple[Arrays, ...]:
-        """See `Store`."""
-        return tuple(self.cache.load(self.key(caption, kind)) for kind in kinds)
-
-    def latent(self, row: int) -> Float[np.ndarray, "h w c"]:
-        """See `Store`."""
-        return self.cache.load(self.latent_key(row))["latent"]
-
-
-def padded_rows(
-    shapes: Iterable[Mapping[str, tuple[int, ...]]], pipe: Pipeline, role: int
-) -> PaddedLengths:
-    """One padded length for all features of these shapes, for each name that varies.
-
-    Raises `UserError` for features that are longer than the model takes.
-    """
-    limits, longest = pipe.limits(role), {}
-    for found in shapes:
-        for name in limits.keys() & found.keys():
-            longest[name] = max(longest.get(name, 1), found[name][0])
-    for name, rows in longest.items():
-        if rows > limits[name].shape[0]:
-            raise UserError(
-                f"config.data.path: holds captions of {rows} tokens, the model takes "
-                f"{limits[name].shape[0]}; leave their key out of data.prompt_keys"
-            )
-    return {name: padded_length(n, ROWS, limits[name].shape[0]) for name, n in longest.items()}
 
 
 def check_class_prompts(dataset: Dataset, config: ConfigDict) -> None:

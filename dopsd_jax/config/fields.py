@@ -10,6 +10,7 @@ from ml_collections import ConfigDict
 
 from dopsd_jax import families
 from dopsd_jax.common.config_fields import ALWAYS, NEVER, Field
+from dopsd_jax.methods import anchor
 from dopsd_jax.methods.options import OTHER_CAPTION
 from dopsd_jax.methods.registry import METHODS
 from dopsd_jax.models import kinds
@@ -150,6 +151,7 @@ def sections() -> dict[str, tuple[Field, ...]]:
         "The run": _RUN,
         "The model": _MODEL,
         METHOD: (*_GRID, *of_methods.values(), *of_families.values()),
+        "The anchor": anchor.FIELDS,
         "The adapters": _ADAPTERS,
         "The optimizer": _OPTIMIZER,
         "The data": _DATA,

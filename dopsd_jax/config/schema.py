@@ -8,6 +8,7 @@ from dopsd_jax import families
 from dopsd_jax.common.config_fields import Field, as_list, shown
 from dopsd_jax.common.errors import raise_if
 from dopsd_jax.config.fields import choices, conditions, declared
+from dopsd_jax.methods import anchor
 from dopsd_jax.methods.options import OTHER_CAPTION
 from dopsd_jax.methods.registry import METHODS
 from dopsd_jax.models import kinds
@@ -61,6 +62,7 @@ def check(config: Mapping[str, Any], asked: Collection[str] = ()) -> None:
             "which keeps rows and columns only; set it to float32"
         )
     faults += _teacher(given)
+    faults += anchor.faults(given, METHODS[given["method"]].keeps)
     if given["warmup_steps"] >= given["steps"]:
         faults.append(
             f"config.warmup_steps: {given['warmup_steps']} must be below config.steps, "
@@ -91,6 +93,8 @@ def _fault(field: Field, value: Any) -> str | None:
 
 def _idle(field: Field, given: Mapping[str, Any]) -> str | None:
     """The line about a field that has no effect."""
+    if given["anchor.share"] and field.name in anchor.USED:
+        return None
     for other, needed in conditions(field).items():
         if given[other] not in needed:
             why = f"has no effect with config.{other} = {given[other]}"

@@ -6,7 +6,7 @@ import json
 from array import array
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -18,7 +18,7 @@ from dopsd_jax.data.picture_index import Infos, PictureIndex
 from dopsd_jax.data.prepared import Caption, Prepared
 from dopsd_jax.data.rows import Rows
 from dopsd_jax.data.sources.collector import Examples
-from dopsd_jax.data.table import DataRow
+from dopsd_jax.data.table import Chosen, DataRow
 
 MOST_SHAPES = 24  # that are described
 _AT_ONCE = 1024  # rows given to the threads at a time
@@ -55,6 +55,13 @@ class Dataset:
         for row in range(len(self.buckets)):
             found.setdefault(self.shape(row), array("q")).append(row)
         return {shape: np.array(found[shape], np.int64) for shape in sorted(found)}
+
+    def part(self, numbers: Sequence[int]) -> "Dataset":
+        """The rows of these numbers, in their order; of rows whose features are not prepared."""
+        pick = lambda found: tuple(found[i] for i in numbers)
+        rows, references = Chosen(self.rows, numbers), self.references and pick(self.references)
+        infos, buckets = pick(self.infos), pick(self.buckets)
+        return replace(self, rows=rows, infos=infos, buckets=buckets, references=references)
 
     def captions(self, keys: Sequence[str] | None = None) -> list[Caption]:
         """Every caption under `keys`, in order; None: under any."""

@@ -20,7 +20,7 @@ from dopsd_jax.data.rows import DataRow
 T = TypeVar("T")
 
 # Names of independent random streams.
-_ROWS, _BATCHES, _KEYS, _CAPTIONS = range(4)
+_ROWS, _BATCHES, _KEYS, _CAPTIONS, _TURNS = range(5)
 
 
 @dataclass(frozen=True)
@@ -146,6 +146,21 @@ def _random(count: int, *key: int) -> np.ndarray:
     distributions and shuffles.
     """
     return np.random.Philox(np.random.SeedSequence(key)).random_raw(count)
+
+
+def turn(place: int, count: int, seed: int, stream: int) -> int:
+    """Which of `count` items has its turn at `place` (from 0) of an endless sequence.
+
+    All have had theirs before one has it again; every round has an order of its own, and so has
+    every stream.
+    """
+    number, place = divmod(place, count)
+    return int(_round(count, seed, number, _TURNS, stream)[place])
+
+
+@functools.lru_cache(maxsize=16)
+def _round(count: int, *key: int) -> np.ndarray:
+    return _permutation(count, *key)
 
 
 def _permutation(count: int, *key: int) -> np.ndarray:

@@ -1,8 +1,9 @@
 """The step of a configuration in shapes only: nothing is loaded, allocated or compiled."""
 
 import dataclasses
+from collections.abc import Callable
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -12,9 +13,9 @@ from ml_collections import ConfigDict
 
 from dopsd_jax import dopsd, families
 from dopsd_jax.common.errors import UserError, raise_if
-from dopsd_jax.conditioning.features import sees_picture
+from dopsd_jax.conditioning.cached import sees_picture
 from dopsd_jax.families.base import STUDENT, TEACHER, Family, Size
-from dopsd_jax.methods import registry
+from dopsd_jax.methods import anchor, registry
 from dopsd_jax.methods.flow_matching import Batch
 from dopsd_jax.models import attention
 from dopsd_jax.parallel import sharding
@@ -48,6 +49,7 @@ class Workload:
 class Program(NamedTuple):
     """The step of a configuration with the shapes and placements of what it is given.
 
+    anchors: contexts of anchors, if there are any.
     latent: [b, h, w, c] of a micro-batch's noise. attention: the kernel. positions: of the contexts
     of student and teacher.
     """
@@ -56,6 +58,7 @@ class Program(NamedTuple):
     graphdef: nnx.GraphDef
     base: nnx.State
     batch: Batch
+    anchors: Any
     latent: tuple[int, int, int, int]
     attention: str
     positions: tuple[int, int]
@@ -96,14 +99,20 @@ def make_program(
     kernel = attention.resolve(config.attention, platform, config.dtype, size.head_dim)
     plan, graphdef, base = build.abstract_plan(config, case.family, size, kernel, mesh)
     latent = (config.batch_size, *case.latent, size.channels)
-    batch = _batch(config, case, features, mesh)
+    batch = _batch(config, case, features, _samples(mesh, config.accumulate, config.batch_size))
+    micro = anchor.micro_batches(config, sharding.sample_devices(mesh))
+    anchors = micro and jax.tree.map(_samples(mesh, *micro), _anchor_features(config, case))
     positions = tuple(map(case.family.positions, features))
-    return Program(plan, graphdef, base, batch, latent, kernel, positions)
+    return Program(plan, graphdef, base, batch, anchors, latent, kernel, positions)
 
 
-def _batch(config, case: Workload, features, mesh: Mesh) -> Batch:
-    samples, place = (config.accumulate, config.batch_size), sharding.batch_sharding(mesh)
-    put = lambda x: jax.ShapeDtypeStruct((*samples, *x.shape), x.dtype, sharding=place)
+def _samples(mesh: Mesh, *samples: int) -> Callable:
+    """One sample's array -> that of micro-batches."""
+    place = sharding.batch_sharding(mesh)
+    return lambda x: jax.ShapeDtypeStruct((*samples, *x.shape), x.dtype, sharding=place)
+
+
+def _batch(config, case: Workload, features, put: Callable) -> Batch:
     student, teacher = (jax.tree.map(put, own) for own in features)
     needs = registry.needs(config)
     target = jax.ShapeDtypeStruct((*case.latent, case.size.channels), jnp.float32)
@@ -112,6 +121,13 @@ def _batch(config, case: Workload, features, mesh: Mesh) -> Batch:
         put(target) if needs.target else None,
         student if needs.prior else None,
     )
+
+
+def _anchor_features(config, case: Workload):
+    """One anchor's context: a caption as long as the student's, without pictures."""
+    dtype = jnp.dtype(config.dtype)
+    rows = case.family.abstract_features
+    return rows(case.size, STUDENT, case.rows_student, dtype, *case.latent, 0)
 
 
 def _features(config, case: Workload) -> list:

@@ -117,7 +117,8 @@ def prepare(
     def lower():
         with jax.set_mesh(mesh):
             arguments = program.plan.abstract_state, program.base, program.batch
-            return program.plan.step.lower(*arguments, 0, latent=program.latent), program
+            lowered = program.plan.step.lower(*arguments, 0, program.anchors, latent=program.latent)
+            return lowered, program
 
     return report, lower
 

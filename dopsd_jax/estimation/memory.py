@@ -52,8 +52,9 @@ def count(config: ConfigDict, program: Program, mesh: Mesh | AbstractMesh) -> Ac
         "base": program.base,
         STUDENT[config.train]: like.student,
         "teacher": like.teacher,
+        "start": like.start,
         "optimizer": like.opt_state,
-        "batch": program.batch,
+        "batch": (program.batch, program.anchors),
     }
     return Account(
         live={kind: _bytes(tree) for kind, tree in kinds.items()},

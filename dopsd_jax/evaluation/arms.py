@@ -14,7 +14,7 @@ from ml_collections import ConfigDict
 from dopsd_jax.common.atomic import is_remote
 from dopsd_jax.common.errors import UserError, raise_if
 from dopsd_jax.common.json_files import read_json
-from dopsd_jax.conditioning.features import DIGESTS
+from dopsd_jax.conditioning.cached import DIGESTS
 from dopsd_jax.config.schema import flat
 from dopsd_jax.data.cache import FeatureCache
 from dopsd_jax.evaluation.drawing import Painter, Shot, without_adapters

@@ -11,7 +11,8 @@ from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from dopsd_jax.common.errors import UserError, raise_if
-from dopsd_jax.conditioning.features import ROLE_NAMES, padded_rows
+from dopsd_jax.conditioning.cached import ROLE_NAMES
+from dopsd_jax.conditioning.padding import padded_rows
 from dopsd_jax.data.cache import feature_key
 from dopsd_jax.evaluation.scorer import Case, Picture, digest
 from dopsd_jax.evaluation.seeds import picture_seed

@@ -17,7 +17,7 @@ from dopsd_jax.common.errors import UserError
 from dopsd_jax.common.files import open_regular
 from dopsd_jax.common.json_fields import Fields, is_number
 from dopsd_jax.common.json_files import parse_json
-from dopsd_jax.conditioning.features import ROLE_NAMES
+from dopsd_jax.conditioning.cached import ROLE_NAMES
 from dopsd_jax.data.images import DECODE_ERRORS
 from dopsd_jax.evaluation.drawing import Shot
 from dopsd_jax.evaluation.scorer import Judge, Picture, digest

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 from jaxtyping import Array, Key
 
 from dopsd_jax.common.config_fields import name_or_list
-from dopsd_jax.dopsd import Denoiser, Losses, Nodes, loss_and_gradient, make_nodes
+from dopsd_jax.dopsd import Contexts, Denoiser, Losses, Nodes, loss_and_gradient, make_nodes
 from dopsd_jax.methods import baselines
 from dopsd_jax.methods.flow_matching import Batch, Levels
 from dopsd_jax.methods.method import Config
@@ -90,4 +90,12 @@ def dreambooth(setup: Setup, student, start, base, batch: Batch, draws, key) -> 
     weight = setup.config["dreambooth"]["weight"]
     return baselines.dreambooth(
         setup.net, student, start, base, batch, draws, setup.levels, setup.grid, weight
+    )
+
+
+def anchor(setup: Setup, student, start, base, contexts, noise, key) -> Result:
+    """Holds the student to the velocity of `start`, which is told the same prompts."""
+    both = Contexts(contexts, contexts)
+    return loss_and_gradient(
+        setup.net, student, start, base, both, noise, setup.nodes(key), setup.every_step
     )

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from dopsd_jax.common.config_fields import Field, name_or_list
+from dopsd_jax.methods import anchor
 from dopsd_jax.methods.method import Config, Count, Method, Needs, Passes, Teacher
 from dopsd_jax.methods.options import LEVELS, NODES, OTHER_CAPTION, TEACHER
 
@@ -172,7 +173,7 @@ def passes(config: Config, grid: tuple[float, ...]) -> Passes:
     steps = len(grid) - 1
     mask = draw_loss_mask(name_or_list(config["loss_steps"]), steps, jax.random.key(0))
     count = Count(steps, int(mask.sum()), config["sft"]["samples"])
-    return method(config).passes(config, count)
+    return anchor.passes(method(config).passes(config, count), config, count)
 
 
 def draw(config: Config) -> Callable:
@@ -188,6 +189,16 @@ def loss_function(config: Config, net: "Denoiser", schedule: "Schedule") -> Call
     `batch`: a `flow_matching.Batch` with what `needs` says. `draws`: what `draw` draws. See
     `train_step.make_step`.
     """
+    return _at_size(method(config).loss, config, net, schedule)
+
+
+def anchor_loss(config: Config, net: "Denoiser", schedule: "Schedule") -> Callable:
+    """(student, start, base, contexts, noise, key) -> (losses, gradient) of anchors."""
+    return _at_size(_loss("anchor"), config, net, schedule)
+
+
+def _at_size(loss: Callable, config: Config, net: "Denoiser", schedule: "Schedule") -> Callable:
+    """`loss` with its `Setup`, which depends on the size of the pictures."""
     import jax
 
     from dopsd_jax.methods.losses import Setup
@@ -195,6 +206,6 @@ def loss_function(config: Config, net: "Denoiser", schedule: "Schedule") -> Call
     def run(student, teacher, base, batch, draws, key):
         size = jax.tree.leaves(draws)[0].shape[1:3]  # the start noise [b, h, w, c] is the first
         setup = Setup(config, net, schedule.grid(*size), schedule.shift(*size))
-        return method(config).loss(setup, student, teacher, base, batch, draws, key)
+        return loss(setup, student, teacher, base, batch, draws, key)
 
     return run

@@ -129,7 +129,7 @@ def check(mesh: Mesh, network: NetworkSizes, *, batch_size: int) -> None:
     what its numbers of tokens are multiples of. `batch_size`: samples of one micro-batch, over all
     devices.
     """
-    rows, tensor = math.prod(mesh.shape[a] for a in BATCH_AXES), mesh.shape["tensor"]
+    rows, tensor = sample_devices(mesh), mesh.shape["tensor"]
     heads, hidden, faults = network.heads, network.hidden_dim, []
     if batch_size % rows:
         faults.append(
@@ -209,6 +209,11 @@ def to_device(tree: Tree) -> Tree:
 def batch_sharding(mesh: Mesh) -> NamedSharding:
     """Of arrays [micro-batches, samples, ...]: samples over the axes data and fsdp."""
     return NamedSharding(mesh, PartitionSpec(None, BATCH_AXES))
+
+
+def sample_devices(mesh: Mesh) -> int:
+    """Devices that the samples of a micro-batch are spread over; it must be a multiple of them."""
+    return math.prod(mesh.shape[axis] for axis in BATCH_AXES)
 
 
 def own_samples(mesh: Mesh, batch_size: int) -> np.ndarray:

@@ -31,10 +31,12 @@ CURVES = (
     ("loss", "Loss", "mean over noise levels", True),
     ("loss_per_step", "Loss per denoising step", "first to last", True),
     ("gap", "Gap", "{gap}, root mean square", True),
+    ("anchor_gap", "Anchor gap", "student and start on ordinary prompts: what was forgotten", True),
     ("grad_norm", "Gradient norm", "before clipping", True),
     ("lr", "Learning rate", "", False),
     ("images_per_second", "Throughput", "images per second", False),
 )
+OF_SOME = ("anchor_gap",)  # fields that only some runs have
 
 
 def holds_run(workdir: str | os.PathLike) -> bool:
@@ -59,6 +61,7 @@ def write_report(workdir: str | os.PathLike) -> epath.Path:
     curves = "".join(
         _curve(records, field, title, note.format(gap=gap), log)
         for field, title, note, log in CURVES
+        if field not in OF_SOME or any(field in record for record in records)
     )
     parts = (
         _summary(records, config) + _scores(scores),
@@ -87,7 +90,8 @@ def _summary(records: Sequence[Mapping], config: Mapping[str, Any]) -> str:
     section = config.get("config")
     total = section.get("steps") if isinstance(section, dict) else None
     facts = [("step", f"{last['step']} of {total}" if total else str(last["step"]))]
-    for field, label in (("loss", "last loss"), ("gap", "last gap"), ("lr", "learning rate")):
+    labels = {"loss": "last loss", "gap": "last gap", "anchor_gap": "last anchor gap"}
+    for field, label in (labels | {"lr": "learning rate"}).items():
         if _is_number(last.get(field)):
             facts.append((label, number(last[field])))
     rates = sorted(

@@ -16,8 +16,8 @@ from dopsd_jax import dopsd, families
 from dopsd_jax.common.atomic import is_remote
 from dopsd_jax.common.config_fields import as_list, name_or_list
 from dopsd_jax.common.errors import UserError, raise_if
+from dopsd_jax.conditioning.cached import sees_picture
 from dopsd_jax.conditioning.encoding import TO_BUCKET
-from dopsd_jax.conditioning.features import sees_picture
 from dopsd_jax.data.buckets import Bucket, make_buckets, parse_buckets
 from dopsd_jax.data.cache import FeatureCache
 from dopsd_jax.data.dataset import Dataset, ReferenceSize, measure
@@ -29,7 +29,7 @@ from dopsd_jax.data.rows import Rows, load_rows
 from dopsd_jax.dopsd import Denoiser
 from dopsd_jax.families.base import Family, Size
 from dopsd_jax.families.pipeline import Pipeline
-from dopsd_jax.methods import registry
+from dopsd_jax.methods import anchor, registry
 from dopsd_jax.methods.losses import Schedule
 from dopsd_jax.methods.options import OTHER_CAPTION
 from dopsd_jax.models import attention, quantised
@@ -345,7 +345,8 @@ def _plan(config, family: Family, what: Trained, graphdef, student, scheduler, m
     net = family.denoiser(graphdef)
     teacher = registry.teacher(config)
     tx = optimizers.optimizer(config)
-    create = lambda student: state.create(student, teacher, tx)
+    keep_start = anchor.start(config, teacher) == "copy"
+    create = lambda student: state.create(student, teacher, tx, keep_start)
     abstract = jax.eval_shape(create, student)
     placement = state.offload(
         sharding.state_shardings(abstract, mesh), abstract, as_list(config.offload)
@@ -383,4 +384,8 @@ def make_step(
     teacher, lr = registry.teacher(config), optimizers.schedule(config)
     skip, draw = config.nonfinite == "skip", registry.draw(config)
     seed = config.seed if seed is None else seed
-    return train_step.make_step(method, tx, teacher, lr, seed, placement, skip, draw)
+    start, held = anchor.start(config, teacher), None
+    if start:
+        loss = registry.anchor_loss(config, net, schedule)
+        held = train_step.Anchor(loss, start, config.anchor.share)
+    return train_step.make_step(method, tx, teacher, lr, seed, placement, skip, draw, held)

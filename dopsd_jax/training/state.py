@@ -14,26 +14,37 @@ Tree = Any
 
 
 class TrainState(NamedTuple):
-    """step: optimizer steps done. teacher: None when it is the student itself (`live`)."""
+    """step: optimizer steps done. teacher: None when it is the student itself (`live`).
+
+    start: the student before training, where anchors need a copy of it.
+    """
 
     step: jax.Array
     student: Tree
     teacher: Tree | None
     opt_state: Tree
+    start: Tree | None = None
 
 
-def create(student: Tree, teacher: Teacher, tx: optax.GradientTransformation) -> TrainState:
-    """The state before step 1: the teacher is a copy of the student.
+def create(
+    student: Tree, teacher: Teacher, tx: optax.GradientTransformation, keep_start: bool = False
+) -> TrainState:
+    """The state before step 1: the teacher is a copy of the student, and so is the start.
 
     The arrays are copies, because the step donates its state and the caller keeps `student`.
     """
-    student = jax.tree.map(jnp.copy, student)
-    copy = None if teacher.weights == "live" else jax.tree.map(jnp.copy, student)
-    return TrainState(jnp.zeros((), jnp.int32), student, copy, tx.init(student))
+    copy = lambda tree: jax.tree.map(jnp.copy, tree)
+    own = copy(student)
+    beside = None if teacher.weights == "live" else copy(student)
+    start = copy(student) if keep_start else None
+    return TrainState(jnp.zeros((), jnp.int32), own, beside, tx.init(own), start)
 
 
 def offload(placement: TrainState, like: TrainState, names: Sequence[str]) -> TrainState:
-    """`placement` with the arrays of the named parts (teacher, optimizer) in the host's memory."""
+    """`placement` with the arrays of the named parts (teacher, optimizer) in the host's memory.
+
+    The start of the student goes with the teacher.
+    """
 
     def move(part: str, tree: Tree, shapes: Tree) -> Tree:
         if part not in names:
@@ -44,6 +55,7 @@ def offload(placement: TrainState, like: TrainState, names: Sequence[str]) -> Tr
     return placement._replace(
         teacher=move("teacher", placement.teacher, like.teacher),
         opt_state=move("optimizer", placement.opt_state, like.opt_state),
+        start=move("teacher", placement.start, like.start),
     )
 
 

@@ -2,7 +2,7 @@
 
 import functools
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -19,6 +19,19 @@ from dopsd_jax.training.state import TrainState, all_finite, ema, step_key
 Tree = Any
 
 
+class Anchor(NamedTuple):
+    """How anchors are learned.
+
+    loss: as `method` of `make_step`, for the contexts of anchors. start: where the weights are that
+    hold the student; see `methods.anchor.start`. share: weight of the anchors' mean gradient; the
+    method's has the rest.
+    """
+
+    loss: Callable[..., tuple[Losses, Tree]]
+    start: str
+    share: float
+
+
 def make_step(
     method: Callable[..., tuple[Losses, Tree]],
     tx: optax.GradientTransformation,
@@ -28,15 +41,18 @@ def make_step(
     placement: TrainState | None = None,
     skip: bool = False,
     draw: Callable[[jax.Array, Sequence[int]], Tree] = start_noise,
+    anchor: Anchor | None = None,
 ) -> Callable:
-    """The compiled optimizer step: (state, base, batch, number, latent) -> (state, metrics).
+    """The compiled step: (state, base, batch, number, anchors, latent) -> (state, metrics).
 
     `method(student, teacher, base, batch, noise, key)` gives the losses and the gradient of one
     micro-batch. `noise` is what `draw(key, shape)` returns: all that is random about a sample, in
     arrays [samples, ...], so that it does not depend on the devices; `key` is the same for all
     samples.
     `batch`: a tree whose leaves have a leading axis of micro-batches; their gradients are averaged.
-    `latent`: static shape [b, h, w, c] of a micro-batch's noise. The state is
+    `latent`: static shape [b, h, w, c] of a micro-batch's noise. `anchors`: the contexts of
+    `anchor`, in micro-batches of their own; the metrics then have `anchor_loss` and `anchor_gap`
+    beside those of the method. The state is
     donated; `placement`, a sharding for each of its parts, is where the new one lies too.
 
     A step is refused when its loss, its gradient or anything of the new state is not finite:
@@ -46,20 +62,30 @@ def make_step(
     """
 
     # Adapters stand whole on every device: their gradient is summed over devices only once.
+    on_shards = lambda loss: loss
     if placement and all(s.is_fully_replicated for s in jax.tree.leaves(placement.student)):
-        method = per_shard(method, (False, False, False, True, True, False))
+        on_shards = lambda loss: per_shard(loss, (False, False, False, True, True, False))
 
-    def micro(state, base, carry, item):
-        total, number = carry
-        batch, shape = item
-        key = jax.random.fold_in(step_key(seed, state.step), number)
-        noise_key, method_key = jax.random.split(key)
-        noise = jax.tree.map(constrain_batch, draw(noise_key, shape))
-        target = jax.lax.stop_gradient(state.student) if state.teacher is None else state.teacher
-        losses, gradient = method(state.student, target, base, batch, noise, method_key)
-        if placement:
-            gradient = jax.lax.with_sharding_constraint(gradient, placement.student)
-        return (jax.tree.map(jnp.add, total, gradient), number + 1), losses
+    def learn(loss, draw, teacher, state, base, batch, shape, total, first=0, factor=None):
+        """`total` and the gradients of the micro-batches of `batch`; and the losses of each.
+
+        first: the number of the first one in the step. factor: of the gradients.
+        """
+
+        def micro(carry, batch):
+            total, number = carry
+            key = jax.random.fold_in(step_key(seed, state.step), number)
+            noise_key, loss_key = jax.random.split(key)
+            noise = jax.tree.map(constrain_batch, draw(noise_key, shape))
+            losses, gradient = loss(state.student, teacher, base, batch, noise, loss_key)
+            if placement:
+                gradient = jax.lax.with_sharding_constraint(gradient, placement.student)
+            if factor is not None:
+                gradient = jax.tree.map(lambda g: factor * g, gradient)
+            return (jax.tree.map(jnp.add, total, gradient), number + 1), losses
+
+        (total, _), losses = jax.lax.scan(micro, (total, first), batch)
+        return total, losses
 
     everywhere = None  # every process reads the metrics
     if placement is not None:
@@ -77,14 +103,30 @@ def make_step(
         base: Tree,
         batch: Tree,
         number: jax.Array | int | None = None,
+        anchors: Tree | None = None,
         *,
         latent: tuple[int, ...],
     ):
+        zeros = lambda: jax.tree.map(jnp.zeros_like, state.student)
+        target = jax.lax.stop_gradient(state.student) if state.teacher is None else state.teacher
         count = len(jax.tree.leaves(batch)[0])
-        zeros = jax.tree.map(jnp.zeros_like, state.student)
-        body = lambda carry, item: micro(state, base, carry, (item, latent))
-        (gradient, _), losses = jax.lax.scan(body, (zeros, 0), batch)
-        gradient = jax.tree.map(lambda g: g / count, gradient)
+        own = on_shards(method), draw, target, state, base, batch, latent
+        gradient, losses = learn(*own, zeros())
+        loss, of_anchors = jnp.mean(losses.total), {}
+        if anchors is not None:
+            more, size = jax.tree.leaves(anchors)[0].shape[:2]
+            start = {"teacher": lambda: target, "off": zeros, "copy": lambda: state.start}
+            held = on_shards(anchor.loss), start_noise, start[anchor.start](), state, base
+            gradient = jax.tree.map(lambda g: (1 - anchor.share) / count * g, gradient)
+            gradient, found = learn(
+                *held, anchors, (size, *latent[1:]), gradient, count, anchor.share / more
+            )
+            of_anchors = {
+                "anchor_loss": jnp.mean(found.total),
+                "anchor_gap": jnp.sqrt(jnp.nanmean(found.mse)),
+            }
+        else:
+            gradient = jax.tree.map(lambda g: g / count, gradient)
         updates, opt_state = tx.update(gradient, to_device(state.opt_state), state.student)
         student = optax.apply_updates(state.student, updates)
         shadow = state.teacher
@@ -93,9 +135,8 @@ def make_step(
             rate = jnp.where(warm, 1 - teacher.warmup_decay, 1 - teacher.decay)
             shadow = ema(to_device(shadow), student, rate.astype(jnp.float32))
         grad_norm = optax.tree.norm(gradient)
-        loss = jnp.mean(losses.total)
         finite = {
-            "loss": jnp.isfinite(loss),
+            "loss": jnp.isfinite(loss + of_anchors.get("anchor_loss", 0)),
             "gradient": jnp.isfinite(grad_norm),
             "student": all_finite(student),
             # Only an EMA makes new numbers; any other teacher has passed this check before.
@@ -107,6 +148,7 @@ def make_step(
             "loss_per_step": jnp.nanmean(losses.per_step, axis=0),
             "gap": jnp.sqrt(jnp.nanmean(losses.mse)),
             "grad_norm": grad_norm,
+            **of_anchors,
             "lr": jnp.asarray(lr(state.step), jnp.float32),
             "finite": jnp.stack([finite[part] for part in PARTS]),
         }
@@ -114,7 +156,9 @@ def make_step(
         if number is not None:
             good &= state.step == number
         new = TrainState(state.step + 1, student, shadow, opt_state)
-        state = jax.tree.map(lambda new, old: jnp.where(good, new, to_device(old)), new, state)
+        old, start = state._replace(start=None), state.start
+        state = jax.tree.map(lambda new, old: jnp.where(good, new, to_device(old)), new, old)
+        state = state._replace(start=start)
         return state._replace(step=new.step) if skip else state, metrics
 
     return step

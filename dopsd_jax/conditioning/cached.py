@@ -1,0 +1,124 @@
+"""Features in a cache by content, computed where they are missing."""
+
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+from jaxtyping import Float
+from ml_collections import ConfigDict
+
+from dopsd_jax.common.progress import Progress
+from dopsd_jax.conditioning.encoding import PRIOR, Encoder
+from dopsd_jax.data.cache import FeatureCache, feature_key
+from dopsd_jax.data.dataset import Dataset
+from dopsd_jax.data.images import crop_name
+from dopsd_jax.data.prepared import Caption
+from dopsd_jax.families.base import STUDENT, TEACHER, Family
+from dopsd_jax.families.base import Features as Arrays
+from dopsd_jax.families.pipeline import Pipeline
+from dopsd_jax.methods import registry
+from dopsd_jax.methods.method import Needs
+from dopsd_jax.parallel import multihost
+
+DIGESTS = "digests.json"
+ROLE_NAMES = ("student", "teacher")  # in the keys of the cache
+
+
+def sees_picture(config: ConfigDict, family: Family) -> bool:
+    """Whether the teacher is shown the row's picture: only then are its own encoders needed."""
+    context = config.teacher.context
+    return registry.needs(config).teacher and family.CONTEXTS.get(context, False)
+
+
+class CachedFeatures:
+    """See `features.Store`. `needs`: of the data set."""
+
+    def __init__(
+        self, pipe: Pipeline, dataset: Dataset, config: ConfigDict, folder: Path, needs: Needs
+    ):
+        self.dataset, self.config = dataset, config
+        self.cache = FeatureCache(folder)
+        self.encoder = Encoder(pipe, dataset, config)
+        self.needs = needs
+        self.shown = needs.teacher and sees_picture(config, pipe.family)
+        memo = Path(folder) / DIGESTS
+        seen = ("vae",) * bool(dataset.references)
+        self.encoders = [dict.fromkeys((*own, *seen)) for own in pipe.ENCODERS]
+        roles = (STUDENT, TEACHER) if self.shown else (STUDENT,)
+        names = [name for role in roles for name in self.encoders[role]] + [
+            "vae"
+        ] * self.needs.target
+        digest = lambda name: f"{pipe.part_digest(name, memo)} {config.dtype}"
+        self.digests = {name: digest(name) for name in dict.fromkeys(names)}
+        self.picture, self.edited = self.encoder.image, self.encoder.edited
+
+    def wanted(self) -> dict[Caption, list[int]]:
+        """The kinds of features that each caption needs."""
+        kinds = [STUDENT, *[TEACHER] * self.shown, *[PRIOR] * self.needs.prior]
+        wanted = {caption: kinds for caption in self.dataset.captions(self.dataset.prompt_keys)}
+        key = registry.teacher_key(self.config) if self.needs.teacher else None
+        if key is not None and key not in self.dataset.prompt_keys:
+            wanted |= {caption: [STUDENT] for caption in self.dataset.captions([key])}
+        return wanted
+
+    def key(self, caption: Caption, kind: int) -> str:
+        """Where the cache has a caption's features."""
+        role, row = TEACHER if kind == TEACHER else STUDENT, caption[0]
+        seen = [self._picture(row)] if role == TEACHER else []
+        if self.dataset.references:
+            crop = self.config.data.reference_crop
+            own = self.dataset.references[row]
+            seen = [*((one.digest, f"{crop} {one.size}") for one in own), *seen]
+        return feature_key(
+            role=ROLE_NAMES[role],
+            prompt=self.encoder.text(caption, kind),
+            encoder=" ".join(self.digests[name] for name in self.encoders[role]),
+            options=self.encoder.options[role],
+            pictures=seen,
+        )
+
+    def latent_key(self, row: int) -> str:
+        """Where the cache has the latent of a row's picture."""
+        digest, pictures = self.digests["vae"], [self._picture(row)]
+        return feature_key(role="latent", prompt="", encoder=digest, options={}, pictures=pictures)
+
+    def _picture(self, row: int) -> tuple[str, str]:
+        return self.dataset.infos[row].digest, crop_name(*self.dataset.buckets[row])
+
+    def compute(self) -> None:
+        """Computes what the cache lacks. Raises `UserError` before with all over-long captions."""
+        # What is cached has passed this check before.
+        wanted = self.wanted()
+        keys = {(c, kind): self.key(c, kind) for c, kinds in wanted.items() for kind in kinds}
+        missing = set(self.cache.missing(keys.values()))
+        todo: dict[Caption, list[int]] = {}
+        for (caption, kind), key in keys.items():
+            if key in missing:
+                missing.remove(key)  # captions may be equal
+                todo.setdefault(caption, []).append(kind)
+        self.encoder.shapes({caption: wanted[caption] for caption in todo})
+        made = self.encoder.encode(todo)
+        total = sum(map(len, todo.values()))
+        quiet = not multihost.is_first()
+        progress = Progress("encoding captions and images", total, quiet=quiet)
+        for caption, kind, features in progress.over(made):
+            self.cache.put(keys[caption, kind], features)
+        if self.needs.target:
+            rows = {self.latent_key(row): row for row in range(len(self.dataset.rows))}
+            lacking = self.cache.missing(rows)
+            progress = Progress("encoding pictures to latents", len(lacking), quiet=quiet)
+            for key in progress.over(lacking):
+                self.cache.put(key, {"latent": self.encoder.latent(rows[key])})
+
+    def shapes(self, kind: int, keys: Sequence[str]) -> Iterable[Mapping[str, tuple[int, ...]]]:
+        """See `Store`."""
+        entries = {self.key(caption, kind) for caption in self.dataset.captions(keys)}
+        return map(self.cache.shapes, entries)
+
+    def load(self, caption: Caption, kinds: Sequence[int]) -> tuple[Arrays, ...]:
+        """See `Store`."""
+        return tuple(self.cache.load(self.key(caption, kind)) for kind in kinds)
+
+    def latent(self, row: int) -> Float[np.ndarray, "h w c"]:
+        """See `Store`."""
+        return self.cache.load(self.latent_key(row))["latent"]

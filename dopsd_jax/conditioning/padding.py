@@ -1,0 +1,33 @@
+"""One length for the features of all batches, so that a step is compiled once."""
+
+from collections.abc import Iterable, Mapping
+
+from dopsd_jax.common.errors import UserError
+from dopsd_jax.data.padding import padded_length
+from dopsd_jax.families.base import PaddedLengths
+from dopsd_jax.families.pipeline import Pipeline
+
+ROWS = 64  # lengths are multiples of it
+
+
+def padded_rows(
+    shapes: Iterable[Mapping[str, tuple[int, ...]]],
+    pipe: Pipeline,
+    role: int,
+    where: str = "config.data.path",
+) -> PaddedLengths:
+    """One padded length for all features of these shapes, for each name that varies.
+
+    Raises `UserError` for features that are longer than the model takes; they come from `where`.
+    """
+    limits, longest = pipe.limits(role), {}
+    for found in shapes:
+        for name in limits.keys() & found.keys():
+            longest[name] = max(longest.get(name, 1), found[name][0])
+    for name, rows in longest.items():
+        if rows > limits[name].shape[0]:
+            raise UserError(
+                f"{where}: holds captions of {rows} tokens, the model takes "
+                f"{limits[name].shape[0]}; leave them out"
+            )
+    return {name: padded_length(n, ROWS, limits[name].shape[0]) for name, n in longest.items()}
