@@ -18,6 +18,7 @@ from dopsd_jax.run.build import open_pipeline
 from dopsd_jax.weights.safetensors_io import TensorFiles
 
 pytestmark = pytest.mark.slow
+ANCHORS = ROOT / "tests" / "data" / "anchors.txt"
 
 
 @pytest.fixture(scope="module")
@@ -28,7 +29,8 @@ def folder(tmp_path_factory):
     fields = {
         "family": "second", "teacher.context": "reference", "grid": "own4", "steps": 4,
         "checkpoint_every": 2, "sample_every": 4, "sample_rows": 1, "lora.rank": 4,
-        "data.resolution": 64, "data.buckets": "64x64,72x56",
+        "data.resolution": 64, "data.buckets": "64x64,72x56", "anchor.share": 0.25,
+        "anchor.prompts": ANCHORS,
     }  # fmt: skip
     config = ["--config=zimage:random", *(f"--config.{n}={v}" for n, v in fields.items())]
     whole, again = [*config, f"--workdir={out / 'whole'}"], f"--workdir={out / 'again'}"
@@ -75,13 +77,19 @@ def same(a, b):
         np.testing.assert_array_equal(a[name], b[name], err_msg=name)
 
 
+def records(run):
+    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+
+
 def losses(run):
-    return [json.loads(line)["loss"] for line in (run / "metrics.jsonl").read_text().splitlines()]
+    """Of the rows and of the anchors."""
+    return [[record["loss"], record["anchor_loss"]] for record in records(run)]
 
 
 def test_it_learns_and_a_resumed_run_is_the_whole_run(folder):
     found = losses(folder / "whole")
-    assert len(found) == 4 and all(loss > 0 for loss in found)
+    assert len(found) == 4 and all(loss > 0 for loss, _ in found)
+    assert [loss > 0 for _, loss in found] == [False, True, True, True]  # it starts at the start
     assert losses(folder / "again") == found
     step = "lora/step_4.safetensors"
     same(arrays(folder / "whole" / step), arrays(folder / "again" / step))

@@ -51,7 +51,8 @@ class Encoder:
 
     def pictures(self, row: int, kind: int) -> list[np.ndarray]:
         """What is shown with a caption of the row."""
-        return [*self.references(row), *[self.image(row)] * (kind == TEACHER)]
+        own = [self.image(row)] if kind == TEACHER else []
+        return [*self.references(row), *own]
 
     def latent(self, row: int) -> Float[np.ndarray, "h w c"]:
         """The picture's clean latent, float32: the mean of the posterior."""

@@ -1,0 +1,241 @@
+"""The on-policy anchor: laws of its step, of its prompts, and of how many there are."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from conftest import relative_error
+from test_dopsd import GRID, SHAPE, toy_denoiser, world
+
+from dopsd_jax import dopsd
+from dopsd_jax.common.errors import UserError
+from dopsd_jax.conditioning import anchors
+from dopsd_jax.config import schema
+from dopsd_jax.config.loading import load
+from dopsd_jax.data.table import DataRow
+from dopsd_jax.methods import anchor, registry
+from dopsd_jax.methods.method import Teacher
+from dopsd_jax.training import state, train_step
+
+CONCEPT = {"anchor.share": "0.25", "anchor.concept_word": "dax", "anchor.class_word": "dog"}
+
+
+def config(**fields):
+    return load("zimage:random", {"anchor.share": "0.25"} | fields)
+
+
+@pytest.mark.parametrize(
+    ("size", "accumulate", "share", "devices", "expected"),
+    [
+        (6, 1, 0.25, 1, (1, 2)),  # a quarter of eight images
+        (6, 1, 0.5, 1, (1, 6)),
+        (1, 4, 0.1, 1, (1, 1)),  # at least one
+        (2, 2, 0.6, 1, (3, 2)),  # no micro-batch is larger than those of the rows
+        (8, 2, 0.25, 4, (1, 8)),
+        (32, 1, 0.1, 8, (1, 8)),
+    ],
+)
+def test_anchors_come_in_micro_batches_that_devices_can_share(
+    size, accumulate, share, devices, expected
+):
+    given = {"batch_size": size, "accumulate": accumulate, "anchor": {"share": share}}
+    assert anchor.micro_batches(given, devices) == expected
+    count, own = expected
+    assert own % devices == 0 and own <= size
+    assert count * own >= size * accumulate * share / (1 - share) - 1e-9
+
+
+@pytest.mark.parametrize(
+    ("fields", "where"),
+    [
+        ({"anchor.share": "0"}, ""),
+        ({}, "off"),
+        ({"lora.init_from": "x.safetensors"}, "copy"),
+        ({"train": "full"}, "copy"),
+        ({"train": "full", "anchor.teacher": "teacher"}, "teacher"),
+        ({"train": "full", "teacher.weights": "frozen"}, "teacher"),
+        ({"train": "full", "method": "pso"}, "teacher"),
+        ({"train": "full", "method": "sft"}, "copy"),
+    ],
+)
+def test_a_copy_of_the_start_is_kept_only_where_nothing_else_has_it(fields, where):
+    own = config(**fields)
+    assert anchor.start(own, registry.teacher(own)) == where
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"anchor.prompts": "class"}, "anchor.class_word: is empty; name what the concept is"),
+        ({"anchor.prompts": "new_words"}, "anchor.concept_word: is empty, and so is"),
+        ({"anchor.prompts": ""}, "anchor.prompts: is empty; name general, class, new_words, or a"),
+        ({"anchor.share": "1"}, "anchor.share: 1.0 must be at most 0.9"),
+        (
+            {"anchor.teacher": "teacher", "method": "sft"},
+            "anchor.teacher: names the teacher, which has no weights of its own with config.method",
+        ),
+        ({"method": "sft", "loss": "velocity"}, None),  # of the anchors
+    ],
+)
+def test_what_does_not_go_together_is_told(fields, message):
+    if message is None:
+        schema.check(config(**fields), fields)
+        return
+    with pytest.raises(UserError, match=message):
+        schema.check(config(**fields), fields)
+
+
+def test_fields_of_anchors_mean_nothing_without_them():
+    given = {"anchor.prompts": "class"}
+    with pytest.raises(UserError, match=r"anchor.prompts: has no effect with config.anchor.share"):
+        schema.check(load("zimage:random", given), given)
+
+
+# --- the step
+
+LATENT = SHAPE
+ROWS = 2  # micro-batches
+
+
+def pieces(start="off", share=0.25, weights="ema"):
+    base, adapters, _, contexts, _ = world()
+    net, teacher = toy_denoiser(), Teacher(weights, decay=0.5)
+
+    def rows(student, teacher, base, contexts, noise, key):
+        nodes = dopsd.make_nodes(GRID, "x0", "all", key)
+        return dopsd.loss_and_gradient(net, student, teacher, base, contexts, noise, nodes)
+
+    def held(student, start, base, context, noise, key):
+        return rows(student, start, base, dopsd.Contexts(context, context), noise, key)
+
+    tx = optax.sgd(1.0)
+    step = train_step.make_step(
+        rows, tx, teacher, lambda _: 1.0, 0,
+        anchor=train_step.Anchor(held, start, share) if share else None,
+    )  # fmt: skip
+    batch = jax.tree.map(lambda x: jnp.stack([x] * ROWS), contexts)
+    prompts = jax.random.normal(jax.random.key(9), (1, 2, 3))
+    return step, tx, teacher, base, adapters, batch, prompts
+
+
+def move(start="off", share=0.25, student=None, with_anchors=True):
+    """(what one step of rate 1 takes away, metrics)."""
+    step, tx, teacher, base, adapters, batch, prompts = pieces(start, share)
+    adapters = adapters if student is None else student
+    begun = state.create(adapters, teacher, tx, start == "copy")
+    given = prompts if with_anchors else None
+    new, metrics = step(begun, base, batch, 0, given, latent=LATENT)
+    return jax.tree.map(lambda a, b: np.asarray(a - b), adapters, new.student), metrics
+
+
+def test_the_gradient_is_the_weighted_mean_of_rows_and_anchors():
+    rows, _ = move(share=0.25, with_anchors=False)
+    quarter, half = move(share=0.25)[0], move(share=0.5)[0]
+    # Two shares give the gradient of the anchors twice.
+    first = jax.tree.map(lambda g, r: (g - 0.75 * r) / 0.25, quarter, rows)
+    second = jax.tree.map(lambda g, r: (g - 0.5 * r) / 0.5, half, rows)
+    for a, b in zip(jax.tree.leaves(first), jax.tree.leaves(second), strict=True):
+        assert np.abs(a).max() > 1e-3 and relative_error(a, b) < 1e-4
+
+
+def test_at_the_start_nothing_pulls():
+    _, adapters, *_ = world()
+    off = jax.tree.map(jnp.zeros_like, adapters)
+    for start, student in (("off", off), ("copy", adapters)):
+        rows, _ = move(share=0.25, student=student, with_anchors=False)
+        both, metrics = move(start, share=0.25, student=student)
+        assert float(metrics["anchor_gap"]) == float(metrics["anchor_loss"]) == 0
+        for a, b in zip(jax.tree.leaves(both), jax.tree.leaves(rows), strict=True):
+            np.testing.assert_allclose(a, 0.75 * b, rtol=1e-6, atol=1e-8)
+
+
+def test_the_start_stays_where_it_was():
+    step, tx, teacher, base, adapters, batch, prompts = pieces("copy")
+    now = state.create(adapters, teacher, tx, keep_start=True)
+    for n in range(2):
+        now, metrics = step(now, base, batch, n, prompts, latent=LATENT)
+    assert float(metrics["anchor_gap"]) > 1e-3
+    for kept, first in zip(jax.tree.leaves(now.start), jax.tree.leaves(adapters), strict=True):
+        np.testing.assert_array_equal(kept, first)
+
+
+def test_without_anchors_the_state_is_what_it_was():
+    _, tx, teacher, _, adapters, *_ = pieces(share=0)
+    assert state.create(adapters, teacher, tx).start is None
+
+
+# --- the prompts
+
+
+def rows(*texts):
+    return [DataRow(None, (("text", text),), f"row {i}") for i, text in enumerate(texts)]
+
+
+def chosen(kinds, *texts, **fields):
+    own = load("zimage:random", CONCEPT | {"anchor.prompts": kinds} | fields)
+    return anchors.choose(own, rows(*texts), ("text",))
+
+
+def test_the_class_and_new_words_take_the_place_of_the_concepts_word():
+    found = chosen("class", "a dax on grass", "the dax, daxes")
+    assert [p.text for p in found] == ["a dog on grass", "the dog, daxes"]
+    found = chosen("new_words", "a dax on grass", "the dax, daxes")
+    assert len(found) > 200 and not any("dax " in p.text for p in found)
+    words = {p.text.split()[1] for p in found if p.text.endswith("on grass")}
+    assert len(words) > 100 and all(w.isalpha() for w in words)
+    assert found == chosen("new_words", "a dax on grass", "the dax, daxes")
+
+
+def test_captions_without_the_word_are_told_all_at_once():
+    with pytest.raises(UserError) as caught:
+        chosen("class", "a dax", "a cat", "a hat")
+    assert [p.split(":")[0] for p in caught.value.problems] == ["row 1", "row 2"]
+
+
+def test_a_file_of_prompts_is_read_by_lines_and_each_text_counts_once(tmp_path):
+    path = tmp_path / "prompts.txt"
+    path.write_text("one thing\n\n two things \none thing\n")
+    found = chosen(f"{path},class", "a dax")
+    assert [(p.where, p.text) for p in found][:2] == [
+        (f"{path}:1", "one thing"), (f"{path}:3", "two things"),
+    ]  # fmt: skip
+    path.write_bytes(b"\xff\xfe")
+    with pytest.raises(UserError, match=f"anchor.prompts {path}: "):
+        chosen(str(path))
+    with pytest.raises(UserError, match=r"no such file; name a text file of prompts in config.a"):
+        chosen(str(tmp_path / "none.txt"))
+
+
+class Turns(anchors.Anchors):
+    """Anchors with nothing but their prompts."""
+
+    def __init__(self, micro, *counts):
+        self.micro, self.seed = micro, 5
+        ends = np.cumsum(counts)
+        self.kinds = [np.arange(e - n, e) for n, e in zip(counts, ends, strict=True)]
+
+
+def test_kinds_take_turns_and_every_prompt_comes_before_one_comes_again():
+    turns = Turns(anchor.Micro(2, 3), 3, 9)
+    found = [n for step in range(6) for n in turns.numbers(step)]
+    first, second = found[::2], found[1::2]
+    assert all(n < 3 for n in first) and all(n >= 3 for n in second)
+    assert [sorted(first[i : i + 3]) for i in range(0, 18, 3)] == [[0, 1, 2]] * 6
+    assert [sorted(second[i : i + 9]) for i in (0, 9)] == [list(range(3, 12))] * 2
+    assert second[:9] != second[9:]  # every round has its own order
+    assert turns.numbers(4) == found[24:30]  # of the step alone
+
+
+def test_the_digest_tells_other_prompts(tmp_path):
+    sets = [chosen("class", "a dax"), chosen("class", "the dax")]
+    digests = []
+    for prompts in sets:
+        own = Turns(anchor.Micro(1, 1), len(prompts))
+        own.prompts = anchors.prompt_set(prompts)
+        digests.append(own.digest())
+    assert len(set(digests)) == 2
+
+
+def test_the_general_prompts_are_there():
+    assert len(chosen("general")) == 500
