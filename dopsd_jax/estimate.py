@@ -35,6 +35,8 @@ from dopsd_jax.estimation import abstract_step, compiled_step, flops, remedies, 
 from dopsd_jax.estimation.abstract_step import Workload
 from dopsd_jax.estimation.compiled_step import Report
 from dopsd_jax.families.base import STUDENT, TEACHER
+from dopsd_jax.methods import anchor
+from dopsd_jax.parallel.sharding import BATCH_AXES
 
 
 def main() -> int:
@@ -72,11 +74,18 @@ def describe(report: Report, config: ConfigDict, case: Workload) -> list[str]:
         f"{what}, {report.images} images a step of {case.height} x {case.width}, captions of "
         f"{case.rows_student} and {case.rows_teacher} rows, {case.references} references; "
         f"attention {report.attention}, remat {config.remat}, base {config.base_dtype}",
+        *_anchors(config, report),
         *_memory(report),
         *_work(report, devices),
         *_traffic(report),
         *_verdict(report),
     ]
+
+
+def _anchors(config: ConfigDict, report: Report) -> list[str]:
+    devices = math.prod(report.mesh[axis] for axis in BATCH_AXES)
+    micro = anchor.micro_batches(config, devices)
+    return [f"beside them {micro.count} x {micro.size} anchors"] if micro else []
 
 
 def _memory(report: Report) -> list[str]:

@@ -154,7 +154,9 @@ def train(config: ConfigDict, workdir: epath.Path) -> int | None:
         if fault is None:
             return
         if multihost.is_first():
-            path = write_incident(workdir, fault, record, batches.batch(step - 1), dataset)
+            prompts = anchors.texts(step - 1) if anchors else ()
+            batch = batches.batch(step - 1)
+            path = write_incident(workdir, fault, record, batch, dataset, prompts)
             progress.note(f"step {step}: {fault}; its batch: {path}")
         if guard.must_stop(config.nonfinite):
             kept = int(state.step)  # what is not finite never enters the state

@@ -32,6 +32,7 @@ KLEIN = flux2_config.Flux2Config(
     axes_dims=(4, 4, 4, 4), time_frequencies=32,
 )  # fmt: skip
 REFINED = dataclasses.replace(CFG, refiner_layers=1)  # dear to compile: on one mesh only
+ALL = "fsdp, context, tensor"
 MESHES = {
     "one": {"data": 1},
     "one, refined": {"data": 1},
@@ -39,16 +40,14 @@ MESHES = {
     "fsdp": {"fsdp": 8},
     "context": {"context": 8},
     "tensor": {"data": 2, "tensor": 4},
-    "fsdp, tensor": {"data": 2, "fsdp": 2, "tensor": 2},
-    "fsdp, context, tensor, refined": {"fsdp": 2, "context": 2, "tensor": 2},
+    f"{ALL}, refined": {"fsdp": 2, "context": 2, "tensor": 2},
+    ALL: {"fsdp": 2, "context": 2, "tensor": 2},
 }
-OFFLOADED = "fsdp, context, tensor, refined"  # in full fine-tuning
-LEFT = ("fsdp, tensor", "context")  # to the mesh of all three, as other pairs are in both modes
+# Each axis alone in one of the modes at least, all together in both; refiners in one.
 CASES = [
-    (mode, mesh)
-    for mode in ("lora", "full")
-    for mesh in MESHES
-    if mode == "lora" or mesh not in LEFT
+    *(("lora", mesh) for mesh in ("one", "one, refined", "data", "fsdp", "context")),
+    ("lora", f"{ALL}, refined"),
+    *(("full", mesh) for mesh in ("one", "fsdp", "tensor", ALL)),
 ]
 RANK, BATCH, LATENT, STEPS = 4, 8, (8, 4, 6, 16), 2
 # No number of tokens (6 image tokens are padded to 32) is a side of a kernel.
@@ -105,7 +104,7 @@ def run(name, mode, graphdef, student, base):
 
     with jax.set_mesh(mesh):
         train = state.create(student, teacher, tx)
-        offloaded = ("teacher", "optimizer") if name == OFFLOADED and mode == "full" else ()
+        offloaded = ("teacher", "optimizer") if (mode, name) == ("full", ALL) else ()
         placement = state.offload(sharding.state_shardings(train, mesh), train, offloaded)
         train = jax.device_put(train, placement)
         base = jax.device_put(base, sharding.state_shardings(base, mesh))

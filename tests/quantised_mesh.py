@@ -14,7 +14,7 @@ from dopsd_jax.families.zimage import family
 from dopsd_jax.models import quantised, zimage
 from dopsd_jax.parallel import sharding
 
-MESHES = ({"fsdp": 8}, {"data": 2, "fsdp": 2, "tensor": 2})
+MESHES = ({"data": 2, "fsdp": 2, "tensor": 2}, {"fsdp": 8})
 
 
 def gradient(parts, mesh):
@@ -43,7 +43,7 @@ def main():
         attach.attach(net, chosen, 4, 8.0, jax.random.key(1))
         parts = nnx.split(net, nnx.LoRAParam, ...)
         expected, _ = gradient(parts, sharding.make_mesh({"data": 1}, jax.devices()[:1]))
-        for sizes in MESHES:
+        for sizes in MESHES if scheme == "nf4" else MESHES[:1]:
             found, split = gradient(parts, sharding.make_mesh(sizes))
             error = np.abs(found - expected).max() / np.abs(expected).max()
             assert error < 1e-5, (scheme, sizes, error)

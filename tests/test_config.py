@@ -5,7 +5,7 @@ import json
 import pytest
 from conftest import ROOT, run_program
 
-from dopsd_jax.common.config_fields import Field, as_list, name_or_list
+from dopsd_jax.common.config_fields import POSITIVE, Field, as_list, name_or_list
 from dopsd_jax.common.errors import UserError
 from dopsd_jax.config import changes, flags, loading, schema
 from dopsd_jax.config.fields import choices, conditions, declared, defaults
@@ -86,7 +86,8 @@ def test_conditions_name_fields_and_values_that_there_are():
     fields = declared()
     for field in fields.values():
         for name, needed in conditions(field).items():
-            assert set(needed) <= set(choices(fields[name]))
+            assert needed is POSITIVE or set(needed) <= set(choices(fields[name]))
+            assert needed is not POSITIVE or fields[name].kind in ("int", "float")
 
 
 def test_defaults_are_of_all_fields_and_right():

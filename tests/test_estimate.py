@@ -87,6 +87,8 @@ def test_a_report_reads_well(local_report):
         ({}, 4 * 4),  # master, teacher, two moments, of four bytes
         ({"moments_dtype": "bfloat16"}, 4 + 4 + 2 + 2),
         ({"teacher.weights": "live"}, 4 + 2 * 4),
+        ({"anchor.share": 0.25}, 5 * 4),  # and the start
+        ({"anchor.share": 0.25, "teacher.weights": "frozen"}, 4 * 4),
         ({"offload": "teacher,optimizer"}, 4),
     ],
 )

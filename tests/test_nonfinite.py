@@ -153,11 +153,12 @@ def test_the_batch_of_an_incident_is_named(tmp_path):
     shape = Shape(Bucket(64, 48))
     batch = BatchIndex(6, shape, np.array([2, 0]), ("long", "text"), np.array([1, 0]))
     metrics = record(7, np.float32("nan"))
-    path = write_incident(tmp_path, "it broke", metrics, batch, SimpleNamespace(rows=rows))
+    data, prompts = SimpleNamespace(rows=rows), ("a red boat",)
+    path = write_incident(tmp_path, "it broke", metrics, batch, data, prompts)
     found = json.loads(path.read_text())
     assert path.name == "step_7.json" and found["why"] == "it broke"
     assert found["metrics"] == {"step": 7, "loss": None, "grad_norm": 1.0}
-    assert found["size"] == [64, 48]
+    assert found["size"] == [64, 48] and found["anchors"] == ["a red boat"]
     assert found["samples"] == [
         {
             "row": "file:2", "image": str(tmp_path / "2.png"), "prompt_key": "long",

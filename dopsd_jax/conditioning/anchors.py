@@ -80,6 +80,10 @@ class Anchors:
             found.append(int(own[turn(each, len(own), self.seed, kind)]))
         return found
 
+    def texts(self, step: int) -> list[str]:
+        """The prompts of a step."""
+        return [self.prompts.rows[number].captions[0][1] for number in self.numbers(step)]
+
     def batch(self, step: int, places: Int64[np.ndarray, " p"]) -> Tree:
         """Their contexts, with a leading axis of micro-batches; `places`: of each, to load here."""
         numbers = np.reshape(self.numbers(step), self.micro)[:, places]
@@ -184,7 +188,7 @@ def settings(config: ConfigDict, pipe: Pipeline, folder: Path) -> Mapping[str, o
     """What prepared anchors depend on; encoders that are not here are left out."""
     names = [name for name in pipe.ENCODERS[STUDENT] if pipe.part_folder(name).is_dir()]
     own = {n: config.anchor[n] for n in ("prompts", "concept_word", "class_word")}
-    own["prompts"] = as_list(own["prompts"])
+    own["prompts"] = list(as_list(own["prompts"]))
     digests = {name: pipe.part_digest(name, Path(folder) / DIGESTS) for name in names}
     return {"dtype": config.dtype} | own | pipe.options(STUDENT, config.teacher) | digests
 

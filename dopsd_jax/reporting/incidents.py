@@ -1,7 +1,7 @@
 """incidents/step_N.json: the batch of a step that went wrong."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from etils import epath
@@ -14,11 +14,16 @@ from dopsd_jax.training.nonfinite import FOLDER
 
 
 def write_incident(
-    workdir: epath.Path, why: str, metrics: Mapping[str, Any], batch: BatchIndex, dataset: Dataset
+    workdir: epath.Path,
+    why: str,
+    metrics: Mapping[str, Any],
+    batch: BatchIndex,
+    dataset: Dataset,
+    anchors: Sequence[str] = (),
 ) -> epath.Path:
     """Writes incidents/step_N.json: which rows, files and captions the step saw; returns its path.
 
-    `metrics`: the step's record, with `step`.
+    `metrics`: the step's record, with `step`. `anchors`: prompts of the step's anchors.
     """
     samples = []
     for row, key, caption in zip(batch.rows, batch.prompt_keys, batch.captions, strict=True):
@@ -37,6 +42,7 @@ def write_incident(
         "metrics": {name: plain(value) for name, value in metrics.items()},
         "size": list(batch.shape.bucket),
         "samples": samples,
+        "anchors": list(anchors),
     }
     path = workdir / FOLDER / f"step_{step}.json"
     path.parent.mkdir(parents=True, exist_ok=True)
