@@ -237,7 +237,7 @@ def steps(tmp_path_factory):
 @pytest.mark.multiprocess
 def test_a_step_is_the_same_on_four_devices_as_on_one(steps):
     """Start and class pictures, noise and noise levels are drawn on the devices, and by them."""
-    for what in ("loss", "loss_per_step", "gap", "grad_norm", "student"):
+    for what in ("loss", "loss_per_step", "gap", "grad_norm", "anchor_loss", "student"):
         four, one = (steps[f"{mesh}/{what}"] for mesh in ("four", "one"))
         assert relative_error(four, one) < 1e-5, what
 

@@ -102,8 +102,6 @@ BATCH = (
     "--config.data.buckets=96x96",
     "--config.accumulate=2",
     "--config.adam_eps=1e-3",
-    "--config.anchor.share=0.25",
-    f"--config.anchor.prompts={ROOT / 'tests' / 'data' / 'anchors.txt'}",
 )
 
 
