@@ -203,7 +203,10 @@ def test_a_file_of_prompts_is_read_by_lines_and_each_text_counts_once(tmp_path):
     path.write_bytes(b"\xff\xfe")
     with pytest.raises(UserError, match=f"anchor.prompts {path}: "):
         chosen(str(path))
-    with pytest.raises(UserError, match=r"no such file; name a text file of prompts in config.a"):
+    with pytest.raises(
+        UserError,
+        match=r"no such file; config.anchor.prompts takes general, class, new",
+    ):
         chosen(str(tmp_path / "none.txt"))
 
 

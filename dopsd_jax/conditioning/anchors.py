@@ -134,7 +134,8 @@ def choose(config: ConfigDict, rows: Sequence[DataRow], keys: Sequence[str]) -> 
 
 def lines_of(path: Path) -> list[tuple[int, str]]:
     """The lines of a text file of prompts that are not blank, with their numbers from 1."""
-    content = read_bytes(path, advice="name a text file of prompts in config.anchor.prompts")
+    kinds = ", ".join(anchor.KINDS)
+    content = read_bytes(path, advice=f"config.anchor.prompts takes {kinds}, or text files")
     texts, fault = captions_in(content, lines=False)
     if fault:
         raise UserError(f"config.anchor.prompts {path}: {fault}")
