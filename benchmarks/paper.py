@@ -8,9 +8,7 @@ Every run is a line of docs/results.jsonl; a second call goes on where the first
 page is docs/results.md, its pictures are beside it; they need `pip install -e '.[bench]'`.
 """
 
-import fcntl
 import functools
-import json
 import multiprocessing
 import os
 import queue
@@ -26,7 +24,7 @@ import paper_arms
 import paper_page
 from absl import app, flags
 from paper_arms import Arm
-from paper_records import read
+from paper_records import append, read
 
 from dopsd_jax.common.progress import Progress
 
@@ -133,13 +131,6 @@ def end_with_parent() -> None:
         os._exit(1)
 
     threading.Thread(target=watch, daemon=True).start()
-
-
-def append(path: Path, record: dict) -> None:
-    """Adds a line, whole, whatever other processes do."""
-    with path.open("a", encoding="utf-8") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        file.write(json.dumps(record) + "\n")
 
 
 if __name__ == "__main__":

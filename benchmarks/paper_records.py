@@ -1,5 +1,6 @@
 """The records of paper.py by arm, with means over concepts and seeds."""
 
+import fcntl
 import json
 from collections import defaultdict
 from pathlib import Path
@@ -29,6 +30,13 @@ def read(path: Path) -> list[dict]:
         return []
     lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
     return [json.loads(line) for line in lines if line.endswith("\n")]
+
+
+def append(path: Path, record: dict) -> None:
+    """Adds a line, whole, whatever other processes do."""
+    with path.open("a", encoding="utf-8") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        file.write(json.dumps(record) + "\n")
 
 
 def measures(kind: str) -> tuple[str, ...]:

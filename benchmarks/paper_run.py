@@ -99,7 +99,7 @@ class Bench:
         config = load_config({"train": train, "lora.rank": rank})
         pipe, _ = build.open_pipeline(config, self.folder)
         pipe.remat = "unrolled"  # these few narrow layers take nearly twice as long in a scan
-        trainable.trained(config, pipe.config).attach(pipe.transformer)
+        trainable.trained(config, pipe.family, pipe.config).attach(pipe.transformer)
         return pipe
 
     def config(self, data: Path, fields: Mapping[str, object]) -> ConfigDict:
@@ -143,7 +143,7 @@ class Bench:
         features = Features(pipe, dataset, config, build.cache_folder(config, self.folder))
         features.prepare()
         batches = Batches(
-            dataset.rows_by_bucket(),
+            dataset.rows_by_shape(),
             dataset.rows,
             dataset.prompt_keys,
             batch_size=config.batch_size,
@@ -151,11 +151,11 @@ class Bench:
             draw=config.data.prompt_draw,
         )
         now = state.create(start, registry.teacher(config), optimizers.optimizer(config))
-        step, losses = self._step(config, pipe), []
+        step, losses, anchors = self._step(config, pipe), [], features.anchors
         for n in range(config.steps):
-            index = batches.batch(n)
-            batch = features.batch(index, 1)
-            now, metrics = step(config.learning_rate, seed, now, pipe.split[2], batch, n)
+            batch = features.batch(batches.batch(n), 1)
+            held = anchors and anchors.batch(n, np.arange(anchors.micro.size))
+            now, metrics = step(config.learning_rate, seed, now, pipe.split[2], batch, n, held)
             losses.append(metrics["loss"])
             if n + 1 in looks:
                 looks[n + 1](now.student)
@@ -189,7 +189,7 @@ class Bench:
         return {"rounds": rounds}
 
     def _step(self, config: ConfigDict, pipe: Pipeline) -> Callable:
-        """(rate, seed, state, base, batch, number) -> state, metrics."""
+        """(rate, seed, state, base, batch, number, anchors) -> state, metrics."""
         known = config.copy_and_resolve_references()
         # Concepts share a program, and so do rates: the step is linear in a constant rate.
         known.data.path, known.learning_rate = "", 1.0
@@ -201,10 +201,10 @@ class Bench:
             side = config.data.resolution
             latent = (config.batch_size, *pipe.latent_shape(side, side))
 
-            def step(rate, seed, now, base, batch, number):
+            def step(rate, seed, now, base, batch, number, anchors):
                 tx = _at_rate(unit, rate)
                 inner = build.make_step(known, net, schedule, tx, seed=seed)
-                return inner(now, base, batch, number, latent=latent)
+                return inner(now, base, batch, number, anchors, latent=latent)
 
             self.steps[key] = jax.jit(step, donate_argnums=2)
         return self.steps[key]

@@ -1,10 +1,14 @@
 """The page of the experiment says what the records say: verdicts, pairs, and what was not run."""
 
+from pathlib import Path
+
+import jax
 import numpy as np
 import paper_arms
 import paper_claims
 import paper_page
 import paper_records
+import paper_run
 import paper_styles
 import pytest
 
@@ -144,3 +148,28 @@ def test_crispness_of_the_teachers_estimates_is_relative_to_the_base():
     ((name, sigma, concept, crisp),) = paper_records.Records(many).targets()
     assert (name, sigma, concept.value) == ("on-policy", 1.0, pytest.approx(0.5))
     assert crisp.value == pytest.approx(0.5)
+
+
+@pytest.mark.slow
+def test_a_run_goes_through_the_programs_of_today(tmp_path, monkeypatch):
+    """All but the numbers: its step is traced and not compiled."""
+    seen = []
+
+    def only_traced(bench, config, pipe):
+        step = make(bench, config, pipe)
+
+        def trace(rate, seed, now, *rest):
+            seen.append(jax.eval_shape(step, rate, seed, now, *rest)[1])
+            return now, {"loss": 0.0}
+
+        return trace
+
+    make = paper_run.Bench._step
+    monkeypatch.setattr(paper_run.Bench, "_step", only_traced)
+    bench, arm = paper_run.Bench(tmp_path), paper_arms.Arm("dopsd", "lora", RATE)
+    anchors = Path(__file__).with_name("data") / "anchors.txt"
+    lesson = bench.lesson(0)
+    for more in ({}, {"anchor.share": 0.25, "anchor.prompts": str(anchors)}):
+        config = bench.config(lesson.path, arm.fields(lesson.word) | {"steps": 1} | more)
+        bench.train(config, 0, bench.start(config, 0), {})
+    assert [("anchor_gap" in metrics) for metrics in seen] == [False, True]

@@ -13,7 +13,7 @@ from dopsd_jax.evaluation.scorer import Picture
 from dopsd_jax.families.pipeline import Pipeline
 from dopsd_jax.miniature import judge, render, world_scorers
 from dopsd_jax.miniature.world import Concept
-from dopsd_jax.miniature.world_scorers import CONCEPT, ORDINARY
+from dopsd_jax.miniature.world_scorers import CONCEPT, ORDINARY, OTHER
 
 ORDINARY_EACH = 2  # ordinary prompts for each one of the concept
 
@@ -37,6 +37,7 @@ class Exam:
     Args:
       teacher: config.teacher.
       count: prompts of the concept; twice as many ordinary ones are drawn.
+      others: prompts of the concept's arrangements under other new words.
       seed: of prompts and noise. shown: pictures of the data set; their arrangements are not asked.
     """
 
@@ -48,13 +49,15 @@ class Exam:
         word: str,
         *,
         count: int = 6,
+        others: int = 0,
         seed: int = 0,
         shown: Sequence[Picture] = (),
     ):
-        asked = {"concepts": count, "ordinary": ORDINARY_EACH * count}
+        asked = {"concepts": count, "ordinary": ORDINARY_EACH * count, "others": others}
         cases = world_scorers.cases(concept, word, **asked, seed=seed, shown=shown)
         self.concept = [case for case in cases if case.kind == CONCEPT]
         self.ordinary = [case for case in cases if case.kind == ORDINARY]
+        self.others = [case for case in cases if case.kind == OTHER]
         self.painter = Painter(pipe, teacher, batch=count)
         for role, own in ((STUDENT, cases), (TEACHER, self.concept)):
             for _ in self.painter.encode(own, role):
@@ -94,6 +97,9 @@ class Exam:
                 float,
             )
         found["ordinary crispness"] = world_scorers.crispness(images, scenes)
+        if self.others:
+            images = self._draw(trained, self.others, role)
+            found["leaked concept"] = world_scorers.iou(images, [c.truth for c in self.others])
         return found
 
     def _draw(self, trained, cases, role) -> np.ndarray:
