@@ -1,7 +1,7 @@
 """How many anchors, and which: D-OPSD on the miniature with none, some and many.
 
     python benchmarks/anchors.py                   # trains what is missing, then writes the page
-    python benchmarks/anchors.py --part=0 --parts=2   # half of the runs; another process the rest
+    python benchmarks/anchors.py --part=0 --parts=2   # half of the arms; another process the rest
     python benchmarks/anchors.py --only_page
 
 Every run is a line of docs/anchors.jsonl; a second call goes on where the first was stopped. The
@@ -60,8 +60,9 @@ def key(arm: str, concept: int, seed: int) -> str:
 
 def main(_) -> None:
     known = {record["key"] for record in read(RESULTS)}
-    runs = [(arm, c, s) for s in SEEDS for c in CONCEPTS for arm in ARMS]
-    todo = [run for run in runs if key(*run) not in known][PART.value :: PARTS.value]
+    arms = list(ARMS)[PART.value :: PARTS.value]  # by arm: each is compiled in one process only
+    runs = [(arm, c, s) for s in SEEDS for c in CONCEPTS for arm in arms]
+    todo = [run for run in runs if key(*run) not in known]
     if todo and not ONLY_PAGE.value:
         train(todo)
     write_page(read(RESULTS))

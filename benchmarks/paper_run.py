@@ -193,7 +193,8 @@ class Bench:
         known = config.copy_and_resolve_references()
         # Concepts share a program, and so do rates: the step is linear in a constant rate.
         known.data.path, known.learning_rate = "", 1.0
-        known.dreambooth.concept_word = ""  # a matter of the data alone
+        known.dreambooth.concept_word = ""  # a matter of the data alone, as are the next
+        known.anchor.concept_word, known.anchor.prompts = "", ""
         key = known.to_json_best_effort()
         if key not in self.steps:
             schedule = build.make_schedule(config, pipe.family, pipe.scheduler)
