@@ -15,6 +15,7 @@ from dopsd_jax.config import schema
 from dopsd_jax.config.loading import load
 from dopsd_jax.data.table import DataRow
 from dopsd_jax.methods import anchor, registry
+from dopsd_jax.methods.flow_matching import start_noise
 from dopsd_jax.methods.method import Teacher
 from dopsd_jax.training import state, train_step
 
@@ -137,6 +138,24 @@ def test_the_gradient_is_the_weighted_mean_of_rows_and_anchors():
     second = jax.tree.map(lambda g, r: (g - 0.5 * r) / 0.5, half, rows)
     for a, b in zip(jax.tree.leaves(first), jax.tree.leaves(second), strict=True):
         assert np.abs(a).max() > 1e-3 and relative_error(a, b) < 1e-4
+
+
+def test_the_anchors_gradient_is_that_of_the_method_with_the_same_prompt_and_the_start():
+    """Their micro-batch is the one after the rows', and has its noise."""
+    rows, _ = move(share=0.5, with_anchors=False)
+    both, metrics = move(share=0.5)
+    *_, base, adapters, _, prompts = pieces()
+    noise_key, _ = jax.random.split(jax.random.fold_in(state.step_key(0, 0), ROWS))
+    noise = start_noise(noise_key, (2, *LATENT[1:]))
+    context = dopsd.Contexts(prompts[0], prompts[0])
+    nodes = dopsd.make_nodes(GRID, "x0", "all", noise_key)
+    off = jax.tree.map(jnp.zeros_like, adapters)
+    losses, expected = dopsd.loss_and_gradient(
+        toy_denoiser(), adapters, off, base, context, noise, nodes
+    )
+    for b, r, e in zip(*map(jax.tree.leaves, (both, rows, expected)), strict=True):
+        assert np.abs(e).max() > 1e-3 and relative_error((b - 0.5 * r) / 0.5, e) < 1e-5
+    assert relative_error(metrics["anchor_loss"], losses.total) < 1e-6
 
 
 def test_at_the_start_nothing_pulls():

@@ -18,7 +18,7 @@ from dopsd_jax.common.errors import UserError, raise_if
 from dopsd_jax.common.files import read_bytes
 from dopsd_jax.conditioning.cached import DIGESTS, CachedFeatures
 from dopsd_jax.conditioning.encoding import concept_pattern
-from dopsd_jax.conditioning.padding import padded_rows
+from dopsd_jax.conditioning.padding import check_channels, padded_rows
 from dopsd_jax.data.buckets import Bucket
 from dopsd_jax.data.dataset import Dataset, spread
 from dopsd_jax.data.images import ImageInfo
@@ -42,10 +42,7 @@ _SYLLABLES = (("bl", "dr", "fl", "gr", "kl", "pr", "sn", "tr", "v", "z"), "aeiou
 
 
 class Anchors:
-    """The anchors of a run. `micro`: those of a step.
-
-    pipe: None once features are prepared elsewhere. folder: of the cache.
-    """
+    """The anchors of a run. `micro`: those of a step. folder: of the cache."""
 
     def __init__(
         self, pipe: Pipeline, dataset: Dataset, config: ConfigDict, folder: Path, micro: Micro
@@ -205,4 +202,5 @@ def open_prepared(prepared: Prepared, pipe: Pipeline, config: ConfigDict, folder
     found, wanted = Prepared(path), settings(config, pipe, folder)
     names = {name: f"config.anchor.{name}" for name in config.anchor}
     found.check(wanted, {name: names.get(name, name) for name in wanted})
+    check_channels(found, pipe, STUDENT)
     return found

@@ -13,7 +13,7 @@ from dopsd_jax.common.errors import UserError, raise_if
 from dopsd_jax.conditioning.anchors import Anchors
 from dopsd_jax.conditioning.cached import DIGESTS, CachedFeatures, sees_picture
 from dopsd_jax.conditioning.encoding import PRIOR, concept_pattern
-from dopsd_jax.conditioning.padding import padded_rows
+from dopsd_jax.conditioning.padding import check_channels, padded_rows
 from dopsd_jax.data.dataset import Dataset
 from dopsd_jax.data.images import crop_name
 from dopsd_jax.data.loader import BatchIndex
@@ -197,13 +197,4 @@ def check_prepared(prepared: Prepared, pipe: Pipeline, config: ConfigDict, folde
     prepared.check(settings, {n: SETTINGS.get(n, f"config.teacher.{n}") for n in settings})
     roles = (STUDENT, TEACHER) if sees_picture(config, pipe.family) else (STUDENT,)
     for role in roles:
-        limits = pipe.limits(role)
-        for shapes in prepared.shapes(role):
-            wrong = [n for n, like in limits.items() if shapes.get(n, ())[1:] != like.shape[1:]]
-            if wrong:
-                name = wrong[0]
-                have = shapes[name][1:] if name in shapes else "none"
-                raise UserError(
-                    f"{prepared.folder}: its {name} have {have} channels, the model takes "
-                    f"{limits[name].shape[1:]}; prepare the data set with this model's encoder"
-                )
+        check_channels(prepared, pipe, role)

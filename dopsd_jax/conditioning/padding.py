@@ -1,9 +1,10 @@
-"""One length for the features of all batches, so that a step is compiled once."""
+"""The shapes of features: one length for all batches, so that a step is compiled once."""
 
 from collections.abc import Iterable, Mapping
 
 from dopsd_jax.common.errors import UserError
 from dopsd_jax.data.padding import padded_length
+from dopsd_jax.data.prepared import Prepared
 from dopsd_jax.families.base import PaddedLengths
 from dopsd_jax.families.pipeline import Pipeline
 
@@ -31,3 +32,17 @@ def padded_rows(
                 f"{limits[name].shape[0]}; leave them out"
             )
     return {name: padded_length(n, ROWS, limits[name].shape[0]) for name, n in longest.items()}
+
+
+def check_channels(prepared: Prepared, pipe: Pipeline, role: int) -> None:
+    """Raises `UserError` unless a role's prepared features have the model's channels."""
+    limits = pipe.limits(role)
+    for shapes in prepared.shapes(role):
+        wrong = [n for n, like in limits.items() if shapes.get(n, ())[1:] != like.shape[1:]]
+        if wrong:
+            name = wrong[0]
+            have = shapes[name][1:] if name in shapes else "none"
+            raise UserError(
+                f"{prepared.folder}: its {name} have {have} channels, the model takes "
+                f"{limits[name].shape[1:]}; prepare the data set with this model's encoder"
+            )

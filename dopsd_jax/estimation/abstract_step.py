@@ -125,9 +125,8 @@ def _batch(config, case: Workload, features, put: Callable) -> Batch:
 
 def _anchor_features(config, case: Workload):
     """One anchor's context: a caption as long as the student's, without pictures."""
-    dtype = jnp.dtype(config.dtype)
-    rows = case.family.abstract_features
-    return rows(case.size, STUDENT, case.rows_student, dtype, *case.latent, 0)
+    dtype, rows = jnp.dtype(config.dtype), case.rows_student
+    return case.family.abstract_features(case.size, STUDENT, rows, dtype, *case.latent)
 
 
 def _features(config, case: Workload) -> list:

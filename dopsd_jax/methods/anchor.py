@@ -10,7 +10,7 @@ import math
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
-from dopsd_jax.common.config_fields import POSITIVE, Field, as_list
+from dopsd_jax.common.config_fields import NEVER, POSITIVE, Field, as_list
 from dopsd_jax.methods.method import Count, Passes, Teacher
 
 Config = Mapping[str, Any]
@@ -24,19 +24,21 @@ FIELDS = (
     Field("anchor.share", 0.0,
           "weight of the anchors, prompts without pictures on which the student is held to its "
           "start, and their share of a step's images; they come beside batch_size", low=0,
-          high=0.9),
+          high=0.9, change=NEVER),
     Field("anchor.prompts", GENERAL,
           "prompts of the anchors: general (500 shipped ones); class (the captions with "
           "anchor.class_word for the concept's word); new_words (with words that mean nothing); "
-          "or a text file, a prompt a line", "list", when=ON),
+          "or a text file, a prompt a line", "list", when=ON, change=NEVER),
     Field("anchor.concept_word", "",
-          "word of the captions that stands for the concept; empty: data.trigger", when=ON),
+          "word of the captions that stands for the concept; empty: data.trigger", when=ON,
+          change=NEVER),
     Field("anchor.class_word", "",
-          "word, such as dog, that replaces it in prompts of the kind class", when=ON),
+          "word, such as dog, that replaces it in prompts of the kind class", when=ON,
+          change=NEVER),
     Field("anchor.teacher", "start",
           "whose velocity the student is pulled to: start, the network before training (full "
           "fine-tuning keeps a copy); teacher, that of config.teacher", when=ON,
-          choices=("start", "teacher")),
+          choices=("start", "teacher"), change=NEVER),
 )
 # fmt: on
 
