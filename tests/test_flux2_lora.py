@@ -1,9 +1,12 @@
 """LoRA files for FLUX.2-klein: names, sizes and numbers as other programs have them."""
 
+import re
+
 import numpy as np
 import pytest
 from diffusers import Flux2KleinPipeline
 from safetensors.numpy import load_file, save_file
+from scipy.linalg import block_diag
 
 from dopsd_jax import families
 from dopsd_jax.adapters import attach
@@ -12,6 +15,7 @@ from dopsd_jax.conversion.inspection import layers_for
 from dopsd_jax.families.flux2_klein import family
 from dopsd_jax.families.pipeline import lora_layers
 from dopsd_jax.models.flux2_config import Flux2Config
+from dopsd_jax.weights.lora_dialects import WRITTEN
 from dopsd_jax.weights.lora_files import LoraModule, read_lora
 from dopsd_jax.weights.lora_write import write_lora
 from dopsd_jax.weights.safetensors_io import read_header
@@ -79,6 +83,63 @@ def test_every_name_is_in_comfyuis_map_and_the_header_names_the_size(tmp_path, s
         assert set(header.tensors) == {f"{prefix}{name}.{end}" for name in names for end in ends}
         assert header.metadata["modelspec.architecture"] == f"Flux.2-klein-{size}/lora"
     assert layers_for(None, file) == layers  # `convert lora` needs no model for a file of ours
+
+
+def by_hand(modules, prefix, native, underscores=False, ends=("lora_A.weight", "lora_B.weight")):
+    """A file as other programs write it; `native`: the authors' paths, q, k and v fused."""
+    tensors = {}
+    for path, module in modules.items():
+        block, end = re.match(r"(.*?_blocks\.\d+\.|)(.*)", path).groups()
+        down, up, alpha = module.a, module.b, module.scale * module.rank
+        if native:
+            three = next((names for names in QKV if end in names), None)
+            if three and end != three[0]:
+                continue
+            if three:
+                parts = [modules[block + name] for name in three]
+                down = np.concatenate([part.a for part in parts])
+                up, alpha = block_diag(*(part.b for part in parts)), 3 * alpha
+            stream = {QKV[0]: "img_attn.qkv", QKV[1]: "txt_attn.qkv"}.get(three)
+            end = stream or (DOUBLE | SINGLE)[end]
+            block = block.replace("single_transformer_", "single_")
+            block = block.replace("transformer_blocks", "double_blocks")
+        name = block + end
+        stem = prefix + (name.replace(".", "_") if underscores else name)
+        tensors |= {f"{stem}.{ends[0]}": down, f"{stem}.{ends[1]}": up}
+        if "down" in ends[0]:
+            tensors[f"{stem}.alpha"] = np.array(alpha, np.float32)
+    return tensors
+
+
+DOWN = ("lora_down.weight", "lora_up.weight")
+WITH_ALPHA = ("T", "Cd", "K", "Ks", "O", "Y")
+DIALECTS = {
+    "D": lambda m: by_hand(m, "transformer.", False),
+    "T": lambda m: by_hand(m, "transformer.", False, ends=DOWN),
+    "Cs": lambda m: by_hand(m, "diffusion_model.", False),
+    "Cn": lambda m: by_hand(m, "diffusion_model.", True),
+    "Cd": lambda m: by_hand(m, "diffusion_model.", True, ends=DOWN),
+    "K": lambda m: by_hand(m, "lora_unet_", True, True, DOWN),
+    "Ks": lambda m: by_hand(m, "lora_unet_", False, True, DOWN),
+    "O": lambda m: by_hand(m, "lora_transformer_", False, True, DOWN),
+    "Y": lambda m: by_hand(m, "lycoris_", False, True, DOWN),
+    "S": lambda m: by_hand(m, "", False, ends=("lora_A.default.weight", "lora_B.default.weight")),
+    "P": lambda m: by_hand(m, "", False),
+}
+
+
+@pytest.mark.parametrize("case", DIALECTS)
+def test_every_dialect_is_read_and_becomes_any_that_is_written(tmp_path, case):
+    modules, layers = adapters("small", rank=2, scale=2.0 if case in WITH_ALPHA else 1.0)
+    save_file(DIALECTS[case](modules), tmp_path / "x.safetensors")
+    lora = read_lora(tmp_path / "x.safetensors", layers)
+    assert lora.dialect == case and lora.modules.keys() == modules.keys()
+    for dialect in WRITTEN:
+        write_lora(tmp_path / dialect, lora.modules, layers, dialect)
+        back = read_lora(tmp_path / dialect, layers)
+        assert back.dialect == dialect and back.modules.keys() == modules.keys()
+        for path, module in modules.items():
+            np.testing.assert_array_equal(back.modules[path].delta(), module.delta())
 
 
 @pytest.mark.parametrize("dialect", ["D", "Cn", "K"])

@@ -116,6 +116,7 @@ def test_alpha_may_be_any_number(tmp_path, dtype):
         lambda m: _names(m, "_orig_mod."),
         lambda m: native_names(m, "model.diffusion_model."),
         lambda m: native_names(m, "transformer."),
+        lambda m: native_names(m, "base_model.model."),
         lambda m: native_names(m, ""),
     ],
 )

@@ -97,6 +97,7 @@ STYLES: dict[Style, dict[str, str]] = {
     Style("model.diffusion_model.", True): {"ab": "Cn", "down": "Cd"},
     Style("model.diffusion_model.", False): {"ab": "Cs", "down": "Cd"},
     Style("base_model.model.diffusion_model.", True): {"ab": "Cn", "down": "Cd"},
+    Style("base_model.model.", True): {"ab": "Cn", "down": "Cd"},
     Style("transformer.", True): {"ab": "Cn", "down": "Cd"},
     Style("", True): {"ab": "Cn", "down": "Cd"},
 }

@@ -166,8 +166,8 @@ def _why(name: str, part: str | None) -> str:
             return f"belongs to a {what} adapter: not supported; save a plain LoRA"
     if name.startswith(TEXT_ENCODERS):
         return (
-            "is of a text encoder, of which no linear layer is adapted here; "
-            "--transformer-only leaves such layers out"
+            "is of a text encoder, of which no linear layer is adapted here; `python -m "
+            "dopsd_jax.convert lora --transformer-only` writes the file without such layers"
         )
     if part is None:
         return "is not a factor of a LoRA (lora_A/lora_B, lora_down/lora_up, alpha)"
