@@ -33,6 +33,13 @@ def iou(images: Images, truth: Scenes) -> Float[np.ndarray, " n"]:
     too, so its IoU is 1.
     """
     wanted, found = label(render.render(truth), truth), label(images, truth)
+    return overlap(wanted, found)
+
+
+def overlap(
+    wanted: Int[np.ndarray, "n s s"], found: Int[np.ndarray, "n s s"]
+) -> Float[np.ndarray, " n"]:
+    """Pixels with the wanted label, over all pixels that are not ground in either."""
     right = (wanted == found) & (wanted != GROUND)
     either = (wanted != GROUND) | (found != GROUND)
     return right.sum((1, 2)) / np.maximum(either.sum((1, 2)), 1)
@@ -157,8 +164,8 @@ def see(images: Images) -> list[Seen]:
 def _see(image: Float[np.ndarray, "s s 3"]) -> Seen:
     rim = np.concatenate([image[0], image[-1], image[:, 0], image[:, -1]])
     backdrop = np.median(rim, axis=0)
-    ground = int(_lit_distance(backdrop, world.GROUND_PALETTE).argmin())
-    mask = _lit_distance(image, backdrop) > APART
+    ground = int(lit_distance(backdrop, world.GROUND_PALETTE).argmin())
+    mask = lit_distance(image, backdrop) > APART
     if mask.sum() < LEAST_PIXELS:
         return Seen(-1, -1, -1, -1, ground)
     rows, columns = np.nonzero(mask)
@@ -174,7 +181,7 @@ def _see(image: Float[np.ndarray, "s s 3"]) -> Seen:
     )
 
 
-def _lit_distance(colours: np.ndarray, ground: np.ndarray) -> np.ndarray:
+def lit_distance(colours: np.ndarray, ground: np.ndarray) -> np.ndarray:
     """Distance to a ground's colour in the best of its lights; broadcasts."""
     lit = ground[..., None, :] * GROUND_LIGHT[:, None]
     return np.linalg.norm(colours[..., None, :] - lit, axis=-1).min(-1)
