@@ -188,6 +188,7 @@ def run_lora(args: argparse.Namespace) -> None:
     from dopsd_jax.common.progress import size
     from dopsd_jax.conversion.inspection import layers_for
     from dopsd_jax.weights.lora_files import read_lora
+    from dopsd_jax.weights.lora_header import kept
     from dopsd_jax.weights.lora_write import write_lora
 
     if args.out.resolve() == args.source.resolve():
@@ -195,8 +196,7 @@ def run_lora(args: argparse.Namespace) -> None:
     layers = layers_for(args.model, args.source)
     lora = read_lora(args.source, layers, args.transformer_only)
     dtype = TYPES.get(args.dtype, lora.dtype)
-    kept = {k: v for k, v in lora.metadata.items() if k.startswith(("modelspec.", "ss_"))}
-    write_lora(args.out, lora.modules, layers, args.to, dtype, kept)
+    write_lora(args.out, lora.modules, layers, args.to, dtype, kept(lora.metadata))
     written = args.out.stat().st_size if args.out.is_file() else None
     print(
         f"{args.out}: {len(lora.modules)} layers, dialect {lora.dialect} -> {args.to}"

@@ -35,7 +35,7 @@ from dopsd_jax.reporting.incidents import write_incident
 from dopsd_jax.reporting.metrics import MetricsWriter
 from dopsd_jax.reporting.previews import Previews, rows_of
 from dopsd_jax.reporting.run_page import write_report
-from dopsd_jax.run import build
+from dopsd_jax.run import build, origin
 from dopsd_jax.run.lock import exclusive_run
 from dopsd_jax.run.workdir import find_workdir, open_workdir
 from dopsd_jax.training.checkpoint import Checkpoints
@@ -58,11 +58,11 @@ def train(config: ConfigDict, workdir: epath.Path) -> int | None:
         mesh = sharding.make_mesh(config.mesh)
 
     def open_run():
-        pipe, origin = build.open_pipeline(config, workdir, mesh)
+        pipe, revisions = build.open_pipeline(config, workdir, mesh)
         sharding.check(mesh, pipe.config, batch_size=config.batch_size)
         build.check_method(config, pipe)
         dataset = build.open_data(config, workdir, pipe)
-        facts = {"data": dataset.digest(), **origin}
+        facts = {"data": dataset.digest(), **revisions}
         open_workdir(workdir, config, facts, False, ALLOW_CHANGES.value)
         return pipe, dataset, facts
 
@@ -76,6 +76,11 @@ def train(config: ConfigDict, workdir: epath.Path) -> int | None:
         features = Features(pipe, dataset, config, cache, multiple)
     facts |= features.facts()
     multihost.first_alone(features.prepare)
+    about = multihost.first_alone(
+        lambda: origin.header_strings(
+            config, pipe, cache, len(dataset.rows), facts["data"], facts["model_revision"]
+        )
+    )
     with multihost.together():  # only now is nothing left that a change can be refused for
         open_workdir(workdir, config, facts, multihost.is_first(), ALLOW_CHANGES.value)
 
@@ -104,7 +109,7 @@ def train(config: ConfigDict, workdir: epath.Path) -> int | None:
 
     def export(step: int) -> None:
         weights = getattr(state, config.export_weights)
-        plan.trained.export(pipe.folder, workdir, step, weights)
+        plan.trained.export(pipe.folder, workdir, step, weights, about)
         results.record(plan.trained.export_paths(workdir, step))
 
     def save(step: int) -> None:

@@ -1,5 +1,6 @@
 """Writing LoRA files: conversions are exact; the real diffusers applies what we write."""
 
+import dataclasses
 import json
 import runpy
 import sys
@@ -25,7 +26,9 @@ from lora_helpers import (
 from safetensors.numpy import load_file
 
 from dopsd_jax.common.errors import UserError
-from dopsd_jax.weights.lora_dialects import WRITTEN
+from dopsd_jax.families.zimage.networks import ZIMAGE
+from dopsd_jax.models.zimage import ZImageConfig
+from dopsd_jax.weights.lora_dialects import WRITTEN, layers_of
 from dopsd_jax.weights.lora_files import read_lora
 from dopsd_jax.weights.lora_settings import HEADER
 from dopsd_jax.weights.lora_write import baked, fuse, one_rank, write_lora
@@ -198,6 +201,30 @@ def test_what_diffusers_saves_is_read_at_its_strength(tmp_path):
     assert len(lora.modules) == 2 * 4
 
 
+@pytest.mark.parametrize(
+    "dialect, sizes", [("D", ("4", "4")), ("Cs", ("4", "4")), ("Cn", None), ("K", ("4", "6"))]
+)
+def test_the_header_has_the_rank_and_alpha_that_browsers_show(tmp_path, dialect, sizes):
+    """Cn: a fused layer has three times the rank of others, and there is one field for a file."""
+    path = tmp_path / "x.safetensors"
+    write_lora(path, random_modules(scale=1.5), LAYERS, dialect)
+    metadata = read_header(path).metadata
+    found = metadata.get("ss_network_dim"), metadata.get("ss_network_alpha")
+    assert found == (sizes or (None, None))
+    assert metadata["ss_network_module"] == "networks.lora"
+
+
+def test_the_licence_of_the_base_is_told_where_one_is_published(tmp_path):
+    modules = random_modules(BLOCK[:1])
+    for licence, told in (("Apache-2.0", "of the base model: Apache-2.0"), ("", None)):
+        layers = dataclasses.replace(LAYERS, licence=licence)
+        write_lora(tmp_path / "x.safetensors", modules, layers)
+        metadata = read_header(tmp_path / "x.safetensors").metadata
+        assert metadata.get("modelspec.license") == told
+    for config, licence in ((ZImageConfig(), "Apache-2.0"), (CONFIG, "")):
+        assert layers_of(ZIMAGE["transformer"], config).licence == licence
+
+
 def test_the_default_file_says_what_loaders_look_for(tmp_path):
     write_lora(tmp_path / "style.safetensors", random_modules(), LAYERS, metadata={"ss_tag": "x"})
     metadata = read_header(tmp_path / "style.safetensors").metadata
@@ -228,12 +255,19 @@ def test_the_tool_converts_and_describes(tmp_path, monkeypatch, capsys):
     (tmp_path / "model" / "transformer").mkdir(parents=True)
     (tmp_path / "model" / "transformer" / "config.json").write_text(json.dumps(CONFIG.to_dict()))
     modules = random_modules()
-    write_lora(tmp_path / "a.safetensors", modules, LAYERS, dtype="BF16")
+    told = {
+        "modelspec.trigger_phrase": "[V] dog",
+        "dopsd_jax.base_model": "owner/name",
+        "modelspec.hash_sha256": "of the source",
+    }
+    write_lora(tmp_path / "a.safetensors", modules, LAYERS, dtype="BF16", metadata=told)
     tool = lambda *args: _tool(monkeypatch, capsys, *args, "--model", tmp_path / "model")
     code, out, _ = tool("lora", tmp_path / "a.safetensors", tmp_path / "k.safetensors", "--to", "K")
     assert code == 0 and "28 layers, dialect D -> K" in out
     code, out, _ = tool("inspect", tmp_path / "k.safetensors")
     assert code == 0 and "LoRA, dialect K, BF16, 28 layers adapted" in out
+    assert "modelspec.trigger_phrase: [V] dog" in out and "base_model: owner/name" in out
+    assert "hash_sha256" not in out
     args = tmp_path / "k.safetensors", tmp_path / "b.safetensors", "--dtype", "float32"
     assert tool("lora", *args)[0] == 0
     a, b = (load_file(tmp_path / f"{n}.safetensors") for n in "ab")

@@ -56,10 +56,12 @@ class Trained(Protocol):
     def export_paths(self, workdir: Path, step: int) -> list[Path]:
         """What `export` writes."""
 
-    def export(self, model: Path, workdir: Path, step: int, student: nnx.State) -> None:
+    def export(
+        self, model: Path, workdir: Path, step: int, student: nnx.State, origin: Mapping[str, str]
+    ) -> None:
         """Writes the trained weights for other programs to load. Every process calls it.
 
-        `model`: the folder trained from.
+        `model`: the folder trained from. `origin`: what the header of a LoRA file says of the run.
         """
 
 
@@ -102,12 +104,16 @@ class Adapters:
     def export_paths(self, workdir: Path, step: int) -> list[Path]:
         return [workdir / "lora" / f"step_{step}.safetensors"]
 
-    def export(self, model: Path, workdir: Path, step: int, student: nnx.State) -> None:
+    def export(
+        self, model: Path, workdir: Path, step: int, student: nnx.State, origin: Mapping[str, str]
+    ) -> None:
         if jax.process_index() == 0:
             (path,) = self.export_paths(workdir, step)
             path.parent.mkdir(parents=True, exist_ok=True)
             modules = attach.export(student, self.chosen, self.scale)
-            write_lora(path, modules, lora_layers(self.family, self.network))
+            strings = {**origin, "ss_steps": str(step)}
+            layers = lora_layers(self.family, self.network)
+            write_lora(path, modules, layers, metadata=strings)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -145,7 +151,9 @@ class FullNetwork:
         names = {"diffusers": path, "comfyui": path.with_name(f"{path.name}.safetensors")}
         return [names[name] for name in as_list(self.config.export)]
 
-    def export(self, model: Path, workdir: Path, step: int, student: nnx.State) -> None:
+    def export(
+        self, model: Path, workdir: Path, step: int, student: nnx.State, origin: Mapping[str, str]
+    ) -> None:
         tensors = LiveTensors(
             student,
             self.family.NETWORKS["transformer"].names(self.network),

@@ -43,12 +43,14 @@ class Layers:
 
     `config` is the network's config.json: a LoRA file of our own says what it was made for.
     `architecture`: what the header of a LoRA file calls the network (`modelspec.architecture`).
+    `licence`: of the published weights; "" where there are none of this size.
     """
 
     split: Mapping[str, Target]
     native: Mapping[str, Target]
     config: Mapping[str, Any] | None = None
     architecture: str = ""
+    licence: str = ""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -133,7 +135,7 @@ def layers_of(network: Network, config: Any) -> Layers:
                     paths, rows, width, entry.swapped
                 )
     own = {path: Target((path,), (shape[0],), shape[1]) for path, shape in split.items()}
-    return Layers(own, native, config.to_dict(), network.lora(config))
+    return Layers(own, native, config.to_dict(), network.lora(config), network.licence(config))
 
 
 def split_name(name: str) -> tuple[str, str | None, str, str]:

@@ -15,7 +15,8 @@ from dopsd_jax.common.json_files import parse_json, read_json
 
 HEADER = "lora_adapter_metadata"  # diffusers' header string with PEFT's settings
 HEADER_PREFIX = "transformer."
-BASE = "dopsd_jax.base"  # our own header string: config.json of the network it is for
+OWN = "dopsd_jax."  # our own header strings
+BASE = OWN + "base"  # config.json of the network that a file is for
 # Single header strings in which trainers put alpha and rank.
 ALPHAS = ("alpha", "lora_alpha", "network_alpha", "ss_network_alpha")
 RANKS = ("rank", "lora_rank", "r", "network_dim", "ss_network_dim")

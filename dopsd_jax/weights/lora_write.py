@@ -12,7 +12,8 @@ from dopsd_jax.common.atomic import disk_error, write_text
 from dopsd_jax.common.errors import UserError, raise_if
 from dopsd_jax.weights.lora_dialects import WRITTEN, Layers, Target, stem
 from dopsd_jax.weights.lora_files import PEFT_CONFIG, PEFT_WEIGHTS, LoraModule
-from dopsd_jax.weights.lora_settings import ALPHAS, BASE, HEADER, HEADER_PREFIX, RANKS
+from dopsd_jax.weights.lora_header import header
+from dopsd_jax.weights.lora_settings import HEADER, HEADER_PREFIX
 from dopsd_jax.weights.safetensors_write import write_safetensors
 from dopsd_jax.weights.tensors import DTYPES, ArrayTensors
 
@@ -30,7 +31,7 @@ def write_lora(
     `D`, the default, loads everywhere: the scale is in B, every layer has the same rank (smaller
     ones are filled up with zeros), and the header says so. `Cs`, `Cn`: the scale is in B. `K`: with
     alpha tensors. `Q`: a folder as PEFT saves it. `dtype` is a code of `tensors.FLOATS`; `metadata`
-    adds header strings, e.g. `modelspec.title`.
+    adds header strings to those of `lora_header`, e.g. `modelspec.title`.
     """
     path = epath.Path(path)
     if dialect not in WRITTEN:
@@ -47,22 +48,19 @@ def write_lora(
         modules = one_rank({name: baked(m) for name, m in modules.items()})
     by_path = fuse(modules, layers) if style.native else modules
     names = ("lora_down", "lora_up") if dialect == "K" else ("lora_A", "lora_B")
+    if dialect != "K":
+        by_path = {name: baked(module) for name, module in by_path.items()}
     tensors: dict[str, np.ndarray] = {}
     for name in sorted(by_path):
         module, base = by_path[name], stem(style, name)
         if dialect == "K":
             tensors[f"{base}.alpha"] = np.float32(module.scale * module.rank)
-        else:
-            module = baked(module)
         tensors[f"{base}.{names[0]}.weight"] = module.a
         tensors[f"{base}.{names[1]}.weight"] = module.b
     arrays = {name: _cast(path, name, tensor, dtype) for name, tensor in tensors.items()}
-    # What a source's header said of rank and scale is no longer so.
-    stale = (*ALPHAS, *RANKS, HEADER)
-    kept = {name: text for name, text in (metadata or {}).items() if name not in stale}
-    if layers.config is not None:
-        kept[BASE] = json.dumps(dict(layers.config), sort_keys=True)
-    _write(path, arrays, dialect, modules, kept, layers.architecture)
+    # kohya's rank is that of q, k and v before they are fused: alpha tensors say the rest.
+    strings = header(path.stem, modules if dialect == "K" else by_path, layers, metadata or {})
+    _write(path, arrays, dialect, modules, strings)
 
 
 def baked(module: LoraModule) -> LoraModule:
@@ -128,20 +126,13 @@ def _cast(path: Path, name: str, array: np.ndarray, dtype: str) -> np.ndarray:
     return cast
 
 
-def _write(path: Path, arrays, dialect: str, modules, metadata, architecture: str) -> None:
+def _write(path: Path, arrays, dialect: str, modules, strings: dict[str, str]) -> None:
     tensors = ArrayTensors(arrays)
-    header = {"format": "pt", **metadata}
-    if dialect != "Q":
-        header = {
-            "modelspec.sai_model_spec": "1.0.0",
-            "modelspec.architecture": architecture,
-            "modelspec.title": path.stem,
-        } | header
     if dialect == "D":
         settings = {HEADER_PREFIX + k: v for k, v in _peft_settings(modules).items()}
-        header[HEADER] = json.dumps(settings, sort_keys=True)
+        strings[HEADER] = json.dumps(settings, sort_keys=True)
     if dialect != "Q":
-        write_safetensors(path, tensors.infos, tensors.read, header)
+        write_safetensors(path, tensors.infos, tensors.read, strings)
         return
     try:
         path.mkdir(parents=True, exist_ok=True)
@@ -151,7 +142,7 @@ def _write(path: Path, arrays, dialect: str, modules, metadata, architecture: st
     if others:
         raise UserError(f"{path}: holds other files, such as {min(others)}; give another name")
     settings = {"peft_type": "LORA"} | _peft_settings(modules)
-    write_safetensors(path / PEFT_WEIGHTS, tensors.infos, tensors.read, header)
+    write_safetensors(path / PEFT_WEIGHTS, tensors.infos, tensors.read, strings)
     write_text(path / PEFT_CONFIG, json.dumps(settings, indent=2, sort_keys=True) + "\n")
 
 

@@ -30,6 +30,7 @@ class Network:
       others: config and leaves -> layouts besides the canonical one.
       single: name of the layout of the authors' single file, if that is one of them.
       lora: config -> `modelspec.architecture` of LoRA files for it.
+      licence: config -> the licence of the published weights of this size; "": none are published.
       beside: whether a model is complete without it, as published ones have no such folder.
     """
 
@@ -42,6 +43,7 @@ class Network:
     others: Callable[[Any, Sequence[Leaf]], Sequence[Layout]] = lambda config, leaves: ()
     single: str | None = None
     lora: Callable[[Any], str] = lambda config: ""
+    licence: Callable[[Any], str] = lambda config: ""
     beside: bool = False
 
     def layouts(self, config: Any) -> list[Layout]:

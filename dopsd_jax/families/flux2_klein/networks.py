@@ -23,6 +23,7 @@ def _vae_layouts(config, leaves):
 
 
 PUBLISHED = {3072: "-4b", 4096: "-9b"}  # by width, as musubi-tuner names them
+LICENCES = {3072: "Apache-2.0", 4096: "FLUX Non-Commercial License"}  # of their pages on the hub
 
 NETWORKS = {
     "transformer": Network(
@@ -34,6 +35,7 @@ NETWORKS = {
         others=_transformer_layouts,
         single=layouts.ORIGINAL,
         lora=lambda config: f"Flux.2-klein{PUBLISHED.get(config.dim, '')}/lora",
+        licence=lambda config: LICENCES.get(config.dim, ""),
     ),
     "text_encoder": TEXT_ENCODER,
     "vae": Network(

@@ -34,6 +34,7 @@ ZIMAGE = {
         others=_zimage_layouts,
         single=layouts.ORIGINAL,
         lora=lambda config: "Z-Image/lora",  # SAI model spec, as musubi-tuner writes it
+        licence=lambda config: "Apache-2.0" if config == zimage.ZImageConfig() else "",
     ),
     "text_encoder": TEXT_ENCODER,
     "vae": Network(

@@ -1,0 +1,49 @@
+"""What a LoRA file says of the run that made it: see `weights.lora_header` for the names.
+
+No date, no machine's path: the same run gives the same file, and a shared file tells nothing of its
+maker's disk.
+"""
+
+import json
+from pathlib import Path
+
+from ml_collections import ConfigDict
+
+from dopsd_jax.conditioning.cached import DIGESTS
+from dopsd_jax.families.pipeline import Pipeline
+from dopsd_jax.weights.lora_settings import OWN
+
+
+def header_strings(
+    config: ConfigDict, pipe: Pipeline, cache: Path, rows: int, data: str, revision: str | None
+) -> dict[str, str]:
+    """The header strings of the LoRA files of a run; none for one that trains the whole network.
+
+    rows, data: how many pictures, and the digest of the data set. revision: of config.model on the
+    hub. The model's digest is computed once and kept in `cache`, like those of the encoders.
+    """
+    if config.train == "full":
+        return {}
+    side, name = config.data.resolution, Path(config.data.path).stem
+    model = Path(config.model).name if Path(config.model).expanduser().exists() else config.model
+    model = f"{model}@{revision}" if revision else model
+    steps = pipe.family.DEPLOYED_STEPS
+    found = {
+        "modelspec.title": name,
+        "modelspec.resolution": f"{side}x{side}",
+        "modelspec.usage_hint": f"{steps} steps, no guidance (guidance scale, cfg 1), strength 1",
+        "ss_sd_model_name": model,
+        "ss_resolution": str((side, side)),
+        "ss_num_train_images": str(rows),
+        f"{OWN}base_model": model,
+        f"{OWN}base_digest": pipe.part_digest("transformer", cache / DIGESTS),
+        f"{OWN}data_digest": data,
+        f"{OWN}method": config.method,
+        f"{OWN}sampling_steps": str(steps),
+        f"{OWN}guidance": "1",
+    }
+    if config.data.trigger:
+        found["modelspec.trigger_phrase"] = config.data.trigger
+        # The field in which ComfyUI extensions look for trigger words.
+        found["ss_tag_frequency"] = json.dumps({name: {config.data.trigger: rows}})
+    return found
