@@ -1,4 +1,4 @@
-"""Installation: `pip install .`; extras test, bench, eval, quant, parquet, gcs, gpu (CUDA), tpu."""
+"""Installation: `pip install .`; extras: below."""
 
 import re
 from pathlib import Path
@@ -70,6 +70,7 @@ setup(
             "qwix>=0.1.8",
             "pyarrow>=17",
             "hypothesis>=6",
+            "tensorboardX>=2.6",
             "beartype>=0.22",  # checks the shapes in the annotations: tests/conftest.py
             "ruff==0.17.6",  # as .pre-commit-config.yaml and .ci/run have it
         ],
@@ -77,6 +78,8 @@ setup(
         "quant": ["qwix>=0.1.8"],  # config.base_dtype int8, nf4, fp8
         "parquet": ["pyarrow>=17"],  # data sets of Hugging Face as .parquet files
         "gcs": ["gcsfs"],  # gs:// paths
+        "tensorboard": ["tensorboardX>=2.6"],  # config.trackers, as is wandb
+        "wandb": ["wandb>=0.19"],
         "bench": ["matplotlib"],  # figures of benchmarks/paper.py
         "gpu": ["jax[cuda13]"],
         "tpu": ["jax[tpu]"],

@@ -35,6 +35,7 @@ from dopsd_jax.reporting.incidents import write_incident
 from dopsd_jax.reporting.metrics import MetricsWriter
 from dopsd_jax.reporting.previews import Previews, rows_of
 from dopsd_jax.reporting.run_page import write_report
+from dopsd_jax.reporting.trackers import Trackers
 from dopsd_jax.run import build, origin
 from dopsd_jax.run.lock import exclusive_run
 from dopsd_jax.run.workdir import find_workdir, open_workdir
@@ -104,6 +105,7 @@ def train(config: ConfigDict, workdir: epath.Path) -> int | None:
     train_step = multihost.begin_together(plan.step)
     with multihost.together():
         writer = MetricsWriter(workdir, first, write=multihost.is_first())
+    trackers = Trackers(config, workdir, first, multihost.say, write=multihost.is_first())
     guard = Guard(writer.kept)
     results = Results(workdir, config)
 
@@ -120,7 +122,9 @@ def train(config: ConfigDict, workdir: epath.Path) -> int | None:
 
     def show(step: int) -> None:
         teacher = state.student if state.teacher is None else state.teacher
-        progress.note(f"pictures: {previews.write(step, state.student, teacher)}")
+        path = previews.write(step, state.student, teacher)
+        trackers.picture(step, "samples", path)
+        progress.note(f"pictures: {path}")
 
     # ---- Loop. Metrics are read one step late, so that the device never waits for the host.
     batches = Batches(
@@ -155,6 +159,7 @@ def train(config: ConfigDict, workdir: epath.Path) -> int | None:
         del metrics["finite"]  # the verdict names the parts
         record = {"step": step, **metrics, **verdict, **speed}
         writer.write(record)
+        trackers.numbers(record)
         fault = guard.fault(record)
         if fault is None:
             return
@@ -170,7 +175,7 @@ def train(config: ConfigDict, workdir: epath.Path) -> int | None:
             raise multihost.SharedError(guard.advice(record, config.nonfinite, kept))
 
     step = first
-    with writer, checkpoints, StopRequest() as stop:
+    with writer, trackers, checkpoints, StopRequest() as stop:
         if first == 0:
             show(0)
         progress.skip()

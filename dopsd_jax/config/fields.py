@@ -19,6 +19,7 @@ COUNT = 10**9  # a bound of numbers of steps
 PIXELS = 2**34  # of the area of a picture
 ADAPTERS, FULL, ADAM = {"train": ("lora",)}, {"train": ("full",)}, {"optimizer": ("adamw",)}
 METHOD = "The method"
+TRACKERS = {"tensorboard": "tensorboardX", "wandb": "wandb"}  # each an extra of its name
 
 
 def _steps(name: str, default: int, help: str, low: int = 0, **more) -> Field:
@@ -59,6 +60,8 @@ _RUN = (
            when=FULL, change=ALWAYS),
     _steps("sample_every", 100, "steps between grids of pictures; 0: only start and end",
            change=ALWAYS),
+    Field("trackers", "", "where numbers and pictures go besides metrics.jsonl", "list",
+          listed=tuple(TRACKERS), change=ALWAYS),
     Field("sample_rows", 4, "rows of the data set in the grids", low=1, high=1024, change=ALWAYS),
 )
 _MODEL = (

@@ -1,13 +1,14 @@
 """Checks a configuration: every field of its kind and range, and fields that go together."""
 
 import difflib
+import importlib.util
 from collections.abc import Collection, Mapping
 from typing import Any
 
 from dopsd_jax import families
 from dopsd_jax.common.config_fields import Field, as_list, shown
 from dopsd_jax.common.errors import raise_if
-from dopsd_jax.config.fields import choices, conditions, declared
+from dopsd_jax.config.fields import TRACKERS, choices, conditions, declared
 from dopsd_jax.methods import anchor
 from dopsd_jax.methods.options import OTHER_CAPTION
 from dopsd_jax.methods.registry import METHODS
@@ -51,6 +52,12 @@ def check(config: Mapping[str, Any], asked: Collection[str] = ()) -> None:
         for name, field in fields.items()
         for item in (as_list(given[name]) if field.listed else ())
         if item not in field.listed
+    ]
+    faults += [
+        f"config.trackers: {name} needs the library {TRACKERS[name]}; pip install "
+        f"'dopsd_jax[{name}]', or leave it out"
+        for name in as_list(given["trackers"])
+        if name in TRACKERS and importlib.util.find_spec(TRACKERS[name]) is None
     ]
     if given["train"] == "full" and not as_list(given["export"]):
         faults.append(
