@@ -64,7 +64,10 @@ def main() -> None:
     grid = previews.rows(start.student, teacher)
     path = workdir / "check.png"
     pictures.save_grid(path, previews.columns, grid, title="step 0, before training")
-    drawn = {name: [row.images[i] for row in grid] for i, name in enumerate(previews.columns)}
+    drawn = {
+        name: [row.images[i] for row in grid[: len(rows)]]
+        for i, name in enumerate(previews.columns)
+    }
     if features.needs.target:
         latents = [features.latents([row]) for row in rows]
         drawn["autoencoder"] = [pipe.decode(latent)[0] for latent in latents]

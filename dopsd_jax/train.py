@@ -24,7 +24,8 @@ import jax
 from etils import epath
 from ml_collections import ConfigDict
 
-from dopsd_jax.common.progress import Progress
+from dopsd_jax.common.errors import UserError
+from dopsd_jax.common.progress import Progress, size
 from dopsd_jax.conditioning.features import Features
 from dopsd_jax.data.dataset import describe
 from dopsd_jax.data.loader import Batches, prefetch
@@ -120,6 +121,13 @@ def train(config: ConfigDict, workdir: epath.Path) -> int | None:
         writer.flush()
         checkpoints.save(step, state)
 
+    def report() -> None:
+        if multihost.is_first():
+            try:
+                write_report(workdir)
+            except UserError as error:  # of files that the run does not need
+                progress.note(f"no report: {error}")
+
     def show(step: int) -> None:
         teacher = state.student if state.teacher is None else state.teacher
         path = previews.write(step, state.student, teacher)
@@ -153,8 +161,11 @@ def train(config: ConfigDict, workdir: epath.Path) -> int | None:
         metrics = jax.device_get(metrics)
         shown = {"loss": "loss", "gap": "gap", "anchor_gap": "anchor gap"}
         numbers = [f"{text} {metrics[name]:.5g}" for name, text in shown.items() if name in metrics]
+        memory = device_memory()
+        numbers += [f"{size(memory)} of memory"] if memory else []
         seconds = progress.advance(text="  ".join(numbers))
         speed = {"seconds": seconds, "images_per_second": effective_batch / seconds}
+        speed |= {"peak_bytes": memory} if memory else {}
         verdict = guard.look(metrics)
         del metrics["finite"]  # the verdict names the parts
         record = {"step": step, **metrics, **verdict, **speed}
@@ -198,6 +209,8 @@ def train(config: ConfigDict, workdir: epath.Path) -> int | None:
                     save(step)
                 if show_now:
                     show(step)
+                if save_now and not last:
+                    report()
                 progress.skip()
             if stopped and not last:
                 break
@@ -216,6 +229,14 @@ def train(config: ConfigDict, workdir: epath.Path) -> int | None:
     if multihost.is_first():
         print(f"report: {write_report(workdir)}", flush=True)
     return None
+
+
+def device_memory() -> int | None:
+    """The most bytes that a device has held so far; None where it does not tell, as a CPU."""
+    found = [
+        (device.memory_stats() or {}).get("peak_bytes_in_use") for device in jax.local_devices()
+    ]
+    return max((n for n in found if n), default=None)
 
 
 def is_due(step: int, every: int) -> bool:

@@ -93,6 +93,11 @@ def lora_file(random_model, tmp_path_factory):
     return path
 
 
+# What is looked at beside a run changes nothing of it.
+OWN_PROMPT = "a large green circle in another scene"
+WATCHED = (f"--config.sample_prompts={OWN_PROMPT}", "--config.trackers=tensorboard")
+
+
 @pytest.fixture(scope="session")
 def random_run(tmp_path_factory):
     """A work directory in which `train --config configs/zimage.py:random` ran for a few steps.
@@ -105,7 +110,7 @@ def random_run(tmp_path_factory):
     with open(base / "random_run.lock", "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         if not output.exists():
-            result = run_program("train", *RANDOM_CONFIG, f"--workdir={workdir}")
+            result = run_program("train", *RANDOM_CONFIG, *WATCHED, f"--workdir={workdir}")
             assert result.returncode == 0, result.stderr
             output.write_text(result.stdout)
     return workdir

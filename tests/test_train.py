@@ -11,7 +11,7 @@ import sys
 
 import numpy as np
 import pytest
-from conftest import RANDOM_CONFIG, ROOT, run_program
+from conftest import OWN_PROMPT, RANDOM_CONFIG, ROOT, run_program
 from PIL import Image
 from torch_reference import sample_with_diffusers
 
@@ -21,6 +21,7 @@ from dopsd_jax.common.errors import UserError
 from dopsd_jax.config import schema
 from dopsd_jax.config.fields import declared
 from dopsd_jax.families.pipeline import start_noise
+from dopsd_jax.reporting.pictures import read_labels
 from dopsd_jax.run.lock import exclusive
 from dopsd_jax.run.workdir import open_workdir
 from dopsd_jax.training.checkpoint import Checkpoints
@@ -60,7 +61,10 @@ def test_a_run_leaves_what_is_promised(random_run):
     assert "jax" in config["versions"]
     for step in (0, 4):
         with Image.open(random_run / f"samples/step_{step:06d}.png") as picture:
-            assert picture.width > picture.height
+            labels = read_labels(picture)
+        assert labels.columns == ("target", "base", "teacher", "tuned")
+        assert len(labels.captions) == 3 and labels.captions[-1] == OWN_PROMPT
+    assert any((random_run / "tensorboard").iterdir())
     assert {p.name for p in (random_run / "lora").iterdir()} == {
         "step_2.safetensors",
         "step_4.safetensors",

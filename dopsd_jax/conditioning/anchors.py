@@ -36,6 +36,7 @@ from dopsd_jax.methods.method import Needs
 
 FOLDER = "anchors"  # of a prepared data set
 KEY = "prompt"
+FIELD = "config.anchor.prompts"
 GENERAL = Path(__file__).parents[1] / "data" / "prompts" / "general.txt"
 MOST_NEW = 256  # prompts with new words
 _SYLLABLES = (("bl", "dr", "fl", "gr", "kl", "pr", "sn", "tr", "v", "z"), "aeiou", "bdfgklmnprstvz")
@@ -65,7 +66,7 @@ class Anchors:
     def pad(self) -> None:
         """Finds the one padded length of all prompts, once their features are there."""
         shapes = self.store.shapes(STUDENT, [KEY])
-        self.rows = padded_rows(shapes, self.pipe, STUDENT, "config.anchor.prompts")
+        self.rows = padded_rows(shapes, self.pipe, STUDENT, FIELD)
 
     def numbers(self, step: int) -> list[int]:
         """The prompts of a step, by number: the kinds in turn, each in an order of its own."""
@@ -129,13 +130,16 @@ def choose(config: ConfigDict, rows: Sequence[DataRow], keys: Sequence[str]) -> 
     return list(first.values())
 
 
-def lines_of(path: Path) -> list[tuple[int, str]]:
-    """The lines of a text file of prompts that are not blank, with their numbers from 1."""
-    kinds = ", ".join(anchor.KINDS)
-    content = read_bytes(path, advice=f"config.anchor.prompts takes {kinds}, or text files")
+def lines_of(path: Path, field: str = FIELD) -> list[tuple[int, str]]:
+    """The lines of a text file of prompts that are not blank, with their numbers from 1.
+
+    field: that names the file.
+    """
+    kinds = f"{', '.join(anchor.KINDS)}, or text files" if field == FIELD else "text files, prompts"
+    content = read_bytes(path, advice=f"{field} takes {kinds}")
     texts, fault = captions_in(content, lines=False)
     if fault:
-        raise UserError(f"config.anchor.prompts {path}: {fault}")
+        raise UserError(f"{field} {path}: {fault}")
     lines = enumerate(texts[0].splitlines(), 1)
     return [(number, line.strip()) for number, line in lines if line.strip()]
 

@@ -13,6 +13,7 @@ from dopsd_jax.common.errors import UserError, raise_if
 from dopsd_jax.conditioning.anchors import Anchors
 from dopsd_jax.conditioning.cached import DIGESTS, CachedFeatures, sees_picture
 from dopsd_jax.conditioning.encoding import PRIOR, concept_pattern
+from dopsd_jax.conditioning.own_prompts import OwnPrompts
 from dopsd_jax.conditioning.padding import check_channels, padded_rows
 from dopsd_jax.data.dataset import Dataset
 from dopsd_jax.data.images import crop_name
@@ -98,6 +99,7 @@ class Features:
             self.store = CachedFeatures(pipe, dataset, config, folder, self.needs)
         micro = anchor.micro_batches(config, multiple)
         self.anchors = micro and Anchors(pipe, dataset, config, folder, micro)
+        self.own_prompts = OwnPrompts(pipe, config, folder)
 
     def prepare(self) -> None:
         """Computes what is missing, then frees the encoders."""
@@ -105,6 +107,7 @@ class Features:
             self.store.compute()
         if self.anchors:
             self.anchors.compute()
+        self.own_prompts.compute()
         self.pipe.release_encoders()
         if self.anchors:
             self.anchors.pad()

@@ -1,5 +1,6 @@
 """Pictures of how far a run is: target, base, teacher and tuned, side by side, on fixed noise."""
 
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -11,6 +12,7 @@ from dopsd_jax.common.errors import UserError
 from dopsd_jax.conditioning.features import Features
 from dopsd_jax.data.dataset import Dataset, spread
 from dopsd_jax.dopsd import Contexts
+from dopsd_jax.families.base import STUDENT
 from dopsd_jax.families.pipeline import Pipeline, start_noise
 from dopsd_jax.parallel import multihost
 from dopsd_jax.reporting import pictures
@@ -19,12 +21,12 @@ NOISE_SEED = 2026  # not the training seed: the noise of the grids is no trainin
 
 
 class Sample(NamedTuple):
-    """One row of the grids."""
+    """One row of the grids. `target`: None for a prompt that is of no row of the data set."""
 
     caption: str
     contexts: Contexts
     noise: jax.Array
-    target: np.ndarray
+    target: np.ndarray | None
     references: Sequence[np.ndarray]
 
 
@@ -41,8 +43,27 @@ def rows_of(dataset: Dataset, count: int) -> list[int]:
     return [shown[i] for i in spread(len(shown), count)]
 
 
+def _own(pipe: Pipeline, features: Features) -> list[Sample]:
+    """What config.sample_prompts names."""
+    own = features.own_prompts
+    if not own.texts:
+        return []
+    (width, height), _ = Counter(features.dataset.buckets).most_common(1)[0]
+    shape = pipe.latent_shape(height, width)
+    contexts = own.contexts(features.rows[STUDENT])
+    return [
+        Sample(text, Contexts(context, None), noise[None], None, ())
+        for text, context, noise in zip(
+            own.texts, contexts, start_noise(NOISE_SEED, len(contexts), shape), strict=True
+        )
+    ]
+
+
 class Previews:
-    """Grids of a few rows of the data set, with the deployed sampler; the same noise every time.
+    """Grids of rows of the data set, and of prompts of one's own, with the deployed sampler.
+
+    The noise is the same every time. `samples`: the rows. `prompts`: what config.sample_prompts
+    names, drawn in the commonest size of the data set.
 
     The base model's pictures are drawn here and kept: make it before the pipeline hands its weights
     over to training.
@@ -60,13 +81,16 @@ class Previews:
             contexts, text = features.contexts([caption]), features.dataset.rows[row].captions[i][1]
             edited = features.edited(row)
             self.samples.append(Sample(text, contexts, noise, features.image(row), edited))
+        self.prompts = _own(pipe, features)
         references = pictures.reference_columns(s.references for s in self.samples)
         models = ("base", *["teacher"] * has_teacher, "tuned")
         self.columns = (*references, "target", *models)
         self._places = len(references)
         # Before training the trained part is the base model's: adapters add nothing yet.
         base = pipe.split[1]
-        self.base = [self._picture(base, s.contexts.student, s.noise) for s in self.samples]
+        self.base = [
+            self._picture(base, s.contexts.student, s.noise) for s in (*self.samples, *self.prompts)
+        ]
 
     def _picture(self, trained, context, noise) -> np.ndarray:
         grid = self.pipe.deployed_grid(noise.shape[1:])
@@ -74,15 +98,17 @@ class Previews:
         return self.pipe.decode(multihost.to_host(latents))[0]
 
     def rows(self, student, teacher) -> list[pictures.GridRow]:
-        """The pictures of every sample, in the order of `columns`.
+        """The pictures of every sample, then of every prompt, in the order of `columns`.
 
         `teacher` draws only for methods that ask a teacher in its own context.
         """
         found = []
-        for base, sample in zip(self.base, self.samples, strict=True):
+        for base, sample in zip(self.base, (*self.samples, *self.prompts), strict=True):
             drawn = [*pictures.filled(sample.references, self._places), sample.target, base]
             if "teacher" in self.columns:
-                drawn.append(self._picture(teacher, sample.contexts.teacher, sample.noise))
+                shown = sample.contexts.teacher
+                told = None if shown is None else self._picture(teacher, shown, sample.noise)
+                drawn.append(told)
             drawn.append(self._picture(student, sample.contexts.student, sample.noise))
             found.append(pictures.GridRow(sample.caption, drawn))
         return found
