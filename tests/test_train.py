@@ -63,7 +63,7 @@ def test_a_run_leaves_what_is_promised(random_run):
         with Image.open(random_run / f"samples/step_{step:06d}.png") as picture:
             labels = read_labels(picture)
         assert labels.columns == ("target", "base", "teacher", "tuned")
-        assert len(labels.captions) == 3 and labels.captions[-1] == OWN_PROMPT
+        assert len(labels.captions) == 2 and labels.captions[-1] == OWN_PROMPT
     assert any((random_run / "tensorboard").iterdir())
     assert {p.name for p in (random_run / "lora").iterdir()} == {
         "step_2.safetensors",
