@@ -60,31 +60,44 @@ class Nodes(NamedTuple):
 
 
 class Losses(NamedTuple):
-    """total: the loss. per_step: w_k MSE_k. mse: velocity MSE. NaN for a step without a loss."""
+    """total: the loss. per_step: w_k distance_k. mse: velocity MSE. NaN without a loss."""
 
     total: Float[Array, ""]
     per_step: Float[Array, " K"]
     mse: Float[Array, " K"]
 
 
-def step_weights(loss: str | Sequence[float], grid: Sequence[float]) -> tuple[float, ...]:
-    """Weight of the velocity MSE at each node.
+# distance(prediction, target) of velocities [b, h, w, c]: one number, the mean over the samples.
+Distance = Callable[[Array, Array], Array]
 
-    `x0` (sigma^2: the paper's code), `velocity` (1: the paper), `step` (the square of the Euler
-    step's length: the per-step KL of arXiv 2605.15055) or a list of K numbers.
+
+def mean_square(
+    prediction: Float[Array, "b h w c"], target: Float[Array, "b h w c"]
+) -> Float[Array, ""]:
+    """The mean squared error: the distance of the paper and of its code."""
+    return jnp.mean(jnp.square(prediction - target))
+
+
+def step_weights(loss: str | Sequence[float], grid: Sequence[float]) -> tuple[float, ...]:
+    """Weight of the distance of velocities at each node.
+
+    `x0` (sigma^2: the paper's code), `velocity` (1: the paper), `decoupled` (1: its distance is
+    another), `step` (the square of the Euler step's length: the per-step KL of arXiv 2605.15055) or
+    a list of K numbers.
     """
     sigma = list(grid[:-1])
     if loss == "x0":
         return tuple(s * s for s in sigma)
-    if loss == "velocity":
+    if loss in ("velocity", "decoupled"):
         return (1.0,) * len(sigma)
     if loss == "step":
         return tuple((a - b) ** 2 for a, b in zip(sigma, grid[1:], strict=True))
     finite = not isinstance(loss, str) and all(0 <= w < math.inf for w in loss)
     if not finite or len(loss) != len(sigma) or not any(loss):
         raise UserError(
-            f"config.loss: {loss!r} is not x0, velocity, step or a list of {len(sigma)} weights, "
-            "one for each step of config.grid, finite, none negative and not all zero"
+            f"config.loss: {loss!r} is not x0, velocity, decoupled, step or a list of "
+            f"{len(sigma)} weights, one for each step of config.grid, finite, none negative and "
+            "not all zero"
         )
     return tuple(float(w) for w in loss)
 
@@ -130,12 +143,14 @@ def loss_and_gradient(
     noise: Float[Array, "b h w c"],
     nodes: Nodes,
     every_step: bool = True,
+    distance: Distance = mean_square,
 ) -> tuple[Losses, Tree]:
     """One rollout of the student: its loss and the loss's gradient for the student.
 
     No gradient flows from one step's state to the step before, so the whole gradient is a sum over
     steps: it is computed inside the scan, and memory does not grow with K. `every_step`: all nodes
-    have a loss, and the program has no branch. Noise, states, losses and gradients are float32.
+    have a loss, and the program has no branch. `distance`: of the two velocities. Noise, states,
+    losses and gradients are float32.
     """
     count = jnp.sum(nodes.loss_mask).astype(jnp.float32)
     precomputed_teacher = net.precompute(teacher, base, contexts.teacher)
@@ -145,34 +160,35 @@ def loss_and_gradient(
 
     def loss(student, precomputed, x, node, target):
         v = net.velocity(student, base, x, node.sigma, contexts.student, precomputed)
-        mse = jnp.mean(jnp.square(v - target))
-        return node.weight * mse / count, (v, mse)
+        value = node.weight * distance(v, target)
+        return value / count, (v, value, mean_square(v, target))
 
     def step_with_loss(x, node):
         target = net.velocity(teacher, base, x, node.sigma, contexts.teacher, precomputed_teacher)
         grad = jax.grad(loss, argnums=(0, 1), has_aux=True)
-        gradients, (v, mse) = grad(student, precomputed, x, node, target)
-        return v, mse, gradients
+        gradients, (v, *found) = grad(student, precomputed, x, node, target)
+        return v, tuple(found), gradients
 
     def step_without_loss(x, node):
         v = net.velocity(student, base, x, node.sigma, contexts.student, precomputed)
-        return v, jnp.float32(jnp.nan), jax.tree.map(jnp.zeros_like, (student, precomputed))
+        return v, (jnp.float32(jnp.nan),) * 2, jax.tree.map(jnp.zeros_like, (student, precomputed))
 
     def denoise(carry, node):
         x, total = carry
         if every_step:
-            v, mse, gradients = step_with_loss(x, node)
+            v, found, gradients = step_with_loss(x, node)
         else:
-            v, mse, gradients = jax.lax.cond(
+            v, found, gradients = jax.lax.cond(
                 node.loss_mask, step_with_loss, step_without_loss, x, node
             )
         x = euler(x, v, node.sigma, node.sigma_next)
-        return (x, jax.tree.map(jnp.add, total, gradients)), mse
+        return (x, jax.tree.map(jnp.add, total, gradients)), found
 
     zeros = jax.tree.map(jnp.zeros_like, (student, precomputed))
-    (_, (gradient, precomputed_gradient)), mse = jax.lax.scan(denoise, (noise, zeros), nodes)
+    (_, (gradient, precomputed_gradient)), (per_step, mse) = jax.lax.scan(
+        denoise, (noise, zeros), nodes
+    )
     gradient = jax.tree.map(jnp.add, gradient, *precompute_vjp(precomputed_gradient))
-    per_step = nodes.weight * mse
     total = jnp.sum(jnp.where(nodes.loss_mask, per_step, 0.0)) / count
     return Losses(total, per_step, mse), gradient
 

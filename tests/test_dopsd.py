@@ -49,10 +49,9 @@ def nodes(loss="x0", loss_steps="all", grid=GRID):
     return dopsd.make_nodes(grid, loss, loss_steps, jax.random.key(0))
 
 
-def losses_and_gradient(student, teacher, base, contexts, noise, the_nodes, every=True):
-    return jax.jit(functools.partial(dopsd.loss_and_gradient, toy_denoiser(), every_step=every))(
-        student, teacher, base, contexts, noise, the_nodes
-    )
+def losses_and_gradient(student, teacher, base, contexts, noise, the_nodes, every=True, **more):
+    own = functools.partial(dopsd.loss_and_gradient, toy_denoiser(), every_step=every, **more)
+    return jax.jit(own)(student, teacher, base, contexts, noise, the_nodes)
 
 
 def whole_loss(student, teacher, base, contexts, noise, the_nodes, with_loss=None):

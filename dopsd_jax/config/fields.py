@@ -183,7 +183,7 @@ def conditions(field: Field) -> Mapping[str, tuple[str, ...]]:
     users = tuple(m.name for m in METHODS.values() if field.name in {f.name for f in m.fields})
     found = {"method": users} if users else {}
     for other in field.when:
-        found |= conditions(declared()[other])
+        found = conditions(declared()[other]) | found
     return found | field.when
 
 

@@ -10,7 +10,7 @@ from dopsd_jax.common.config_fields import Field, as_list, shown
 from dopsd_jax.common.errors import raise_if
 from dopsd_jax.config.fields import TRACKERS, choices, conditions, declared
 from dopsd_jax.methods import anchor
-from dopsd_jax.methods.options import OTHER_CAPTION
+from dopsd_jax.methods.options import DECOUPLED, DISTANCE, OTHER_CAPTION
 from dopsd_jax.methods.registry import METHODS
 from dopsd_jax.models import kinds
 
@@ -68,7 +68,7 @@ def check(config: Mapping[str, Any], asked: Collection[str] = ()) -> None:
             f"config.moments_dtype: {given['moments_dtype']} with config.optimizer = adafactor, "
             "which keeps rows and columns only; set it to float32"
         )
-    faults += _teacher(given)
+    faults += _teacher(given) + _distance(given)
     faults += anchor.faults(given, METHODS[given["method"]].keeps)
     if given["warmup_steps"] >= given["steps"]:
         faults.append(
@@ -100,9 +100,10 @@ def _fault(field: Field, value: Any) -> str | None:
 
 def _idle(field: Field, given: Mapping[str, Any]) -> str | None:
     """The line about a field that has no effect."""
-    if given["anchor.share"] and field.name in anchor.USED:
-        return None
+    of_anchors = given["anchor.share"] and field.name in anchor.USED
     for other, needed in conditions(field).items():
+        if of_anchors and other == "method":
+            continue
         if given[other] not in needed:
             why = f"has no effect with config.{other} = {given[other]}"
             return f"config.{field.name}: {why}; leave it out"
@@ -139,6 +140,18 @@ def _full(given: Mapping[str, Any]) -> list[str]:
             "file into the model with tools/convert_weights.py merge and name that model"
         )
     return faults
+
+
+def _distance(given: Mapping[str, Any]) -> list[str]:
+    """A distance of velocities with a method whose loss is made of something else."""
+    method = METHODS[given["method"]]
+    used = {field.name for field in method.fields}
+    if given["loss"] != DECOUPLED or "loss" not in used or used & {f.name for f in DISTANCE}:
+        return []
+    return [
+        f"config.loss: {DECOUPLED} does not go with config.method = {method.name}, whose loss is "
+        "no distance to a teacher; use x0, velocity, step or a list of weights"
+    ]
 
 
 def _teacher(given: Mapping[str, Any]) -> list[str]:

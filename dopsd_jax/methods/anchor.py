@@ -12,12 +12,14 @@ from typing import Any, NamedTuple
 
 from dopsd_jax.common.config_fields import NEVER, POSITIVE, Field, as_list
 from dopsd_jax.methods.method import Count, Passes, Teacher
+from dopsd_jax.methods.options import DISTANCE
 
 Config = Mapping[str, Any]
 
 GENERAL, CLASS, NEW_WORDS = "general", "class", "new_words"
 KINDS = (GENERAL, CLASS, NEW_WORDS)  # of prompts; anything else is a file
-USED = ("loss", "loss_steps")  # fields of methods that decide the anchors' loss with every method
+# Fields of methods that decide the anchors' loss with every method.
+USED = ("loss", "loss_steps", *(field.name for field in DISTANCE))
 ON = {"anchor.share": POSITIVE}
 # fmt: off
 FIELDS = (

@@ -12,7 +12,15 @@ import jax
 import jax.numpy as jnp
 
 from dopsd_jax.common.flow import euler
-from dopsd_jax.dopsd import Contexts, Denoiser, Losses, Nodes, rollout
+from dopsd_jax.dopsd import (
+    Contexts,
+    Denoiser,
+    Distance,
+    Losses,
+    Nodes,
+    mean_square,
+    rollout,
+)
 from dopsd_jax.methods.flow_matching import (
     Batch,
     Draws,
@@ -94,10 +102,11 @@ def offpolicy(
     nodes: Nodes,
     states: str,
     every_step: bool = True,
+    distance: Distance = mean_square,
 ) -> tuple[Losses, Tree]:
     """D-OPSD's loss on states that are not the student's.
 
-    L = 1/K sum_k w_k mean( (v_student(x_k) - sg v_teacher(x_k))^2 )
+    L = 1/K sum_k w_k distance( v_student(x_k), sg v_teacher(x_k) )
 
     `states`: `teacher`, x_k of the teacher's own rollout; `targets`, x_k = (1 - sigma_k) x0 +
     sigma_k noise of the data set's pictures.
@@ -125,7 +134,7 @@ def offpolicy(
     sigma = jnp.broadcast_to(nodes.sigma[:, None], x.shape[:2])
     points = Points(x, sigma, wanted, nodes.weight)
     loss_mask = None if every_step else nodes.loss_mask
-    return fit(net, student, base, batch.contexts.student, points, loss_mask)
+    return fit(net, student, base, batch.contexts.student, points, loss_mask, distance)
 
 
 class Preference(NamedTuple):

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Key
 
-from dopsd_jax.dopsd import Contexts, Denoiser, Losses
+from dopsd_jax.dopsd import Contexts, Denoiser, Distance, Losses, mean_square
 
 Tree = Any
 LEVELS = ("logit_normal", "uniform", "shifted", "nodes")
@@ -112,12 +112,13 @@ def fit(
     context: Tree,
     points: Points,
     loss_mask: Bool[Array, " p"] | None = None,
+    distance: Distance = mean_square,
 ) -> tuple[Losses, Tree]:
-    """L = 1/P sum_p w_p mean( (v_student(x_p) - wanted_p)^2 ) over the points of `loss_mask`."""
+    """L = 1/P sum_p w_p distance( v_student(x_p), wanted_p ) over the points of `loss_mask`."""
 
     def loss(velocity, point: Points):
-        mse = jnp.mean(jnp.square(velocity(point.x, point.sigma) - point.wanted))
-        return point.weight * mse, mse
+        v = velocity(point.x, point.sigma)
+        return point.weight * distance(v, point.wanted), mean_square(v, point.wanted)
 
     return over_points(net, student, base, context, loss, points, loss_mask)
 

@@ -13,10 +13,21 @@ from typing import Any, NamedTuple
 from jaxtyping import Array, Key
 
 from dopsd_jax.common.config_fields import name_or_list
-from dopsd_jax.dopsd import Contexts, Denoiser, Losses, Nodes, loss_and_gradient, make_nodes
+from dopsd_jax.dopsd import (
+    Contexts,
+    Denoiser,
+    Distance,
+    Losses,
+    Nodes,
+    loss_and_gradient,
+    make_nodes,
+    mean_square,
+)
 from dopsd_jax.methods import baselines
+from dopsd_jax.methods.distance import Decoupled
 from dopsd_jax.methods.flow_matching import Batch, Levels
 from dopsd_jax.methods.method import Config
+from dopsd_jax.methods.options import DECOUPLED
 
 Tree = Any
 Result = tuple[Losses, Tree]
@@ -46,6 +57,12 @@ class Setup(NamedTuple):
         return make_nodes(self.grid, loss, steps, key)
 
     @property
+    def distance(self) -> Distance:
+        """The distance of student and teacher, by config.loss."""
+        own = self.config["loss"] == DECOUPLED
+        return Decoupled(**self.config["decoupled"]) if own else mean_square
+
+    @property
     def every_step(self) -> bool:
         """Whether all nodes are learned."""
         return name_or_list(self.config["loss_steps"]) == "all"
@@ -58,8 +75,9 @@ class Setup(NamedTuple):
 
 
 def dopsd(setup: Setup, student, teacher, base, batch: Batch, noise, key) -> Result:
+    networks, nodes = (setup.net, student, teacher, base), setup.nodes(key)
     return loss_and_gradient(
-        setup.net, student, teacher, base, batch.contexts, noise, setup.nodes(key), setup.every_step
+        *networks, batch.contexts, noise, nodes, setup.every_step, setup.distance
     )
 
 
@@ -75,8 +93,9 @@ def sft_teacher(setup: Setup, student, teacher, base, batch: Batch, draws, key) 
 
 def offpolicy(setup: Setup, student, teacher, base, batch: Batch, draws, key) -> Result:
     states = setup.config["offpolicy"]["states"]
+    networks, nodes = (setup.net, student, teacher, base), setup.nodes(key)
     return baselines.offpolicy(
-        setup.net, student, teacher, base, batch, draws, setup.nodes(key), states, setup.every_step
+        *networks, batch, draws, nodes, states, setup.every_step, setup.distance
     )
 
 
@@ -96,6 +115,5 @@ def dreambooth(setup: Setup, student, start, base, batch: Batch, draws, key) -> 
 def anchor(setup: Setup, student, start, base, contexts, noise, key) -> Result:
     """Holds the student to the velocity of `start`, which is told the same prompts."""
     both = Contexts(contexts, contexts)
-    return loss_and_gradient(
-        setup.net, student, start, base, both, noise, setup.nodes(key), setup.every_step
-    )
+    networks, nodes = (setup.net, student, start, base), setup.nodes(key)
+    return loss_and_gradient(*networks, both, noise, nodes, setup.every_step, setup.distance)

@@ -3,6 +3,8 @@
 from dopsd_jax.common.config_fields import NEVER, Field
 
 OTHER_CAPTION = "prompt"  # the teacher.context of every family: no picture
+DECOUPLED = "decoupled"  # the loss that is no mean square; see `distance`
+SPLIT = {"loss": (DECOUPLED,)}
 
 # fmt: off
 TEACHER = (
@@ -21,9 +23,17 @@ TEACHER = (
 )
 NODES = (
     Field("loss", "x0",
-          "weight of a node: x0 (sigma squared), velocity (1), step (squared length), or a list",
+          "weight of a node: x0 (sigma squared), velocity (1), step (squared length), a list; or "
+          "decoupled: 1, with magnitude and direction of the velocities apart",
           "name or list"),
     Field("loss_steps", "all", "nodes that have a loss: all, random:m, or a list", "name or list"),
+)
+DISTANCE = (
+    Field("decoupled.magnitude", 1.0,
+          "weight of the difference of the velocities' norms; that of their directions has 1",
+          low=0, high=10, when=SPLIT),
+    Field("decoupled.mean", 1.0,
+          "weight of the mean of each channel, the palette, in both", low=0, high=10, when=SPLIT),
 )
 LEVELS = (
     Field("sft.sigma", "logit_normal", "distribution of noise levels; nodes: those of config.grid",

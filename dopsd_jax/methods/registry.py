@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from dopsd_jax.common.config_fields import Field, name_or_list
 from dopsd_jax.methods import anchor
 from dopsd_jax.methods.method import Config, Count, Method, Needs, Passes, Teacher
-from dopsd_jax.methods.options import LEVELS, NODES, OTHER_CAPTION, TEACHER
+from dopsd_jax.methods.options import DISTANCE, LEVELS, NODES, OTHER_CAPTION, TEACHER
 
 if TYPE_CHECKING:
     from dopsd_jax.dopsd import Denoiser
@@ -32,7 +32,7 @@ _RECORDS = (
         name="dopsd",
         summary="the student learns the teacher's velocity at every state of its own rollout",
         source="arXiv 2605.05204",
-        fields=(*NODES, *TEACHER),
+        fields=(*NODES, *DISTANCE, *TEACHER),
         needs=lambda config: Needs(teacher=True),
         keeps="teacher",
         passes=lambda config, n: Passes(
@@ -69,6 +69,7 @@ _RECORDS = (
         source="ablation of arXiv 2605.05204",
         fields=(
             *NODES,
+            *DISTANCE,
             *TEACHER,
             Field(
                 "offpolicy.states",
