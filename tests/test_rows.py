@@ -241,8 +241,8 @@ def test_all_faults_of_a_folder_are_told_at_once(tmp_path):
 def test_a_stem_with_dots_and_another_extension(tmp_path):
     touch_images(tmp_path, "a.1.png", "a.2.png")
     for name in ("a.1", "a.2"):
-        (tmp_path / f"{name}.caption").write_text(name)
-    rows = load_rows(tmp_path, caption_extension=".caption")
+        (tmp_path / f"{name}.cap").write_text(name)
+    rows = load_rows(tmp_path, caption_extension=".cap")
     assert [row.captions[0][1] for row in rows.rows] == ["a.1", "a.2"]
     assert "set data.caption_extension" in problems_of(load_rows, tmp_path)[0]
 

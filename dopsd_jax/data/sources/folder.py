@@ -23,6 +23,7 @@ from dopsd_jax.data.sources.files import (
 )
 from dopsd_jax.data.sources.layout import Layout, Options
 from dopsd_jax.data.sources.references import Folders
+from dopsd_jax.data.sources.sidecars import SUFFIXES, captions_beside
 
 # Masks and conditions that other trainers keep beside the pictures. Those of the second kind, and
 # pictures in a folder of such a name, are taken for them only where they have no caption.
@@ -44,7 +45,8 @@ def read(path: Path, options: Options) -> Collector:
     """All pictures in order, each with its caption file.
 
     The caption file is one caption, or with `caption_lines` one in each line that is not blank;
-    where `caption_extension` is .json, a JSON object with captions under known keys.
+    where `caption_extension` is .json, a JSON object with captions under known keys. A picture
+    without one takes what `sidecars` finds beside it.
     """
     json = options.caption_extension.lower() == JSON
     into = options.collector(path, "pictures", None if json else (CAPTION_KEY,))
@@ -83,11 +85,13 @@ class _Reader:
         self.masks, self.lonely, self.others = Examples(), Examples(), Examples()
         self.passed, self.numbered = Examples(), Examples()
         self.tables, self.foreign = Examples(), Examples()
+        self.beside = Examples()
 
     def read(self, where: str, names: list[str]) -> None:
         """Adds the pictures of one folder."""
         pictures: dict[str, list[str]] = {}
         texts: dict[str, str] = {}
+        beside: dict[str, list[str]] = {}
         for name in names:
             path = os.path.join(where, name)
             suffix = os.path.splitext(name)[1].lower()
@@ -95,6 +99,8 @@ class _Reader:
                 self.into.problem(f"{path}: {suffix[1:]} cannot be read; convert it to PNG or JPEG")
             elif name.lower().endswith(self.extension):
                 texts[normal(name[: -len(self.extension)])] = name
+            elif suffix in SUFFIXES:
+                beside.setdefault(normal(os.path.splitext(name)[0]), []).append(path)
             elif (stem := stem_of(path)) is None:
                 self.others.add(self._short(path))
                 if suffix in TABLE_SUFFIXES:
@@ -108,22 +114,18 @@ class _Reader:
         times, own_name = self._numbers(where) if pictures else (1, "")
         for stem, same in pictures.items():
             images = [os.path.join(where, name) for name in same]
-            # Some programs write a.png.txt.
-            text = texts.pop(stem, None) or texts.pop(normal(same[0]), None)
-            if text is None and self._is_mask(where, stem, pictures):
+            captions, fault = self._text_of(where, (stem, normal(same[0])), texts, beside)
+            if not captions and not fault and self._is_mask(where, stem, pictures):
                 self.masks.add(self._short(images[0]))
             elif len(same) > 1:
                 self.into.problem(
                     f"{listing(images)} would share the caption {stem + self.extension}; "
                     "rename or remove all but one"
                 )
-            elif text is not None:
-                path = os.path.join(where, text)
-                captions, fault = self._captions(path)
-                if fault:
-                    self.into.problem(f"{path}: {fault}")
-                else:
-                    self._add(images[0], captions, times)
+            elif fault:
+                self.into.problem(fault)
+            elif captions:
+                self._add(images[0], captions, times)
             elif self.options.folder_captions and where != str(self.top):
                 self._add(images[0], [(CAPTION_KEY, own_name)], times)
             else:
@@ -131,6 +133,31 @@ class _Reader:
                 self.into.problem(f"{images[0]}: has no caption; {advice}")
         for name in texts.values():
             self.lonely.add(self._short(os.path.join(where, name)))
+        for path in (path for paths in beside.values() for path in paths):
+            self.others.add(self._short(path))
+
+    def _text_of(
+        self,
+        where: str,
+        stems: tuple[str, ...],
+        texts: dict[str, str],
+        beside: dict[str, list[str]],
+    ) -> tuple[list[tuple[str, str]], str | None]:
+        """The captions of a picture, or what is wrong; takes its files out of those given.
+
+        `stems`: some programs write a.txt, some a.png.txt.
+        """
+        for stem in stems:
+            if stem in texts:
+                path = os.path.join(where, texts.pop(stem))
+                captions, fault = self._captions(path)
+                return captions, fault and f"{path}: {fault}"
+        for stem in stems:
+            own, fault = captions_beside(beside.get(stem, ()), self.options.caption_lines)
+            if own or fault:
+                self.beside.add(self._short(beside.pop(stem)[0]))
+                return [(CAPTION_KEY, text) for text in own], fault
+        return [], None
 
     def _add(self, image: str, captions: list[tuple[str, str]], times: int) -> None:
         references = []
@@ -193,6 +220,10 @@ class _Reader:
             )
             raise UserError(f"data.path {top}: no pictures in this folder{hint}")
         for found, what in (
+            (
+                self.beside,
+                f"captions of pictures without {self.extension} come from other files beside them",
+            ),
             (self.masks, "masks and condition pictures are not used"),
             (self.lonely, "captions without a picture are not used"),
             (self.others, "files that are neither pictures nor captions are not used"),
