@@ -4,15 +4,14 @@ python -m dopsd_jax.convert COMMAND ...; from a clone also python tools/convert_
 """
 
 import argparse
-import math
 import os
 import sys
 from pathlib import Path
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")  # converting needs no accelerator
 
-from dopsd_jax.common.errors import UserError, raise_if, report
-from dopsd_jax.common.program import Parser, local_name, local_path
+from dopsd_jax.common.errors import UserError, report
+from dopsd_jax.common.program import Parser, local_lora, local_name, local_path
 
 TYPES = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}
 DIALECTS = ("D", "Cs", "Cn", "K", "Q")  # of LoRA files: weights/lora_dialects.py, WRITTEN
@@ -22,6 +21,7 @@ EXAMPLES = """examples:
   %(prog)s export zimage-converted zimage-diffusers --format diffusers
   %(prog)s export zimage-converted zimage.safetensors --format comfyui --dtype bfloat16
   %(prog)s merge zimage-converted style.safetensors zimage-style --format diffusers
+  %(prog)s merge zimage-converted dog.safetensors:0.8 style.safetensors:0.5 zimage-both
   %(prog)s lora style.safetensors style-kohya.safetensors --to K
   %(prog)s inspect zimage-converted
 """
@@ -66,10 +66,11 @@ def parser(program: str) -> argparse.ArgumentParser:
 
     p = add("export", run_export, "Write a model as a diffusers folder or a ComfyUI single file.")
     _add_export(p)
-    p.add_argument("--lora", type=local_path, help="LoRA file to merge into the transformer")
+    p.set_defaults(lora=[])
 
-    p = add("merge", run_export, "Merge a LoRA into a model's transformer and write the model.")
-    _add_export(p, before_out="lora")
+    p = add("merge", run_export, "Merge LoRAs into a model's transformer and write the model.")
+    _add_export(p, merges=True)
+    _add_transformer_only(p)
 
     p = add("lora", run_lora, "Rewrite a LoRA file in another dialect.")
     p.add_argument("source", type=local_path, help="LoRA file, or folder that PEFT saved")
@@ -91,25 +92,25 @@ def parser(program: str) -> argparse.ArgumentParser:
     return top
 
 
-def _add_export(p: argparse.ArgumentParser, before_out: str | None = None) -> None:
+def _add_export(p: argparse.ArgumentParser, merges: bool = False) -> None:
     p.add_argument("model", type=local_name, help="converted model, Hugging Face folder or hub id")
-    if before_out:
-        p.add_argument(before_out, type=local_path, help="LoRA file, or folder that PEFT saved")
+    if merges:
+        p.add_argument("lora", type=local_lora, nargs="+", help=(
+            "LoRA file or folder that PEFT saved, or FILE:STRENGTH; several add up"
+        ))  # fmt: skip
     p.add_argument("out", type=local_path, help="new folder (diffusers) or file (comfyui)")
     p.add_argument("--format", choices=("diffusers", "comfyui"), default="diffusers")
-    _add_transformer_only(p)
-    p.add_argument("--strength", type=float, default=1.0, help="factor on the LoRA (default 1)")
     p.add_argument("--dtype", choices=TYPES, help="write in this type; default: as it is")
     p.add_argument("--max-shard-gb", type=float, default=10.0, help="default %(default)g")
-
-
-# The commands. Each imports what it needs, so that a wrong option is reported at once.
 
 
 def _add_transformer_only(p: argparse.ArgumentParser) -> None:
     p.add_argument(
         "--transformer-only", action="store_true", help="leave out a LoRA's text encoder layers"
     )
+
+
+# The commands. Each imports what it needs, so that a wrong option is reported at once.
 
 
 def run_import(args: argparse.Namespace) -> None:
@@ -158,21 +159,14 @@ def run_export(args: argparse.Namespace) -> None:
     from dopsd_jax.conversion.export import export_diffusers, export_single
     from dopsd_jax.conversion.inspection import layers_for
     from dopsd_jax.weights import hub
-    from dopsd_jax.weights.lora_files import LoraModule, read_lora
+    from dopsd_jax.weights.lora_mix import read_mix
 
-    raise_if(
-        f"--{name} {value}: must be {what}"
-        for name, value, good, what in (
-            ("max-shard-gb", args.max_shard_gb, 0 < args.max_shard_gb < 1e6, "above 0"),
-            ("strength", args.strength, math.isfinite(args.strength), "a finite number"),
-        )
-        if not good
-    )
+    if not 0 < args.max_shard_gb < 1e6:
+        raise UserError(f"--max-shard-gb {args.max_shard_gb}: must be above 0")
     model = hub.resolve(args.model).path
     lora = None
-    if args.lora is not None:
-        modules = read_lora(args.lora, layers_for(model), args.transformer_only).modules
-        lora = {n: LoraModule(m.a, m.b, m.scale * args.strength) for n, m in modules.items()}
+    if args.lora:
+        lora = read_mix(args.lora, layers_for(model), args.transformer_only)
     dtype, progress = TYPES.get(args.dtype), byte_progress("writing")
     if args.format == "diffusers":
         shard = int(args.max_shard_gb * 1e9)

@@ -7,7 +7,9 @@ from dopsd_jax.common import program
 
 OPTIONS = program.options(__name__)
 MODEL = OPTIONS.path("model", None, "model folder, converted checkpoint or hub id")
-LORA = OPTIONS.path("lora", None, "LoRA file to apply")
+LORA = OPTIONS.loras(
+    "lora", [], "LoRA file to apply, or FILE:STRENGTH; may be given several times: they add up"
+)
 PROMPT = OPTIONS.multi_string("prompt", None, "what to draw; may be given several times")
 REFERENCE = OPTIONS.multi_string(
     "reference", [], "picture to edit, if the model can; may be given several times"
@@ -47,6 +49,7 @@ def main() -> None:
     if dtype == "auto":
         dtype = "float32" if jax.default_backend() == "cpu" else "bfloat16"
     pipe = dopsd_jax.load_pipeline(MODEL.value, dtype=dtype, lora=LORA.value)
+    loras = ", ".join(f"{lora.path}:{lora.strength:g}" for lora in LORA.value)
     references = [open_image(path) for path in REFERENCE.value]
     for path, picture in zip(REFERENCE.value, references, strict=True):
         pipe.reference_size(*picture.shape[:2], f"--reference {path}")
@@ -83,7 +86,7 @@ def main() -> None:
             context=context,
         )[0]
         path = unused(out / f"{number:03d}_seed{seed}.png")
-        save_picture(path, image, {"prompt": prompt, "seed": str(seed), "lora": LORA.value or ""})
+        save_picture(path, image, {"prompt": prompt, "seed": str(seed), "lora": loras})
         progress.advance(text=str(path))
 
 

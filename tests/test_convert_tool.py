@@ -123,7 +123,8 @@ def test_the_tool_goes_all_the_way_round(tiny, tmp_path, monkeypatch, capsys):
         (["import", "{tiny}/model_index.json", "out"], "--base"),
         (["import", "{tiny}", "out", "--base", "{tiny}"], "--base goes with a single file"),
         (["export", "{tiny}/vae", "out"], "neither model_index.json nor dopsd_jax.json"),
-        (["export", "{tiny}", "out", "--lora", "no.safetensors"], "no such file"),
+        (["merge", "{tiny}", "no.safetensors", "out"], "no such file"),
+        (["export", "{tiny}", "out", "--max-shard-gb", "0"], "--max-shard-gb 0.0: must be above 0"),
         (["inspect", "nowhere"], "no such file"),
     ],
 )

@@ -18,6 +18,7 @@ from weights_helpers import tensors_of
 from dopsd_jax import families
 from dopsd_jax.adapters import attach
 from dopsd_jax.common.errors import UserError
+from dopsd_jax.common.lora_options import LoraOption
 from dopsd_jax.config import loading, schema
 from dopsd_jax.conversion.export import export_diffusers
 from dopsd_jax.conversion.importing import import_model
@@ -306,8 +307,8 @@ def test_a_lora_of_ours_is_loaded_by_diffusers(folder, theirs, tmp_path):
     write_lora(file, modules, lora_layers(family, cfg))
     noise = np.random.default_rng(0).standard_normal((1, 4, 4, cfg.channels), np.float32)
     plain, tuned = (
-        pipeline(folder, lora_file=lora)([PROMPT], height=64, width=64, latents=noise)[0]
-        for lora in (None, file)
+        pipeline(folder, loras=loras)([PROMPT], height=64, width=64, latents=noise)[0]
+        for loras in ((), (LoraOption(file),))
     )
     assert np.abs(plain.astype(int) - tuned).max() > 20
     theirs.load_lora_weights(str(tmp_path), weight_name=file.name, local_files_only=True)

@@ -20,6 +20,7 @@ from absl import flags, logging
 
 from dopsd_jax.common.atomic import path_fault
 from dopsd_jax.common.errors import USER_ERROR_EXIT, UserError, report
+from dopsd_jax.common.lora_options import LoraOption, lora_option
 
 FLAGS = flags.FLAGS
 HELP = ("--help", "-help", "-h", "--helpfull", "-helpfull", "-?")
@@ -39,6 +40,7 @@ def options(module: str) -> SimpleNamespace:
     define = {kind: getattr(flags, f"DEFINE_{kind}") for kind in kinds}
     define["path"] = functools.partial(flags.DEFINE, _Path(stores=False))
     define["path_or_store"] = functools.partial(flags.DEFINE, _Path(stores=True))
+    define["loras"] = functools.partial(flags.DEFINE_multi, _Lora(), flags.ArgumentSerializer())
     define = {kind: functools.partial(f, flag_values=values) for kind, f in define.items()}
     return SimpleNamespace(**define)
 
@@ -56,11 +58,26 @@ class _Path(flags.ArgumentParser):
         return argument
 
 
+class _Lora(flags.ArgumentParser):
+    """Of options that name LoRA files; see `lora_options`."""
+
+    def parse(self, argument: str | LoraOption) -> LoraOption:
+        return argument if isinstance(argument, LoraOption) else lora_option(argument)
+
+
 def local_path(text: str) -> Path:
     """The path in an argument of a `Parser`."""
     if fault := path_fault(text):
         raise argparse.ArgumentTypeError(f"{text} {fault}")
     return Path(text)
+
+
+def local_lora(text: str) -> LoraOption:
+    """The LoRA file, with its strength, in an argument of a `Parser`."""
+    try:
+        return lora_option(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"{text} {error}") from None
 
 
 def local_name(text: str) -> str:

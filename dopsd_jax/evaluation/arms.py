@@ -14,6 +14,7 @@ from ml_collections import ConfigDict
 from dopsd_jax.common.atomic import is_remote
 from dopsd_jax.common.errors import UserError, raise_if
 from dopsd_jax.common.json_files import read_json
+from dopsd_jax.common.lora_options import LoraOption
 from dopsd_jax.conditioning.cached import DIGESTS
 from dopsd_jax.config.schema import flat
 from dopsd_jax.data.cache import FeatureCache
@@ -114,7 +115,7 @@ def make_arms(
         file = lora_files.read_lora(tuned.path, lora_layers(pipe.family, pipe.config))
         if not file.modules:
             raise UserError(f"{tuned.path}: adapts nothing")
-        pipe.lora_file = tuned.path
+        pipe.loras = (LoraOption(tuned.path),)
         own = lambda: without_adapters(pipe.split[1])
     arms = [
         Arm("base", STUDENT, painter, base, own),

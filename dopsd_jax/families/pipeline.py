@@ -18,14 +18,15 @@ from dopsd_jax import dopsd, families
 from dopsd_jax.adapters import attach
 from dopsd_jax.common.errors import UserError, raise_if
 from dopsd_jax.common.json_files import read_json
+from dopsd_jax.common.lora_options import LoraOption
 from dopsd_jax.families.base import STUDENT, TEACHER, Family, Features, Request, Size, Tree
 from dopsd_jax.models import quantised
 from dopsd_jax.models.autoencoder import Autoencoder, to_uint8
 from dopsd_jax.models.tiling import Tiling
 from dopsd_jax.parallel import multihost, sharding
-from dopsd_jax.weights import lora_files
 from dopsd_jax.weights.load import load_component
 from dopsd_jax.weights.lora_dialects import Layers, layers_of
+from dopsd_jax.weights.lora_mix import read_mix
 from dopsd_jax.weights.stored import open_stored, read_config, source_digest
 from dopsd_jax.weights.tokenizers import tokenizer_digest
 
@@ -51,7 +52,7 @@ class Pipeline:
       base_dtype: type of the transformer's weights, or a scheme of `models.quantised`; None: as
         stored.
       attention, remat: see `Family.build`.
-      lora_file: adapters to attach to the transformer.
+      loras: adapters to attach to the transformer; their changes add up.
       sharding_for: path and shape of a transformer parameter -> its sharding.
       trained: type of the transformer's variables that are kept apart from the rest; see `split`.
     """
@@ -69,7 +70,7 @@ class Pipeline:
         base_dtype: str | None = None,
         attention: str = "xla",
         remat: str = "none",
-        lora_file: str | Path | None = None,
+        loras: Sequence[LoraOption] = (),
         sharding_for: Callable | None = None,
         trained: type[nnx.Variable] = nnx.LoRAParam,
     ):
@@ -77,7 +78,7 @@ class Pipeline:
         self.dtype, self.base_dtype = jnp.dtype(dtype), base_dtype
         self.rest_dtype = quantised.stored_type(base_dtype)
         self.attention, self.remat = attention, remat
-        self.lora_file, self.sharding_for, self.trained = lora_file, sharding_for, trained
+        self.loras, self.sharding_for, self.trained = tuple(loras), sharding_for, trained
         self.encoder_mesh: Mesh | None = None
 
     def spread_encoders(self, devices: Sequence[jax.Device]) -> None:
@@ -129,8 +130,8 @@ class Pipeline:
             sharding_for=self.sharding_for,
             build=lambda size, rngs: build(size, rngs=rngs),
         )
-        if self.lora_file is not None:
-            attach_file(model, self.family, self.config, self.lora_file)
+        if self.loras:
+            attach_files(model, self.family, self.config, self.loras)
         return model
 
     @functools.cached_property
@@ -389,15 +390,18 @@ def too_long(prompt: str, count: int, limit: int, picture: int = 0) -> UserError
     )
 
 
-def attach_file(model: nnx.Module, family: Family, size: Size, path: str | Path) -> None:
-    """Gives the transformer the adapters of a LoRA file, of any dialect we read."""
+def attach_files(
+    model: nnx.Module, family: Family, size: Size, loras: Sequence[LoraOption]
+) -> None:
+    """Gives the transformer the adapters of LoRA files, of any dialect we read, as their sum."""
     slots = attach.slots(family.NETWORKS["transformer"].names(size))
-    file = lora_files.read_lora(path, lora_layers(family, size))
-    chosen = {name: slots[name] for name in file.modules}
-    rank = max(module.a.shape[0] for module in file.modules.values())
+    modules = read_mix(loras, lora_layers(family, size))
+    chosen = {name: slots[name] for name in modules}
+    rank = max(module.rank for module in modules.values())
     attach.attach(model, chosen, rank, rank, jax.random.key(0))
     adapter = nnx.state(model, nnx.LoRAParam)
-    nnx.update(model, attach.load(adapter, chosen, file.modules, 1.0, str(path)))
+    where = ", ".join(str(lora.path) for lora in loras)
+    nnx.update(model, attach.load(adapter, chosen, modules, 1.0, where))
 
 
 def lora_layers(family: Family, size: Size) -> Layers:
