@@ -50,13 +50,25 @@ class Contexts(NamedTuple):
 class Nodes(NamedTuple):
     """The noise levels of a rollout of K steps, each with the weight of its loss.
 
-    loss_mask: whether the step has a loss; only there is the teacher asked.
+    loss_mask: whether the step has a loss; only there is the teacher asked. told: whether the
+    teacher is asked in its own context, or else the start in the student's; for `Teachers`.
     """
 
     sigma: Float[Array, " K"]
     sigma_next: Float[Array, " K"]
     weight: Float[Array, " K"]
     loss_mask: Bool[Array, " K"]
+    told: Bool[Array, " K"] | None = None
+
+
+class Teachers(NamedTuple):
+    """Weights of a teacher that is told more than the student at some nodes only: `Nodes.told`.
+
+    start: those of the network before training, which is asked at the other nodes.
+    """
+
+    teacher: Tree
+    start: Tree
 
 
 class Losses(NamedTuple):
@@ -117,27 +129,68 @@ def draw_loss_mask(loss_steps: str | Sequence[int], count: int, key: Array) -> B
                 "or a list of step numbers"
             )
         return jax.random.permutation(key, count) < int(number)
-    steps = sorted(set(loss_steps))
-    if not steps or steps[0] < 0 or steps[-1] >= count:
-        raise UserError(
-            f"config.loss_steps: {list(loss_steps)} must name some of the steps 0 to {count - 1}"
-        )
-    return jnp.zeros((count,), bool).at[jnp.array(steps)].set(True)
+    return _chosen(loss_steps, count, "loss_steps")
 
 
 def make_nodes(
-    grid: Sequence[float], loss: str | Sequence[float], loss_steps: str | Sequence[int], key: Array
+    grid: Sequence[float],
+    loss: str | Sequence[float],
+    loss_steps: str | Sequence[int],
+    key: Array,
+    told: str | Sequence[int] = "all",
 ) -> Nodes:
-    """The nodes of one rollout. Raises `UserError` naming config.loss or config.loss_steps."""
+    """The nodes of one rollout. Raises `UserError` naming a field: loss, loss_steps, teacher.told.
+
+    `told`: `all`, or the numbers of the steps at which the teacher is told more than the student.
+    """
     sigma = jnp.asarray(grid, jnp.float32)
     weight = jnp.asarray(step_weights(loss, grid), jnp.float32)
-    return Nodes(sigma[:-1], sigma[1:], weight, draw_loss_mask(loss_steps, len(grid) - 1, key))
+    loss_mask, told_at = draw_loss_mask(loss_steps, len(weight), key), told_mask(told, len(weight))
+    if told_at is not None and not isinstance(loss_steps, str) and not {*told} & {*loss_steps}:
+        raise UserError(
+            f"config.teacher.told: none of the steps {list(told)} is in config.loss_steps, "
+            f"{list(loss_steps)}, so the teacher's context would never be used; name one that is"
+        )
+    return Nodes(sigma[:-1], sigma[1:], weight, loss_mask, told_at)
+
+
+def told_mask(told: str | Sequence[int], count: int) -> Bool[Array, " K"] | None:
+    """At which of `count` steps the teacher is told more than the student; None: at all."""
+    if told == "all":
+        return None
+    if isinstance(told, str):
+        raise UserError(f"config.teacher.told: {told!r} is not all, or a list of step numbers")
+    return _chosen(told, count, "teacher.told")
+
+
+def _chosen(steps: Sequence[int], count: int, field: str) -> Bool[Array, " K"]:
+    whole = all(type(step) is int and 0 <= step < count for step in steps)
+    if not steps or not whole:
+        raise UserError(
+            f"config.{field}: {list(steps)} must name some of the steps 0 to {count - 1}"
+        )
+    return jnp.zeros((count,), bool).at[jnp.array(sorted(set(steps)))].set(True)
+
+
+def ask_teacher(
+    net: Denoiser, teacher: Tree | Teachers, base: Tree, contexts: Contexts
+) -> Callable[[Float[Array, "b h w c"], Nodes], Float[Array, "b h w c"]]:
+    """(x, one node) -> the velocity that the student shall have there."""
+
+    def ask(weights, context):
+        precomputed = net.precompute(weights, base, context)
+        return lambda x, node: net.velocity(weights, base, x, node.sigma, context, precomputed)
+
+    if not isinstance(teacher, Teachers):
+        return ask(teacher, contexts.teacher)
+    told, untold = ask(teacher.teacher, contexts.teacher), ask(teacher.start, contexts.student)
+    return lambda x, node: jax.lax.cond(node.told, told, untold, x, node)
 
 
 def loss_and_gradient(
     net: Denoiser,
     student: Tree,
-    teacher: Tree,
+    teacher: Tree | Teachers,
     base: Tree,
     contexts: Contexts,
     noise: Float[Array, "b h w c"],
@@ -153,7 +206,7 @@ def loss_and_gradient(
     losses and gradients are float32.
     """
     count = jnp.sum(nodes.loss_mask).astype(jnp.float32)
-    precomputed_teacher = net.precompute(teacher, base, contexts.teacher)
+    ask = ask_teacher(net, teacher, base, contexts)
     precomputed, precompute_vjp = jax.vjp(
         lambda s: net.precompute(s, base, contexts.student), student
     )
@@ -164,7 +217,7 @@ def loss_and_gradient(
         return value / count, (v, value, mean_square(v, target))
 
     def step_with_loss(x, node):
-        target = net.velocity(teacher, base, x, node.sigma, contexts.teacher, precomputed_teacher)
+        target = ask(x, node)
         grad = jax.grad(loss, argnums=(0, 1), has_aux=True)
         gradients, (v, *found) = grad(student, precomputed, x, node, target)
         return v, tuple(found), gradients

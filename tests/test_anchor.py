@@ -62,7 +62,7 @@ def test_anchors_come_in_micro_batches_that_devices_can_share(
 )
 def test_a_copy_of_the_start_is_kept_only_where_nothing_else_has_it(fields, where):
     own = config(**fields)
-    assert anchor.start(own, registry.teacher(own)) == where
+    assert registry.start(own) == where
 
 
 @pytest.mark.parametrize(
@@ -113,7 +113,7 @@ def pieces(start="off", share=0.25, weights="ema"):
     tx = optax.sgd(1.0)
     step = train_step.make_step(
         rows, tx, teacher, lambda _: 1.0, 0,
-        anchor=train_step.Anchor(held, start, share) if share else None,
+        start=start, anchor=train_step.Anchor(held, share) if share else None,
     )  # fmt: skip
     batch = jax.tree.map(lambda x: jnp.stack([x] * ROWS), contexts)
     prompts = jax.random.normal(jax.random.key(9), (1, 2, 3))

@@ -3,15 +3,20 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 from conftest import relative_error
-from test_dopsd import losses_and_gradient, nodes, world
+from test_baselines import NET
+from test_dopsd import GRID, SHAPE, losses_and_gradient, nodes, toy_denoiser, world
 
 from dopsd_jax import dopsd
 from dopsd_jax.common.errors import UserError
 from dopsd_jax.config import schema
 from dopsd_jax.config.loading import load
-from dopsd_jax.methods import distance, losses
+from dopsd_jax.methods import baselines, distance, losses, registry
+from dopsd_jax.methods.flow_matching import Batch, draw
+from dopsd_jax.methods.method import Teacher
+from dopsd_jax.training import state, train_step
 
 # --- loss = decoupled
 
@@ -96,3 +101,102 @@ def test_what_goes_together_with_decoupled(fields, message):
         return schema.check(load("zimage:random", fields), fields)
     with pytest.raises(UserError, match=message):
         schema.check(load("zimage:random", fields), fields)
+
+
+# --- teacher.told
+
+TOLD, UNTOLD = (1, 3), (0, 2)
+
+
+def some_nodes(loss_steps="all", told="all"):
+    return dopsd.make_nodes(GRID, "velocity", loss_steps, jax.random.key(0), told)
+
+
+def at_some(method, base, student, teacher, contexts):
+    """(the gradient with a teacher told at TOLD; the mean of those of its two halves)."""
+    start = jax.tree.map(jnp.zeros_like, student)
+    both = method(dopsd.Teachers(teacher, start), contexts, some_nodes(told=TOLD), True)
+    of_told = method(teacher, contexts, some_nodes(TOLD), False)
+    same = dopsd.Contexts(contexts.student, contexts.student)
+    of_start = method(start, same, some_nodes(UNTOLD), False)
+    return both, jax.tree.map(lambda a, b: (a + b) / 2, of_told, of_start)
+
+
+def test_elsewhere_the_target_is_the_start_with_the_students_prompt():
+    base, student, teacher, contexts, noise = world()
+
+    def on_policy(teacher, contexts, nodes, every):
+        return losses_and_gradient(student, teacher, base, contexts, noise, nodes, every)[1]
+
+    def at_targets(teacher, contexts, nodes, every):
+        draws = draw(jax.random.key(1), SHAPE)
+        batch = Batch(contexts, jax.random.normal(jax.random.key(2), SHAPE))
+        given = teacher, base, batch, draws, nodes
+        return baselines.offpolicy(NET, student, *given, "targets", every)[1]
+
+    for method in (on_policy, at_targets):
+        found, expected = at_some(method, base, student, teacher, contexts)
+        for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
+            assert np.abs(a).max() > 1e-3 and relative_error(a, b) < 1e-5
+
+
+@pytest.mark.parametrize("start", ["off", "copy"])
+def test_the_step_gives_the_method_the_start(start):
+    """Before training student and start are one: nothing is to be learned where none is told."""
+    base, adapters, _, contexts, _ = world()
+    net, role = toy_denoiser(), Teacher("ema", decay=0.5)
+    student = jax.tree.map(jnp.zeros_like, adapters) if start == "off" else adapters
+
+    def method(student, teacher, base, contexts, noise, key):
+        nodes = some_nodes(told=TOLD)
+        return dopsd.loss_and_gradient(net, student, teacher, base, contexts, noise, nodes)
+
+    tx = optax.sgd(1.0)
+    step = train_step.make_step(
+        method, tx, role, lambda _: 1.0, 0, start=start, teachers=True
+    )  # fmt: skip
+    batch = jax.tree.map(lambda x: x[None], contexts)
+    begun = state.create(student, role, tx, start == "copy")
+    new, metrics = step(begun, base, batch, 0, latent=SHAPE)
+    at = metrics["loss_per_step"]
+    assert float(jnp.max(at[jnp.array(UNTOLD)])) < 1e-12 and float(at[jnp.array(TOLD)].min()) > 0
+    _, metrics = step(new, base, batch, 1, latent=SHAPE)
+    assert float(metrics["loss_per_step"][jnp.array(UNTOLD)].min()) > 0
+
+
+def test_the_start_is_kept_for_a_teacher_that_is_not_told_everything():
+    own = lambda **fields: load("zimage:random", {"teacher.told": "1,2"} | fields)
+    assert registry.told(own()) == (1, 2) and registry.start(own()) == "off"
+    assert registry.start(own(**{"lora.init_from": "x.safetensors"})) == "copy"
+    assert registry.start(own(**{"train": "full", "teacher.weights": "frozen"})) == "teacher"
+    assert registry.start(own(method="sft")) == "" and registry.told(own(method="sft")) == "all"
+
+
+@pytest.mark.parametrize(
+    ("fields", "expected"),
+    [
+        ({}, (4, 1, 3, 1)),  # backward, forward, teacher_forward, captions
+        ({"loss_steps": "0,1"}, (2, 3, 1, 1)),
+        ({"loss_steps": "random:1"}, (1, 3.25, 0.75, 1)),
+        ({"method": "offpolicy"}, (4, 1, 3, 1)),
+        ({"method": "offpolicy", "teacher.told": "all"}, (4, 0, 4, 0)),
+    ],
+)
+def test_passes_of_a_teacher_that_is_told_at_three_nodes(fields, expected):
+    config = load("zimage:random", {"teacher.told": "1,2,3"} | fields)
+    found = registry.passes(config, GRID)
+    assert (found.backward, found.forward, found.teacher_forward, found.captions) == expected
+
+
+@pytest.mark.parametrize(
+    ("told", "message"),
+    [
+        ((4,), r"teacher.told: \[4\] must name some of the steps 0 to 3"),
+        ((0.5,), r"teacher.told: \[0.5\] must name some of the steps"),
+        ("first", "teacher.told: 'first' is not all, or a list of step numbers"),
+        ((0,), r"teacher.told: none of the steps \[0\] is in config.loss_steps, \[1, 2\]"),
+    ],
+)
+def test_told_nodes_that_cannot_be(told, message):
+    with pytest.raises(UserError, match=message):
+        some_nodes((1, 2), told)

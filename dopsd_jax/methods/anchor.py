@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 from dopsd_jax.common.config_fields import NEVER, POSITIVE, Field, as_list
-from dopsd_jax.methods.method import Count, Passes, Teacher
+from dopsd_jax.methods.method import Count, Passes
 from dopsd_jax.methods.options import DISTANCE
 
 Config = Mapping[str, Any]
@@ -66,19 +66,6 @@ def micro_batches(config: Config, multiple: int = 1) -> Micro | None:
     count = math.ceil(round(wanted / size, 9))
     own = math.ceil(round(wanted / count / multiple, 9)) * multiple
     return Micro(count, own)
-
-
-def start(config: Config, teacher: Teacher) -> str:
-    """Where the step has the weights that hold the student: empty without anchors.
-
-    `teacher`: the run keeps them beside the student anyway. `off`: they are the base's, with the
-    adapters off. `copy`: of the student before training. teacher: see `registry.teacher`.
-    """
-    if not config["anchor"]["share"]:
-        return ""
-    if config["anchor"]["teacher"] == "teacher" or teacher.weights == "frozen":
-        return "teacher"
-    return "off" if config["train"] == "lora" and not config["lora"]["init_from"] else "copy"
 
 
 def passes(own: Passes, config: Config, n: Count) -> Passes:

@@ -18,6 +18,8 @@ from dopsd_jax.dopsd import (
     Distance,
     Losses,
     Nodes,
+    Teachers,
+    ask_teacher,
     mean_square,
     rollout,
 )
@@ -95,7 +97,7 @@ def dreambooth(
 def offpolicy(
     net: Denoiser,
     student: Tree,
-    teacher: Tree,
+    teacher: Tree | Teachers,
     base: Tree,
     batch: Batch,
     draws: Draws,
@@ -108,22 +110,21 @@ def offpolicy(
 
     L = 1/K sum_k w_k distance( v_student(x_k), sg v_teacher(x_k) )
 
-    `states`: `teacher`, x_k of the teacher's own rollout; `targets`, x_k = (1 - sigma_k) x0 +
+    `states`: `teacher`, x_k of the teacher's own rollout (for `Teachers` by the velocities that are
+    wanted); `targets`, x_k = (1 - sigma_k) x0 +
     sigma_k noise of the data set's pictures.
     """
-    context = batch.contexts.teacher
-    precomputed = net.precompute(teacher, base, context)
-    ask = lambda x, sigma: net.velocity(teacher, base, x, sigma, context, precomputed)
+    ask = ask_teacher(net, teacher, base, batch.contexts)
 
     def visit(x, node: Nodes):
-        v = ask(x, node.sigma)
+        v = ask(x, node)
         return euler(x, v, node.sigma, node.sigma_next), (x, v)
 
     def answer(item):
         x, node = item
         if every_step:
-            return ask(x, node.sigma)
-        return jax.lax.cond(node.loss_mask, ask, lambda x, _: jnp.zeros_like(x), x, node.sigma)
+            return ask(x, node)
+        return jax.lax.cond(node.loss_mask, ask, lambda x, _: jnp.zeros_like(x), x, node)
 
     if states == "teacher":
         _, (x, wanted) = jax.lax.scan(visit, draws.start, nodes)

@@ -3,8 +3,9 @@
 (setup, student, teacher, base, batch, draws, key) -> (losses, gradient)
 
 setup: what is the same for all steps. student, base: the network's parameters, trained and frozen.
-teacher: those that the run keeps beside the student. batch: a `flow_matching.Batch` with what the
-method needs. draws: what is random about each sample. key: what is random about the step.
+teacher: those that the run keeps beside the student, or `dopsd.Teachers`. batch: a
+`flow_matching.Batch` with what the method needs. draws: what is random about each sample. key: what
+is random about the step.
 """
 
 from collections.abc import Callable
@@ -22,6 +23,7 @@ from dopsd_jax.dopsd import (
     loss_and_gradient,
     make_nodes,
     mean_square,
+    told_mask,
 )
 from dopsd_jax.methods import baselines
 from dopsd_jax.methods.distance import Decoupled
@@ -56,6 +58,11 @@ class Setup(NamedTuple):
         loss, steps = name_or_list(self.config["loss"]), name_or_list(self.config["loss_steps"])
         return make_nodes(self.grid, loss, steps, key)
 
+    def told_nodes(self, key: Key[Array, ""]) -> Nodes:
+        """The same, with config.teacher.told."""
+        told = told_mask(name_or_list(self.config["teacher"]["told"]), len(self.grid) - 1)
+        return self.nodes(key)._replace(told=told)
+
     @property
     def distance(self) -> Distance:
         """The distance of student and teacher, by config.loss."""
@@ -75,7 +82,7 @@ class Setup(NamedTuple):
 
 
 def dopsd(setup: Setup, student, teacher, base, batch: Batch, noise, key) -> Result:
-    networks, nodes = (setup.net, student, teacher, base), setup.nodes(key)
+    networks, nodes = (setup.net, student, teacher, base), setup.told_nodes(key)
     return loss_and_gradient(
         *networks, batch.contexts, noise, nodes, setup.every_step, setup.distance
     )
@@ -93,7 +100,7 @@ def sft_teacher(setup: Setup, student, teacher, base, batch: Batch, draws, key) 
 
 def offpolicy(setup: Setup, student, teacher, base, batch: Batch, draws, key) -> Result:
     states = setup.config["offpolicy"]["states"]
-    networks, nodes = (setup.net, student, teacher, base), setup.nodes(key)
+    networks, nodes = (setup.net, student, teacher, base), setup.told_nodes(key)
     return baselines.offpolicy(
         *networks, batch, draws, nodes, states, setup.every_step, setup.distance
     )

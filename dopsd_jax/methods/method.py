@@ -52,12 +52,15 @@ class Count(NamedTuple):
     """What decides how often a step runs the network.
 
     steps: nodes of the grid, K. loss_steps: those with a loss, T. samples: noise levels of a
-    picture, config.sft.samples, M.
+    picture, config.sft.samples, M. untold: nodes at which the teacher has not its own context;
+    untold_loss: those of them with a loss, on average.
     """
 
     steps: int
     loss_steps: int
     samples: int
+    untold: int = 0
+    untold_loss: float = 0
 
 
 @dataclasses.dataclass(frozen=True)

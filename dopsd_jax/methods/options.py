@@ -35,6 +35,12 @@ DISTANCE = (
     Field("decoupled.mean", 1.0,
           "weight of the mean of each channel, the palette, in both", low=0, high=10, when=SPLIT),
 )
+TOLD = (
+    Field("teacher.told", "all",
+          "nodes at which the teacher has its context: all, or a list (0 is the noisiest); at the "
+          "others the network before training is asked, in the student's context", "name or list",
+          change=NEVER),
+)
 LEVELS = (
     Field("sft.sigma", "logit_normal", "distribution of noise levels; nodes: those of config.grid",
           choices=("logit_normal", "uniform", "shifted", "nodes")),

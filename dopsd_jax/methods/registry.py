@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from dopsd_jax.common.config_fields import Field, name_or_list
 from dopsd_jax.methods import anchor
 from dopsd_jax.methods.method import Config, Count, Method, Needs, Passes, Teacher
-from dopsd_jax.methods.options import DISTANCE, LEVELS, NODES, OTHER_CAPTION, TEACHER
+from dopsd_jax.methods.options import DISTANCE, LEVELS, NODES, OTHER_CAPTION, TEACHER, TOLD
 
 if TYPE_CHECKING:
     from dopsd_jax.dopsd import Denoiser
@@ -27,16 +27,28 @@ def _weight(name: str, default: float, help: str) -> Field:
     return Field(name, default, help, low=0, high=10**6)
 
 
+def _offpolicy_passes(config: Config, n: Count) -> Passes:
+    whole = config["offpolicy"]["states"] == "teacher"
+    asked, untold = (n.steps, n.untold) if whole else (n.loss_steps, n.untold_loss)
+    return Passes(
+        n.loss_steps, untold, asked - untold, captions=int(n.untold > 0), teacher_captions=1
+    )
+
+
 _RECORDS = (
     Method(
         name="dopsd",
         summary="the student learns the teacher's velocity at every state of its own rollout",
         source="arXiv 2605.05204",
-        fields=(*NODES, *DISTANCE, *TEACHER),
+        fields=(*NODES, *DISTANCE, *TEACHER, *TOLD),
         needs=lambda config: Needs(teacher=True),
         keeps="teacher",
         passes=lambda config, n: Passes(
-            n.loss_steps, n.steps - n.loss_steps, n.loss_steps, teacher_captions=1
+            n.loss_steps,
+            n.steps - n.loss_steps + n.untold_loss,
+            n.loss_steps - n.untold_loss,
+            captions=int(n.untold > 0),
+            teacher_captions=1,
         ),
         loss=_loss("dopsd"),
         gap="student and teacher",
@@ -71,6 +83,7 @@ _RECORDS = (
             *NODES,
             *DISTANCE,
             *TEACHER,
+            *TOLD,
             Field(
                 "offpolicy.states",
                 "teacher",
@@ -80,11 +93,7 @@ _RECORDS = (
         ),
         needs=lambda config: Needs(True, target=config["offpolicy"]["states"] == "targets"),
         keeps="teacher",
-        passes=lambda config, n: Passes(
-            n.loss_steps,
-            teacher_forward=n.steps if config["offpolicy"]["states"] == "teacher" else n.loss_steps,
-            teacher_captions=1,
-        ),
+        passes=_offpolicy_passes,
         loss=_loss("offpolicy"),
         gap="student and teacher",
     ),
@@ -165,15 +174,41 @@ def teacher(config: Config) -> Teacher:
     return Teacher("frozen" if keeps == "start" else "live")
 
 
+def told(config: Config) -> str | tuple[int, ...]:
+    """The nodes at which the teacher has its own context: config.teacher.told, if it is used."""
+    used = any(field in TOLD for field in method(config).fields)
+    return name_or_list(config["teacher"]["told"]) if used else "all"
+
+
+def start(config: Config) -> str:
+    """Where the step has the weights of the network before training; empty: nothing asks for them.
+
+    Anchors ask for them, and a teacher that is not told everything at every node. `teacher`: the
+    run keeps them beside the student anyway. `off`: they are the base's, with the adapters off.
+    `copy`: of the student before training.
+    """
+    if not config["anchor"]["share"] and told(config) == "all":
+        return ""
+    by_teacher = config["anchor"]["share"] and config["anchor"]["teacher"] == "teacher"
+    if by_teacher or teacher(config).weights == "frozen":
+        return "teacher"
+    return "off" if config["train"] == "lora" and not config["lora"]["init_from"] else "copy"
+
+
 def passes(config: Config, grid: tuple[float, ...]) -> Passes:
     """How often a step runs the network on one image."""
     import jax
 
-    from dopsd_jax.dopsd import draw_loss_mask
+    from dopsd_jax.dopsd import draw_loss_mask, told_mask
 
-    steps = len(grid) - 1
-    mask = draw_loss_mask(name_or_list(config["loss_steps"]), steps, jax.random.key(0))
-    count = Count(steps, int(mask.sum()), config["sft"]["samples"])
+    steps, loss_steps = len(grid) - 1, name_or_list(config["loss_steps"])
+    mask, own = draw_loss_mask(loss_steps, steps, jax.random.key(0)), told_mask(told(config), steps)
+    chosen = int(mask.sum())
+    untold = 0 if own is None else steps - int(own.sum())
+    # Nodes that are drawn are these as often as others.
+    drawn = isinstance(loss_steps, str)
+    both = chosen * untold / steps if drawn or not untold else int((mask & ~own).sum())
+    count = Count(steps, chosen, config["sft"]["samples"], untold, both)
     return anchor.passes(method(config).passes(config, count), config, count)
 
 

@@ -29,7 +29,7 @@ from dopsd_jax.data.rows import Rows, load_rows
 from dopsd_jax.dopsd import Denoiser
 from dopsd_jax.families.base import Family, Size
 from dopsd_jax.families.pipeline import Pipeline
-from dopsd_jax.methods import anchor, registry
+from dopsd_jax.methods import registry
 from dopsd_jax.methods.losses import Schedule
 from dopsd_jax.methods.options import OTHER_CAPTION
 from dopsd_jax.models import attention, quantised
@@ -291,7 +291,7 @@ def check_method(config: ConfigDict, pipe: Pipeline) -> None:
     side = config.data.resolution // pipe.family.LATENT_FACTOR
     grid = make_schedule(config, pipe.family, pipe.scheduler).grid(side, side)
     loss, loss_steps = name_or_list(config.loss), name_or_list(config.loss_steps)
-    dopsd.make_nodes(grid, loss, loss_steps, jax.random.key(0))
+    dopsd.make_nodes(grid, loss, loss_steps, jax.random.key(0), registry.told(config))
     trained(config, pipe.family, pipe.config).check()
 
 
@@ -345,7 +345,7 @@ def _plan(config, family: Family, what: Trained, graphdef, student, scheduler, m
     net = family.denoiser(graphdef)
     teacher = registry.teacher(config)
     tx = optimizers.optimizer(config)
-    keep_start = anchor.start(config, teacher) == "copy"
+    keep_start = registry.start(config) == "copy"
     create = lambda student: state.create(student, teacher, tx, keep_start)
     abstract = jax.eval_shape(create, student)
     placement = state.offload(
@@ -384,8 +384,9 @@ def make_step(
     teacher, lr = registry.teacher(config), optimizers.schedule(config)
     skip, draw = config.nonfinite == "skip", registry.draw(config)
     seed = config.seed if seed is None else seed
-    start, held = anchor.start(config, teacher), None
-    if start:
+    held = None
+    if config.anchor.share:
         loss = registry.anchor_loss(config, net, schedule)
-        held = train_step.Anchor(loss, start, config.anchor.share)
-    return train_step.make_step(method, tx, teacher, lr, seed, placement, skip, draw, held)
+        held = train_step.Anchor(loss, config.anchor.share)
+    own = method, tx, teacher, lr, seed, placement, skip, draw
+    return train_step.make_step(*own, registry.start(config), held, registry.told(config) != "all")

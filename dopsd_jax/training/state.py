@@ -16,7 +16,7 @@ Tree = Any
 class TrainState(NamedTuple):
     """step: optimizer steps done. teacher: None when it is the student itself (`live`).
 
-    start: the student before training, where anchors need a copy of it.
+    start: the student before training, where anchors or the teacher need a copy of it.
     """
 
     step: jax.Array

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import optax
 from jax.sharding import NamedSharding, PartitionSpec
 
-from dopsd_jax.dopsd import Losses
+from dopsd_jax.dopsd import Losses, Teachers
 from dopsd_jax.methods.flow_matching import start_noise
 from dopsd_jax.methods.method import Teacher
 from dopsd_jax.parallel.sharding import constrain_batch, per_shard, to_device
@@ -22,13 +22,11 @@ Tree = Any
 class Anchor(NamedTuple):
     """How anchors are learned.
 
-    loss: as `method` of `make_step`, for the contexts of anchors. start: where the weights are that
-    hold the student; see `methods.anchor.start`. share: weight of the anchors' mean gradient; the
-    method's has the rest.
+    loss: as `method` of `make_step`, for the contexts of anchors, with the start as teacher. share:
+    weight of the anchors' mean gradient; the method's has the rest.
     """
 
     loss: Callable[..., tuple[Losses, Tree]]
-    start: str
     share: float
 
 
@@ -41,7 +39,9 @@ def make_step(
     placement: TrainState | None = None,
     skip: bool = False,
     draw: Callable[[jax.Array, Sequence[int]], Tree] = start_noise,
+    start: str = "",
     anchor: Anchor | None = None,
+    teachers: bool = False,
 ) -> Callable:
     """The compiled step: (state, base, batch, number, anchors, latent) -> (state, metrics).
 
@@ -52,8 +52,9 @@ def make_step(
     `batch`: a tree whose leaves have a leading axis of micro-batches; their gradients are averaged.
     `latent`: static shape [b, h, w, c] of a micro-batch's noise. `anchors`: the contexts of
     `anchor`, in micro-batches of their own; the metrics then have `anchor_loss` and `anchor_gap`
-    beside those of the method. The state is
-    donated; `placement`, a sharding for each of its parts, is where the new one lies too.
+    beside those of the method. `start`: where the weights of the network before training are, see
+    `registry.start`; with `teachers` the method is given them too, as `dopsd.Teachers`. The state
+    is donated; `placement`, a sharding for each of its parts, is where the new one lies too.
 
     A step is refused when its loss, its gradient or anything of the new state is not finite:
     `metrics["finite"]` says which part of `PARTS` is. It changes nothing but, with `skip`, the
@@ -110,13 +111,14 @@ def make_step(
         zeros = lambda: jax.tree.map(jnp.zeros_like, state.student)
         target = jax.lax.stop_gradient(state.student) if state.teacher is None else state.teacher
         count = len(jax.tree.leaves(batch)[0])
-        own = on_shards(method), draw, target, state, base, batch, latent
+        begun = {"teacher": lambda: target, "off": zeros, "copy": lambda: state.start}
+        asked = Teachers(target, begun[start]()) if teachers else target
+        own = on_shards(method), draw, asked, state, base, batch, latent
         gradient, losses = learn(*own, zeros())
         loss, of_anchors = jnp.mean(losses.total), {}
         if anchors is not None:
             more, size = jax.tree.leaves(anchors)[0].shape[:2]
-            start = {"teacher": lambda: target, "off": zeros, "copy": lambda: state.start}
-            held = on_shards(anchor.loss), start_noise, start[anchor.start](), state, base
+            held = on_shards(anchor.loss), start_noise, begun[start](), state, base
             gradient = jax.tree.map(lambda g: (1 - anchor.share) / count * g, gradient)
             gradient, found = learn(
                 *held, anchors, (size, *latent[1:]), gradient, count, anchor.share / more
@@ -156,9 +158,9 @@ def make_step(
         if number is not None:
             good &= state.step == number
         new = TrainState(state.step + 1, student, shadow, opt_state)
-        old, start = state._replace(start=None), state.start
+        old, kept = state._replace(start=None), state.start
         state = jax.tree.map(lambda new, old: jnp.where(good, new, to_device(old)), new, old)
-        state = state._replace(start=start)
+        state = state._replace(start=kept)
         return state._replace(step=new.step) if skip else state, metrics
 
     return step
