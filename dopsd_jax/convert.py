@@ -10,7 +10,7 @@ from pathlib import Path
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")  # converting needs no accelerator
 
-from dopsd_jax.common.errors import UserError, report
+from dopsd_jax.common.errors import UserError, raise_if, report
 from dopsd_jax.common.program import Parser, local_lora, local_name, local_path
 
 TYPES = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}
@@ -23,6 +23,7 @@ EXAMPLES = """examples:
   %(prog)s merge zimage-converted style.safetensors zimage-style --format diffusers
   %(prog)s merge zimage-converted dog.safetensors:0.8 style.safetensors:0.5 zimage-both
   %(prog)s lora style.safetensors style-kohya.safetensors --to K
+  %(prog)s extract Tongyi-MAI/Z-Image-Turbo tuned-model tuned.safetensors --rank 64
   %(prog)s inspect zimage-converted
 """
 
@@ -84,6 +85,19 @@ def parser(program: str) -> argparse.ArgumentParser:
     ))  # fmt: skip
     _add_transformer_only(p)
     p.add_argument("--dtype", choices=TYPES, help="default: as the source file has it")
+
+    p = add("extract", run_extract, "Write the difference of two models' transformers as a LoRA.")
+    p.add_argument("base", type=local_name, help="model folder, converted model or hub id")
+    p.add_argument(
+        "tuned", type=local_name, help="the changed model, likewise; or single file of it"
+    )
+    p.add_argument("out", type=local_path, help="new file, dialect D")
+    p.add_argument("--rank", type=int, default=64, help="largest rank (default %(default)d)")
+    p.add_argument("--energy", type=float, default=1.0, help=(
+        "a layer gets no more rank than this share of its change needs, measured by its squared "
+        "norm (default 1: the whole rank)"
+    ))  # fmt: skip
+    p.add_argument("--dtype", choices=TYPES, default="float32", help="default %(default)s")
 
     p = add("inspect", run_inspect, "Say what a file or folder is, and what is wrong with it.")
     p.add_argument("path", type=local_path, help="model, network folder, single file or LoRA")
@@ -196,6 +210,29 @@ def run_lora(args: argparse.Namespace) -> None:
         f"{args.out}: {len(lora.modules)} layers, dialect {lora.dialect} -> {args.to}"
         + (f", {size(written)}" if written else "")
     )
+
+
+def run_extract(args: argparse.Namespace) -> None:
+    from dopsd_jax.common.progress import Progress
+    from dopsd_jax.conversion.extraction import extract
+    from dopsd_jax.weights import hub
+    from dopsd_jax.weights.lora_write import write_lora
+
+    raise_if(
+        f"--{name} {value}: must be {what}"
+        for name, value, good, what in (
+            ("rank", args.rank, args.rank > 0, "above 0"),
+            ("energy", args.energy, 0 < args.energy <= 1, "above 0 and at most 1"),
+        )
+        if not good
+    )
+    single = Path(args.tuned).is_file()
+    base, tuned = hub.resolve(args.base), Path(args.tuned)
+    if not single:
+        tuned = hub.resolve(args.tuned).path
+    found = extract(base.path, tuned, args.rank, args.energy, Progress("layer"))
+    write_lora(args.out, found.modules, found.layers, dtype=TYPES[args.dtype])
+    print("\n".join([f"{args.out}: written", *found.summary]))
 
 
 def run_inspect(args: argparse.Namespace) -> None:
