@@ -51,6 +51,7 @@ from dopsd_jax.data.blobs import Blob
 from dopsd_jax.data.dataset import Dataset, describe, measure, spread
 from dopsd_jax.data.rows import Rows
 from dopsd_jax.data.table import Chosen, DataRow
+from dopsd_jax.data.varied import EMPTY
 from dopsd_jax.families.base import STUDENT, TEACHER
 from dopsd_jax.families.pipeline import Pipeline
 from dopsd_jax.methods import registry
@@ -170,7 +171,9 @@ class Work(NamedTuple):
 
         Raises `UserError` with every caption that is too long.
         """
-        wanted = dict.fromkeys(self.encoder.dataset.captions(), self.kinds)
+        dataset = self.encoder.dataset
+        wanted = dict.fromkeys(dataset.captions(), self.kinds)
+        wanted |= dict.fromkeys(dataset.captions([EMPTY]), (STUDENT,))
         shapes = self.encoder.shapes(wanted)
         return [
             tuple(parts.layout_of(shapes.get((caption, role), {})) for role in range(parts.ROLES))

@@ -142,6 +142,7 @@ def train(config: ConfigDict, workdir: epath.Path) -> int | None:
         batch_size=effective_batch,
         seed=config.seed,
         draw=config.data.prompt_draw,
+        dropout=config.data.caption_dropout,
     )
     places = sharding.own_samples(mesh, config.batch_size)
     own = lambda index: index.part(places, config.accumulate)

@@ -6,7 +6,7 @@ import re
 import pytest
 from conftest import ROOT, run_program
 
-from dopsd_jax.common.config_fields import POSITIVE, Field, as_list, name_or_list
+from dopsd_jax.common.config_fields import POSITIVE, TRUE, Field, as_list, name_or_list
 from dopsd_jax.common.errors import UserError
 from dopsd_jax.config import changes, flags, loading, schema
 from dopsd_jax.config.fields import choices, conditions, declared, defaults
@@ -88,7 +88,7 @@ def test_conditions_name_fields_and_values_that_there_are():
     for field in fields.values():
         for name, needed in conditions(field).items():
             known = choices(fields[name]) or re.findall(r"\w+", fields[name].help)
-            assert needed is POSITIVE or set(needed) <= set(known)
+            assert needed is POSITIVE or needed is TRUE or set(needed) <= set(known)
             assert needed is not POSITIVE or fields[name].kind in ("int", "float")
 
 

@@ -151,7 +151,9 @@ def test_the_batch_of_an_incident_is_named(tmp_path):
         for n in range(3)
     ]
     shape = Shape(Bucket(64, 48))
-    batch = BatchIndex(6, shape, np.array([2, 0]), ("long", "text"), np.array([1, 0]))
+    batch = BatchIndex(
+        6, shape, np.array([2, 0]), ("long", "text"), np.array([1, 0]), (False, True)
+    )
     metrics = record(7, np.float32("nan"))
     data, prompts = SimpleNamespace(rows=rows), ("a red boat",)
     path = write_incident(tmp_path, "it broke", metrics, batch, data, prompts)
@@ -166,6 +168,6 @@ def test_the_batch_of_an_incident_is_named(tmp_path):
         },
         {
             "row": "file:0", "image": str(tmp_path / "0.png"), "prompt_key": "text",
-            "caption": "caption 0",
+            "caption": "caption 0", "student's caption": "",
         },
     ]  # fmt: skip

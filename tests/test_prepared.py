@@ -43,15 +43,16 @@ def longest(prepared, role):
 
 
 def write(
-    folder, rows=5, rows_per_part=2, dtype=np.float32, keys=("short_en", "detailed_en"), wrong=None
-):
+    folder, rows=5, rows_per_part=2, dtype=np.float32, keys=("short_en", "detailed_en"), wrong=None,
+    asked=None,
+):  # fmt: skip
     """A small prepared data set; its pictures are those of rows 0 and 3.
 
-    `wrong`: a row whose captions have other keys.
+    `wrong`: a row whose captions have other keys. `asked`: the manifest's keys, if not all.
     """
     folder = epath.Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    manifest = parts.Manifest(rows, rows_per_part, keys, "f" * 64, SETTINGS)
+    manifest = parts.Manifest(rows, rows_per_part, asked or keys, "f" * 64, SETTINGS)
     parts.write_manifest(folder, manifest)
     for number in range(manifest.parts):
         records, made, pictures = [], [], b""

@@ -20,6 +20,16 @@ class _Positive(tuple):
 
 
 POSITIVE = _Positive(("above 0",))
+
+
+class _True(tuple):
+    """As the values in `Field.when`: only true."""
+
+    def __contains__(self, value: object) -> bool:
+        return value is True
+
+
+TRUE = _True(("true",))
 _TRUTH = {"true": True, "1": True, "yes": True, "false": False, "0": False, "no": False}
 
 

@@ -13,6 +13,7 @@ from dopsd_jax.data.cache import FeatureCache, feature_key
 from dopsd_jax.data.dataset import Dataset
 from dopsd_jax.data.images import crop_name
 from dopsd_jax.data.prepared import Caption
+from dopsd_jax.data.varied import EMPTY
 from dopsd_jax.families.base import STUDENT, TEACHER, Family
 from dopsd_jax.families.base import Features as Arrays
 from dopsd_jax.families.pipeline import Pipeline
@@ -53,13 +54,13 @@ class CachedFeatures:
         self.picture, self.edited = self.encoder.image, self.encoder.edited
 
     def wanted(self) -> dict[Caption, list[int]]:
-        """The kinds of features that each caption needs."""
+        """The kinds of features that each caption needs; empty ones are the student's alone."""
         kinds = [STUDENT, *[TEACHER] * self.shown, *[PRIOR] * self.needs.prior]
         wanted = {caption: kinds for caption in self.dataset.captions(self.dataset.prompt_keys)}
         key = registry.teacher_key(self.config) if self.needs.teacher else None
         if key is not None and key not in self.dataset.prompt_keys:
             wanted |= {caption: [STUDENT] for caption in self.dataset.captions([key])}
-        return wanted
+        return wanted | {caption: [STUDENT] for caption in self.dataset.captions([EMPTY])}
 
     def key(self, caption: Caption, kind: int) -> str:
         """Where the cache has a caption's features."""

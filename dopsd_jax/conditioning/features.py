@@ -1,5 +1,6 @@
 """The encoders' outputs for a data set: computed once and cached by content, or prepared before."""
 
+import itertools
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Protocol
@@ -19,6 +20,7 @@ from dopsd_jax.data.dataset import Dataset
 from dopsd_jax.data.images import crop_name
 from dopsd_jax.data.loader import BatchIndex
 from dopsd_jax.data.prepared import Caption, Prepared
+from dopsd_jax.data.varied import EMPTY
 from dopsd_jax.dopsd import Contexts
 from dopsd_jax.families.base import STUDENT, TEACHER, PaddedLengths, Tree
 from dopsd_jax.families.base import Features as Arrays
@@ -33,7 +35,11 @@ SETTINGS = {
     "dtype": "config.dtype",
     "crop": "crops",
     "reference_crop": "config.data.reference_crop",
+    "empty_captions": "empty captions (config.data.caption_dropout)",
+    "tags": "shuffled tags (config.data.shuffle_tags, tag_variants, keep_tags)",
 }
+# What a configuration may leave out, and then a prepared data set must not have.
+UNLESS_ASKED = ("tags",)
 
 
 def prepared_settings(config: ConfigDict, pipe: Pipeline, memo: Path) -> dict[str, object]:
@@ -44,6 +50,10 @@ def prepared_settings(config: ConfigDict, pipe: Pipeline, memo: Path) -> dict[st
     shown = sees_picture(config, pipe.family)
     role = TEACHER if shown else STUDENT
     found = {"dtype": config.dtype} | pipe.options(role, config.teacher)
+    if config.data.caption_dropout:
+        found["empty_captions"] = True
+    if config.data.shuffle_tags:
+        found["tags"] = [config.data.tag_variants, config.data.keep_tags]
     if shown:
         found["crop"] = crop_name(0, 0)
     if config.data.references:
@@ -112,7 +122,7 @@ class Features:
         if self.anchors:
             self.anchors.pad()
         keys = self.dataset.prompt_keys
-        student = [(STUDENT, keys)] + [(PRIOR, keys)] * self.needs.prior
+        student = [(STUDENT, (*keys, EMPTY))] + [(PRIOR, keys)] * self.needs.prior
         self.rows = [self._rows(student, STUDENT), None]
         if self.needs.teacher:
             wanted = (TEACHER, keys) if self.teacher_key is None else (STUDENT, [self.teacher_key])
@@ -138,9 +148,14 @@ class Features:
         """The pictures that the row edits, in the sizes that the model sees."""
         return self.store.edited(row)
 
-    def contexts(self, captions: Sequence[Caption]) -> Contexts:
-        """The contexts of the captions, padded, as host arrays."""
-        student = self._context(captions, STUDENT, STUDENT)
+    def contexts(
+        self, captions: Sequence[Caption], given: Sequence[Caption] | None = None
+    ) -> Contexts:
+        """The contexts of the captions, padded, as host arrays.
+
+        given: the captions of the student, where they are not the teacher's too.
+        """
+        student = self._context(captions if given is None else given, STUDENT, STUDENT)
         if not self.needs.teacher:
             return Contexts(student, None)
         if self.teacher_key is None:
@@ -160,8 +175,12 @@ class Features:
         """What the method learns from, with a leading axis of micro-batches."""
         rows = index.rows.tolist()
         captions = list(zip(rows, index.captions.tolist(), strict=True))
+        given = [
+            self.dataset.caption(caption[0], [EMPTY]) if dropped else caption
+            for caption, dropped in itertools.zip_longest(captions, index.dropped)
+        ]
         whole = Batch(
-            self.contexts(captions),
+            self.contexts(captions, given),
             self.latents(rows) if self.needs.target else None,
             self._context(captions, PRIOR, STUDENT) if self.needs.prior else None,
         )
@@ -197,6 +216,7 @@ def check_prepared(prepared: Prepared, pipe: Pipeline, config: ConfigDict, folde
             f"{config.teacher.context}"
         )
     settings = prepared_settings(config, pipe, Path(folder) / DIGESTS)
+    settings = dict.fromkeys(UNLESS_ASKED) | settings
     prepared.check(settings, {n: SETTINGS.get(n, f"config.teacher.{n}") for n in settings})
     roles = (STUDENT, TEACHER) if sees_picture(config, pipe.family) else (STUDENT,)
     for role in roles:

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from ml_collections import ConfigDict
 
 from dopsd_jax import families
-from dopsd_jax.common.config_fields import ALWAYS, NEVER, Field
+from dopsd_jax.common.config_fields import ALWAYS, NEVER, TRUE, Field
 from dopsd_jax.methods import anchor
 from dopsd_jax.methods.options import OTHER_CAPTION
 from dopsd_jax.methods.registry import METHODS
@@ -18,6 +18,7 @@ from dopsd_jax.models import kinds
 COUNT = 10**9  # a bound of numbers of steps
 PIXELS = 2**34  # of the area of a picture
 ADAPTERS, FULL, ADAM = {"train": ("lora",)}, {"train": ("full",)}, {"optimizer": ("adamw",)}
+SHUFFLED = {"data.shuffle_tags": TRUE}
 METHOD = "The method"
 TRACKERS = {"tensorboard": "tensorboardX", "wandb": "wandb"}  # each an extra of its name
 
@@ -135,6 +136,14 @@ _DATA = (
     Field("data.prompt_draw", "batch",
           "a caption key is drawn for each batch (as in the released code), or for each row",
           choices=("batch", "row")),
+    Field("data.caption_dropout", 0.0,
+          "share of draws in which the student gets the empty caption, and the teacher the row's",
+          low=0, high=1),
+    Field("data.shuffle_tags", False, "captions are lists of tags with commas, in any order"),
+    Field("data.tag_variants", 8, "orders of the tags of each caption, the written one among them",
+          low=1, high=1000, when=SHUFFLED),
+    Field("data.keep_tags", 0, "tags that stay in front of every order", low=0, high=1000,
+          when=SHUFFLED),
     Field("data.max_pixels", 200_000_000, "larger pictures are refused before they are decoded",
           low=1, high=PIXELS, unit="pixels"),
     Field("data.cache", "", "folder of cached features; empty: in the work folder", "path",

@@ -19,6 +19,7 @@ from dopsd_jax.data.prepared import Caption, Prepared
 from dopsd_jax.data.rows import Rows
 from dopsd_jax.data.sources.collector import Examples
 from dopsd_jax.data.table import Chosen, DataRow
+from dopsd_jax.data.varied import EMPTY
 
 MOST_SHAPES = 24  # that are described
 _AT_ONCE = 1024  # rows given to the threads at a time
@@ -78,14 +79,18 @@ class Dataset:
         return row, next(i for i, (key, _) in enumerate(captions) if key in keys)
 
     def digest(self) -> str:
-        """sha256 over what training sees: picture contents, buckets and captions, in order."""
+        """sha256 over what training sees: picture contents, buckets and captions, in order.
+
+        Not over the empty captions: all rows have one, or none.
+        """
         return self._digest
 
     @functools.cached_property
     def _digest(self) -> str:
         total = hashlib.sha256()
         for row, info, bucket in zip(self.rows, self.infos, self.buckets, strict=True):
-            total.update(json.dumps([info.digest, bucket, row.captions]).encode())
+            captions = [caption for caption in row.captions if caption[0] != EMPTY]
+            total.update(json.dumps([info.digest, bucket, captions]).encode())
         if self.references:
             total.update(json.dumps(list(self.references)).encode())
         return total.hexdigest()
@@ -209,6 +214,7 @@ def describe(dataset: Dataset, batch_size: int) -> list[str]:
     for row in dataset.rows:
         for key, text in row.captions:
             lengths.setdefault(key, array("i")).append(len(text))
+    lengths.pop(EMPTY, None)
     for key, found in lengths.items():
         lines.append(
             f"captions under {key!r}: {len(found)}, of {min(found)} to {max(found)} characters "

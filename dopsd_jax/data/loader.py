@@ -15,19 +15,21 @@ import numpy as np
 from jaxtyping import Int64
 
 from dopsd_jax.data.buckets import Shape
+from dopsd_jax.data.draws import permutation, random_numbers, shares
 from dopsd_jax.data.rows import DataRow
 
 T = TypeVar("T")
 
 # Names of independent random streams.
-_ROWS, _BATCHES, _KEYS, _CAPTIONS, _TURNS = range(5)
+_ROWS, _BATCHES, _KEYS, _CAPTIONS, _TURNS, _DROPPED = range(6)
 
 
 @dataclass(frozen=True)
 class BatchIndex:
     """What batch `n` holds: rows of one shape, and for each its prompt key and caption.
 
-    `captions[i]` is an index into the captions of row `rows[i]`.
+    `captions[i]` is an index into the captions of row `rows[i]`. `dropped[i]`: whether its student
+    gets the row's empty caption instead; empty: none does.
     """
 
     n: int
@@ -35,6 +37,7 @@ class BatchIndex:
     rows: Int64[np.ndarray, " b"]
     prompt_keys: tuple[str, ...]
     captions: Int64[np.ndarray, " b"]
+    dropped: tuple[bool, ...] = ()
 
     def part(self, places: Int64[np.ndarray, " p"], accumulate: int) -> "BatchIndex":
         """What one process loads: `places` of each of the batch's `accumulate` micro-batches."""
@@ -47,6 +50,7 @@ class BatchIndex:
             rows=self.rows[own],
             prompt_keys=tuple(self.prompt_keys[i] for i in own),
             captions=self.captions[own],
+            dropped=tuple(self.dropped[i] for i in own) if self.dropped else (),
         )
 
 
@@ -59,6 +63,7 @@ class Batches:
     as a shape with fewer rows than a batch must repeat them.
 
     `draw` says whether one prompt key is drawn for the whole batch (as upstream) or for each row.
+    `dropout`: the share of draws in which the student's caption is dropped.
     """
 
     def __init__(
@@ -70,6 +75,7 @@ class Batches:
         batch_size: int,
         seed: int,
         draw: Literal["batch", "row"] = "batch",
+        dropout: float = 0.0,
     ):
         if batch_size < 1 or seed < 0 or not prompt_keys or draw not in ("batch", "row"):
             raise ValueError(f"{batch_size=} {seed=} {prompt_keys=} {draw=}")
@@ -84,7 +90,7 @@ class Batches:
         self.prompt_keys = tuple(prompt_keys)
         self.batch_size = batch_size
         self.seed = seed
-        self.draw = draw
+        self.draw, self.dropout = draw, dropout
         counts = (-(-len(ids) // batch_size) for ids in self.rows_by_shape.values())
         self.per_epoch = sum(counts)
         self._plan = functools.lru_cache(maxsize=2)(self._make_plan)
@@ -94,11 +100,11 @@ class Batches:
         shapes, rows = [], []
         for number, (shape, ids) in enumerate(self.rows_by_shape.items()):
             sides = itertools.chain(shape.bucket, *shape.references)
-            shuffled = ids[_permutation(len(ids), self.seed, epoch, _ROWS, *sides)]
+            shuffled = ids[permutation(len(ids), self.seed, epoch, _ROWS, *sides)]
             count = -(-len(ids) // self.batch_size)
             rows.append(np.resize(shuffled, (count, self.batch_size)))  # repeats from the start
             shapes.append(np.full(count, number))
-        order = _permutation(self.per_epoch, self.seed, epoch, _BATCHES)
+        order = permutation(self.per_epoch, self.seed, epoch, _BATCHES)
         return np.concatenate(shapes)[order], np.concatenate(rows)[order]
 
     def batch(self, n: int) -> BatchIndex:
@@ -107,15 +113,18 @@ class Batches:
         numbers, all_rows = self._plan(epoch)
         shape, rows = self.shapes[numbers[place]], all_rows[place]
         size = len(rows)
-        draws = _random(size, self.seed, n, _KEYS)
+        draws = random_numbers(size, self.seed, n, _KEYS)
         if self.draw == "batch":
             draws = np.repeat(draws[:1], size)
         keys = tuple(self.prompt_keys[draw % len(self.prompt_keys)] for draw in draws.tolist())
         captions = np.empty(size, np.int64)
-        for i, draw in enumerate(_random(size, self.seed, n, _CAPTIONS).tolist()):
+        for i, draw in enumerate(random_numbers(size, self.seed, n, _CAPTIONS).tolist()):
             having = self.rows[rows[i]].having(keys[i])
             captions[i] = having[draw % len(having)]
-        return BatchIndex(n, shape, rows, keys, captions)
+        dropped = ()
+        if self.dropout:
+            dropped = tuple((shares(size, self.seed, n, _DROPPED) < self.dropout).tolist())
+        return BatchIndex(n, shape, rows, keys, captions, dropped)
 
 
 def prefetch(
@@ -139,15 +148,6 @@ def prefetch(
     yield from grain.MapDataset.source(range(start, stop)).map(fetch).to_iter_dataset(options)
 
 
-def _random(count: int, *key: int) -> np.ndarray:
-    """`count` random uint64 for a key of non-negative integers.
-
-    Raw Philox output: NumPy keeps these streams as they are, which it does not promise for its
-    distributions and shuffles.
-    """
-    return np.random.Philox(np.random.SeedSequence(key)).random_raw(count)
-
-
 def turn(place: int, count: int, seed: int, stream: int) -> int:
     """Which of `count` items has its turn at `place` (from 0) of an endless sequence.
 
@@ -160,8 +160,4 @@ def turn(place: int, count: int, seed: int, stream: int) -> int:
 
 @functools.lru_cache(maxsize=16)
 def _round(count: int, *key: int) -> np.ndarray:
-    return _permutation(count, *key)
-
-
-def _permutation(count: int, *key: int) -> np.ndarray:
-    return np.argsort(_random(count, *key), kind="stable")
+    return permutation(count, *key)

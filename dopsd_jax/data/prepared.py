@@ -22,6 +22,7 @@ from dopsd_jax.data.images import ImageInfo
 from dopsd_jax.data.picture_index import Infos
 from dopsd_jax.data.sources.collector import listing
 from dopsd_jax.data.table import Table
+from dopsd_jax.data.varied import EMPTY
 from dopsd_jax.weights.tensors import DTYPES
 
 THREADS = 16  # parts are opened at once, for storage that is far away
@@ -56,7 +57,7 @@ class Prepared:
             )
         self._check_all_there()
         self._paths = [self.folder / parts.part_name(n) for n in range(self.manifest.parts)]
-        self.rows, self.infos = Table(self.prompt_keys, str(folder)), Infos()
+        self.rows, self.infos = Table((*self.prompt_keys, EMPTY), str(folder)), Infos()
         self.buckets: list[Bucket] = []
         self.references: list[tuple[Reference, ...]] = []
         self._starts = [0] * self.manifest.parts
@@ -103,11 +104,11 @@ class Prepared:
         for row_number, row in zip(own, part.rows, strict=True):
             chosen = []
             for key, text in row["captions"]:
-                if key in self.prompt_keys:
+                if key in self.rows.keys:
                     chosen.append((key, text))
                     self._numbers.append(caption)
                 caption += 1
-            if {key for key, _ in chosen} != set(self.prompt_keys):
+            if {key for key, _ in chosen} - {EMPTY} != set(self.prompt_keys):
                 raise UserError(f"{path}: row {row_number} lacks captions; {parts.AGAIN}")
             self.rows.append(row["picture"], chosen, line=row_number)
             info = ImageInfo(*row["size"], row["digest"], tuple(row["notes"]))

@@ -16,6 +16,7 @@ from dopsd_jax.data.sources.archives import has_wildcard
 from dopsd_jax.data.sources.files import FOREIGN, IMAGE_SUFFIXES, UNPACK
 from dopsd_jax.data.sources.layout import Layout, Options
 from dopsd_jax.data.table import DataRow
+from dopsd_jax.data.varied import CaptionVariants, Varied
 
 # The first layout that matches reads the data set.
 LAYOUTS: list[Layout] = [
@@ -44,12 +45,15 @@ class Rows:
 
 
 def load_rows(
-    path: str | Path, prompt_keys: Sequence[str] | None = None, **options: object
+    path: str | Path,
+    prompt_keys: Sequence[str] | None = None,
+    variants: CaptionVariants | None = None,
+    **options: object,
 ) -> Rows:
     """Reads the rows at `path`; pictures are only looked for, not opened.
 
     Without `prompt_keys`, all known keys that every row has are taken, and a note says which. A row
-    without a requested caption is an error. `options`: see `Options`.
+    without a requested caption is an error. `variants`: of the captions. `options`: see `Options`.
     """
     if "://" in str(path):
         raise UserError(
@@ -77,7 +81,8 @@ def load_rows(
     if not table and not problems:
         raise UserError(f"{collector.where}: holds no rows")
     raise_if(problems)
-    return Rows(table, table.keys, tuple(notes))
+    rows = Varied(table, variants) if variants else table
+    return Rows(rows, table.keys, tuple(notes))
 
 
 def _what_it_is(path: Path) -> str:

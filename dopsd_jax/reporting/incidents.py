@@ -26,7 +26,9 @@ def write_incident(
     `metrics`: the step's record, with `step`. `anchors`: prompts of the step's anchors.
     """
     samples = []
-    for row, key, caption in zip(batch.rows, batch.prompt_keys, batch.captions, strict=True):
+    dropped = batch.dropped or (False,) * len(batch.rows)
+    drawn = zip(batch.rows, batch.prompt_keys, batch.captions, dropped, strict=True)
+    for row, key, caption, gone in drawn:
         content = dataset.rows[row]
         samples.append(
             {
@@ -35,6 +37,7 @@ def write_incident(
                 "prompt_key": key,
                 "caption": content.captions[caption][1],
             }
+            | ({"student's caption": ""} if gone else {})
         )
     step = metrics["step"]
     record = {

@@ -26,6 +26,7 @@ from dopsd_jax.data.picture_index import PictureIndex
 from dopsd_jax.data.prepared import Prepared
 from dopsd_jax.data.prepared_parts import AGAIN, is_prepared
 from dopsd_jax.data.rows import Rows, load_rows
+from dopsd_jax.data.varied import CaptionVariants
 from dopsd_jax.dopsd import Denoiser
 from dopsd_jax.families.base import Family, Size
 from dopsd_jax.families.pipeline import Pipeline
@@ -248,12 +249,23 @@ def open_rows(config: ConfigDict, workdir: Path) -> Rows:
     return load_rows(
         data_path(config, workdir),
         asked_keys(config) or None,
+        caption_variants(config),
         data_root=data.root or None,
         cache=FeatureCache(cache_folder(config, workdir)),
         teacher_key=registry.teacher_key(config),
         references=as_list(config.data.references),
         **{name: data[name] for name in ROW_OPTIONS},
     )
+
+
+def caption_variants(config: ConfigDict) -> CaptionVariants | None:
+    """More captions of each row; the teacher's own keep the order of their tags."""
+    data = config.data
+    if not data.shuffle_tags and not data.caption_dropout:
+        return None
+    orders = data.tag_variants if data.shuffle_tags else 1
+    teacher_key, empty = registry.teacher_key(config), data.caption_dropout > 0
+    return CaptionVariants(orders, data.keep_tags, teacher_key, empty)
 
 
 def data_path(config: ConfigDict, workdir: Path) -> str | Path:

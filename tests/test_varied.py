@@ -1,0 +1,76 @@
+"""Variants of captions: shuffled tags and empty captions, decided by data and seed alone."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+from test_loader import make, same
+from test_prepared import write
+
+from dopsd_jax.data.prepared import Prepared
+from dopsd_jax.data.table import DataRow
+from dopsd_jax.data.varied import EMPTY, CaptionVariants, Varied, tag_orders
+
+
+def test_orders_of_tags_are_distinct_and_always_the_same():
+    text = "ohwx, mug, red,round , on a table"
+    orders = tag_orders(text, 1, 8)
+    assert len(orders) == len(set(orders)) == 8 and orders[0] == text
+    assert orders[1] == "ohwx, round, red, mug, on a table"  # must never change: caches have it
+    for order in orders:
+        tags = [tag.strip() for tag in order.split(",")]
+        assert tags[0] == "ohwx" and sorted(tags) == sorted(t.strip() for t in text.split(","))
+    assert tag_orders(text, 1, 3) == orders[:3]  # more orders keep those that are encoded
+
+
+@pytest.mark.parametrize(
+    ("text", "keep", "expected"),
+    [
+        ("a mug", 0, {"a mug"}),
+        ("a mug, red", 1, {"a mug, red"}),
+        ("a,b", 0, {"a,b", "b, a"}),
+        ("a, a, a", 0, {"a, a, a"}),
+        ("x, a, a, b", 1, {"x, a, a, b", "x, a, b, a", "x, b, a, a"}),
+        ("a, b", 5, {"a, b"}),
+        ("", 0, {""}),
+    ],
+)
+def test_no_more_orders_than_there_are(text, keep, expected):
+    assert set(tag_orders(text, keep, 100)) == expected
+
+
+def test_rows_have_orders_as_alternatives_and_an_empty_caption():
+    captions = (("short_en", "a, b"), ("long_en", "c, d"))
+    rows = [DataRow(Path("a.png"), captions, "a.png")]
+    variants = CaptionVariants(orders=2, unshuffled="long_en", empty=True)
+    (row,) = Varied(rows, variants)
+    expected = ("short_en", "a, b"), ("short_en", "b, a"), ("long_en", "c, d"), (EMPTY, "")
+    assert row.captions == expected and row.having("short_en") == (0, 1)
+
+
+def test_dropout_is_a_share_of_draws_and_changes_nothing_else():
+    plain, dropping = make(7, 5), make(7, 5, dropout=0.25)
+    dropped = []
+    for n in range(500):
+        same(plain.batch(n), dropping.batch(n))
+        assert plain.batch(n).dropped == ()
+        dropped += dropping.batch(n).dropped
+    assert len(dropped) == 2000 and 0.2 < np.mean(dropped) < 0.3
+    again = make(7, 5, dropout=0.25)  # as a run that goes on at batch 321
+    assert again.batch(321).dropped == dropping.batch(321).dropped
+    more = make(7, 5, dropout=0.5)
+    assert all(
+        a <= b
+        for n in range(50)
+        for a, b in zip(dropping.batch(n).dropped, more.batch(n).dropped, strict=True)
+    )
+    part = dropping.batch(321).part(np.array([1]), 2)
+    assert part.dropped == dropping.batch(321).dropped[1::2]
+    assert all(all(make(7, 5, dropout=1.0).batch(n).dropped) for n in range(20))
+
+
+def test_prepared_rows_keep_their_empty_captions(tmp_path):
+    prepared = Prepared(write(tmp_path, keys=("short_en", EMPTY), asked=("short_en",)))
+    assert prepared.prompt_keys == ("short_en",)
+    assert prepared.rows[1].captions == (("short_en", "short_en 1"), (EMPTY, f"{EMPTY} 1"))
+    assert len(prepared.load((1, 1))) == 2
