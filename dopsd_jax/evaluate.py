@@ -43,7 +43,7 @@ from dopsd_jax.common.atomic import write_text
 from dopsd_jax.common.errors import UserError, raise_if
 from dopsd_jax.config import schema
 from dopsd_jax.data.images import open_image
-from dopsd_jax.data.prepared_parts import is_prepared
+from dopsd_jax.data.prepared_parts import names_prepared
 from dopsd_jax.evaluation import arms as models
 from dopsd_jax.evaluation import data_judges, gathering, prompts, results, torch_scorers
 from dopsd_jax.evaluation.arms import Arm, Tuned
@@ -168,12 +168,12 @@ def find_tuned(config: ConfigDict) -> Tuned | None:
 
 def find_judge(config: ConfigDict, home: Path) -> DataJudge | None:
     """The data set's own judge; None for most data sets."""
-    if is_prepared(config.data.path):
+    if names_prepared(config.data.path):
         raise UserError(
             f"config.data.path {config.data.path}: is prepared and has no pictures; name the data "
             "set that it was made from"
         )
-    return data_judges.find(build.data_path(config, home))
+    return data_judges.find(*build.data_paths(config, home))
 
 
 def find_scorers(judge: DataJudge | None) -> list[Judge]:

@@ -40,6 +40,7 @@ from PIL import Image
 
 from dopsd_jax.common import errors
 from dopsd_jax.common.atomic import is_remote, remove_leftovers
+from dopsd_jax.common.config_fields import as_paths
 from dopsd_jax.common.errors import UserError
 from dopsd_jax.common.progress import Progress
 from dopsd_jax.conditioning import anchors
@@ -72,7 +73,12 @@ def main() -> None:
     with multihost.together():
         workdir = find_workdir(WORKDIR.value, config)
         shard, shards = own_share()
-        if parts.is_prepared(config.data.path):
+        if len(as_paths(config.data.path)) > 1:
+            raise UserError(
+                "config.data.path: names several data sets, and one is prepared at a time; train "
+                "with the pictures themselves"
+            )
+        if parts.names_prepared(config.data.path):
             raise UserError(f"config.data.path {config.data.path}: is a prepared data set already")
         needs = registry.needs(config)
         if needs.target or needs.prior:
@@ -99,7 +105,7 @@ def prepare(
     def open_source():
         pipe, _ = build.open_pipeline(config, workdir)
         rows = build.open_rows(config, workdir)
-        root = Path(build.data_path(config, workdir)).expanduser()
+        root = Path(*build.data_paths(config, workdir)).expanduser()
         root = root if root.is_dir() else root.parent
         manifest = describe_source(config, workdir, pipe, rows, root)
         return pipe, rows, root, manifest, open_folder(out, manifest)

@@ -143,6 +143,7 @@ def train(config: ConfigDict, workdir: epath.Path) -> int | None:
         seed=config.seed,
         draw=config.data.prompt_draw,
         dropout=config.data.caption_dropout,
+        sets=dataset.sets,
     )
     places = sharding.own_samples(mesh, config.batch_size)
     own = lambda index: index.part(places, config.accumulate)

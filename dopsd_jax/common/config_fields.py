@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+import os
 from collections.abc import Mapping
 from typing import Any
 
@@ -38,10 +39,10 @@ class Field:
     """One field.
 
     name: dotted, such as `lora.rank`. kind: int, float, bool, str, list, `name or list`, `path`, or
-    `path or store` (gs://); if not given, the type of the default. low, high: bounds of a number,
-    included; above: excluded. unit: of a number. choices: what a name may be. listed: what the
-    items of a list may be. when: values that other fields must have so that this one has an effect.
-    change: whether it may differ when a run is continued.
+    `paths or store` (several, gs://); if not given, the type of the default. low, high: bounds of a
+    number, included; above: excluded. unit: of a number. choices: what a name may be. listed: what
+    the items of a list may be. when: values that other fields must have so that this one has an
+    effect. change: whether it may differ when a run is continued.
     """
 
     name: str
@@ -72,7 +73,8 @@ class Field:
             "bool": type(value) is bool,
             "str": isinstance(value, str),
             "path": isinstance(value, str),
-            "path or store": isinstance(value, str),
+            "paths or store": isinstance(value, str)
+            or (isinstance(value, list | tuple) and all(isinstance(one, str) for one in value)),
             "list": isinstance(value, str | list | tuple),
             "name or list": isinstance(value, str | list | tuple) and len(value) > 0,
         }
@@ -82,8 +84,10 @@ class Field:
             return self._number_fault(value)
         if isinstance(value, str) and "\0" in value:
             return "must not contain a null character"
-        if self.kind in ("path", "path or store"):
-            return path_fault(value, stores=self.kind != "path")
+        if self.kind in ("path", "paths or store"):
+            stores = self.kind != "path"
+            faults = (path_fault(path, stores=stores) for path in as_paths(value))
+            return next(filter(None, faults), None)
         if self.choices and value not in self.choices:
             return f"is not one of {', '.join(self.choices)}"
         return None if self.kind in ("bool", "str") else self._list_fault(value)
@@ -147,6 +151,14 @@ def as_list(value: str | list | tuple) -> tuple:
     if not isinstance(value, str):
         return tuple(value)
     return tuple(item.strip() for item in value.strip("()[] ").split(",") if item.strip())
+
+
+def as_paths(value: str | list | tuple) -> tuple[str, ...]:
+    """A field of one path or several; a string with commas is a list unless it is a path itself."""
+    if isinstance(value, str) and ("," not in value or os.path.exists(os.path.expanduser(value))):
+        return (value,)
+    items = value.split(",") if isinstance(value, str) else value
+    return tuple(item.strip() for item in items if item.strip())
 
 
 def _number(text: str) -> int | float | None:

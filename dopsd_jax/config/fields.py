@@ -112,8 +112,10 @@ _OPTIMIZER = (
     Field("weight_decay", 0.0, "of all but norms, biases and learned tokens", low=0, high=1e3),
 )
 _DATA = (
-    Field("data.path", "", "folder of images with captions, jsonl file, or more", "path or store",
-          change=ALWAYS),
+    Field("data.path", "", "folder of images with captions, jsonl file, or more; or a list of them",
+          "paths or store", change=ALWAYS),
+    Field("data.weights", "", "shares of the data sets in a list; empty: each row once an epoch",
+          "list"),
     Field("data.root", "", "second folder in which the relative paths of a table are looked for",
           "path"),
     Field("data.resolution", 1024, "buckets have about the area of a square with this side",

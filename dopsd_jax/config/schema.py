@@ -122,7 +122,7 @@ def _empty(given: Mapping[str, Any]) -> list[str]:
     return [
         f"config.{name}: is empty; {what}"
         for name, what in required.items()
-        if not given[name].strip()
+        if not "".join(given[name]).strip()
     ]
 
 

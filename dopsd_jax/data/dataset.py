@@ -17,6 +17,7 @@ from dopsd_jax.data.images import ImageInfo, ImageLimits, enlargement
 from dopsd_jax.data.picture_index import Infos, PictureIndex
 from dopsd_jax.data.prepared import Caption, Prepared
 from dopsd_jax.data.rows import Rows
+from dopsd_jax.data.sets import PartOfRows, draws_per_epoch
 from dopsd_jax.data.sources.collector import Examples
 from dopsd_jax.data.table import Chosen, DataRow
 from dopsd_jax.data.varied import EMPTY
@@ -34,7 +35,8 @@ class Dataset:
 
     `prompt_keys`: keys of the trained captions; rows may have others, for their teacher.
     `features`: the encoders' outputs, if `dopsd_jax.prepare` has made them. `references[i]`: what
-    row i edits; empty if no row edits anything.
+    row i edits; empty if no row edits anything. `sets`: the rows of each data set, if there are
+    several.
     """
 
     rows: Sequence[DataRow]
@@ -44,6 +46,7 @@ class Dataset:
     notes: tuple[str, ...]
     features: Prepared | None = None
     references: Sequence[tuple[Reference, ...]] = ()
+    sets: tuple[PartOfRows, ...] = ()
 
     def shape(self, row: int) -> Shape:
         """What the row has in common with the others of its batches."""
@@ -58,7 +61,7 @@ class Dataset:
         return {shape: np.array(found[shape], np.int64) for shape in sorted(found)}
 
     def part(self, numbers: Sequence[int]) -> "Dataset":
-        """The rows of these numbers, in their order; of rows whose features are not prepared."""
+        """The rows of these numbers, in their order; of one set that is not prepared."""
         pick = lambda found: tuple(found[i] for i in numbers)
         rows, references = Chosen(self.rows, numbers), self.references and pick(self.references)
         infos, buckets = pick(self.infos), pick(self.buckets)
@@ -153,7 +156,9 @@ def measure(
     chosen = tuple(nearest(width, height, buckets) for width, height in infos.sizes())
     notes = (*rows.notes, *_notes(rows.rows, infos, chosen))
     references = references if any(references) else ()
-    return Dataset(rows.rows, infos, chosen, rows.prompt_keys, notes, references=references)
+    return Dataset(
+        rows.rows, infos, chosen, rows.prompt_keys, notes, references=references, sets=rows.sets
+    )
 
 
 def _notes(rows: Sequence[DataRow], infos: Infos, buckets: Sequence[Bucket]) -> Iterable[str]:
@@ -194,13 +199,18 @@ def _notes(rows: Sequence[DataRow], infos: Infos, buckets: Sequence[Bucket]) -> 
 def describe(dataset: Dataset, batch_size: int) -> list[str]:
     """The data set in a few lines, for a report."""
     by_shape = dataset.rows_by_shape()
-    batches = sum(-(-len(rows) // batch_size) for rows in by_shape.values())
-    repeated = batches * batch_size - len(dataset.rows)
+    draws = [draws_per_epoch(rows, dataset.sets) for rows in by_shape.values()]
+    batches = sum(-(-drawn // batch_size) for drawn in draws)
+    repeated = batches * batch_size - sum(draws)
     pictures = dataset.infos.distinct()
     lines = [
         f"data: {len(dataset.rows)} rows (a picture with its captions), {pictures} different "
         f"pictures, digest {dataset.digest()[:12]}"
     ]
+    for one in dataset.sets:
+        share = "" if one.share is None else f", {float(one.share):.3g} of all draws"
+        times = f"each used {float(one.times):.3g} times an epoch"
+        lines.append(f"set {one.path}: {len(one.rows)} rows, {times}{share}")
     for shape, rows in list(by_shape.items())[:MOST_SHAPES]:
         sizes = dataset.infos.sizes()[rows]
         enlarged = int(np.sum((sizes < np.array(shape.bucket)).any(axis=1)))

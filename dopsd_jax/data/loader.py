@@ -17,11 +17,12 @@ from jaxtyping import Int64
 from dopsd_jax.data.buckets import Shape
 from dopsd_jax.data.draws import permutation, random_numbers, shares
 from dopsd_jax.data.rows import DataRow
+from dopsd_jax.data.sets import PartOfRows, draws_per_epoch
 
 T = TypeVar("T")
 
 # Names of independent random streams.
-_ROWS, _BATCHES, _KEYS, _CAPTIONS, _TURNS, _DROPPED = range(6)
+_ROWS, _BATCHES, _KEYS, _CAPTIONS, _TURNS, _DROPPED, _SETS = range(7)
 
 
 @dataclass(frozen=True)
@@ -60,7 +61,8 @@ class Batches:
     In each epoch the rows of each shape are shuffled and cut into batches; the last batch of a
     shape is filled up with rows from the start of the same shuffle. The batches of all shapes are
     then shuffled. So every row is seen at least once an epoch, and at most once more, or as often
-    as a shape with fewer rows than a batch must repeat them.
+    as a shape with fewer rows than a batch must repeat them. With `sets` a row is first used as
+    often as its set says: whole passes, then some rows of one more, others in every epoch.
 
     `draw` says whether one prompt key is drawn for the whole batch (as upstream) or for each row.
     `dropout`: the share of draws in which the student's caption is dropped.
@@ -76,6 +78,7 @@ class Batches:
         seed: int,
         draw: Literal["batch", "row"] = "batch",
         dropout: float = 0.0,
+        sets: Sequence[PartOfRows] = (),
     ):
         if batch_size < 1 or seed < 0 or not prompt_keys or draw not in ("batch", "row"):
             raise ValueError(f"{batch_size=} {seed=} {prompt_keys=} {draw=}")
@@ -91,7 +94,9 @@ class Batches:
         self.batch_size = batch_size
         self.seed = seed
         self.draw, self.dropout = draw, dropout
-        counts = (-(-len(ids) // batch_size) for ids in self.rows_by_shape.values())
+        self.sets = sets if any(one.times != 1 for one in sets) else ()
+        draws = [draws_per_epoch(ids, self.sets) for ids in self.rows_by_shape.values()]
+        counts = (-(-drawn // batch_size) for drawn in draws)
         self.per_epoch = sum(counts)
         self._plan = functools.lru_cache(maxsize=2)(self._make_plan)
 
@@ -100,12 +105,22 @@ class Batches:
         shapes, rows = [], []
         for number, (shape, ids) in enumerate(self.rows_by_shape.items()):
             sides = itertools.chain(shape.bucket, *shape.references)
+            ids = self._repeated(ids, epoch, *sides)
             shuffled = ids[permutation(len(ids), self.seed, epoch, _ROWS, *sides)]
             count = -(-len(ids) // self.batch_size)
             rows.append(np.resize(shuffled, (count, self.batch_size)))  # repeats from the start
             shapes.append(np.full(count, number))
         order = permutation(self.per_epoch, self.seed, epoch, _BATCHES)
         return np.concatenate(shapes)[order], np.concatenate(rows)[order]
+
+    def _repeated(self, ids: np.ndarray, epoch: int, *sides: int) -> np.ndarray:
+        """Rows of a shape, each as often as it is used in an epoch."""
+        found = []
+        for number, one in enumerate(self.sets):
+            own = one.of(ids)
+            own = own[permutation(len(own), self.seed, epoch, _SETS, number, *sides)]
+            found.append(np.resize(own, one.draws(len(own))))
+        return np.concatenate(found) if found else ids
 
     def batch(self, n: int) -> BatchIndex:
         """The n-th batch, counted from 0 over all epochs."""

@@ -34,6 +34,7 @@ import numpy as np
 from etils import epath
 
 from dopsd_jax.common.atomic import atomic_file, is_remote, write_text
+from dopsd_jax.common.config_fields import as_paths
 from dopsd_jax.common.errors import UserError, raise_if
 from dopsd_jax.common.files import open_regular
 from dopsd_jax.common.json_files import parse_json, read_json
@@ -89,6 +90,18 @@ def is_prepared(path: str | os.PathLike) -> bool:
     """Whether `path` is a folder made by `dopsd_jax.prepare`."""
     with reading(path):
         return (epath.Path(path) / MANIFEST).exists()
+
+
+def names_prepared(path: str | Sequence[str]) -> bool:
+    """Whether data.path is a prepared data set. Raises `UserError` for one in a list of several."""
+    paths = as_paths(path)
+    prepared = [one for one in paths if is_prepared(one)]
+    if prepared and len(paths) > 1:
+        raise UserError(
+            f"data.path {prepared[0]}: is a prepared data set, which has no place in a list; name "
+            "it alone, or name the pictures it was made from"
+        )
+    return bool(prepared)
 
 
 def read_manifest(folder: epath.Path) -> Manifest:

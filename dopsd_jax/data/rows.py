@@ -5,14 +5,16 @@ all rows are raised together, before any work is done.
 """
 
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from dopsd_jax.common.errors import UserError, raise_if
 from dopsd_jax.data.blobs import ARCHIVES
+from dopsd_jax.data.sets import Joined, PartOfRows, parts_of, shares_of
 from dopsd_jax.data.sources import array_record, folder, parquet, records, tar
 from dopsd_jax.data.sources.archives import has_wildcard
+from dopsd_jax.data.sources.collector import listing
 from dopsd_jax.data.sources.files import FOREIGN, IMAGE_SUFFIXES, UNPACK
 from dopsd_jax.data.sources.layout import Layout, Options
 from dopsd_jax.data.table import DataRow
@@ -37,11 +39,15 @@ ONLY_FOR = {
 
 @dataclass(frozen=True)
 class Rows:
-    """All rows, the prompt keys that every row has, and notes for the user."""
+    """All rows, the prompt keys that every row has, and notes for the user.
+
+    `sets`: which rows are those of which data set, if there are several.
+    """
 
     rows: Sequence[DataRow]
     prompt_keys: tuple[str, ...]
     notes: tuple[str, ...]
+    sets: tuple[PartOfRows, ...] = ()
 
 
 def load_rows(
@@ -83,6 +89,45 @@ def load_rows(
     raise_if(problems)
     rows = Varied(table, variants) if variants else table
     return Rows(rows, table.keys, tuple(notes))
+
+
+def load_sets(paths: Sequence[str], weights: Sequence[object], **options: object) -> Rows:
+    """The rows of all data sets in order; without `weights` each is used once an epoch.
+
+    `options`: of `load_rows`. The faults of all sets are raised together.
+    """
+    shares = shares_of(weights, len(paths))
+    if len(paths) == 1:
+        return load_rows(paths[0], **options)
+    twice = [path for i, path in enumerate(paths) if path in paths[:i]]
+    problems = [f"data.path: names {path} twice; give it a weight instead" for path in twice]
+    found: dict[str, Rows] = {}
+    for path in dict.fromkeys(paths):
+        try:
+            found[path] = load_rows(path, **options)
+        except UserError as error:
+            problems += error.problems
+    raise_if(problems)
+    keys, notes = _common_keys(found)
+    sizes = [len(own.rows) for own in found.values()]
+    sets = parts_of(list(found), sizes, shares)
+    notes += [note for own in found.values() for note in own.notes]
+    return Rows(Joined([own.rows for own in found.values()], keys), keys, tuple(notes), sets)
+
+
+def _common_keys(found: Mapping[str, Rows]) -> tuple[tuple[str, ...], list[str]]:
+    """The caption keys that every set has, and a note where others are left out."""
+    first, *others = (own.prompt_keys for own in found.values())
+    keys = tuple(key for key in first if all(key in other for other in others))
+    have = "; ".join(f"{path} has {listing(own.prompt_keys)}" for path, own in found.items())
+    if not keys:
+        raise UserError(
+            f"data.path: its data sets have no caption key in common ({have}); write the captions "
+            "of all under one key"
+        )
+    if all(set(own.prompt_keys) == set(keys) for own in found.values()):
+        return keys, []
+    return keys, [f"data.path: prompt keys that all sets have: {listing(keys)} ({have})"]
 
 
 def _what_it_is(path: Path) -> str:

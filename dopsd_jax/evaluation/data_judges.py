@@ -50,9 +50,14 @@ def registered() -> list[Callable[[Path], DataJudge | None]]:
     return [entry.load() for entry in importlib.metadata.entry_points(group=GROUP)]
 
 
-def find(folder: str | Path) -> DataJudge | None:
-    """The judge of the data set in a folder; None if there is none. Raises `UserError`."""
-    folder = Path(folder).expanduser()
+def find(*folders: str | Path) -> DataJudge | None:
+    """The judge of the data set in a folder; None if there is none, and for several folders.
+
+    Raises `UserError` where several judges know it.
+    """
+    if len(folders) != 1:
+        return None
+    folder = Path(*folders).expanduser()
     if not folder.is_dir():
         return None
     found = [judge for of_folder in registered() if (judge := of_folder(folder)) is not None]

@@ -24,7 +24,7 @@ def begin(config: ConfigDict, workdir: Path, pipe: Pipeline, dataset: Dataset) -
     """
     if dataset.features is not None:  # prepared: its pictures are not here
         return None
-    judge = data_judges.find(build.data_path(config, workdir))
+    judge = data_judges.find(*build.data_paths(config, workdir))
     if judge is None:
         return None
     shown = [open_image(row.image, build.limits(config)) for row in dataset.rows]

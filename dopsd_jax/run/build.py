@@ -14,7 +14,7 @@ from ml_collections import ConfigDict
 
 from dopsd_jax import dopsd, families
 from dopsd_jax.common.atomic import is_remote
-from dopsd_jax.common.config_fields import as_list, name_or_list
+from dopsd_jax.common.config_fields import as_list, as_paths, name_or_list
 from dopsd_jax.common.errors import UserError, raise_if
 from dopsd_jax.conditioning.cached import sees_picture
 from dopsd_jax.conditioning.encoding import TO_BUCKET
@@ -24,8 +24,8 @@ from dopsd_jax.data.dataset import Dataset, ReferenceSize, measure
 from dopsd_jax.data.images import ImageLimits
 from dopsd_jax.data.picture_index import PictureIndex
 from dopsd_jax.data.prepared import Prepared
-from dopsd_jax.data.prepared_parts import AGAIN, is_prepared
-from dopsd_jax.data.rows import Rows, load_rows
+from dopsd_jax.data.prepared_parts import AGAIN, names_prepared
+from dopsd_jax.data.rows import Rows, load_sets
 from dopsd_jax.data.varied import CaptionVariants
 from dopsd_jax.dopsd import Denoiser
 from dopsd_jax.families.base import Family, Size
@@ -99,7 +99,7 @@ def open_pipeline(
             f"{', '.join(contexts)}, which the model's family, {family.NAME}, has"
         )
     shown = sees_picture(config, family) if shown is None else shown
-    vlm = find_vlm(config, model, family, shown and not is_prepared(config.data.path))
+    vlm = find_vlm(config, model, family, shown and not names_prepared(config.data.path))
     place = None
     if mesh is not None:
         place = lambda path, shape: jax.NamedSharding(
@@ -145,10 +145,10 @@ def find_vlm(
 def open_data(config: ConfigDict, workdir: Path, pipe: Pipeline) -> Dataset:
     """The data set of config.data: every row checked, every new picture opened once."""
     buckets = data_buckets(config, pipe.size_multiple)
-    if is_prepared(config.data.path):
+    if names_prepared(config.data.path):
         keys, other = asked_keys(config), registry.teacher_key(config)
         keys += (other,) if keys and other else ()
-        prepared = Prepared(config.data.path, keys or None)
+        prepared = Prepared(*as_paths(config.data.path), keys or None)
         prepared.check({"buckets": [list(b) for b in buckets]}, {"buckets": BUCKETS})
         raise_if(
             f"{config.data.path}: is damaged (a row of {bucket}, which is no bucket); {AGAIN}"
@@ -246,10 +246,11 @@ def data_buckets(config: ConfigDict, step: int) -> tuple[Bucket, ...]:
 def open_rows(config: ConfigDict, workdir: Path) -> Rows:
     """The rows of config.data; their pictures are not opened."""
     data = config.data
-    return load_rows(
-        data_path(config, workdir),
-        asked_keys(config) or None,
-        caption_variants(config),
+    return load_sets(
+        data_paths(config, workdir),
+        as_list(data.weights),
+        prompt_keys=asked_keys(config) or None,
+        variants=caption_variants(config),
         data_root=data.root or None,
         cache=FeatureCache(cache_folder(config, workdir)),
         teacher_key=registry.teacher_key(config),
@@ -268,10 +269,10 @@ def caption_variants(config: ConfigDict) -> CaptionVariants | None:
     return CaptionVariants(orders, data.keep_tags, teacher_key, empty)
 
 
-def data_path(config: ConfigDict, workdir: Path) -> str | Path:
-    """Where the data set is; the drawn one is made."""
-    made = config.data.path == RANDOM
-    return write_folder(workdir / "random_data") if made else config.data.path
+def data_paths(config: ConfigDict, workdir: Path) -> tuple[str | Path, ...]:
+    """Where the data sets are; the drawn one is made."""
+    paths = as_paths(config.data.path)
+    return tuple(write_folder(workdir / "random_data") if p == RANDOM else p for p in paths)
 
 
 def limits(config: ConfigDict) -> ImageLimits:
@@ -289,7 +290,7 @@ def cache_folder(config: ConfigDict, workdir: Path) -> Path:
 
 def picture_index(config: ConfigDict, workdir: Path, name: str = "") -> PictureIndex:
     """What earlier starts found out about the pictures."""
-    where = Path(config.data.path).expanduser().absolute()
+    where = ", ".join(str(Path(p).expanduser().absolute()) for p in as_paths(config.data.path))
     return PictureIndex(FeatureCache(cache_folder(config, workdir)), f"{where} {name}")
 
 

@@ -13,7 +13,7 @@ from dopsd_jax.common.errors import UserError, raise_if
 from dopsd_jax.common.json_files import read_json
 from dopsd_jax.config.changes import compare
 from dopsd_jax.config.schema import flat
-from dopsd_jax.data.prepared_parts import is_prepared
+from dopsd_jax.data.prepared_parts import names_prepared
 from dopsd_jax.weights import converted
 
 CONFIG = "config.json"
@@ -41,7 +41,7 @@ def find_workdir(name: str | None, config: Mapping[str, Any]) -> epath.Path:
         )
         if value == "random"
     ]
-    if not config["data"]["cache"] and not is_prepared(config["data"]["path"]):
+    if not config["data"]["cache"] and not names_prepared(config["data"]["path"]):
         faults.append(
             f"config.data.cache: is empty, and features cannot be cached in {name}; name a folder"
         )

@@ -1,0 +1,96 @@
+"""Several data sets as one, whose rows are drawn in given proportions."""
+
+import itertools
+import re
+from collections.abc import Sequence
+from dataclasses import replace
+from fractions import Fraction
+from typing import NamedTuple
+
+import numpy as np
+from jaxtyping import Int64
+
+from dopsd_jax.common.errors import raise_if
+from dopsd_jax.data.table import DataRow
+from dopsd_jax.data.varied import EMPTY
+
+
+class PartOfRows(NamedTuple):
+    """The rows of one data set among all. `times`: how often each is used in an epoch, 1 or more.
+
+    `share`: of all draws; None where no weights were given.
+    """
+
+    path: str
+    rows: range
+    times: Fraction
+    share: Fraction | None
+
+    def of(self, ids: Int64[np.ndarray, " n"]) -> Int64[np.ndarray, " k"]:
+        """Those row numbers that are this set's."""
+        return ids[(ids >= self.rows.start) & (ids < self.rows.stop)]
+
+    def draws(self, count: int) -> int:
+        """How often `count` of its rows are used in an epoch, together."""
+        return round(self.times * count)
+
+
+def draws_per_epoch(ids: Int64[np.ndarray, " n"], sets: Sequence[PartOfRows]) -> int:
+    """How often these rows are used in an epoch, together."""
+    return sum(one.draws(len(one.of(ids))) for one in sets) if sets else len(ids)
+
+
+class Joined(Sequence[DataRow]):
+    """The rows of several data sets, one set behind the other, with captions under `keys` alone."""
+
+    def __init__(self, parts: Sequence[Sequence[DataRow]], keys: Sequence[str]):
+        self.parts, self.keys = parts, (*keys, EMPTY)
+        self._ends = np.cumsum([0, *map(len, parts)])
+
+    def __len__(self) -> int:
+        return int(self._ends[-1])
+
+    def __getitem__(self, i: int) -> DataRow:
+        i = range(len(self))[i]
+        part = int(np.searchsorted(self._ends, i, "right")) - 1
+        row = self.parts[part][i - int(self._ends[part])]
+        captions = tuple(caption for caption in row.captions if caption[0] in self.keys)
+        return row if captions == row.captions else replace(row, captions=captions)
+
+
+def parts_of(
+    paths: Sequence[str], sizes: Sequence[int], shares: Sequence[Fraction]
+) -> tuple[PartOfRows, ...]:
+    """The sets at `paths` with so many rows each, one behind the other.
+
+    The rows that are drawn least are used once an epoch. Without `shares` all are.
+    """
+    ends = np.cumsum([0, *sizes]).tolist()
+    rows = [range(first, last) for first, last in itertools.pairwise(ends)]
+    if not shares:
+        return tuple(PartOfRows(*own, Fraction(1), None) for own in zip(paths, rows, strict=True))
+    per_row = [share / size for share, size in zip(shares, sizes, strict=True)]
+    times = [one / min(per_row) for one in per_row]
+    return tuple(map(PartOfRows, paths, rows, times, shares))
+
+
+def shares_of(weights: Sequence[object], count: int) -> tuple[Fraction, ...]:
+    """The shares of `count` data sets in all draws, 1 together; none without weights.
+
+    Raises `UserError` for other than one number above 0 for each set.
+    """
+    faults, numbers = [], []
+    for weight in weights:
+        text = str(weight).strip()
+        known = re.fullmatch(r"\d{1,6}(\.\d{1,6})?", text)
+        number = Fraction(text) if known else Fraction(0)  # exact: the same on every machine
+        if not number:
+            faults.append(f"data.weights: {text[:40]!r} is not a number above 0, such as 2 or 0.25")
+        numbers.append(number)
+    if weights and len(weights) != count:
+        faults.append(
+            f"data.weights: has {len(weights)} numbers for the {count} data sets of data.path; "
+            "give each set one"
+        )
+    raise_if(faults)
+    return tuple(number / sum(numbers) for number in numbers)

@@ -1,0 +1,123 @@
+"""Several data sets as one: their rows, keys and faults, and the proportions they are drawn in."""
+
+from collections import Counter
+from fractions import Fraction
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+from test_loader import KEYS, make, make_rows, same, split
+from test_prepared import problems_of, write
+
+from dopsd_jax.common.config_fields import as_paths
+from dopsd_jax.config.fields import defaults
+from dopsd_jax.data.buckets import make_buckets
+from dopsd_jax.data.dataset import describe, measure
+from dopsd_jax.data.loader import Batches
+from dopsd_jax.data.prepared_parts import names_prepared
+from dopsd_jax.data.rows import load_sets
+from dopsd_jax.data.sets import parts_of, shares_of
+from dopsd_jax.run import build
+
+
+def folder_of(path, count, caption="a mug"):
+    path.mkdir()
+    for i in range(count):
+        Image.new("RGB", (64, 64), (i, count, 0)).save(path / f"{i}.png")
+        (path / f"{i}.txt").write_text(f"{caption} {i}")
+    return str(path)
+
+
+def table_of(path, keys):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.new("RGB", (64, 64)).save(path.parent / "a.png")
+    path.write_text(",".join(["image", *keys]) + "\n" + ",".join(["a.png", *keys]) + "\n")
+    return str(path)
+
+
+def test_a_list_of_paths_and_a_path_with_a_comma(tmp_path):
+    assert as_paths("a, b/c,") == ("a", "b/c") and as_paths(["a,b", "c"]) == ("a,b", "c")
+    path = folder_of(tmp_path / "cups, mugs", 1)
+    assert as_paths(path) == (path,) and as_paths("photos [2]") == ("photos [2]",)
+
+
+def test_rows_of_all_sets_follow_each_other(tmp_path):
+    paths = [folder_of(tmp_path / "a", 3), folder_of(tmp_path / "b", 1, "a cup")]
+    found = load_sets(paths, ())
+    assert [row.captions[0][1] for row in found.rows] == [
+        "a mug 0",
+        "a mug 1",
+        "a mug 2",
+        "a cup 0",
+    ]
+    assert found.rows[-1].captions == (("caption", "a cup 0"),)
+    assert [one.rows for one in found.sets] == [range(3), range(3, 4)]
+    assert [one.times for one in load_sets(paths, ["1", 1]).sets] == [1, 3]
+    dataset = measure(found, make_buckets(64))
+    assert dataset.digest() != measure(load_sets(paths[::-1], ()), make_buckets(64)).digest()
+    lines = describe(measure(load_sets(paths, [1, 1]), make_buckets(64)), 2)
+    assert f"set {paths[1]}: 1 rows, each used 3 times an epoch, 0.5 of all draws" in lines
+    assert "batches of 2: 3 an epoch" in lines
+
+
+def test_keys_are_those_that_all_sets_have(tmp_path):
+    one = table_of(tmp_path / "a/d.csv", ["short_en", "long", "caption"])
+    two = table_of(tmp_path / "b/d.csv", ["caption", "text"])
+    found = load_sets([one, two], ())
+    assert found.prompt_keys == ("caption",)
+    assert [row.captions for row in found.rows] == [(("caption", "caption"),)] * 2
+    assert "prompt keys that all sets have: caption" in found.notes[0]
+    three = table_of(tmp_path / "c/d.csv", ["short_zh"])
+    (problem,) = problems_of(load_sets, [one, three], ())
+    assert "no caption key in common" in problem and "d.csv has short_zh" in problem
+
+
+def test_the_faults_of_all_sets_are_told_at_once(tmp_path):
+    paths = [str(tmp_path / "none"), folder_of(tmp_path / "a", 1), str(tmp_path / "nor")]
+    problems = problems_of(load_sets, [*paths, paths[1]], ())
+    assert "twice" in problems[0] and "none: no such" in problems[1] and "nor: no" in problems[2]
+
+
+@pytest.mark.parametrize("weights", [["x", 1], [0, 1], [-1, 1], ["nan", 1], [1e9, 1], [1], [1] * 3])
+def test_weights_are_a_number_above_0_for_each_set(weights):
+    (problem,) = problems_of(shares_of, weights, 2)
+    assert problem.startswith("data.weights: ")
+
+
+def test_prepared_data_have_no_place_in_a_list(tmp_path):
+    path = str(write(tmp_path / "set"))
+    assert names_prepared(path) and names_prepared([path]) and not names_prepared("a,b")
+    (problem,) = problems_of(names_prepared, f"{path},other")
+    assert "is a prepared data set, which has no place in a list" in problem
+
+
+def test_a_configuration_names_several_sets(tmp_path):
+    config = defaults()
+    config.data.path = [folder_of(tmp_path / name, 2) for name in "ab"]
+    config.data.weights = "3,1"
+    assert [one.times for one in build.open_rows(config, tmp_path).sets] == [3, 1]
+    assert build.data_paths(config, Path()) == tuple(config.data.path)
+
+
+def test_rows_are_drawn_in_the_proportions_of_the_weights():
+    shares = (Fraction(3, 4), Fraction(1, 4))  # of 8 and 12 rows in two buckets
+    sets = parts_of("ab", (8, 12), shares)
+    assert [one.times for one in sets] == [Fraction(9, 2), 1]
+    batches = make(10, 10, batch_size=2, sets=sets)
+    epochs = [range(e * batches.per_epoch, (e + 1) * batches.per_epoch) for e in range(6)]
+    counts = [Counter(r for n in e for r in batches.batch(n).rows.tolist()) for e in epochs]
+    for count in counts:
+        assert set(count) == set(range(20))
+        assert sum(count[row] for row in range(8)) == 36  # of 48
+        assert all(count[row] in (4, 5) for row in range(8))
+    assert len({tuple(count[row] for row in range(8)) for count in counts}) > 1  # in turn
+    again = make(10, 10, batch_size=2, sets=sets)
+    same(again.batch(31), batches.batch(31))
+
+
+def test_sets_without_weights_are_drawn_as_one():
+    sets = parts_of("ab", (8, 12), ())
+    joined = Batches(split(10, 10), make_rows(20), KEYS, batch_size=4, seed=0, sets=sets)
+    for n in np.arange(12):
+        same(joined.batch(int(n)), make(10, 10).batch(int(n)))
