@@ -1,8 +1,8 @@
 """Checks a run before it starts: python -m dopsd_jax.check --config FILE[:ARG] [--workdir DIR]
 
 Checks the configuration, every row and picture; reports buckets, adapted layers, memory and work;
-then shows whether the teacher's context changes the prediction, and what the teacher draws. Where
-the teacher's picture is no nearer to the target than the student's, there is nothing to learn.
+then shows whether the teacher's context changes the prediction, what the teacher draws and what it
+takes from its picture, and advises in one sentence (`evaluation.teacher_traits`).
 For methods that learn from latents of the pictures the autoencoder is the limit, so its
 reconstruction is compared.
 """
@@ -14,25 +14,21 @@ if __name__ == "__main__":
     parse()  # wrong options end it here: the imports below take seconds
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from dopsd_jax.common.atomic import remove_leftovers
-from dopsd_jax.common.flow import euler
+from dopsd_jax.common.progress import Progress
 from dopsd_jax.conditioning.encoding import class_prompt
 from dopsd_jax.conditioning.features import Features
 from dopsd_jax.data.dataset import describe
-from dopsd_jax.dopsd import Contexts, Denoiser
 from dopsd_jax.estimation import flops
-from dopsd_jax.families.base import Family
+from dopsd_jax.evaluation import teacher_traits
 from dopsd_jax.methods import registry
 from dopsd_jax.parallel import sharding
 from dopsd_jax.reporting import pictures
 from dopsd_jax.reporting.previews import Previews, rows_of
 from dopsd_jax.run import build
 from dopsd_jax.run.workdir import find_workdir
-
-NOTHING = 1e-3  # relative gap below which the context changes nothing
 
 
 def main() -> None:
@@ -50,6 +46,8 @@ def main() -> None:
 
     multiple, cache = sharding.sample_devices(mesh), build.cache_folder(config, workdir)
     features = Features(pipe, dataset, config, cache, multiple)
+    rows = rows_of(dataset, config.sample_rows)
+    others = teacher_traits.other_captions(pipe, dataset, config, rows)
     features.prepare()
     lengths = zip(("student", "teacher"), positions(features), strict=True)
     print("features: " + ", ".join(f"{role} {count} rows" for role, count in lengths if count))
@@ -57,7 +55,6 @@ def main() -> None:
     print("\n".join([*plan.describe(), *features.describe()]), flush=True)
     print("\n".join(budget(config, pipe, plan, features)), flush=True)
 
-    rows = rows_of(dataset, config.sample_rows)
     previews = Previews(pipe, features, rows, workdir)
     start = plan.initial_state(pipe.hand_over())
     teacher = start.student if start.teacher is None else start.teacher
@@ -77,31 +74,20 @@ def main() -> None:
         captions = [s.caption for s in previews.samples]
         prompts = [class_prompt(caption, config.dreambooth) for caption in captions]
         print("class prompts: " + ", ".join(map(repr, dict.fromkeys(prompts))))
-    gaps = None
+    traits = []
     if features.needs.teacher:
-        gaps = np.mean([
-            gap(
-                pipe.family,
-                pipe.split,
-                start.student,
-                teacher,
-                s.contexts,
-                s.noise,
-                plan.schedule.grid(*s.noise.shape[1:3]),
-            )
-            for s in previews.samples
-        ], axis=0)  # fmt: skip
-        print("teacher: relative gap by step, " + ", ".join(f"{g:.3f}" for g in gaps))
+        measure = teacher_traits.Measurement(
+            pipe, features, start.student, teacher, plan.schedule.grid
+        )
+        asked = zip(previews.samples, others or [None] * len(rows), strict=True)
+        progress = Progress("what the teacher takes from a picture", len(rows))
+        traits = [measure(*each) for each in progress.over(asked)]
+        print("\n".join(teacher_traits.describe(traits)))
     said = ", ".join(f"{name} {distance:.1f}" for name, distance in distances.items())
     print(f"distance to the target (rms of 255): {said}")
     print(f"pictures: {path}")
-    if gaps is not None and np.mean(gaps) < NOTHING:
-        print("warning: the teacher's context changes nothing; there is nothing to learn")
-    elif distances.get("teacher", 0) >= distances["tuned"]:
-        print(
-            "warning: the teacher is no nearer to the targets than the tuned model; look at the "
-            "pictures before training"
-        )
+    if traits:
+        print(teacher_traits.recommendation(traits))
     if distances.get("autoencoder", 0) >= distances["tuned"]:
         print(
             "warning: the autoencoder does not bring the targets back; is the vae of config.model "
@@ -163,27 +149,6 @@ def positions(features: Features) -> tuple[int, int]:
         for role, context in enumerate(contexts):
             most[role] = max(most[role], 0 if context is None else count(context))
     return tuple(most)
-
-
-def gap(family: Family, split, student, teacher, contexts: Contexts, noise, grid) -> np.ndarray:
-    """rms(v_student - v_teacher) / rms(v_teacher) at each state of the student's rollout, [K]."""
-    graphdef, _, base = split
-    sigma = jnp.asarray(grid, jnp.float32)
-    run = jax.jit(lambda *args: _gaps(family.denoiser(graphdef), *args))
-    return np.asarray(run(student, teacher, base, contexts, noise, sigma))
-
-
-def _gaps(net: Denoiser, student, teacher, base, contexts: Contexts, noise, sigma):
-    precomputed = net.precompute(student, base, contexts.student)
-    precomputed_teacher = net.precompute(teacher, base, contexts.teacher)
-
-    def denoise(x, pair):
-        v = net.velocity(student, base, x, pair[0], contexts.student, precomputed)
-        target = net.velocity(teacher, base, x, pair[0], contexts.teacher, precomputed_teacher)
-        size = jnp.sqrt(jnp.mean(jnp.square(target)))
-        return euler(x, v, *pair), jnp.sqrt(jnp.mean(jnp.square(v - target))) / size
-
-    return jax.lax.scan(denoise, noise, (sigma[:-1], sigma[1:]))[1]
 
 
 def _distance(images, targets) -> float:

@@ -1,0 +1,88 @@
+"""What `check` says of a teacher: likeness, sharpness, and the advice that follows."""
+
+import re
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from dopsd_jax.evaluation import teacher_traits as traits
+
+RNG = np.random.default_rng(0)
+PICTURES = [RNG.integers(0, 256, (96, 128, 3), dtype=np.uint8) for _ in range(3)]
+
+
+def test_likeness_is_one_for_equal_pictures_and_nothing_for_strangers():
+    coarse = [
+        np.asarray(Image.fromarray(p[:8, :8]).resize((128, 96), Image.Resampling.NEAREST))
+        for p in PICTURES
+    ]
+    assert traits.likeness(coarse[0], coarse[0]) == pytest.approx(1)
+    assert traits.likeness(coarse[0], 255 - coarse[0]) == pytest.approx(-1)
+    assert abs(traits.likeness(coarse[0], coarse[1])) < 0.3
+    assert traits.mutual([coarse[0]] * 3) == pytest.approx(1)
+    # Finer details than those of a small version do not count, nor does another size.
+    larger = np.asarray(Image.fromarray(coarse[0]).resize((256, 192), Image.Resampling.NEAREST))
+    assert traits.likeness(larger, coarse[0]) == pytest.approx(1)
+
+
+def test_one_colour_is_like_nothing():
+    grey = np.full((96, 128, 3), 90, np.uint8)
+    assert traits.likeness(grey, grey) == 0
+
+
+def test_a_blur_is_less_sharp():
+    blurred = Image.fromarray(PICTURES[0]).resize((32, 24), Image.Resampling.BOX)
+    blurred = np.asarray(blurred.resize((128, 96), Image.Resampling.BICUBIC))
+    assert traits.sharpness(blurred) < 0.3 * traits.sharpness(PICTURES[0])
+    assert traits.sharpness(np.full((96, 128, 3), 90, np.uint8)) == 0
+
+
+GOOD = traits.Traits(
+    gap=np.full(4, 0.3),
+    sharp=np.array([0.9, 1.0, 1.0, 1.0]),
+    student_sharp=np.array([0.8, 0.9, 1.0, 1.0]),
+    copies=0.7,
+    student_copies=0.3,
+    alike=0.5,
+    student_alike=0.4,
+    moved=45.0,
+    student_moved=50.0,
+)
+BLURRED = np.array([0.2, 0.5, 0.9, 1.0])
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({}, "the defaults suit"),
+        ({"moved": None}, "the defaults suit"),
+        ({"gap": np.full(4, 1e-5)}, "changes nothing"),
+        ({"copies": 0.3}, "no more like the targets"),
+        ({"student_sharp": BLURRED}, r"first clean estimate is a blur \(0.20"),
+        ({"moved": 5.0}, r"hardly follows its caption \(0.10"),
+        ({"copies": 0.95, "alike": 0.97}, r"copies its picture \(likeness 0.95"),
+        # Its pictures are all alike because the student's are: that is not the teacher's doing.
+        ({"copies": 0.95, "alike": 0.97, "student_alike": 0.97}, "the defaults suit"),
+    ],
+)
+def test_the_advice_follows_from_the_numbers(changes, words):
+    rows = [GOOD._replace(**changes)] * 2
+    assert re.search(words, traits.recommendation(rows))
+
+
+def test_every_row_has_a_line():
+    lines = traits.describe([GOOD, GOOD._replace(moved=None)])
+    assert lines[0] == "teacher: relative gap by step, 0.300 0.300 0.300 0.300"
+    assert "student 0.800 0.900 1.000 1.000, teacher 0.900" in lines[1]
+    assert lines[2].startswith("row 1: ") and lines[2].endswith(
+        "teacher 45.0, student 50.0 (rms of 255)"
+    )
+    assert lines[3].endswith("not asked")
+
+
+def test_obedience_is_of_all_rows_together():
+    """One whose student hardly moves does not decide."""
+    still = GOOD._replace(moved=3.0, student_moved=0.01)
+    assert traits.obedience([GOOD, still]) == pytest.approx(48 / 50.01)
+    assert traits.obedience([GOOD._replace(moved=None)]) is None
