@@ -197,7 +197,7 @@ def test_check_reports_before_training(random_run, tmp_path):
     for words in (
         "data: 8 rows", "bucket 96x96", "adapters: 49 layers, 67,984 parameters",
         "memory", "TFLOP", "teacher: relative gap by step", "distance to the target",
-        "sharpness of clean estimates by step", "row 2: likeness to its picture: teacher",
+        "sharpness of clean estimates by step", "row 1: likeness to its picture: teacher",
     ):  # fmt: skip
         assert words in result.stdout, words
     assert re.search("^(advice|warning): .*(teacher|estimate)", result.stdout, re.MULTILINE)
