@@ -44,15 +44,23 @@ from dopsd_jax.common.errors import UserError, raise_if
 from dopsd_jax.config import schema
 from dopsd_jax.data.images import open_image
 from dopsd_jax.data.prepared_parts import names_prepared
+from dopsd_jax.evaluation import (
+    appearance,
+    data_judges,
+    gathering,
+    prompts,
+    results,
+    torch_scorers,
+    verdict,
+)
 from dopsd_jax.evaluation import arms as models
-from dopsd_jax.evaluation import data_judges, gathering, prompts, results, torch_scorers
 from dopsd_jax.evaluation.arms import Arm, Tuned
 from dopsd_jax.evaluation.data_judges import DataJudge
 from dopsd_jax.evaluation.drawing import Shot
 from dopsd_jax.evaluation.gallery import Gallery
 from dopsd_jax.evaluation.page import page
 from dopsd_jax.evaluation.results import Score
-from dopsd_jax.evaluation.scorer import Case, Judge, judges, load_scorers
+from dopsd_jax.evaluation.scorer import Case, Judge, PairScorer, judges, load_scorers
 from dopsd_jax.families.base import TEACHER
 from dopsd_jax.families.pipeline import Pipeline
 from dopsd_jax.parallel import sharding
@@ -109,8 +117,7 @@ def evaluate(config: ConfigDict, out: Path) -> None:
     batch = BATCH.value or (config.batch_size if own is None else own.batch)
     every = models.make_arms(config, pipe, tuned, cache, batch, mesh)
     every[0].painter.check(cases)
-    idle = [s.name for s in scorers if not any(judges(s, case) for case in cases)]
-    raise_if(f"--scorers: {name} judges none of these prompts; leave it out" for name in idle)
+    scorers = fitting(scorers, cases)
 
     # ---- Pictures, then scores; then the table.
     counted = {case.kind: sum(c.kind == case.kind for c in cases) for case in cases}
@@ -121,8 +128,10 @@ def evaluate(config: ConfigDict, out: Path) -> None:
     gathering.draw(every, cases, SEEDS.value, gallery)
     scores = [gathering.judge(s, every, cases, SEEDS.value, gallery) for s in scorers]
     cells, notes = results.table(scores, [a.name for a in every]), results.notes(scores)
-    print("\n".join(["", *results.lines(cells), *notes, ""]))
+    said = verdict.sentence(verdict.findings(scores))
+    print("\n".join(["", *results.lines(cells), *notes, "", *([said, ""] if said else [])]))
     facts = {
+        "verdict": said,
         "config": schema.flat(config),
         "facts": {**origin, "tuned": str(tuned.path) if tuned else None},
         "pictures": {
@@ -179,7 +188,7 @@ def find_judge(config: ConfigDict, home: Path) -> DataJudge | None:
 def find_scorers(judge: DataJudge | None) -> list[Judge]:
     """Those of --scorers, or all that fit the data set."""
     own = {} if judge is None else dict(judge.scorers())
-    usual = torch_scorers.scorers(
+    usual = appearance.scorers() | torch_scorers.scorers(
         CLIP.value or torch_scorers.CLIP,
         DINO.value or torch_scorers.DINO,
         VGG.value or torch_scorers.VGG,
@@ -191,6 +200,22 @@ def find_scorers(judge: DataJudge | None) -> list[Judge]:
         names.remove("lpips")
         print("LPIPS-D is left out: it needs --lpips_weights, see docs/evaluation.md")
     return load_scorers(names, own | usual)
+
+
+def fitting(scorers: Sequence[Judge], cases: Sequence[Case]) -> list[Judge]:
+    """Those that have something to judge. Raises `UserError` for others that the user named."""
+    faults = {}
+    for scorer in scorers:
+        least = scorer.least if isinstance(scorer, PairScorer) else 1
+        if not any(judges(scorer, case) for case in cases):
+            faults[scorer.name] = "judges none of these prompts"
+        elif SEEDS.value < least:
+            faults[scorer.name] = f"needs --seeds={least} or more pictures of a prompt"
+    if SCORERS.value:
+        raise_if(f"--scorers: {name} {fault}; leave it out" for name, fault in faults.items())
+    for name, fault in faults.items():
+        print(f"{name} is left out: it {fault}")
+    return [scorer for scorer in scorers if scorer.name not in faults]
 
 
 def find_cases(
@@ -212,6 +237,7 @@ def find_cases(
             limits=build.limits(config),
             scored_text=any("prompt" in scorer.needs for scorer in scorers),
             first_seed=FIRST_SEED.value,
+            words=(config.anchor.concept_word, config.data.trigger),
         )
     if tests:
         raise UserError(
@@ -257,7 +283,7 @@ def write(
         for name, value in facts[part].items()
     }
     columns = [*references, "target", *(arm.name for arm in every)]
-    content = page(f"Evaluation: {out}", cells, notes, columns, rows, text)
+    content = page(f"Evaluation: {out}", facts["verdict"], cells, notes, columns, rows, text)
     write_text(out / "evaluation.html", content.encode("utf-8", "replace").decode())
     print(f"scores: {out / 'scores.json'}\npage: {out / 'evaluation.html'}", flush=True)
 

@@ -16,10 +16,14 @@ from dopsd_jax.evaluation import prompts, seeds
 @pytest.fixture
 def dataset(tmp_path):
     """Six rows of a style, of which the third has no class name."""
+    return made(tmp_path, " in [V] style")
+
+
+def made(tmp_path, style):
     lines = []
     for i in range(6):
         Image.fromarray(np.full((64, 96 + 16 * i, 3), 40 * i, np.uint8)).save(tmp_path / f"{i}.png")
-        record = {"image": f"{i}.png", "caption": f"a horse {i} in [V] style", "h*w": "64*96"}
+        record = {"image": f"{i}.png", "caption": f"a horse {i}{style}", "h*w": "64*96"}
         lines.append(record if i == 3 else record | {"class_name": "Millennium"})
     (tmp_path / "data.jsonl").write_text("\n".join(map(json.dumps, lines)))
     return measure(load_rows(tmp_path / "data.jsonl"), [Bucket(96, 64), Bucket(64, 96)])
@@ -53,6 +57,17 @@ def test_the_class_word_is_scored_and_the_placeholder_drawn(dataset):
         "Baroque style ship", "a ship",
     ]  # fmt: skip
     assert prompts.with_class("a [V] on a beach", "dog", style=False) == "a dog on a beach"
+
+
+def test_a_test_without_the_word_that_is_taught_is_an_ordinary_prompt(dataset, tmp_path):
+    """If the captions have that word: otherwise it is not known what the tests are about."""
+    tests = [prompts.Test(prompt=p, where="p:1") for p in ("a [V] ship", "a ship", "a Horse")]
+    kinds = lambda words=(), rows=dataset: [
+        c.kind for c in prompts.cases(rows, tests, rows=1, scored_text=False, words=words)
+    ]
+    assert kinds() == kinds(("", "")) == ["training", "test", "ordinary", "ordinary"]
+    assert kinds(("horse",)) == ["training", "test", "ordinary", "test"]
+    assert kinds(rows=made(tmp_path, "")) == ["training", "test", "test", "test"]
 
 
 def test_every_prompt_without_a_class_and_every_wrong_row_is_named(dataset):

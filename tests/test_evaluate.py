@@ -1,20 +1,24 @@
 """The evaluation as a user runs it, on the miniature with a strong random adapter."""
 
+import html
 import importlib.util
 import json
 import shutil
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 from conftest import ROOT, run_program
 from PIL import Image
 
+from dopsd_jax import evaluate
 from dopsd_jax.common.errors import UserError
 from dopsd_jax.config.fields import declared
-from dopsd_jax.evaluation import arms, gathering
+from dopsd_jax.evaluation import appearance, arms, gathering
 from dopsd_jax.evaluation.arms import Tuned
 from dopsd_jax.evaluation.drawing import Shot
 from dopsd_jax.evaluation.gallery import Gallery
+from dopsd_jax.evaluation.scorer import Case
 from dopsd_jax.miniature import concepts, world
 from dopsd_jax.miniature import world_scorers as scores
 from dopsd_jax.random_model import write_random_model
@@ -23,6 +27,7 @@ from dopsd_jax.run.workdir import open_workdir
 from dopsd_jax.training.results import Results
 
 COUNT, BATCH = 2, 4
+SHORT = 2  # prompts with the word alone, and as many of ordinary things
 
 
 def read_config(name):
@@ -81,7 +86,9 @@ def test_the_table_the_numbers_and_the_page_agree(run, data):
     assert arms_of("leaked concept") == {"base", "tuned"}
     assert content["facts"]["tuned"] and "jax" in content["versions"]
     assert content["config"].keys() == declared().keys()
-    assert len(content["prompts"]) == 4 * COUNT
+    assert len(content["prompts"]) == 4 * COUNT + 2 * SHORT
+    assert arms_of("composition kept") == {"tuned"}, "only open prompts are compared with the base"
+    assert arms_of("place kept") == {"teacher", "tuned"}
     page = (folder / "evaluation.html").read_text()
     for name, score in content["scores"].items():
         for estimate in score["arms"].values():
@@ -92,12 +99,14 @@ def test_the_table_the_numbers_and_the_page_agree(run, data):
             each = np.array(values)
             assert each.shape[1] == 2 and score["arms"][arm]["prompts"] == len(each)
             assert score["arms"][arm]["value"] == pytest.approx(each.mean()), name
-        if score["values"]:
+        if "base" in score["values"]:
             gap = np.array(score["values"]["tuned"]) - score["values"]["base"]
             found = score["differences"]["tuned - base"]["value"]
             assert found == pytest.approx(gap.mean(), abs=1e-9)
     # Three models and the target; of other words there is no target and so no teacher.
-    assert page.count("data:image") == COUNT * (4 + 2 * 4 + 2)
+    assert page.count("data:image") == COUNT * (4 + 2 * 4 + 2) + SHORT * (4 + 2)
+    assert content["verdict"].endswith(".") and content["verdict"] in printed
+    assert html.escape(content["verdict"]) in page
     assert "src=" not in page.replace('src="data:', "") and "<link" not in page
     assert (np.array(gap) != 0).any(), "the adapter changes nothing"
 
@@ -110,7 +119,7 @@ def test_scores_are_those_of_the_pictures_that_are_kept(run):
         with Image.open(path) as image:
             about = image.text["model"], image.text["prompt"], int(image.text["seed"])
             kept[about] = np.asarray(image.convert("RGB"))
-    assert len(kept) == 2 * COUNT * (4 + 3 + 4)
+    assert len(kept) == 2 * (COUNT * (4 + 3 + 4) + SHORT * (2 + 1 + 2))
     for arm, values in content["scores"]["brightness"]["values"].items():
         for case, row in zip(content["prompts"], values, strict=True):
             for number, value in enumerate(row):
@@ -125,8 +134,8 @@ def test_a_real_data_set_is_asked_its_captions_and_the_users_prompts(random_mode
     result = run_program(
         "evaluate", f"--config={ROOT}/configs/zimage.py:random", f"--config.model={random_model}",
         "--config.data.buckets=64x64", f"--out={tmp_path / 'out'}", "--rows=1", "--seeds=1",
-        f"--batch={BATCH}", f"--prompts={tmp_path / 'prompts.txt'}", "--scorers=mine:Brightness",
-        folder=tmp_path,
+        f"--batch={BATCH}", f"--prompts={tmp_path / 'prompts.txt'}", 
+        "--scorers=mine:Brightness,crispness,contrast", folder=tmp_path,
     )  # fmt: skip
     assert result.returncode == 0, result.stderr
     assert "1 training, 3 test; 1 pictures each of base, teacher" in result.stdout
@@ -239,6 +248,22 @@ def test_all_faults_are_told_together_and_nothing_is_drawn(data, tmp_path):
     ):  # fmt: skip
         assert any(part in problem for problem in problems), part
     assert len(problems) == 9 and not list((tmp_path / "out/pictures").iterdir())
+
+
+def test_a_scorer_without_work_is_left_out_or_if_it_was_named_refused(monkeypatch, capsys):
+    made = [make() for make in appearance.scorers().values()]
+    case = lambda kind: Case(kind, "a", "a", 64, 64, 0)
+    give = lambda name, value: monkeypatch.setattr(evaluate, name, SimpleNamespace(value=value))
+    give("SCORERS", None)
+    give("SEEDS", 2)
+    assert evaluate.fitting(made, [case("ordinary")]) == made
+    assert evaluate.fitting(made, [case("test")]) == made[:2]
+    assert "composition kept is left out: it judges none of these" in capsys.readouterr().out
+    give("SEEDS", 1)
+    assert evaluate.fitting(made, [case("ordinary")]) == made[:2]
+    give("SCORERS", ["composition"])
+    with pytest.raises(UserError, match="composition kept needs --seeds=2 or more"):
+        evaluate.fitting(made, [case("ordinary")])
 
 
 def test_the_student_of_a_run_is_its_newest_result(config, tmp_path):

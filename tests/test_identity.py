@@ -8,7 +8,7 @@ from PIL import Image, ImageFilter
 
 from dopsd_jax.miniature import identity, judge, render, world
 
-COUNT = 24
+COUNT = 16
 
 
 def arranged(rng, concepts):

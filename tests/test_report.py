@@ -113,6 +113,16 @@ def test_every_text_is_escaped(tmp_path):
     assert text.count(evil) >= 4 and "<u>&run" in text
 
 
+def test_the_verdict_stands_before_the_scores(tmp_path):
+    rows = [{"model": "base", "identity": 0.1}, {"model": "tuned", "identity": 0.7}]
+    for said in ("Learned <it>.", 3, "", None):
+        scores = {"verdict": said, "note": "n", "rows": rows}
+        (tmp_path / "scores.json").write_text(json.dumps(scores))
+        text = run(tmp_path, 0).text
+        assert ("Learned <it>." in text) == (said == "Learned <it>.")
+        assert "Learned <it>." not in text[text.index("0.700") :]
+
+
 def test_letters_that_cannot_be_encoded_do_not_spoil_the_page(tmp_path):
     page = run(tmp_path, 1, grids=[0], caption="half a pair \ud83e here")
     assert any("half a pair ? here" in text for text in page.text)

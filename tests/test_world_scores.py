@@ -13,6 +13,7 @@ from dopsd_jax.common.errors import UserError
 from dopsd_jax.common.flow import shifted_grid
 from dopsd_jax.conditioning.encoding import STUDENT, TEACHER
 from dopsd_jax.evaluation.drawing import Painter, Shot, without_adapters
+from dopsd_jax.evaluation.scorer import PairScorer
 from dopsd_jax.families.pipeline import start_noise
 from dopsd_jax.families.zimage import family
 from dopsd_jax.miniature import captions, concepts, frechet, judge, world
@@ -20,6 +21,7 @@ from dopsd_jax.miniature import world_scorers as scores
 from dopsd_jax.miniature.exam import Exam, table
 
 COUNT, BATCH = 10, 4
+LOOSE = {"bare": COUNT, "opened": COUNT}
 TEACHER_OPTIONS = {"min_pixels": 64 * 64, "max_pixels": 128 * 128, "doubled_template": False}
 
 
@@ -30,7 +32,7 @@ def concept():
 
 @pytest.fixture(scope="module")
 def cases(concept):
-    return scores.cases(concept, "dax", concepts=COUNT, ordinary=2 * COUNT, others=COUNT)
+    return scores.cases(concept, "dax", concepts=COUNT, ordinary=2 * COUNT, others=COUNT, **LOOSE)
 
 
 def of_kind(cases, kind):
@@ -67,6 +69,15 @@ def test_the_true_rendering_has_full_marks(cases):
     for name, make in scores.scorers().items():
         scorer = make()
         own = of_kind(cases, scorer.kinds[0])
+        if isinstance(scorer, PairScorer):
+            features = scorer.features(drawn(own), own).reshape(COUNT // 2, 2, -1)
+            np.testing.assert_array_equal(scorer.compare(features, features), 1)
+            continue
+        if name == "spread":
+            assert scorer.distance(scorer.features(drawn(own), own), None) == pytest.approx(
+                scorer.floor(own), rel=0.05
+            )
+            continue
         if name == "feature_FID":
             found = scorer.distance(scorer.features(drawn(own), own), scorer.reference(own))
             assert found < 1.5 * scorer.floor(own)
@@ -89,6 +100,68 @@ def test_crispness_falls_with_blur_alone(cases, name):
     other = with_concept(world.random_concept(np.random.default_rng(4)))
     if name == "concept_crispness":
         assert score(name, drawn(own, other), own) > 0.75
+
+
+@pytest.mark.parametrize("name", ["concept_contrast", "ordinary_contrast"])
+def test_contrast_falls_with_haze_and_blur_costs_it_little(cases, name):
+    own = of_kind(cases, name.partition("_")[0])
+    haze = lambda image: np.round(0.6 * image + 0.4 * image.mean((0, 1))).astype(np.uint8)
+    hazy = score(name, [haze(image) for image in drawn(own)], own)
+    assert hazy == pytest.approx(0.6, abs=0.03)
+    assert score(name, blurred(drawn(own)), own) > 0.85
+
+
+def test_identity_does_not_ask_where_the_concept_stands(cases):
+    """As `concept IoU` does; and it is the same under the bare word, which places nothing."""
+    own = of_kind(cases, "concept")
+    turn = lambda s: dataclasses.replace(
+        s, things=(dataclasses.replace(s.things[0], place=(s.things[0].place + 1) % 5),)
+    )
+    assert score("identity", drawn(own, turn), own) > 0.95
+    assert score("concept_IoU", drawn(own, turn), own) < 0.4
+    bare = of_kind(cases, "bare")
+    assert {case.prompt for case in bare} == {"a dax"}
+    assert score("bare_identity", drawn(bare, turn), bare) > 0.95
+    other = with_concept(world.random_concept(np.random.default_rng(4)))
+    assert score("bare_identity", drawn(bare, other), bare) < 0.4
+
+
+def test_place_kept_and_spread_see_places_alone(cases, concept):
+    bare = of_kind(cases, "bare")
+    at = lambda place: (
+        lambda s: dataclasses.replace(s, things=(dataclasses.replace(s.things[0], place=place),))
+    )
+    kept, spread = scores.PlaceKept(), scores.Spread()
+    features = lambda scorer, images: scorer.features(images, bare).reshape(COUNT, 1, -1)
+    base = features(kept, drawn(bare))
+    recoloured = features(
+        kept, drawn(bare, with_concept(world.random_concept(np.random.default_rng(4))))
+    )
+    assert kept.compare(recoloured, base).mean() == 1
+    same = [case.truth.things[0].place == 0 for case in bare]
+    np.testing.assert_array_equal(
+        kept.compare(features(kept, drawn(bare, at(0))), base)[:, 0], same
+    )
+    nothing = features(kept, [np.full((64, 64, 3), 230, np.uint8)] * COUNT)
+    assert kept.compare(nothing, nothing).max() == 0
+    assert spread.distance(spread.features(drawn(bare, at(0)), bare), None) < 0.1
+
+
+def test_retention_asks_for_shape_and_colour_together(cases):
+    own = of_kind(cases, "ordinary")
+    images = drawn(own)
+    half = [*recoloured(images[:COUNT]), *images[COUNT:]]
+    assert score("retention", images, own) == 1
+    assert score("named_shape", half, own) > 0.9
+    assert score("retention", half, own) == score("named_colour", half, own) < 0.7
+
+
+def test_a_short_caption_says_what_the_thing_is_alone(cases):
+    for case in of_kind(cases, "open"):
+        thing = case.truth.things[0]
+        named = f"{list(world.COLOURS)[thing.colour]} {world.SHAPES[thing.shape]}"
+        assert case.prompt == f"{'an' if named[0] == 'o' else 'a'} {named}"
+        assert case.target is None
 
 
 def test_named_attributes_are_told_apart(cases):
@@ -167,13 +240,15 @@ def test_no_test_arrangement_is_one_of_the_data_set(concept, tmp_path):
 
 
 def test_cases_follow_from_their_seed_and_say_all_that_is_judged(concept, cases):
-    again = scores.cases(concept, "dax", concepts=COUNT, ordinary=2 * COUNT, others=COUNT)
+    again = scores.cases(concept, "dax", concepts=COUNT, ordinary=2 * COUNT, others=COUNT, **LOOSE)
     assert [(c.prompt, c.seed) for c in again] == [(c.prompt, c.seed) for c in cases]
     other = scores.cases(concept, "dax", concepts=COUNT, ordinary=2 * COUNT, seed=1)
     assert [c.prompt for c in other] != [c.prompt for c in cases][: len(other)]
     assert len({c.seed for c in cases}) == len(cases)
     finish = {0: "flat", 1: "outline", 2: "shaded"}
-    for case in cases:
+    alone = scores.cases(concept, "dax", concepts=COUNT, ordinary=2 * COUNT, others=COUNT)
+    assert [c.prompt for c in alone] == [c.prompt for c in cases][: len(alone)]
+    for case in alone:
         assert finish[case.truth.finish] in case.prompt
         assert list(world.GROUNDS)[case.truth.ground] in case.prompt
         assert case.target is None or judge.iou(

@@ -1,6 +1,6 @@
 """The work of an evaluation: draws and scores what is missing, and keeps both."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 
@@ -12,7 +12,7 @@ from dopsd_jax.evaluation.arms import Arm
 from dopsd_jax.evaluation.drawing import Shot
 from dopsd_jax.evaluation.gallery import Gallery, value_key
 from dopsd_jax.evaluation.results import Score
-from dopsd_jax.evaluation.scorer import Case, Judge, Scorer, SetScorer, judges
+from dopsd_jax.evaluation.scorer import Case, Judge, PairScorer, Scorer, SetScorer, judges
 
 SCORED_TOGETHER = 16
 
@@ -59,12 +59,13 @@ def judge(
     judged = [case for case in cases if judges(scorer, case)]
     own = {arm.name: shots_of(arm, judged, seeds) for arm in arms}
     asked = [arm for arm in arms if len(own[arm.name]) == len(judged) * seeds]
+    if isinstance(scorer, PairScorer):
+        return results.score(scorer, _compared(scorer, asked, own, seeds, gallery))
     if not isinstance(scorer, SetScorer):
         values = {a.name: _values(scorer, a, own[a.name], gallery) for a in asked}
         return results.score(scorer, {k: v.reshape(-1, seeds) for k, v in values.items()})
-    features = {a.name: _features(scorer, a, own[a.name], gallery) for a in asked}
-    shaped = {k: v.reshape(len(judged), seeds, -1) for k, v in features.items()}
-    found = results.set_score(scorer, shaped, scorer.reference(judged), scorer.floor(judged))
+    features = _shaped(scorer, asked, own, seeds, gallery)
+    found = results.set_score(scorer, features, scorer.reference(judged), scorer.floor(judged))
     if not np.isfinite([x.value for x in found.arms.values()] + [found.floor]).all():
         raise UserError(f"scorer {scorer.name}: its distance is not a finite number")
     return found
@@ -89,7 +90,39 @@ def _values(scorer: Scorer, arm: Arm, shots: Sequence[Shot], gallery: Gallery) -
     return np.array([gallery.values.get(keys[shot]) for shot in shots])
 
 
-def _features(scorer: SetScorer, arm: Arm, shots: Sequence[Shot], gallery: Gallery) -> np.ndarray:
+def _compared(
+    scorer: PairScorer,
+    arms: Sequence[Arm],
+    shots: Mapping[str, Sequence[Shot]],
+    seeds: int,
+    gallery: Gallery,
+) -> dict[str, np.ndarray]:
+    """Every model but the base, beside the base."""
+    features = _shaped(scorer, arms, shots, seeds, gallery)
+    base = features.pop(results.BASE)
+    found = {}
+    for name, own in features.items():
+        values = found[name] = np.asarray(scorer.compare(own, base), np.float64)
+        if values.shape != own.shape[:2] or not np.isfinite(values).all():
+            raise UserError(f"scorer {scorer.name}: must give a finite number for each picture")
+    return found
+
+
+def _shaped(
+    scorer: SetScorer | PairScorer,
+    arms: Sequence[Arm],
+    shots: Mapping[str, Sequence[Shot]],
+    seeds: int,
+    gallery: Gallery,
+) -> dict[str, np.ndarray]:
+    """Features [prompts, pictures, d] of every model."""
+    found = {arm.name: _features(scorer, arm, shots[arm.name], gallery) for arm in arms}
+    return {name: own.reshape(len(own) // seeds, seeds, -1) for name, own in found.items()}
+
+
+def _features(
+    scorer: SetScorer | PairScorer, arm: Arm, shots: Sequence[Shot], gallery: Gallery
+) -> np.ndarray:
     found = []
     for some in _of_one_size(shots):
         images = [gallery.picture(arm.key(shot)) for shot in some]

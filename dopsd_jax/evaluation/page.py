@@ -16,13 +16,14 @@ SHOWN = 60  # prompts; the others' pictures are in the folder
 
 def page(
     title: str,
+    verdict: str,
     cells: Sequence[Sequence[str]],
     notes: Sequence[str],
     columns: Sequence[str],
     rows: Sequence[GridRow],
     facts: Mapping[str, str],
 ) -> str:
-    """The page: the table of scores, a row of pictures a prompt, and what it was made from."""
+    """The page: verdict, table of scores, a row of pictures a prompt, and what it was made from."""
     head, *body = cells
     line = lambda tag, row: "".join(f"<{tag}>{html.escape(cell)}</{tag}>" for cell in row)
     remarks = "".join(f'<p class="remark">{html.escape(note)}</p>' for note in notes)
@@ -38,6 +39,7 @@ def page(
         for name, value in facts.items()
     )
     parts = (
+        f'<p class="verdict">{html.escape(verdict)}</p>' if verdict else "",
         f'<div class="scroll"><table class="scores"><tr>{table[0]}</tr>{table[1]}</table></div>',
         '<p class="remark">Mean ± half the width of the 95 % interval over prompts; differences '
         "are within prompts, on the same noise.</p>",

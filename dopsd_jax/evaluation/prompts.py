@@ -18,7 +18,7 @@ from dopsd_jax.data.sources.captions import captions_in
 from dopsd_jax.evaluation.scorer import Case, Picture
 from dopsd_jax.evaluation.seeds import ROW, case_seed
 
-TRAINING, TEST = "training", "test"
+TRAINING, TEST, ORDINARY = "training", "test", "ordinary"
 PLACEHOLDER = "[V]"
 STYLE = re.compile(re.escape(PLACEHOLDER) + r"\s+style\b", re.IGNORECASE)
 KEYS = ("prompt", "row", "class_name")
@@ -83,11 +83,14 @@ def cases(
     limits: ImageLimits | None = None,
     scored_text: bool = True,
     first_seed: int = 30,
+    words: Sequence[str] = (),
 ) -> list[Case]:
     """Each chosen row's first caption, and the test prompts; sizes are the rows' buckets.
 
     rows: at most so many, spread over the data set; tests without a row take them in turn.
     class_word: replaces `[V]` where neither the test nor the row's record has a class.
+    words: besides `[V]`, what may stand for the concept in the data set's captions. Where one of
+    them does, a test without any of them is an ordinary prompt.
     scored_text: whether a scorer reads texts; only then a class must be known. Raises `UserError`
     with every test of a row that there is not, and every text whose class is not known.
     """
@@ -106,6 +109,8 @@ def cases(
     for i, test in enumerate(tests):
         row = chosen[i % len(chosen)] if test.get("row") is None else test["row"]
         asked.append((TEST, row, test["prompt"], test["where"], test.get("class_name")))
+    told = lambda prompt: any(w.lower() in prompt.lower() for w in (PLACEHOLDER, *words) if w)
+    known = any(told(prompt) for kind, _, prompt, *_ in asked if kind == TRAINING)
     style = any(STYLE.search(prompt) for _, _, prompt, _, _ in asked)
     classes = class_names([dataset.rows[row].where for _, row, *_ in asked])
     shown: dict[int, tuple[Picture, list[Picture]]] = {}
@@ -121,6 +126,7 @@ def cases(
         if kind == TEST:
             number = counts[row] = counts.get(row, -1) + 1
             number %= ROW - 1  # beyond, the noise of the next row would be used
+            kind = ORDINARY if known and not told(prompt) else TEST
         if row not in shown:
             own, edited = dataset.rows[row], dataset.rows[row].references
             target = fit(open_image(own.image, limits), *dataset.buckets[row])

@@ -1,6 +1,6 @@
 """The interface of scorers, and how they are found.
 
-A scorer judges pictures one by one, or a set of pictures as a whole.
+A scorer judges pictures one by one, or beside the base's, or a set of pictures as a whole.
 `--scorers=package.module:attribute` names a scorer of your own, or a function without arguments
 that makes one.
 """
@@ -25,8 +25,9 @@ BETTER, NEEDS = ("higher", "lower"), ("prompt", "target")
 class Case:
     """One prompt, and what pictures of it are compared with.
 
-    kind: which scorers it is for: of real data sets `training` (a row's own caption) and `test`;
-      of the miniature `concept`, `ordinary` and `other`.
+    kind: which scorers it is for: of real data sets `training` (a row's own caption), `test` and
+      `ordinary` (a test without the word that is taught); of the miniature those of
+      `miniature.world_scorers`.
     prompt: what is drawn. text: what is scored, with the class word in place of a placeholder.
     seed: of the first picture's noise.
     target: the picture that the teacher is shown, and that likeness is measured to.
@@ -105,7 +106,33 @@ class SetScorer(Protocol):
         """The distance of other real pictures to the reference."""
 
 
-Judge = Scorer | SetScorer
+@runtime_checkable
+class PairScorer(Protocol):
+    """Compares a model's pictures with the base model's of the same prompt and noise.
+
+    The other members are those of `Scorer`. The base itself has no score. least: pictures a prompt
+    that it needs.
+    """
+
+    name: str
+    better: str
+    kinds: Sequence[str]
+    needs: Sequence[str]
+    identity: str
+    least: int
+
+    def features(
+        self, images: Sequence[Picture], cases: Sequence[Case]
+    ) -> Float[np.ndarray, "n d"]:
+        """Of each picture."""
+
+    def compare(
+        self, own: Float[np.ndarray, "p s d"], base: Float[np.ndarray, "p s d"]
+    ) -> Float[np.ndarray, "p s"]:
+        """Of p prompts with s pictures each, `own[i, j]` and `base[i, j]` from the same noise."""
+
+
+Judge = Scorer | SetScorer | PairScorer
 MEMBERS = ("name", "better", "kinds", "needs", "identity")
 
 
@@ -151,7 +178,7 @@ def _users(where: str) -> Judge:
     if inspect.isclass(scorer) or inspect.isfunction(scorer):
         scorer = scorer()
     lacking = [name for name in MEMBERS if not hasattr(scorer, name)]
-    if not isinstance(scorer, SetScorer) and not callable(scorer):
+    if not isinstance(scorer, SetScorer | PairScorer) and not callable(scorer):
         lacking.append("__call__(images, cases)")
     if lacking:
         raise UserError(f"--scorers={where}: is no scorer, it has no {', '.join(lacking)}")

@@ -17,7 +17,7 @@ from PIL import Image
 
 from dopsd_jax.common.errors import UserError, raise_if
 from dopsd_jax.common.json_files import read_json
-from dopsd_jax.evaluation.prompts import TEST, TRAINING
+from dopsd_jax.evaluation.prompts import ORDINARY, TEST, TRAINING
 from dopsd_jax.evaluation.scorer import Case, Judge, Picture
 from dopsd_jax.weights import hub
 from dopsd_jax.weights.safetensors_io import TensorFiles
@@ -70,7 +70,7 @@ def need_torch(name: str) -> Any:
 class ClipScore:
     """CLIP-S: cosine of the picture's and the text's embeddings (transformers' CLIPModel)."""
 
-    name, better, kinds, needs = "CLIP-S", "higher", (TRAINING, TEST), ("prompt",)
+    name, better, kinds, needs = "CLIP-S", "higher", (TRAINING, TEST, ORDINARY), ("prompt",)
 
     def __init__(self, model: str, device: str):
         self.torch = need_torch("clip")

@@ -1,6 +1,7 @@
 """The judge of the miniature's data sets: their `concept.json` says what their word stands for."""
 
 import dataclasses
+import math
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
@@ -8,16 +9,18 @@ from flax import nnx
 from ml_collections import ConfigDict
 
 from dopsd_jax.evaluation.scorer import Case, Judge, Picture
+from dopsd_jax.evaluation.verdict import sentence
 from dopsd_jax.families.pipeline import Pipeline
 from dopsd_jax.miniature import world_scorers
 from dopsd_jax.miniature.concepts import FILE, read_concept
-from dopsd_jax.miniature.exam import Exam, table
+from dopsd_jax.miniature.exam import Exam, findings, table
 from dopsd_jax.miniature.world import Concept
 
 ORDINARY = 2  # ordinary prompts for each one of the concept
 NOTE = (
-    "concept: IoU with the target, in arrangements that were not trained; crispness: of edges, "
-    "relative to the target's; retention: share of ordinary prompts with shape and colour right"
+    "identity: likeness of the object wherever it stands; concept: IoU with the target, in "
+    "arrangements that were not trained; crispness: of edges, contrast: of all pixels, relative to "
+    "the target's; retention: share of ordinary prompts with shape and colour right"
 )
 
 
@@ -33,12 +36,15 @@ class WorldJudge:
         return world_scorers.scorers()
 
     def cases(self, count: int, shown: Sequence[Picture], first_seed: int) -> list[Case]:
+        short = max(2, math.ceil(count / 2))  # of two or more, so that they have an interval
         return world_scorers.cases(
             self.concept,
             self.word,
             concepts=count,
             ordinary=ORDINARY * count,
             others=count,
+            bare=short,
+            opened=short,
             shown=shown,
             first_seed=first_seed,
         )
@@ -64,7 +70,9 @@ class RunScores:
 
     def finish(self, student: nnx.State) -> tuple[list[str], dict]:
         rows = [*self.rows, self.exam.student("tuned", student)]
-        return table(rows), {"note": NOTE, "rows": [row._asdict() for row in rows]}
+        said = sentence(findings(*rows))
+        content = {"verdict": said, "note": NOTE, "rows": [row._asdict() for row in rows]}
+        return [*table(rows), said], content
 
 
 def of_folder(folder: Path) -> WorldJudge | None:

@@ -8,8 +8,10 @@ from flax import nnx
 from jaxtyping import Float
 
 from dopsd_jax.conditioning.encoding import STUDENT, TEACHER
+from dopsd_jax.evaluation.appearance import contrast
 from dopsd_jax.evaluation.drawing import Painter, Shot
 from dopsd_jax.evaluation.scorer import Picture
+from dopsd_jax.evaluation.verdict import Findings, Likeness, Reading
 from dopsd_jax.families.pipeline import Pipeline
 from dopsd_jax.miniature import judge, render, world_scorers
 from dopsd_jax.miniature.world import Concept
@@ -19,12 +21,15 @@ ORDINARY_EACH = 2  # ordinary prompts for each one of the concept
 
 
 class ModelScores(NamedTuple):
-    """One model: mean IoU of the concept, crispness of its pictures relative to the renderer's,
-    and share of ordinary prompts whose shape and colour are both right. None: not asked."""
+    """One model. identity: of the concept, its arrangement factored out; concept: IoU where the
+    caption places it; crispness, contrast: of its pictures, relative to the renderer's; retention:
+    share of ordinary prompts whose shape and colour are both right. None: not asked."""
 
     model: str
+    identity: float
     concept: float
     crispness: float
+    contrast: float
     retention: float | None
 
 
@@ -79,10 +84,14 @@ class Exam:
         The values of two models, drawn by one exam, are pairs.
         """
         images = self._draw(trained, self.concept, role)
-        truth = world_scorers.fitted(images, [case.truth for case in self.concept])
+        scenes = [case.truth for case in self.concept]
+        truth = world_scorers.fitted(images, scenes)
+        rendered = render.render(truth)
         found = {
+            "identity": world_scorers.likeness(images, scenes),
             "concept IoU": judge.iou(images, truth),
-            "concept crispness": judge.crispness(images) / judge.crispness(render.render(truth)),
+            "concept crispness": judge.crispness(images) / judge.crispness(rendered),
+            "concept contrast": contrast(images) / contrast(rendered),
         }
         if role == TEACHER:
             return found
@@ -96,7 +105,7 @@ class Exam:
                 ],
                 float,
             )
-        found["ordinary crispness"] = world_scorers.crispness(images, scenes)
+        found["ordinary crispness"] = world_scorers.relative(judge.crispness)(images, scenes)
         if self.others:
             images = self._draw(trained, self.others, role)
             found["leaked concept"] = world_scorers.iou(images, [c.truth for c in self.others])
@@ -108,18 +117,31 @@ class Exam:
 
 
 def _row(model: str, values: Mapping[str, np.ndarray], retention: float | None) -> ModelScores:
-    iou, crispness = (float(values[f"concept {name}"].mean()) for name in ("IoU", "crispness"))
-    return ModelScores(model, iou, crispness, retention)
+    names = ("identity", "concept IoU", "concept crispness", "concept contrast")
+    return ModelScores(model, *(float(values[name].mean()) for name in names), retention)
 
 
 def table(rows: Sequence[ModelScores]) -> list[str]:
     """Rows as lines of text."""
-    width = max(len("model"), *(len(row.model) for row in rows))
-    shown = lambda value: "     -" if value is None else f"{value:6.3f}"
-    lines = [f"{'model':{width}}  concept  crispness  retention"]
-    lines += [
-        f"{r.model:{width}}  {shown(r.concept):>7}  {shown(r.crispness):>9}  "
-        f"{shown(r.retention):>9}"
-        for r in rows
+    cell = lambda value: (
+        value if isinstance(value, str) else "-" if value is None else f"{value:.3f}"
+    )
+    cells = [ModelScores._fields, *([cell(value) for value in row] for row in rows)]
+    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
+    return [
+        "  ".join(f"{c:{'<' if i == 0 else '>'}{widths[i]}}" for i, c in enumerate(line))
+        for line in cells
     ]
-    return lines
+
+
+def findings(base: ModelScores, teacher: ModelScores, tuned: ModelScores) -> Findings:
+    """What the three models' scores tell; from few prompts, so without intervals."""
+    part = lambda a, b, of: [Reading(a / b, of=of)] if b else []
+    return Findings(
+        Likeness("identity", tuned.identity, base.identity, teacher.identity),
+        {
+            "crispness": part(tuned.crispness, teacher.crispness, "teacher's"),
+            "contrast": part(tuned.contrast, teacher.contrast, "teacher's"),
+            "retention": part(tuned.retention, base.retention, "base's"),
+        },
+    )

@@ -9,6 +9,7 @@ import itertools
 import numpy as np
 from jaxtyping import Bool, Float, Int, UInt8
 
+from dopsd_jax.evaluation.appearance import crispness as crispness
 from dopsd_jax.miniature import render, world
 from dopsd_jax.miniature.render import GROUND, SIDE, Objects, Scenes
 
@@ -20,7 +21,6 @@ OTHER_SHADE = 0.04  # how much less a shade of a colour counts than the colour: 
 LEAST_PIXELS = 25
 FIT_ROUNDS = 3
 LEAST_FIT = 0.6  # IoU below which an object is of no named shape
-EDGE_SHARE = 0.05  # of the pixels: those with the steepest change count as edges
 
 Images = UInt8[np.ndarray, "n s s 3"]
 
@@ -131,18 +131,6 @@ def _to_mixture(pixels: np.ndarray, a: np.ndarray, b: np.ndarray) -> np.ndarray:
     way = b - a
     share = ((pixels - a) * way).sum(-1) / np.maximum((way * way).sum(-1), 1e-6)
     return np.linalg.norm(pixels - a - share.clip(0, 1)[..., None] * way, axis=-1)
-
-
-def crispness(images: Images) -> Float[np.ndarray, " n"]:
-    """Mean size of the steepest changes between neighbouring pixels, the edges of a picture.
-
-    Blur lowers it and noise raises it, so it is meaningful only together with `iou` or `see`.
-    """
-    pixels = images.astype(np.float32) / 255
-    down = np.linalg.norm(pixels[:, 1:, :-1] - pixels[:, :-1, :-1], axis=-1)
-    right = np.linalg.norm(pixels[:, :-1, 1:] - pixels[:, :-1, :-1], axis=-1)
-    steep = np.sort(np.hypot(down, right).reshape(len(images), -1), axis=1)
-    return steep[:, -round(EDGE_SHARE * steep.shape[1]) :].mean(1)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,8 +1,10 @@
 """The miniature's scores: the renderer is the judge.
 
-Cases of three kinds are made from a seed: `concept`, arrangements of the new word's object that the
-data set does not have; `ordinary`, single named objects, of which nothing should be lost; `other`,
-the arrangements again under other new words, which should not take on the concept.
+Cases are made from a seed. Captions that say all that is judged: `concept`, arrangements of the
+new word's object that the data set does not have; `ordinary`, single named objects, of which
+nothing should be lost; `other`, the arrangements again under other new words, which should not take
+on the concept. Captions that leave place, size and ground to the noise: `bare`, the new word alone;
+`open`, the colour and shape of a named object alone.
 """
 
 import dataclasses
@@ -12,14 +14,15 @@ import numpy as np
 from jaxtyping import Float
 
 from dopsd_jax.common.errors import UserError
+from dopsd_jax.evaluation.appearance import CompositionKept, contrast
 from dopsd_jax.evaluation.scorer import Case, Judge, Picture, digest
 from dopsd_jax.evaluation.seeds import case_seed
-from dopsd_jax.miniature import captions, frechet, judge, render, world
+from dopsd_jax.miniature import captions, frechet, identity, judge, render, world
 from dopsd_jax.miniature.concepts import arrangements
 from dopsd_jax.miniature.render import FINISHES, GROUND_TEXTURES, SIDE, TEXTURES
 from dopsd_jax.miniature.world import Concept, Scene
 
-CONCEPT, ORDINARY, OTHER = "concept", "ordinary", "other"
+CONCEPT, ORDINARY, OTHER, BARE, OPEN = "concept", "ordinary", "other", "bare", "open"
 FLOOR_SEED = 1
 
 
@@ -30,13 +33,16 @@ def cases(
     concepts: int,
     ordinary: int,
     others: int = 0,
+    bare: int = 0,
+    opened: int = 0,
     seed: int = 0,
     shown: Sequence[Picture] = (),
     first_seed: int = 30,
 ) -> list[Case]:
     """The prompts of an evaluation, with their target pictures; one seed gives the same ones.
 
-    concepts, ordinary, others: how many of each kind; `others` at most as many as `concepts`.
+    concepts, ordinary, others, bare, opened: how many of each kind; `others` at most as many as
+    `concepts`.
     shown: pictures of the data set, whose arrangements are left out. first_seed: of the noise.
     Raises `UserError` where a concept has fewer unseen arrangements than `concepts`.
     """
@@ -46,10 +52,18 @@ def cases(
     words = other_words(word, others)
     asked = [(CONCEPT, s, s) for s in new] + [(ORDINARY, s, s) for s in named]
     asked += [(OTHER, _renamed(s, w), s) for s, w in zip(new, words, strict=False)]
+    texts = [caption(said, rng) for _, said, _ in asked]
+    loose = np.random.default_rng([seed, 2027])  # a stream of its own: the others stay as they are
+    for kind, count in ((BARE, bare), (OPEN, opened)):
+        for _ in range(count):
+            own = (concept, word) if kind == BARE else ()
+            scene = world.random_scene(loose, (world.random_thing(loose, *own),))
+            asked.append((kind, scene, scene))
+            texts.append(short_caption(scene))
     found = []
-    for number, (kind, said, truth) in enumerate(asked):
-        text, picture = caption(said, rng), world.pictures([truth])[0]
-        target = None if kind == OTHER else picture
+    for number, ((kind, _, truth), text) in enumerate(zip(asked, texts, strict=True)):
+        picture = world.pictures([truth])[0]
+        target = None if kind in (OTHER, OPEN) else picture
         noise, name = case_seed(first_seed, number), digest(picture)
         known = {"truth": truth, "truth_digest": name}
         found.append(Case(kind, text, text, SIDE, SIDE, noise, target, **known))
@@ -91,6 +105,14 @@ def caption(scene: Scene, rng: np.random.Generator) -> str:
         text = captions.caption(scene, rng, whole=True)
         if finish in text and all(texture in text for texture in textures):
             return text
+
+
+def short_caption(scene: Scene) -> str:
+    """What its thing is and nothing else, as everyone types it."""
+    (thing,) = scene.things
+    named = f"{list(world.COLOURS)[thing.colour]} {world.SHAPES[thing.shape]}"
+    text = named if thing.concept is None else thing.word
+    return f"{'an' if text[0] in 'aeiou' else 'a'} {text}"
 
 
 def other_words(word: str, count: int) -> list[str]:
@@ -137,10 +159,16 @@ def iou(images: judge.Images, scenes: list[Scene]) -> Float[np.ndarray, " n"]:
     return judge.iou(images, fitted(images, scenes))
 
 
-def crispness(images: judge.Images, scenes: list[Scene]) -> Float[np.ndarray, " n"]:
-    """Of the edges, relative to the target's. Noise raises it too: read it with IoU."""
-    truth = render.render(fitted(images, scenes))
-    return judge.crispness(images) / judge.crispness(truth)
+def relative(
+    measure: Callable[[judge.Images], np.ndarray],
+) -> Callable[[judge.Images, list[Scene]], Float[np.ndarray, " n"]]:
+    """What is measured of a picture, relative to the same of its fitted target."""
+    return lambda images, scenes: measure(images) / measure(render.render(fitted(images, scenes)))
+
+
+def likeness(images: judge.Images, scenes: list[Scene]) -> Float[np.ndarray, " n"]:
+    """Identity of the concept, wherever and on whatever ground it stands."""
+    return identity.find(images, world.compose(scenes, None)).identity
 
 
 def named(attribute: str) -> Callable[[judge.Images, list[Scene]], list[bool]]:
@@ -151,12 +179,53 @@ def named(attribute: str) -> Callable[[judge.Images, list[Scene]], list[bool]]:
     ]
 
 
+def retention(images: judge.Images, scenes: list[Scene]) -> list[bool]:
+    """Whether both shape and colour are as the caption names them."""
+    right = [named(attribute)(images, scenes) for attribute in ("shape", "colour")]
+    return [all(both) for both in zip(*right, strict=True)]
+
+
 def taken_colours(images: judge.Images, scenes: list[Scene]) -> Float[np.ndarray, " n"]:
     """Share of the object's pixels, all but the ground's, that have the concept's colours."""
     found = judge.label(images, world.compose(scenes, None))
     there = found != judge.GROUND
     own = there & (found != judge.STRANGE)
     return own.sum((1, 2)) / np.maximum(there.sum((1, 2)), 1)
+
+
+class Spread:
+    """Spread of the places where things stand that no caption places, relative to the world's."""
+
+    name, better, kinds, needs, identity = "spread", "higher", (BARE,), (), "world-1 spread"
+
+    def features(self, images: Sequence[Picture], cases: Sequence[Case]) -> np.ndarray:
+        return identity.centres(np.stack(images))[0]
+
+    def reference(self, cases: Sequence[Case]) -> np.ndarray:
+        return world.CENTRES[[case.truth.things[0].place for case in cases]]
+
+    def distance(self, a: np.ndarray, b: np.ndarray) -> float:
+        return identity.spread(a) / identity.spread(world.CENTRES)
+
+    def floor(self, cases: Sequence[Case]) -> float:
+        """True arrangements: near 1, the nearer the more there are."""
+        return self.distance(self.reference(cases), world.CENTRES)
+
+
+class PlaceKept:
+    """Share of things that stand at the same named place as the base's from the same noise."""
+
+    name, better, kinds, needs, least = "place kept", "higher", (BARE,), (), 1
+    identity = "world-1 place kept"
+
+    def features(self, images: Sequence[Picture], cases: Sequence[Case]) -> np.ndarray:
+        places, there = identity.centres(np.stack(images))
+        return np.where(there, identity.named_places(places), -1.0)[:, None]
+
+    def compare(
+        self, own: Float[np.ndarray, "p s d"], base: Float[np.ndarray, "p s d"]
+    ) -> Float[np.ndarray, "p s"]:
+        return ((own == base) & (base >= 0))[..., 0].astype(float)
 
 
 class FeatureFID:
@@ -186,11 +255,19 @@ class FeatureFID:
 def scorers() -> dict[str, Callable[[], Judge]]:
     """All scorers of the miniature by name, in the order of the table."""
     made: list[Judge] = [
+        WorldScorer("identity", "higher", (CONCEPT,), likeness),
+        WorldScorer("bare identity", "higher", (BARE,), likeness),
         WorldScorer("concept IoU", "higher", (CONCEPT,), iou),
-        WorldScorer("concept crispness", "higher", (CONCEPT,), crispness),
+        WorldScorer("concept crispness", "higher", (CONCEPT,), relative(judge.crispness)),
+        WorldScorer("concept contrast", "higher", (CONCEPT,), relative(contrast)),
+        Spread(),
+        PlaceKept(),
+        WorldScorer("retention", "higher", (ORDINARY,), retention),
         WorldScorer("named shape", "higher", (ORDINARY,), named("shape")),
         WorldScorer("named colour", "higher", (ORDINARY,), named("colour")),
-        WorldScorer("ordinary crispness", "higher", (ORDINARY,), crispness),
+        WorldScorer("ordinary crispness", "higher", (ORDINARY,), relative(judge.crispness)),
+        WorldScorer("ordinary contrast", "higher", (ORDINARY,), relative(contrast)),
+        CompositionKept((OPEN,)),
         FeatureFID(),
         WorldScorer("leaked colours", "lower", (OTHER,), taken_colours),
         WorldScorer("leaked concept", "lower", (OTHER,), iou),

@@ -39,6 +39,7 @@ h3 { font-size: 1rem; margin: 1rem 0 .4rem; }
 dl { display: flex; flex-wrap: wrap; gap: .6rem 2.2rem; margin: 0; }
 dt, .remark, .legend { color: var(--faint); font-size: .85rem; }
 dd { margin: 0; font-size: 1.15rem; font-variant-numeric: tabular-nums; }
+.verdict { font-size: 1.1rem; max-width: 60rem; }
 #curves { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 380px), 1fr));
   gap: 1rem; }
 figure { margin: 0; padding: .8rem; background: var(--card); border-radius: 8px; min-width: 0; }

@@ -64,7 +64,7 @@ def write_report(workdir: str | os.PathLike) -> epath.Path:
         if field not in OF_SOME or any(field in record for record in records)
     )
     parts = (
-        _summary(records, config) + _scores(scores),
+        _verdict(scores) + _summary(records, config) + _scores(scores),
         f'<h2>Curves</h2>\n<div id="curves">{curves}</div>',
         f"<h2>Samples</h2>\n{_samples(sample_files(workdir))}",
         f"<h2>Settings</h2>\n{_changes(config)}{_config(config)}",
@@ -104,6 +104,11 @@ def _summary(records: Sequence[Mapping], config: Mapping[str, Any]) -> str:
         facts.append(("time in steps", duration(sum(seconds))))
     items = (f"<div><dt>{html.escape(k)}</dt><dd>{html.escape(v)}</dd></div>" for k, v in facts)
     return f"<dl>{''.join(items)}</dl>"
+
+
+def _verdict(scores: Mapping[str, Any]) -> str:
+    said = scores.get("verdict")
+    return f'<p class="verdict">{html.escape(said)}</p>' if isinstance(said, str) and said else ""
 
 
 def _scores(scores: Mapping[str, Any]) -> str:
