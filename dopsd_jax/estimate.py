@@ -1,7 +1,9 @@
-"""Compiles a configuration's step for a TPU that is not here: does it fit, and what does it cost?
+"""Does a configuration's step fit on a device that is not here, and what does it cost?
 
     python -m dopsd_jax.estimate --config configs/zimage.py[:arg] --topology v5p-8
+    python -m dopsd_jax.estimate --config configs/zimage.py[:arg] --device 24GB
 
+For a TPU slice the step is compiled; for a GPU it is counted from shapes, which is an estimate.
 Nothing is loaded or allocated. The exit status is 1 if the step does not fit.
 """
 
@@ -12,6 +14,9 @@ from dopsd_jax.config.flags import CONFIG, parse
 
 OPTIONS = program.options(__name__)
 TOPOLOGY = OPTIONS.string("topology", "local", "local, or a TPU slice such as v5p-8 or v5p:2x2x1")
+DEVICE = OPTIONS.string(
+    "device", "", "a GPU, by name or memory (H100, 24GB), or a TPU slice; instead of --topology"
+)
 FULL_SIZE = OPTIONS.bool("full_size", False, "the published network, not config.model's")
 HEIGHT = OPTIONS.integer("height", 0, "pixels; 0: config.data.resolution", 0, 65536)
 WIDTH = OPTIONS.integer("width", 0, "pixels; 0: config.data.resolution", 0, 65536)
@@ -31,7 +36,15 @@ if __name__ == "__main__":
 import jax
 from ml_collections import ConfigDict
 
-from dopsd_jax.estimation import abstract_step, compiled_step, flops, remedies, tpu_topologies
+from dopsd_jax.common.errors import UserError
+from dopsd_jax.estimation import (
+    abstract_step,
+    compiled_step,
+    counted_step,
+    flops,
+    remedies,
+    tpu_topologies,
+)
 from dopsd_jax.estimation.abstract_step import Workload
 from dopsd_jax.estimation.compiled_step import Report
 from dopsd_jax.families.base import STUDENT, TEACHER
@@ -40,10 +53,16 @@ from dopsd_jax.parallel.sharding import BATCH_AXES
 
 
 def main() -> int:
-    config = CONFIG.value
-    if TOPOLOGY.value != tpu_topologies.LOCAL:
+    config, topology, gpu = CONFIG.value, TOPOLOGY.value, None
+    if DEVICE.value and topology != tpu_topologies.LOCAL:
+        raise UserError("--device, --topology: name the device with one of them")
+    if DEVICE.value.startswith(tuple(tpu_topologies.PRODUCTS)):
+        topology = DEVICE.value
+    elif DEVICE.value:
+        gpu = counted_step.find_gpu(DEVICE.value)
+    if gpu or topology != tpu_topologies.LOCAL:
         jax.config.update("jax_platforms", "cpu")  # whatever else is here is left alone
-    devices = tpu_topologies.devices(TOPOLOGY.value)
+    devices = [] if gpu else tpu_topologies.devices(topology)
     family, size, origin = abstract_step.find_network(config, FULL_SIZE.value)
     case = Workload(
         family,
@@ -54,10 +73,12 @@ def main() -> int:
         rows_teacher=TEACHER_ROWS.value or family.ROWS[TEACHER],
         references=REFERENCES.value,
     )
-    print(
-        f"network: {origin}, {flops.parameters(family, size):,} parameters; compiling", flush=True
-    )
-    report = compiled_step.compile_step(config, case, devices)
+    how = "counting" if gpu else "compiling"
+    print(f"network: {origin}, {flops.parameters(family, size):,} parameters; {how}", flush=True)
+    if gpu:
+        report = counted_step.count_step(config, case, gpu)
+    else:
+        report = compiled_step.compile_step(config, case, devices)
     print("\n".join(describe(report, config, case)), flush=True)
     if not report.fits:
         print("\n".join(remedies.describe(config, case, report)))
@@ -130,6 +151,8 @@ def _traffic(report: Report) -> list[str]:
 
 def _verdict(report: Report) -> list[str]:
     lines = [f"compiled in {report.seconds:.0f} s"] if report.digest else []
+    if report.sent is None and not report.problem:
+        lines = ["an estimate, from shapes; steps that were compiled needed up to 4 % more or less"]
     if report.fits:
         return [*lines, "fits" if report.capacity else "compiles; the device's memory is unknown"]
     room = _size(report.capacity).strip() if report.capacity else "its memory"

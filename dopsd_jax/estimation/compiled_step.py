@@ -109,7 +109,7 @@ def prepare(
         attention=program.attention,
         images=config.batch_size * config.accumulate,
         account=held,
-        work=_work(config, case, program),
+        work=work(config, case, program),
         capacity=capacity,
         problem=problem,
     )
@@ -128,7 +128,7 @@ def digest(lowered: jax.stages.Lowered) -> str:
     return hashlib.sha256(lowered.as_text().encode()).hexdigest()
 
 
-def _work(config, case: Workload, program: Program) -> flops.StepWork:
+def work(config, case: Workload, program: Program) -> flops.StepWork:
     return flops.step_work(
         case.family,
         case.size,

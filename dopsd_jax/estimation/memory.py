@@ -13,6 +13,8 @@ from dopsd_jax.methods import registry
 from dopsd_jax.parallel.sharding import BATCH_AXES
 
 HOST = "pinned_host"
+# Steps are counted as for a TPU: every kernel that keeps no probabilities keeps the same arrays.
+PLATFORM = "tpu"
 STUDENT = {"lora": "adapters", "full": "master"}  # what config.train's parameters are called
 
 
@@ -43,6 +45,14 @@ class Account(NamedTuple):
         teach = 2 * self.gradient + self.activations
         update = self.gradient + sum(self.host.values())
         return self.lasting + max(teach, update)
+
+
+def countable(config: ConfigDict) -> ConfigDict:
+    """The same step for `PLATFORM`: a GPU's kernel can be traced only where there is one."""
+    config = config.copy_and_resolve_references()
+    if config.attention == "cudnn":
+        config.attention = "auto"
+    return config
 
 
 def count(config: ConfigDict, program: Program, mesh: Mesh | AbstractMesh) -> Account:

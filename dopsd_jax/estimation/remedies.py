@@ -39,10 +39,8 @@ class Pricing:
     """The memory of a configuration that is like `config` but for some fields."""
 
     def __init__(self, config: ConfigDict, case: Workload, report: Report):
-        self.config, self.case = config, case
-        self.platform = "tpu" if report.device_kind.startswith("TPU") else "gpu"
-        if report.device_kind == "cpu":
-            self.platform = "cpu"
+        self.config, self.case = memory.countable(config), case
+        self.platform = "cpu" if report.device_kind == "cpu" else memory.PLATFORM
         self.devices = math.prod(report.mesh.values())
         # What the compiler needs and shapes do not tell; unknown if it never came to that.
         self.rest = 0 if report.needed is None else report.needed - report.account.total

@@ -1,0 +1,93 @@
+"""What a step needs on a GPU that is not here: counted from shapes, in seconds, without a compiler.
+
+The account of arrays is exact; what a compiler needs beside them is a figure from steps that were
+compiled (docs/scaling.jsonl), so the sum is an estimate: tests/test_counted.py says how good.
+"""
+
+import re
+from typing import NamedTuple
+
+import jax.numpy as jnp
+from jax.sharding import AbstractMesh, AxisType
+from ml_collections import ConfigDict
+
+from dopsd_jax.common.errors import UserError
+from dopsd_jax.estimation import compiled_step, memory
+from dopsd_jax.estimation.abstract_step import Workload, make_program
+from dopsd_jax.estimation.compiled_step import Report
+from dopsd_jax.estimation.memory import Account
+from dopsd_jax.models import attention
+from dopsd_jax.parallel import sharding
+
+# What is left of a card's memory for arrays: the rest is the driver's, or lost between arrays.
+USABLE = 0.92
+# Vectors of the network's width, in the type of activations, that a token needs while a layer is
+# computed forwards and backwards; and gradients beside those that are counted, if all is trained.
+WIDTHS, GRADIENTS = 55, 0.65
+
+# Memory in GiB, as the driver tells it. Older ones have no bfloat16.
+GPUS = {
+    "RTX 3060": 12, "RTX 4070": 12, "RTX 5070": 12, "RTX 4060 Ti": 16, "RTX 4080": 16,
+    "RTX 5080": 16, "RTX 3090": 24, "RTX 4090": 24, "A10G": 24, "L4": 24, "RTX 5090": 32,
+    "A100-40GB": 40, "A6000": 48, "L40S": 48, "A100": 80, "H100": 80, "H200": 140, "B200": 179,
+}  # fmt: skip
+
+
+class Gpu(NamedTuple):
+    """name: as jax's `device_kind` contains it. memory: bytes."""
+
+    name: str
+    memory: int
+
+    @property
+    def usable(self) -> float:
+        """Bytes for arrays."""
+        return USABLE * self.memory
+
+
+def find_gpu(text: str) -> Gpu:
+    """A card by name, or by memory, such as 24GB. Raises `UserError`."""
+    size = re.fullmatch(r"0*([1-9]\d{0,3})\s*Gi?B", text.strip(), re.IGNORECASE)
+    if size:
+        return Gpu(f"GPU of {size[1]} GiB", int(size[1]) << 30)
+    plain = lambda name: re.sub(r"[\s_-]|NVIDIA|GeForce", "", name, flags=re.IGNORECASE).lower()
+    for name, gib in GPUS.items():
+        if plain(text) in (plain(name), plain(name).removeprefix("rtx")):
+            return Gpu(f"NVIDIA {name}", gib << 30)
+    raise UserError(
+        f"--device: {text!r} is not known; give its memory, such as 24GB, or one of "
+        f"{', '.join(GPUS)}"
+    )
+
+
+def count_step(config: ConfigDict, case: Workload, gpu: Gpu, devices: int = 1) -> Report:
+    """The report on a step that was not compiled; `needed` is an estimate.
+
+    Raises `UserError`: see `make_program`.
+    """
+    shape = sharding.mesh_shape(config.mesh, devices)
+    mesh = AbstractMesh(shape, sharding.AXES, axis_types=(AxisType.Auto,) * len(shape))
+    counted = memory.countable(config)
+    program = make_program(counted, case, mesh, memory.PLATFORM)
+    held = memory.count(counted, program, mesh)
+    tokens = case.family.image_tokens(case.size, *case.latent) + program.positions[0]
+    images = max(program.latent[0] // sharding.sample_devices(mesh), 1)
+    return Report(
+        device_kind=gpu.name,
+        mesh=dict(mesh.shape),
+        attention=attention.resolve(config.attention, "gpu", config.dtype, case.size.head_dim),
+        images=config.batch_size * config.accumulate,
+        account=held,
+        work=compiled_step.work(config, case, program),
+        capacity=gpu.usable,
+        needed=held.total + rest(config, held, tokens * images, case.size.dim),
+    )
+
+
+def rest(config: ConfigDict, held: Account, tokens: int, dim: int) -> int:
+    """Bytes that a compiler needs beside the account.
+
+    tokens: of the student, of all images that a device computes at once. dim: the network's width.
+    """
+    gradients = GRADIENTS * held.gradient if config.train == "full" else 0
+    return int(WIDTHS * tokens * dim * jnp.dtype(config.dtype).itemsize + gradients)
