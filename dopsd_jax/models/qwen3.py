@@ -170,10 +170,16 @@ class Attention(nnx.Module):
         self.k_norm = RMSNorm(cfg.head_dim, cfg.norm_eps)
         self.out = Dense(dq, cfg.hidden_size, rngs=rngs)
 
-    def __call__(self, x: Float[Array, "b n d"], lengths, cos, sin) -> Float[Array, "b n d"]:
+    def heads(
+        self, x: Float[Array, "b n d"], cos, sin
+    ) -> tuple[Float[Array, "b n h e"], Float[Array, "b n g e"], Float[Array, "b n g e"]]:
+        """Queries, keys and values, the first two normed and turned to their positions."""
         heads = lambda y: y.reshape(*y.shape[:2], -1, self.head_dim)
         q, k, v = map(heads, self.qkv.split(self.qkv(x)))
-        q, k = rotate(self.q_norm(q), cos, sin), rotate(self.k_norm(k), cos, sin)
+        return rotate(self.q_norm(q), cos, sin), rotate(self.k_norm(k), cos, sin), v
+
+    def __call__(self, x: Float[Array, "b n d"], lengths, cos, sin) -> Float[Array, "b n d"]:
+        q, k, v = self.heads(x, cos, sin)
         y = attention(q, k, v, lengths=lengths, causal=True, implementation=self.implementation)
         return self.out(y.reshape(*x.shape[:2], -1))
 

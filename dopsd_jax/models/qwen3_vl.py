@@ -7,7 +7,7 @@ Facts: transformers 5.23 (`Qwen3VLModel`) and the published checkpoint.
 """
 
 import dataclasses
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
@@ -161,6 +161,39 @@ def _mrope_axes(frequencies: int, sections: tuple[int, int, int]) -> np.ndarray:
     return np.where(i < AXES * np.asarray(sections)[i % AXES], i % AXES, 0)
 
 
+class Embedded(NamedTuple):
+    """What enters the language model: embeddings, rotary tables, what is added to first layers."""
+
+    x: Float[Array, "b n d"]
+    cos: Float[Array, "b n r"]
+    sin: Float[Array, "b n r"]
+    deepstack: list[Float[Array, "b n d"]]
+
+
+def embed(
+    vision: Qwen3VLVision,
+    language: Qwen3,
+    cfg: Qwen3VLConfig,
+    ids: Int[Array, "b n"],
+    lengths: Int[Array, " b"],
+    patches: Float[Array, "b p c"],
+    grid: tuple[int, int],
+    *,
+    dtype: Any = jnp.float32,
+) -> Embedded:
+    """Texts with one image each, as the language model is given them; arguments: see `encode`."""
+    features, deepstack = vision(patches, grid, dtype=dtype)
+    image = ids == cfg.image_token_id
+    # The k-th image token takes the k-th feature.
+    order = jnp.maximum(jnp.cumsum(image, axis=1) - 1, 0)
+    spread = lambda f: jnp.take_along_axis(f, order[..., None], axis=1, mode="clip")
+    x = jnp.where(image[..., None], spread(features), language.embed(ids, dtype))
+    merge = cfg.vision.merge_size
+    positions = mrope_positions(image, lengths, (grid[0] // merge, grid[1] // merge))
+    cos, sin = mrope(positions, cfg.text.head_dim, cfg.text.rope_theta, cfg.mrope_sections)
+    return Embedded(x, cos, sin, [jnp.where(image[..., None], spread(f), 0) for f in deepstack])
+
+
 def encode(
     vision: Qwen3VLVision,
     language: Qwen3,
@@ -179,17 +212,10 @@ def encode(
     one run per sample; `grid` is (patch rows, patch columns). Rotary settings are those of `cfg`
     whichever language model is given; see `Qwen3VLConfig.accept_language`.
     """
-    features, deepstack = vision(patches, grid, dtype=dtype)
-    image = ids == cfg.image_token_id
-    # The k-th image token takes the k-th feature.
-    order = jnp.maximum(jnp.cumsum(image, axis=1) - 1, 0)
-    spread = lambda f: jnp.take_along_axis(f, order[..., None], axis=1, mode="clip")
-    x = jnp.where(image[..., None], spread(features), language.embed(ids, dtype))
-    merge = cfg.vision.merge_size
-    positions = mrope_positions(image, lengths, (grid[0] // merge, grid[1] // merge))
-    cos, sin = mrope(positions, cfg.text.head_dim, cfg.text.rope_theta, cfg.mrope_sections)
-    added = [jnp.where(image[..., None], spread(f), 0) for f in deepstack]
-    return language.hidden_states(x, lengths, cos, sin, hidden=hidden, deepstack=added)
+    x, cos, sin, deepstack = embed(
+        vision, language, cfg, ids, lengths, patches, grid, dtype=dtype
+    )
+    return language.hidden_states(x, lengths, cos, sin, hidden=hidden, deepstack=deepstack)
 
 
 class Qwen3VL(nnx.Module):
