@@ -6,6 +6,7 @@ import sys
 from dopsd_jax import __version__
 
 PROGRAMS = {
+    "caption": "write captions for pictures that have none",
     "train": "tune a model on pictures with captions",
     "prepare": "encode a data set once, for many runs or many machines",
     "check": "look at a configuration, its data and its teacher before training",

@@ -72,6 +72,7 @@ PATHS = [
     ("train", ZIMAGE, f"--workdir={ADDRESS}"), ("prepare", ZIMAGE, f"--out={ADDRESS}"),
     ("evaluate", ZIMAGE, f"--prompts={ADDRESS}"), ("estimate", f"--config={ADDRESS}"),
     ("sample", "--model=x", "--prompt=x", f"--out={ADDRESS}"), ("report", ADDRESS),
+    ("caption", "--model=x", f"--images={ADDRESS}"),
     ("convert", "inspect", ADDRESS), ("convert", "import", ADDRESS, "out"),
 ]  # fmt: skip
 

@@ -36,7 +36,7 @@ def options(module: str) -> SimpleNamespace:
     if module != "__main__":
         values = flags.FlagValues()
         values.mark_as_parsed()
-    kinds = ("bool", "enum", "integer", "list", "multi_string", "string")
+    kinds = ("bool", "enum", "float", "integer", "list", "multi_string", "string")
     define = {kind: getattr(flags, f"DEFINE_{kind}") for kind in kinds}
     define["path"] = functools.partial(flags.DEFINE, _Path(stores=False))
     define["path_or_store"] = functools.partial(flags.DEFINE, _Path(stores=True))

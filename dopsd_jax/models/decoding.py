@@ -130,7 +130,7 @@ def choose(
     return jnp.take_along_axis(order, place[:, None], axis=-1)[:, 0].astype(jnp.int32)
 
 
-@functools.partial(jax.jit, static_argnames=("most",), donate_argnames=("cache",))
+@functools.partial(jax.jit, static_argnames=("most",))
 def generate(
     language: Qwen3,
     head: Float[Array, "v d"],

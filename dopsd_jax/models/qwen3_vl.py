@@ -212,9 +212,7 @@ def encode(
     one run per sample; `grid` is (patch rows, patch columns). Rotary settings are those of `cfg`
     whichever language model is given; see `Qwen3VLConfig.accept_language`.
     """
-    x, cos, sin, deepstack = embed(
-        vision, language, cfg, ids, lengths, patches, grid, dtype=dtype
-    )
+    x, cos, sin, deepstack = embed(vision, language, cfg, ids, lengths, patches, grid, dtype=dtype)
     return language.hidden_states(x, lengths, cos, sin, hidden=hidden, deepstack=deepstack)
 
 

@@ -14,15 +14,17 @@ MAX_RULES = 16 << 20  # bytes of tokenizer.json; Qwen's takes 11 MB, and 30 time
 BYTES = 256  # a byte-level tokenizer has at least a token for each
 
 
-def read_tokenizer(model: Path, vocabulary: int) -> Any:
+def read_tokenizer(model: Path, vocabulary: int, inside: str = FOLDER) -> Any:
     """The tokenizer of a model whose text encoder knows `vocabulary` tokens. Raises `UserError`.
 
-    Without `tokenizer.json` transformers would silently make one with special tokens only.
+    `inside`: where in the model's folder it is; "": the model is one network, and it stands beside
+    the weights. Without `tokenizer.json` transformers would silently make one with special tokens
+    only.
     """
     import transformers  # a second, which most starts need not take: features are cached
 
-    folder = model / FOLDER
-    check_tokenizer(model)
+    folder = model / inside
+    check_tokenizer(model, inside)
     try:
         tokenizer = transformers.Qwen2Tokenizer.from_pretrained(folder, local_files_only=True)
         count, last = len(tokenizer), max(tokenizer.get_vocab().values(), default=0)
@@ -37,14 +39,14 @@ def read_tokenizer(model: Path, vocabulary: int) -> Any:
     return tokenizer
 
 
-def check_tokenizer(model: Path) -> None:
-    """Raises `UserError` unless the files of a tokenizer are there."""
+def check_tokenizer(model: Path, inside: str = FOLDER) -> None:
+    """Raises `UserError` unless the files of a tokenizer are there; `inside`: `read_tokenizer`."""
     faults = []
     for name in (RULES, SETTINGS):
         try:
-            content, _ = read_json(model / FOLDER / name, limit=MAX_RULES)
+            content, _ = read_json(model / inside / name, limit=MAX_RULES)
             if not isinstance(content, dict):
-                faults.append(f"{model / FOLDER / name}: is not a JSON object; download it again")
+                faults.append(f"{model / inside / name}: is not a JSON object; download it again")
         except UserError as error:
             faults += error.problems
     raise_if(faults)

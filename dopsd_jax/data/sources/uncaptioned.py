@@ -7,6 +7,7 @@ from typing import NamedTuple
 
 from dopsd_jax.common.errors import UserError
 from dopsd_jax.common.files import read_bytes
+from dopsd_jax.data.images import CONVERT
 from dopsd_jax.data.sources.captions import MAX_CAPTION_BYTES
 from dopsd_jax.data.sources.collector import Examples, listing
 from dopsd_jax.data.sources.files import UNREADABLE_SUFFIXES, normal, stem_of, walk
@@ -40,26 +41,37 @@ def find(top: Path, extension: str, *, overwrite: bool = False) -> Uncaptioned:
     and holds more than blanks, or a file of `sidecars`. `overwrite`: they are all wanted. Raises
     `UserError` where there is no picture.
     """
-    found, masks = Uncaptioned([], 0, [], []), Examples()
-    captioned = 0
-    for where, names in walk(top):
-        files = {normal(name): os.path.join(where, name) for name in names}
+    found, masks, captioned = Uncaptioned([], 0, [], []), Examples(), 0
+    try:
+        folders = list(walk(top))
+    except OSError as error:
+        raise UserError(f"{error.filename}: cannot be read ({error.strerror})") from error
+    for where, names in folders:
         pictures: dict[str, list[str]] = {}
-        for path in files.values():
-            suffix = os.path.splitext(path)[1].lower()
-            if suffix in UNREADABLE_SUFFIXES:
-                found.faults.append(
-                    f"{path}: {suffix[1:]} cannot be read; convert it to PNG or JPEG"
-                )
-            elif not path.lower().endswith(extension.lower()):
-                stem = stem_of(path)
-                if stem is not None:
-                    pictures.setdefault(normal(stem), []).append(path)
+        texts: dict[str, str] = {}
+        beside: dict[str, list[str]] = {}
+        for name in names:
+            path = os.path.join(where, name)
+            stem, suffix = os.path.splitext(name)
+            if suffix.lower() in UNREADABLE_SUFFIXES:
+                found.faults.append(f"{path}: {suffix[1:]} cannot be read; {CONVERT}")
+            elif name.lower().endswith(extension.lower()):
+                texts[normal(name[: -len(extension)])] = path
+            elif suffix.lower() in SUFFIXES:
+                beside.setdefault(normal(stem), []).append(path)
+            elif (stem := stem_of(path)) is not None:
+                pictures.setdefault(normal(stem), []).append(path)
         in_masks = where != str(top) and os.path.basename(where).lower() in MASK_FOLDERS
         for stem, same in pictures.items():
-            whole = normal(os.path.basename(same[0]))
-            text, has, fault = _caption(files, (stem, whole), extension)
-            if stem.endswith(COMPANION_STEMS) or not has and (in_masks or _is_mask(stem, pictures)):
+            # Some programs write a.txt, some a.png.txt.
+            stems = (stem, normal(os.path.basename(same[0])))
+            text = next((texts[name] for name in stems if name in texts), None)
+            has, fault = _has_caption(
+                text, [path for name in stems for path in beside.get(name, ())]
+            )
+            if stem.endswith(COMPANION_STEMS) or (
+                not has and (in_masks or _is_mask(stem, pictures))
+            ):
                 masks.add(os.path.relpath(same[0], top))
             elif len(same) > 1:
                 found.faults.append(
@@ -71,8 +83,8 @@ def find(top: Path, extension: str, *, overwrite: bool = False) -> Uncaptioned:
             elif has and not overwrite:
                 captioned += 1
             else:
-                beside = os.path.splitext(same[0])[0] if stem != whole else same[0]
-                found.wanted.append(Wanted(same[0], text or beside + extension))
+                own = os.path.join(where, stem_of(same[0]) or stem) + extension
+                found.wanted.append(Wanted(same[0], text or own))
     if not (found.wanted or found.faults or captioned):
         raise UserError(f"--images {top}: no pictures in this folder")
     if masks:
@@ -80,28 +92,17 @@ def find(top: Path, extension: str, *, overwrite: bool = False) -> Uncaptioned:
     return found._replace(captioned=captioned)
 
 
-def _caption(
-    files: Mapping[str, str], stems: Sequence[str], extension: str
-) -> tuple[str | None, bool, str | None]:
-    """The caption file of a picture if there is one, whether there is a caption, what is wrong.
-
-    `stems`: some programs write a.txt, some a.png.txt.
-    """
-    lower = {name.lower(): path for name, path in files.items()}
-    for stem in stems:
-        path = files.get(stem + extension) or lower.get((stem + extension).lower())
-        if path:
-            try:
-                content = read_bytes(path, MAX_CAPTION_BYTES)
-            except UserError as error:
-                return path, True, str(error)
-            return path, bool(content.removeprefix(b"\xef\xbb\xbf").strip()), None
-    for stem in stems:
-        paths = [files[stem + suffix] for suffix in SUFFIXES if stem + suffix in files]
-        captions, fault = captions_beside(paths, lines=False)
-        if captions or fault:
-            return None, True, fault
-    return None, False, None
+def _has_caption(text: str | None, beside: Sequence[str]) -> tuple[bool, str | None]:
+    """Whether a picture has a caption in its caption file or in those beside it; what is wrong."""
+    if text:
+        try:
+            content = read_bytes(text, MAX_CAPTION_BYTES)
+        except UserError as error:
+            return True, str(error)
+        if content.removeprefix(b"\xef\xbb\xbf").strip():
+            return True, None
+    captions, fault = captions_beside(beside, lines=False)
+    return bool(captions or fault), fault
 
 
 def _is_mask(stem: str, pictures: Mapping[str, object]) -> bool:
