@@ -35,6 +35,7 @@ def test_what_is_all_good():
         ({"contrast": (0.7,)}, "Hazy: learned", "lost contrast (contrast 0.70)"),
         ({"retention": (0.5,)}, "Forgot: learned", "forgot ordinary things (retention 0.50)"),
         ({"composition_kept": (0.2,)}, "Redrawn: ", "other pictures from the same noise"),
+        ({"spread": (0.06,)}, "Narrow: ", "at the same place always (spread 0.06)"),
         ({"leak": (-0.4,)}, "Leaks: ", "other new words (leak +0.40 over the base)"),
         ({"crispness": (0.6,), "contrast": (0.7,), "retention": (0.2,)},
          "Blurred, hazy and forgot: ", "lost contrast"),
@@ -105,6 +106,7 @@ def test_an_evaluation_is_read_with_its_intervals():
         of("concept crispness", base=0.2, teacher=0.9, tuned=0.45),
         of("ordinary crispness", base=1.0, tuned=0.99),
         of("retention", base=0.5, tuned=0.5),
+        of("spread", base=0.8, teacher=0.7, tuned=0.72),
         of("leaked concept", base=0.15, tuned=0.65),
         of("composition kept", teacher=0.3, tuned=0.9),
         of("brightness", base=0.3, tuned=0.9),
@@ -113,6 +115,7 @@ def test_an_evaluation_is_read_with_its_intervals():
     assert found.likeness.learned == pytest.approx(0.857, abs=0.01)
     values = {name: [r.value for r in own] for name, own in found.readings.items()}
     assert values["crispness"] == pytest.approx([0.99, 0.5], abs=0.01)
+    assert values["spread"] == pytest.approx([0.9], abs=0.01)
     assert values["leak"] == pytest.approx([-0.5], abs=0.01)
     assert all(0 < r.half < 0.02 for own in found.readings.values() for r in own)
     text = sentence(found)

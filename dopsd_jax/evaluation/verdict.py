@@ -34,12 +34,15 @@ BOUNDS = {
     "composition kept": Bound(
         "redrawn", 0.5, "draws other pictures from the same noise", "kept its compositions"
     ),
+    "spread": Bound(
+        "narrow", 0.5, "puts the concept at the same place always", "kept the variety of places"
+    ),
     # What the base's score is above the tuned model's.
     "leak": Bound(
         "leaks", -0.15, "draws the concept for other new words", "keeps other new words apart"
     ),
 }
-STEPS, REST = ("crispness", "contrast"), ("retention", "composition kept", "leak")
+STEPS, REST = ("crispness", "contrast"), ("retention", "composition kept", "spread", "leak")
 
 
 class Reading(NamedTuple):
@@ -146,6 +149,7 @@ TELLS = {
     "ordinary contrast": ("contrast", BASE),
     "concept contrast": ("contrast", TEACHER),
     "retention": ("retention", BASE),
+    "spread": ("spread", BASE),
 }
 LIKENESS = ("identity", "DINO-D")  # the first that was scored
 
