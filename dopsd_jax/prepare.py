@@ -51,7 +51,7 @@ from dopsd_jax.data import prepared_parts as parts
 from dopsd_jax.data.blobs import Blob
 from dopsd_jax.data.dataset import Dataset, describe, measure, spread
 from dopsd_jax.data.rows import Rows
-from dopsd_jax.data.table import Chosen, DataRow
+from dopsd_jax.data.table import WHOLE, Chosen, DataRow
 from dopsd_jax.data.varied import EMPTY
 from dopsd_jax.families.base import STUDENT, TEACHER
 from dopsd_jax.families.pipeline import Pipeline
@@ -346,7 +346,7 @@ def keep_picture(image: np.ndarray, pictures: io.BytesIO) -> list[int]:
 
 def record(dataset: Dataset, row: int, root: Path, shown: list[list[int]]) -> Mapping[str, Any]:
     """What a part says of a row."""
-    info = dataset.infos[row]
+    info, view = dataset.infos[row], dataset.rows[row].view
     return {
         "captions": [list(caption) for caption in dataset.rows[row].captions],
         "picture": picture_name(dataset.rows[row].image, root),
@@ -356,7 +356,7 @@ def record(dataset: Dataset, row: int, root: Path, shown: list[list[int]]) -> Ma
         "bucket": list(dataset.buckets[row]),
         "references": dataset.references[row] if dataset.references else [],
         "shown": shown,
-    }
+    } | ({parts.VIEW: list(map(int, view))} if view != WHOLE else {})
 
 
 if __name__ == "__main__":

@@ -31,7 +31,7 @@ def folder(tmp_path_factory):
         "checkpoint_every": 2, "sample_every": 4, "sample_rows": 1, "lora.rank": 4,
         "data.resolution": 64, "data.buckets": "64x64,72x56", "anchor.share": 0.25,
         "anchor.prompts": ANCHORS, "data.caption_dropout": 0.5, "data.shuffle_tags": True,
-        "data.tag_variants": 2,
+        "data.tag_variants": 2, "data.flip": True, "data.crops": 2,
     }  # fmt: skip
     config = ["--config=zimage:random", *(f"--config.{n}={v}" for n, v in fields.items())]
     whole, again = [*config, f"--workdir={out / 'whole'}"], f"--workdir={out / 'again'}"

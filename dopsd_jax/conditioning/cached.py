@@ -11,9 +11,9 @@ from dopsd_jax.common.progress import Progress
 from dopsd_jax.conditioning.encoding import PRIOR, Encoder
 from dopsd_jax.data.cache import FeatureCache, feature_key
 from dopsd_jax.data.dataset import Dataset
-from dopsd_jax.data.images import crop_name
 from dopsd_jax.data.prepared import Caption
 from dopsd_jax.data.varied import EMPTY
+from dopsd_jax.data.views import view_name
 from dopsd_jax.families.base import STUDENT, TEACHER, Family
 from dopsd_jax.families.base import Features as Arrays
 from dopsd_jax.families.pipeline import Pipeline
@@ -84,7 +84,8 @@ class CachedFeatures:
         return feature_key(role="latent", prompt="", encoder=digest, options={}, pictures=pictures)
 
     def _picture(self, row: int) -> tuple[str, str]:
-        return self.dataset.infos[row].digest, crop_name(*self.dataset.buckets[row])
+        name = view_name(self.dataset.buckets[row], self.dataset.rows[row].view)
+        return self.dataset.infos[row].digest, name
 
     def compute(self) -> None:
         """Computes what the cache lacks. Raises `UserError` before with all over-long captions."""

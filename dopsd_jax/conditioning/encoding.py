@@ -13,6 +13,7 @@ from dopsd_jax.common.errors import UserError, raise_if
 from dopsd_jax.data.dataset import Dataset
 from dopsd_jax.data.images import fit, open_image
 from dopsd_jax.data.prepared import Caption
+from dopsd_jax.data.views import cut
 from dopsd_jax.families.base import STUDENT, TEACHER, Features, Request
 from dopsd_jax.families.pipeline import Pipeline
 
@@ -35,7 +36,8 @@ class Encoder:
 
     def image(self, row: int) -> np.ndarray:
         """The row's picture as training sees it: cut to its bucket."""
-        return fit(open_image(self.dataset.rows[row].image), *self.dataset.buckets[row])
+        own, digest = self.dataset.rows[row], self.dataset.infos[row].digest
+        return cut(open_image(own.image), self.dataset.buckets[row], own.view, digest)
 
     def references(self, row: int) -> list[np.ndarray]:
         """The pictures that the row edits, as the model is given them."""

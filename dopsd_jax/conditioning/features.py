@@ -37,9 +37,10 @@ SETTINGS = {
     "reference_crop": "config.data.reference_crop",
     "empty_captions": "empty captions (config.data.caption_dropout)",
     "tags": "shuffled tags (config.data.shuffle_tags, tag_variants, keep_tags)",
+    "views": "views (config.data.crops, config.data.flip)",
 }
 # What a configuration may leave out, and then a prepared data set must not have.
-UNLESS_ASKED = ("tags",)
+UNLESS_ASKED = ("tags", "views")
 
 
 def prepared_settings(config: ConfigDict, pipe: Pipeline, memo: Path) -> dict[str, object]:
@@ -54,6 +55,8 @@ def prepared_settings(config: ConfigDict, pipe: Pipeline, memo: Path) -> dict[st
         found["empty_captions"] = True
     if config.data.shuffle_tags:
         found["tags"] = [config.data.tag_variants, config.data.keep_tags]
+    if config.data.flip or config.data.crops > 1:
+        found["views"] = [config.data.crops, config.data.flip]
     if shown:
         found["crop"] = crop_name(0, 0)
     if config.data.references:

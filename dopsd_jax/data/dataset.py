@@ -7,11 +7,13 @@ from array import array
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 import numpy as np
 
 from dopsd_jax.common.errors import UserError, raise_if
 from dopsd_jax.common.progress import Progress
+from dopsd_jax.data.blobs import Blob
 from dopsd_jax.data.buckets import Bucket, Reference, Shape, nearest
 from dopsd_jax.data.images import ImageInfo, ImageLimits, enlargement
 from dopsd_jax.data.picture_index import Infos, PictureIndex
@@ -19,7 +21,7 @@ from dopsd_jax.data.prepared import Caption, Prepared
 from dopsd_jax.data.rows import Rows
 from dopsd_jax.data.sets import PartOfRows, draws_per_epoch
 from dopsd_jax.data.sources.collector import Examples
-from dopsd_jax.data.table import Chosen, DataRow
+from dopsd_jax.data.table import WHOLE, Chosen, DataRow
 from dopsd_jax.data.varied import EMPTY
 
 MOST_SHAPES = 24  # that are described
@@ -82,7 +84,7 @@ class Dataset:
         return row, next(i for i, (key, _) in enumerate(captions) if key in keys)
 
     def digest(self) -> str:
-        """sha256 over what training sees: picture contents, buckets and captions, in order.
+        """sha256 over what training sees: pictures' contents and views, buckets and captions.
 
         Not over the empty captions: all rows have one, or none.
         """
@@ -93,7 +95,8 @@ class Dataset:
         total = hashlib.sha256()
         for row, info, bucket in zip(self.rows, self.infos, self.buckets, strict=True):
             captions = [caption for caption in row.captions if caption[0] != EMPTY]
-            total.update(json.dumps([info.digest, bucket, captions]).encode())
+            view = [row.view] if row.view != WHOLE else []
+            total.update(json.dumps([info.digest, bucket, captions, *view]).encode())
         if self.references:
             total.update(json.dumps(list(self.references)).encode())
         return total.hexdigest()
@@ -120,24 +123,23 @@ def measure(
     count = len(rows.rows)
     progress = Progress("looking at pictures", count, quiet=count <= _AT_ONCE)
 
-    def look(row: DataRow) -> tuple[list[ImageInfo], list[str]]:
-        """Of the picture and the references, and what is wrong with them."""
-        found, faults = [], []
-        for picture in (row.image, *row.references):
-            try:
-                found.append(index.look(picture, limits, verify))
-            except UserError as error:
-                own = row.where == str(picture)
-                faults += [fault if own else f"{row.where}: {fault}" for fault in error.problems]
-        return found, faults
+    def look(picture: Path | Blob) -> ImageInfo | UserError:
+        try:
+            return index.look(picture, limits, verify)
+        except UserError as error:
+            return error
 
     # The pool queues all items at once, so it gets a few at a time.
     with ThreadPoolExecutor(workers) as pool, index:
         for first in range(0, count, _AT_ONCE):
             some = [rows.rows[i] for i in range(first, min(first + _AT_ONCE, count))]
-            for row, (found, faults) in zip(some, pool.map(look, some), strict=True):
-                problems += faults
-                if faults:
+            # Rows may share pictures, as those do that count several times.
+            pictures = dict.fromkeys(p for row in some for p in (row.image, *row.references))
+            seen = dict(zip(pictures, pool.map(look, pictures), strict=True))
+            for row in some:
+                found = [seen[picture] for picture in (row.image, *row.references)]
+                if faults := list(_faults(row, found)):
+                    problems += faults
                     continue
                 infos.append(found[0])
                 own = []
@@ -152,7 +154,7 @@ def measure(
                 references.append(tuple(own))
             progress.advance(len(some))
             index.save_sometimes()
-    raise_if(problems)
+    raise_if(dict.fromkeys(problems))
     chosen = tuple(nearest(width, height, buckets) for width, height in infos.sizes())
     notes = (*rows.notes, *_notes(rows.rows, infos, chosen))
     references = references if any(references) else ()
@@ -161,13 +163,22 @@ def measure(
     )
 
 
+def _faults(row: DataRow, found: Sequence[ImageInfo | UserError]) -> Iterable[str]:
+    """What is wrong with a row's picture and references, as they were `found`."""
+    for picture, one in zip((row.image, *row.references), found, strict=True):
+        if isinstance(one, UserError):
+            own = row.where == str(picture)
+            yield from (fault if own else f"{row.where}: {fault}" for fault in one.problems)
+
+
 def _notes(rows: Sequence[DataRow], infos: Infos, buckets: Sequence[Bucket]) -> Iterable[str]:
     """One line for each kind of remark, with the rows it concerns."""
     by_remark: dict[str, Examples] = {}
     enlarged, wrong_size, repeated, most = Examples(), Examples(), Examples(), 0.0
-    # A row that only counts several times (data.folder_repeats) stands there as often.
+    # A row that counts several times (data.folder_repeats, data.flip) stands there as often.
     new, before = np.ones(len(rows), bool), None
     for i, (row, info, bucket) in enumerate(zip(rows, infos, buckets, strict=True)):
+        row = replace(row, view=WHOLE)
         new[i], before = row != before, row
         for remark in info.notes:
             by_remark.setdefault(remark, Examples()).add(row.where)

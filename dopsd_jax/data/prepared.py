@@ -21,7 +21,7 @@ from dopsd_jax.data.buckets import Bucket, Reference
 from dopsd_jax.data.images import ImageInfo
 from dopsd_jax.data.picture_index import Infos
 from dopsd_jax.data.sources.collector import listing
-from dopsd_jax.data.table import Table
+from dopsd_jax.data.table import WHOLE, Table, View
 from dopsd_jax.data.varied import EMPTY
 from dopsd_jax.weights.tensors import DTYPES
 
@@ -110,7 +110,9 @@ class Prepared:
                 caption += 1
             if {key for key, _ in chosen} - {EMPTY} != set(self.prompt_keys):
                 raise UserError(f"{path}: row {row_number} lacks captions; {parts.AGAIN}")
-            self.rows.append(row["picture"], chosen, line=row_number)
+            crop, mirrored = row.get(parts.VIEW, WHOLE)
+            view = View(crop, bool(mirrored))
+            self.rows.append(row["picture"], chosen, line=row_number, view=view)
             info = ImageInfo(*row["size"], row["digest"], tuple(row["notes"]))
             self.infos.append(info)
             bucket = Bucket(*row["bucket"])

@@ -49,6 +49,7 @@ MAX_SMALL = 256 << 20  # bytes of each of the arrays that describe the features
 AGAIN = "remove it and run dopsd_jax.prepare again"
 ROLES = 2  # student, teacher
 ROW_FIELDS = {"captions", "picture", "digest", "notes", "size", "bucket", "references", "shown"}
+VIEW = "view"  # a further field of rows that do not show their whole picture
 MAX_SIDE = 2**31  # pixels
 SMALL = ("index", "crc32", "layouts", "rows")
 # The arrays that features consist of: name, code of the type, shape.
@@ -270,7 +271,7 @@ def _check_shapes(path: epath.Path, infos: Mapping[str, FileInfo]) -> None:
 
 def _is_row(row: object, picture_bytes: int) -> bool:
     """Whether a line of a part holds what `prepare` writes."""
-    if not isinstance(row, dict) or row.keys() != ROW_FIELDS:
+    if not isinstance(row, dict) or row.keys() - {VIEW} != ROW_FIELDS:
         return False
     counts = lambda value, number: (
         isinstance(value, list)
@@ -289,6 +290,7 @@ def _is_row(row: object, picture_bytes: int) -> bool:
         and texts(row["notes"])
         and size(row["size"])
         and size(row["bucket"])
+        and counts(row.get(VIEW, [0, 0]), 2)
         and isinstance(references, list)
         and all(isinstance(one, list) and len(one) == 2 for one in references)
         and all(digest(name) and size(sides) for name, sides in references)

@@ -5,6 +5,7 @@ all rows are raised together, before any work is done.
 """
 
 import os
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,11 +15,12 @@ from dopsd_jax.data.blobs import ARCHIVES
 from dopsd_jax.data.sets import Joined, PartOfRows, parts_of, shares_of
 from dopsd_jax.data.sources import array_record, folder, parquet, records, tar
 from dopsd_jax.data.sources.archives import has_wildcard
-from dopsd_jax.data.sources.collector import listing
+from dopsd_jax.data.sources.collector import Examples, listing
 from dopsd_jax.data.sources.files import FOREIGN, IMAGE_SUFFIXES, UNPACK
 from dopsd_jax.data.sources.layout import Layout, Options
-from dopsd_jax.data.table import DataRow
+from dopsd_jax.data.table import WHOLE, DataRow, View
 from dopsd_jax.data.varied import CaptionVariants, Varied
+from dopsd_jax.data.views import Viewed
 
 # The first layout that matches reads the data set.
 LAYOUTS: list[Layout] = [
@@ -35,6 +37,9 @@ ONLY_FOR = {
     "folder_repeats": (folder.LAYOUT,),
     "references": (records.LAYOUT, folder.LAYOUT),
 }
+
+
+_SIDES = re.compile(r"\b(left|right)\b", re.IGNORECASE)
 
 
 @dataclass(frozen=True)
@@ -54,12 +59,14 @@ def load_rows(
     path: str | Path,
     prompt_keys: Sequence[str] | None = None,
     variants: CaptionVariants | None = None,
+    views: Sequence[View] = (WHOLE,),
     **options: object,
 ) -> Rows:
     """Reads the rows at `path`; pictures are only looked for, not opened.
 
     Without `prompt_keys`, all known keys that every row has are taken, and a note says which. A row
-    without a requested caption is an error. `variants`: of the captions. `options`: see `Options`.
+    without a requested caption is an error. `variants`: of the captions. `views`: in which each
+    picture is a row. `options`: see `Options`.
     """
     if "://" in str(path):
         raise UserError(
@@ -87,8 +94,21 @@ def load_rows(
     if not table and not problems:
         raise UserError(f"{collector.where}: holds no rows")
     raise_if(problems)
-    rows = Varied(table, variants) if variants else table
+    rows: Sequence[DataRow] = Varied(table, variants) if variants else table
+    if len(views) > 1:
+        rows = Viewed(rows, views)
+    notes += _names_sides(table) if any(view.mirrored for view in views) else []
     return Rows(rows, table.keys, tuple(notes))
+
+
+def _names_sides(table: Sequence[DataRow]) -> list[str]:
+    """A note about captions that a mirrored picture makes wrong."""
+    found = Examples()
+    for row in table:
+        if any(_SIDES.search(text) for _, text in row.captions):
+            found.add(row.where)
+    why = "name left or right, and data.flip shows their pictures mirrored too"
+    return [f"captions of {found.count} rows {why}: {found}"] * bool(found)
 
 
 def load_sets(paths: Sequence[str], weights: Sequence[object], **options: object) -> Rows:

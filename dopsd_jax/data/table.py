@@ -8,11 +8,22 @@ from array import array
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 from jaxtyping import Bool
 
 from dopsd_jax.data.blobs import ARCHIVES, Blob
+
+
+class View(NamedTuple):
+    """How a row shows its picture. crop: 0 is the whole, cut at its edges; others lie inside."""
+
+    crop: int = 0
+    mirrored: bool = False
+
+
+WHOLE = View()
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,6 +39,7 @@ class DataRow:
     where: str
     declared_size: tuple[int, int] | None = None
     references: tuple[Path, ...] = ()
+    view: View = WHOLE
 
     def having(self, key: str) -> tuple[int, ...]:
         """Indices into `captions` of those under `key`."""
@@ -69,6 +81,7 @@ class Table(Sequence[DataRow]):
         self._text_keys, self._ends = array("B"), array("q", [0])
         self._lines, self._sizes = array("q"), array("i")
         self._references, self._reference_ends = Strings(), array("q", [0])
+        self._views: dict[int, View] = {}  # of the rows that do not show the whole picture
         self._archives: list[Path] = []
         self._archive, self._place, self._bytes = array("i"), array("q"), array("q")
 
@@ -80,6 +93,7 @@ class Table(Sequence[DataRow]):
         line: int = -1,
         size: tuple[int, int] | None = None,
         references: Iterable[str] = (),
+        view: View = WHOLE,
     ) -> None:
         """Adds a row; `image` is the path of a file, or a picture inside an archive."""
         if isinstance(image, str):
@@ -96,6 +110,8 @@ class Table(Sequence[DataRow]):
             self._text_keys.append(self._codes[key])
             self._texts.append(text)
         self._ends.append(len(self._text_keys))
+        if view != WHOLE:
+            self._views[len(self)] = view
         self._lines.append(line)
         self._sizes.extend(size or (0, 0))
         for reference in references:
@@ -116,7 +132,8 @@ class Table(Sequence[DataRow]):
         size = (self._sizes[2 * i], self._sizes[2 * i + 1])
         references = range(self._reference_ends[i], self._reference_ends[i + 1])
         paths = tuple(Path(self._references[r]) for r in references)
-        return DataRow(image, captions, where, size if all(size) else None, paths)
+        view = self._views.get(i, WHOLE)
+        return DataRow(image, captions, where, size if all(size) else None, paths, view)
 
     def __iter__(self) -> Iterator[DataRow]:
         return (self[i] for i in range(len(self)))
@@ -151,6 +168,7 @@ class Table(Sequence[DataRow]):
                 line=self._lines[i],
                 size=row.declared_size,
                 references=map(str, row.references),
+                view=row.view,
             )
         return table
 

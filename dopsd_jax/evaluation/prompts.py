@@ -13,8 +13,9 @@ from dopsd_jax.common.errors import UserError, raise_if
 from dopsd_jax.common.files import read_bytes
 from dopsd_jax.common.json_files import parse_json
 from dopsd_jax.data.dataset import Dataset, spread
-from dopsd_jax.data.images import ImageLimits, fit, open_image
+from dopsd_jax.data.images import ImageLimits, open_image
 from dopsd_jax.data.sources.captions import captions_in
+from dopsd_jax.data.views import cut
 from dopsd_jax.evaluation.scorer import Case, Picture
 from dopsd_jax.evaluation.seeds import ROW, case_seed
 
@@ -129,7 +130,8 @@ def cases(
             kind = ORDINARY if known and not told(prompt) else TEST
         if row not in shown:
             own, edited = dataset.rows[row], dataset.rows[row].references
-            target = fit(open_image(own.image, limits), *dataset.buckets[row])
+            whole, digest = open_image(own.image, limits), dataset.infos[row].digest
+            target = cut(whole, dataset.buckets[row], own.view, digest)
             shown[row] = target, [open_image(path, limits) for path in edited]
         width, height = dataset.buckets[row]
         text = with_class(prompt, name, style) if name else prompt

@@ -26,7 +26,9 @@ from dopsd_jax.data.picture_index import PictureIndex
 from dopsd_jax.data.prepared import Prepared
 from dopsd_jax.data.prepared_parts import AGAIN, names_prepared
 from dopsd_jax.data.rows import Rows, load_sets
+from dopsd_jax.data.table import View
 from dopsd_jax.data.varied import CaptionVariants
+from dopsd_jax.data.views import views_of
 from dopsd_jax.dopsd import Denoiser
 from dopsd_jax.families.base import Family, Size
 from dopsd_jax.families.pipeline import Pipeline
@@ -251,6 +253,7 @@ def open_rows(config: ConfigDict, workdir: Path) -> Rows:
         as_list(data.weights),
         prompt_keys=asked_keys(config) or None,
         variants=caption_variants(config),
+        views=picture_views(config),
         data_root=data.root or None,
         cache=FeatureCache(cache_folder(config, workdir)),
         teacher_key=registry.teacher_key(config),
@@ -267,6 +270,19 @@ def caption_variants(config: ConfigDict) -> CaptionVariants | None:
     orders = data.tag_variants if data.shuffle_tags else 1
     teacher_key, empty = registry.teacher_key(config), data.caption_dropout > 0
     return CaptionVariants(orders, data.keep_tags, teacher_key, empty)
+
+
+def picture_views(config: ConfigDict) -> tuple[View, ...]:
+    """In which views each picture is a row. Raises `UserError` where rows edit pictures."""
+    data = config.data
+    changed = {"flip": data.flip, "crops": data.crops > 1}
+    raise_if(
+        f"config.data.{name}: is for rows that edit no pictures: a mirrored or cropped result does "
+        "not fit the pictures in config.data.references; unset it"
+        for name, on in changed.items()
+        if on and as_list(data.references)
+    )
+    return views_of(data.crops, data.flip)
 
 
 def data_paths(config: ConfigDict, workdir: Path) -> tuple[str | Path, ...]:

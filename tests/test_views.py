@@ -1,0 +1,103 @@
+"""Mirrored and cropped pictures: rows of their own, decided by the data alone."""
+
+import numpy as np
+import pytest
+from PIL import Image
+from test_prepared import problems_of
+
+from dopsd_jax.config.fields import defaults
+from dopsd_jax.data.buckets import Bucket
+from dopsd_jax.data.dataset import describe, measure
+from dopsd_jax.data.images import crop_name, fit
+from dopsd_jax.data.picture_index import PictureIndex
+from dopsd_jax.data.rows import load_rows
+from dopsd_jax.data.table import WHOLE, Table, View
+from dopsd_jax.data.views import crop_box, cut, view_name, views_of
+from dopsd_jax.run import build
+
+SIZE, DIGEST = Bucket(64, 48), "5a" * 32
+BOX = (4.044352585, 6.233602544, 136.988489364, 105.941705128)
+
+
+def gradient(width=200, height=120):
+    """Red grows to the right, green downwards."""
+    x, y = np.meshgrid(np.linspace(0, 255, width), np.linspace(0, 255, height))
+    return np.stack([x, y, 0 * x], -1).astype(np.uint8)
+
+
+def test_views_are_crops_and_each_mirrored():
+    assert views_of() == (WHOLE,)
+    assert views_of(2, True) == ((0, False), (0, True), (1, False), (1, True))
+
+
+def test_the_whole_picture_is_what_it_was_and_has_its_old_name():
+    np.testing.assert_array_equal(cut(gradient(), SIZE, WHOLE, DIGEST), fit(gradient(), *SIZE))
+    assert view_name(SIZE, WHOLE) == crop_name(*SIZE)
+    names = {view_name(SIZE, view) for view in views_of(3, True)}
+    assert len(names) == 6
+
+
+@pytest.mark.parametrize("crop", [0, 1])
+def test_a_mirrored_view_is_the_mirror_image(crop):
+    one, other = (cut(gradient(), SIZE, View(crop, side), DIGEST) for side in (False, True))
+    np.testing.assert_array_equal(one[:, ::-1], other)
+    assert other.flags.c_contiguous and other.shape == (48, 64, 3)
+
+
+def test_crops_are_at_many_places_and_always_the_same_ones():
+    boxes = [crop_box(200, 120, SIZE, crop, DIGEST) for crop in range(1, 50)]
+    assert boxes[0] == pytest.approx(BOX, abs=1e-9)  # must never change: caches have it
+    assert len(set(boxes)) == 49
+    assert boxes[0] != crop_box(200, 120, SIZE, 1, "5b" * 32)
+    for left, top, right, bottom in boxes:
+        assert 0 <= left < right <= 200 and 0 <= top < bottom <= 120
+        assert (right - left) / (bottom - top) == pytest.approx(64 / 48)
+        assert 0.8 * 120 - 1e-6 <= bottom - top <= 120
+    image = cut(gradient(), SIZE, View(1), DIGEST)
+    left, top, right, bottom = boxes[0]
+    middle = (left + right) / 2 / 200 * 255, (top + bottom) / 2 / 120 * 255
+    np.testing.assert_allclose(image.mean((0, 1))[:2], middle, atol=2)
+
+
+@pytest.mark.parametrize("size", [(70, 50), (64, 48), (40, 32), (64, 500)])
+def test_a_crop_has_the_bucket_s_pixels_where_the_picture_has_them(size):
+    for crop in range(1, 20):
+        left, _, right, _ = crop_box(*size, SIZE, crop, DIGEST)
+        assert right - left >= min(64, size[0], size[1] * 4 / 3) - 1e-6
+        assert cut(gradient(*size), SIZE, View(crop), DIGEST).shape == (48, 64, 3)
+
+
+def test_every_view_is_a_row_and_a_picture_is_opened_once(tmp_path, monkeypatch):
+    for name, text in (("a", "a mug on the left"), ("b", "a leftover")):
+        Image.fromarray(gradient()).save(tmp_path / f"{name}.png")
+        (tmp_path / f"{name}.txt").write_text(text)
+    Image.new("RGB", (64, 64)).save(tmp_path / "b.png")
+    rows, plain = load_rows(tmp_path, views=views_of(2, True)), load_rows(tmp_path)
+    assert [row.view for row in rows.rows] == [*views_of(2, True)] * 2
+    assert [row.image.name for row in rows.rows] == ["a.png"] * 4 + ["b.png"] * 4
+    assert any("captions of 1 rows name left or right" in note for note in rows.notes)
+    looked, look = [], PictureIndex.look
+    monkeypatch.setattr(
+        PictureIndex, "look", lambda self, p, *a: looked.append(p) or look(self, p, *a)
+    )
+    dataset = measure(rows, [SIZE])
+    assert len(looked) == 2 and len(dataset.buckets) == 8
+    assert dataset.digest() != measure(plain, [SIZE]).digest()
+    assert not any("share a picture" in line for line in describe(dataset, 1))
+    (tmp_path / "b.png").write_bytes(b"x")
+    assert len(problems_of(measure, rows, [SIZE])) == 1
+
+
+def test_tables_keep_views():
+    table = Table(("caption", "other"))
+    for view in views_of(2, True):
+        table.append("a.png", [("caption", "a"), ("other", "b")], view=view)
+    assert [row.view for row in table] == [row.view for row in table.only(["other"])]
+    assert [row.view for row in table] == [*views_of(2, True)]
+
+
+def test_rows_that_edit_have_no_views():
+    config = defaults()
+    config.data.references, config.data.flip, config.data.crops = "auto", True, 2
+    problems = problems_of(build.picture_views, config)
+    assert len(problems) == 2 and "config.data.flip: is for rows that edit no" in problems[0]
