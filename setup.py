@@ -69,6 +69,7 @@ setup(
             "accelerate",
             "qwix>=0.1.8",
             "pyarrow>=17",
+            "pillow-heif>=1",
             "hypothesis>=6",
             "tensorboardX>=2.6",
             "beartype>=0.22",  # checks the shapes in the annotations: tests/conftest.py
@@ -77,6 +78,7 @@ setup(
         "eval": ["torch"],  # dopsd_jax.evaluate on real data sets: CLIP-S, DINO-D, LPIPS-D
         "quant": ["qwix>=0.1.8"],  # config.base_dtype int8, nf4, fp8
         "parquet": ["pyarrow>=17"],  # data sets of Hugging Face as .parquet files
+        "heic": ["pillow-heif>=1"],  # pictures of phones
         "gcs": ["gcsfs"],  # gs:// paths
         "tensorboard": ["tensorboardX>=2.6"],  # config.trackers, as is wandb
         "wandb": ["wandb>=0.19"],

@@ -124,7 +124,7 @@ def test_alternatives_in_a_caption_member(tmp_path):
         ([("0.png", png(0)), ("0.json", b"[]")], ".json is a list"),
         ([("0.png", png(0)), ("0.json", b'{"caption": 5}')], "'caption' is a number"),
         ([*sample("0"), ("0.json", b'{"caption": "dog"}')], "hold different captions"),
-        ([("0.heic", b"x")], "heic cannot be read"),
+        ([("0.jxl", b"x")], "jxl cannot be read"),
         ([], "holds no pictures"),
     ],
 )

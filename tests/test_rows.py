@@ -221,7 +221,7 @@ def test_caption_lines_are_alternatives_on_request(tmp_path):
 
 
 def test_all_faults_of_a_folder_are_told_at_once(tmp_path):
-    touch_images(tmp_path, "a.png", "b.png", "b.jpg", "c.png", "d.png", "e.png", "f.png", "h.heic")
+    touch_images(tmp_path, "a.png", "b.png", "b.jpg", "c.png", "d.png", "e.png", "f.png", "h.jxl")
     for name in "abe":
         (tmp_path / f"{name}.txt").write_text("x")
     (tmp_path / "c.txt").write_text(" \n")
@@ -235,7 +235,7 @@ def test_all_faults_of_a_folder_are_told_at_once(tmp_path):
     assert "d.png: has no caption; write d.txt" in text
     assert "e.txt: not UTF-8 text (looks like UTF-16)" in text
     assert "f.txt: holds NUL" in text
-    assert "h.heic: heic cannot be read" in text
+    assert "h.jxl: jxl cannot be read" in text
 
 
 def test_a_stem_with_dots_and_another_extension(tmp_path):

@@ -18,15 +18,19 @@ from PIL import ExifTags, Image, ImageOps
 
 from dopsd_jax.common.errors import UserError
 from dopsd_jax.common.files import open_regular
+from dopsd_jax.data import heic
 from dopsd_jax.data.blobs import Blob
 from dopsd_jax.data.rgb import UnsupportedModeError, mark_sixteen_bits, to_srgb
 
-FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "TIFF", "GIF", "AVIF")  # names of Pillow's readers
+# Names of Pillow's readers.
+FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "TIFF", "GIF", "AVIF", heic.FORMAT)
 FIRST_BYTES = 16  # enough for `format_of`
 CONVERT = "convert it to PNG or JPEG"
 # Bytes of a file; the second for formats that Pillow reads whole, which pack their pixels well.
 MAX_FILE, MAX_PACKED = 1 << 30, 1 << 27
-PACKED = ("WEBP", "AVIF")
+PACKED = ("WEBP", "AVIF", heic.FORMAT)
+# Phones add a second view, a preview or the shots before and after; the first picture is meant.
+WITH_MORE = ("MPO", heic.FORMAT)
 
 # What Pillow's decoders raise on damaged files.
 DECODE_ERRORS = (
@@ -112,6 +116,7 @@ def _reading(path: Path | Blob) -> Iterator[BinaryIO]:
 def format_of(prefix: bytes) -> str | None:
     """Pillow's name of the format of a picture, by its first bytes; None for anything else."""
     Image.init()
+    heic.available()
     for name in FORMATS:
         _, accepts = Image.OPEN.get(name, (None, None))
         if accepts is not None and accepts(prefix) is True:
@@ -128,7 +133,7 @@ def _header(path: Path | Blob, file: BinaryIO, limits: ImageLimits) -> Image.Ima
     prefix = file.read(FIRST_BYTES)
     name = format_of(prefix)
     if name is None:
-        raise UserError(f"{path}: {_foreign(prefix)}; {CONVERT}")
+        raise UserError(f"{path}: {_foreign(prefix)}")
     limit = MAX_PACKED if name in PACKED else MAX_FILE
     if file.seek(0, os.SEEK_END) > limit:
         raise UserError(f"{path}: is larger than {limit >> 20} MiB; is this a picture?")
@@ -157,7 +162,7 @@ def _header(path: Path | Blob, file: BinaryIO, limits: ImageLimits) -> Image.Ima
         frames = getattr(image, "n_frames", 1)
     except DECODE_ERRORS as error:
         raise _damaged(path, error) from error
-    if frames > 1 and image.format != "MPO":  # phones add a second view or a preview to a JPEG
+    if frames > 1 and image.format not in WITH_MORE:
         kind = "pages" if image.format == "TIFF" else "frames (animated)"
         raise UserError(f"{path}: has {frames} {kind}; save the one you mean as PNG or JPEG")
     return image
@@ -234,12 +239,14 @@ def _damaged(path: Path | Blob, error: BaseException) -> UserError:
 
 
 def _foreign(prefix: bytes) -> str:
-    """What a file is that no reader knows."""
+    """What a file is that no reader knows, and what to do."""
+    if prefix[4:8] == b"ftyp" and prefix[8:12] in heic.BRANDS and not heic.available():
+        return heic.MISSING
     if prefix[4:8] == b"ftyp":
-        return "is HEIC or a film, which cannot be read"
+        return f"is a film or a picture of an unknown kind, which cannot be read; {CONVERT}"
     if prefix.lstrip()[:1] in (b"<", b"{"):
-        return "is not a picture but text (a failed download?)"
-    return "is not a picture of a known format"
+        return f"is not a picture but text (a failed download?); {CONVERT}"
+    return f"is not a picture of a known format; {CONVERT}"
 
 
 def fit(image: UInt8[np.ndarray, "H W 3"], width: int, height: int) -> UInt8[np.ndarray, "h w 3"]:

@@ -6,13 +6,15 @@ import unicodedata
 from collections.abc import Iterator
 from pathlib import Path
 
+from dopsd_jax.data import heic
 from dopsd_jax.data.images import FIRST_BYTES, format_of
 from dopsd_jax.data.sources.collector import Examples
 
 IMAGE_SUFFIXES = (
     ".png", ".jpg", ".jpeg", ".jfif", ".jpe", ".webp", ".bmp", ".tif", ".tiff", ".gif", ".avif",
+    *heic.SUFFIXES,
 )  # fmt: skip
-UNREADABLE_SUFFIXES = (".heic", ".heif", ".jxl", ".jp2", ".psd", ".raw", ".dng", ".svg")
+UNREADABLE_SUFFIXES = (".jxl", ".jp2", ".psd", ".raw", ".dng", ".svg")
 # Files of other programs, with the pictures inside.
 FOREIGN = (".arrow", ".lance", ".zip", ".rar", ".7z", ".h5", ".lmdb")
 UNPACK = "unpack it to pictures and a metadata.jsonl"
@@ -65,6 +67,15 @@ def stem_of(path: str) -> str | None:
         return None
     with open(path, "rb") as file:
         return os.path.basename(path) if format_of(file.read(FIRST_BYTES)) else None
+
+
+def unreadable(suffix: str) -> str | None:
+    """Why pictures with this ending cannot be read, and what to do; None where they can."""
+    if suffix in heic.SUFFIXES:
+        return None if heic.available() else heic.MISSING
+    if suffix in UNREADABLE_SUFFIXES:
+        return f"{suffix[1:]} cannot be read; convert it to PNG or JPEG"
+    return None
 
 
 def is_regular(path: str) -> bool:

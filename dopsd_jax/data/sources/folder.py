@@ -16,9 +16,9 @@ from dopsd_jax.data.sources.collector import Collector, Examples, listing
 from dopsd_jax.data.sources.files import (
     FOREIGN,
     UNPACK,
-    UNREADABLE_SUFFIXES,
     normal,
     stem_of,
+    unreadable,
     walk,
 )
 from dopsd_jax.data.sources.layout import Layout, Options
@@ -95,8 +95,8 @@ class _Reader:
         for name in names:
             path = os.path.join(where, name)
             suffix = os.path.splitext(name)[1].lower()
-            if suffix in UNREADABLE_SUFFIXES:
-                self.into.problem(f"{path}: {suffix[1:]} cannot be read; convert it to PNG or JPEG")
+            if fault := unreadable(suffix):
+                self.into.problem(f"{path}: {fault}")
             elif name.lower().endswith(self.extension):
                 texts[normal(name[: -len(self.extension)])] = name
             elif suffix in SUFFIXES:

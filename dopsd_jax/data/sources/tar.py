@@ -18,7 +18,7 @@ from dopsd_jax.data.sources.captions import (
     captions_in,
     json_captions,
 )
-from dopsd_jax.data.sources.files import IMAGE_SUFFIXES, UNREADABLE_SUFFIXES, is_rubbish
+from dopsd_jax.data.sources.files import IMAGE_SUFFIXES, is_rubbish, unreadable
 from dopsd_jax.data.sources.layout import Layout, Options
 
 MAX_PICTURE = 1 << 30  # bytes
@@ -41,14 +41,10 @@ def _read_tar(path: Path, options: Options) -> Index:
     last = None
     with open_regular(path) as file:
         for member in _members(path, file, problems):
-            fault = _member_fault(member)
             key, suffix = _split_name(member.name)
+            fault = _member_fault(member) or unreadable(suffix)
             if not fault and suffix not in (*IMAGE_SUFFIXES, *text_suffixes):
-                fault = (
-                    f"{suffix[1:]} cannot be read; convert it to PNG or JPEG"
-                    if suffix in UNREADABLE_SUFFIXES
-                    else f"is neither a picture nor {' or '.join(text_suffixes)}; remove it"
-                )
+                fault = f"is neither a picture nor {' or '.join(text_suffixes)}; remove it"
             if not fault and suffix in groups.get(key, {}):
                 fault = f"is there twice; {AGAIN}"
             if not fault and key in groups and key != last:
