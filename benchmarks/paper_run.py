@@ -17,6 +17,7 @@ from flax import nnx
 from ml_collections import ConfigDict
 from paper_arms import LOOKS, SEQUENCE, Arm
 
+from dopsd_jax.common.config_fields import highest
 from dopsd_jax.conditioning.encoding import TEACHER
 from dopsd_jax.conditioning.features import Features
 from dopsd_jax.config import schema
@@ -199,7 +200,7 @@ class Bench:
         if key not in self.steps:
             schedule = build.make_schedule(config, pipe.family, pipe.scheduler)
             unit, net = optimizers.optimizer(known), pipe.family.denoiser(pipe.split[0])
-            side = config.data.resolution
+            side = highest(config.data.resolution)
             latent = (config.batch_size, *pipe.latent_shape(side, side))
 
             def step(rate, seed, now, base, batch, number, anchors):

@@ -25,7 +25,7 @@ from flax import nnx
 
 from dopsd_jax import dopsd
 from dopsd_jax.common import program
-from dopsd_jax.common.config_fields import name_or_list
+from dopsd_jax.common.config_fields import highest, name_or_list
 from dopsd_jax.common.errors import UserError, raise_if
 from dopsd_jax.config.flags import CONFIG, parse
 from dopsd_jax.estimation import flops
@@ -116,7 +116,7 @@ def transformer_sizes(model: str) -> zimage.ZImageConfig:
 
 def latent_shape(config, sizes: zimage.ZImageConfig) -> tuple[int, int, int, int]:
     """[b, h, w, c] of one micro-batch's noise."""
-    height, width = (flag.value or config.data.resolution for flag in SIDES)
+    height, width = (flag.value or highest(config.data.resolution) for flag in SIDES)
     multiple = family.LATENT_FACTOR * sizes.patch
     raise_if(
         f"--{name} {side}: must be a positive multiple of {multiple}"

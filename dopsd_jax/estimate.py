@@ -36,6 +36,7 @@ if __name__ == "__main__":
 import jax
 from ml_collections import ConfigDict
 
+from dopsd_jax.common.config_fields import highest
 from dopsd_jax.common.errors import UserError
 from dopsd_jax.estimation import (
     abstract_step,
@@ -67,8 +68,8 @@ def main() -> int:
     case = Workload(
         family,
         size,
-        height=HEIGHT.value or config.data.resolution,
-        width=WIDTH.value or config.data.resolution,
+        height=HEIGHT.value or highest(config.data.resolution),
+        width=WIDTH.value or highest(config.data.resolution),
         rows_student=STUDENT_ROWS.value or family.ROWS[STUDENT],
         rows_teacher=TEACHER_ROWS.value or family.ROWS[TEACHER],
         references=REFERENCES.value,

@@ -131,6 +131,7 @@ def prepare(
                 build.limits(config),
                 index=index,
                 reference_size=build.reference_size(config, pipe),
+                levels=build.data_levels(config, pipe.size_multiple),
             )
             build.check_references(config, pipe.family, dataset)
             print("\n".join(describe(dataset, config.batch_size * config.accumulate)), flush=True)

@@ -5,7 +5,7 @@ import pytest
 from PIL import Image
 from test_prepared import problems_of
 
-from dopsd_jax.config.fields import defaults
+from dopsd_jax.config.fields import declared, defaults
 from dopsd_jax.data.buckets import Bucket
 from dopsd_jax.data.dataset import describe, measure
 from dopsd_jax.data.images import crop_name, fit
@@ -27,7 +27,38 @@ def gradient(width=200, height=120):
 
 def test_views_are_crops_and_each_mirrored():
     assert views_of() == (WHOLE,)
-    assert views_of(2, True) == ((0, False), (0, True), (1, False), (1, True))
+    assert views_of(2, True) == tuple(View(crop, side) for crop in (0, 1) for side in (False, True))
+    assert views_of(levels=2) == (WHOLE, View(level=1))
+
+
+def test_a_picture_is_used_at_every_resolution_that_it_fills(tmp_path):
+    for name, size in (("large", (200, 120)), ("middle", (100, 60)), ("small", (40, 36))):
+        Image.new("RGB", size).save(tmp_path / f"{name}.png")
+        (tmp_path / f"{name}.txt").write_text(name)
+    config = defaults()
+    config.data.path, config.data.resolution = str(tmp_path), (64, 48, 96)
+    levels = build.data_levels(config, 16)
+    assert [max(own, key=lambda b: b.width * b.height) for own in levels] == [
+        (48, 48), (64, 64), (96, 96)
+    ]  # fmt: skip
+    rows = load_rows(tmp_path, views=build.picture_views(config))
+    dataset = measure(rows, build.data_buckets(config, 16), levels=levels)
+    found = [next(i for i, own in enumerate(levels) if b in own) for b in dataset.buckets]
+    assert found == [0, 1, 2, 0, 1, 1, 0, 0, 0]  # of large, middle and small
+    config.data.buckets = "64x64"
+    assert "beside several numbers" in problems_of(build.data_levels, config, 16)[0]
+
+
+@pytest.mark.parametrize(
+    ("text", "fault"),
+    [("64,x", "whole number"), ("64,64", "twice"), ("64,0", "at least 1"), ("", "must be of kind")],
+)
+def test_a_list_of_resolutions_is_of_whole_numbers(text, fault):
+    field = declared()["data.resolution"]
+    assert field.parse("64, 96") == (64, 96) and field.parse("64") == 64
+    assert field.fault([64, 96]) is None and field.fault(64) is None
+    with pytest.raises(ValueError, match=fault):
+        raise ValueError(field.fault(field.parse(text)))
 
 
 def test_the_whole_picture_is_what_it_was_and_has_its_old_name():

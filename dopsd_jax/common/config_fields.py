@@ -13,6 +13,9 @@ ALWAYS, ON_REQUEST, NEVER = "always", "on request", "never"
 MAX_NUMBER = 1e9  # the largest magnitude of a number in a list
 
 
+NUMBERS = ("int", "float", "int or list")  # kinds of fields with bounds
+
+
 class _Positive(tuple):
     """As the values in `Field.when`: every number above 0."""
 
@@ -38,11 +41,11 @@ _TRUTH = {"true": True, "1": True, "yes": True, "false": False, "0": False, "no"
 class Field:
     """One field.
 
-    name: dotted, such as `lora.rank`. kind: int, float, bool, str, list, `name or list`, `path`, or
-    `paths or store` (several, gs://); if not given, the type of the default. low, high: bounds of a
-    number, included; above: excluded. unit: of a number. choices: what a name may be. listed: what
-    the items of a list may be. when: values that other fields must have so that this one has an
-    effect. change: whether it may differ when a run is continued.
+    name: dotted, such as `lora.rank`. kind: int, float, bool, str, list, `name or list`, `int or
+    list`, `path`, or `paths or store` (several, gs://); if not given, the type of the default. low,
+    high: bounds of a number, included; above: excluded. unit: of a number. choices: what a name may
+    be. listed: what the items of a list may be. when: values that other fields must have so that
+    this one has an effect. change: whether it may differ when a run is continued.
     """
 
     name: str
@@ -62,7 +65,7 @@ class Field:
         if not self.kind:
             object.__setattr__(self, "kind", type(self.default).__name__)
         low = self.low if self.above is None else self.above
-        if self.kind in ("int", "float") and (low is None or self.high is None):
+        if self.kind in NUMBERS and (low is None or self.high is None):
             raise TypeError(f"{self.name}: a number needs a lower and an upper bound")
 
     def fault(self, value: Any) -> str | None:
@@ -70,6 +73,12 @@ class Field:
         kinds = {
             "int": type(value) is int,
             "float": type(value) in (int, float),
+            "int or list": type(value) is int
+            or (
+                isinstance(value, list | tuple)
+                and len(value) > 0
+                and all(type(one) is int for one in value)
+            ),
             "bool": type(value) is bool,
             "str": isinstance(value, str),
             "path": isinstance(value, str),
@@ -82,6 +91,10 @@ class Field:
             return f"must be of kind {self.kind}"
         if self.kind in ("int", "float"):
             return self._number_fault(value)
+        if self.kind == "int or list":
+            numbers = as_numbers(value)
+            twice = "names a number twice" if len({*numbers}) < len(numbers) else None
+            return next(filter(None, map(self._number_fault, numbers)), twice)
         if isinstance(value, str) and "\0" in value:
             return "must not contain a null character"
         if self.kind in ("path", "paths or store"):
@@ -124,6 +137,12 @@ class Field:
             except ValueError:
                 what = "a whole number" if self.kind == "int" else "a number"
                 raise ValueError(f"must be {what}") from None
+        if self.kind == "int or list":
+            try:
+                numbers = tuple(int(item) for item in as_list(text))
+            except ValueError:
+                raise ValueError("must be a whole number, or several with commas") from None
+            return numbers[0] if len(numbers) == 1 else numbers
         return text
 
 
@@ -151,6 +170,16 @@ def as_list(value: str | list | tuple) -> tuple:
     if not isinstance(value, str):
         return tuple(value)
     return tuple(item.strip() for item in value.strip("()[] ").split(",") if item.strip())
+
+
+def as_numbers(value: int | list | tuple) -> tuple[int, ...]:
+    """A field that is a whole number, or a list of them."""
+    return (value,) if isinstance(value, int) else tuple(value)
+
+
+def highest(value: int | list | tuple) -> int:
+    """The largest number of such a field."""
+    return max(as_numbers(value))
 
 
 def as_paths(value: str | list | tuple) -> tuple[str, ...]:

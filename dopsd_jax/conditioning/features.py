@@ -10,6 +10,7 @@ import numpy as np
 from jaxtyping import Float
 from ml_collections import ConfigDict
 
+from dopsd_jax.common.config_fields import as_numbers
 from dopsd_jax.common.errors import UserError, raise_if
 from dopsd_jax.conditioning.anchors import Anchors
 from dopsd_jax.conditioning.cached import DIGESTS, CachedFeatures, sees_picture
@@ -37,7 +38,7 @@ SETTINGS = {
     "reference_crop": "config.data.reference_crop",
     "empty_captions": "empty captions (config.data.caption_dropout)",
     "tags": "shuffled tags (config.data.shuffle_tags, tag_variants, keep_tags)",
-    "views": "views (config.data.crops, config.data.flip)",
+    "views": "views (config.data.crops, config.data.flip, config.data.resolution)",
 }
 # What a configuration may leave out, and then a prepared data set must not have.
 UNLESS_ASKED = ("tags", "views")
@@ -55,8 +56,9 @@ def prepared_settings(config: ConfigDict, pipe: Pipeline, memo: Path) -> dict[st
         found["empty_captions"] = True
     if config.data.shuffle_tags:
         found["tags"] = [config.data.tag_variants, config.data.keep_tags]
-    if config.data.flip or config.data.crops > 1:
-        found["views"] = [config.data.crops, config.data.flip]
+    levels = len(as_numbers(config.data.resolution))
+    if config.data.flip or config.data.crops > 1 or levels > 1:
+        found["views"] = [config.data.crops, config.data.flip, levels]
     if shown:
         found["crop"] = crop_name(0, 0)
     if config.data.references:

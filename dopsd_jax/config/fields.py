@@ -118,8 +118,9 @@ _DATA = (
           "list"),
     Field("data.root", "", "second folder in which the relative paths of a table are looked for",
           "path"),
-    Field("data.resolution", 1024, "buckets have about the area of a square with this side",
-          low=1, high=65536, unit="pixels"),
+    Field("data.resolution", 1024,
+          "buckets have about the area of a square with this side; of a list, every picture is "
+          "used at each that it fills", "int or list", low=1, high=65536, unit="pixels"),
     Field("data.buckets", "", "bucket sizes instead of these, such as 832x1248,1024x1024", "list"),
     Field("data.prompt_keys", "", "caption keys to use; empty: all that every row has", "list"),
     Field("data.image_key", "", "column of pictures or their paths; empty: one of the known names"),

@@ -3,7 +3,7 @@
 `python -m dopsd_jax.config.reference` writes that file to stdout.
 """
 
-from dopsd_jax.common.config_fields import NEVER, ON_REQUEST, Field
+from dopsd_jax.common.config_fields import NEVER, NUMBERS, ON_REQUEST, Field
 from dopsd_jax.config.fields import METHOD, choices, conditions, sections
 from dopsd_jax.methods.registry import METHODS
 
@@ -60,7 +60,7 @@ def allowed(field: Field) -> str:
     """What a field may hold, in words; empty: any text."""
     if known := choices(field) or field.listed:
         return ", ".join(known)
-    if field.kind not in ("int", "float"):
+    if field.kind not in NUMBERS:
         return {"bool": "true, false"}.get(field.kind, "")
     low = f"above {field.above:g}" if field.above is not None else f"{field.low:,}"
     unit = f" {field.unit}" if field.unit else ""

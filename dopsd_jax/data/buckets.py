@@ -130,6 +130,18 @@ def nearest(width: int, height: int, buckets: Sequence[Bucket]) -> Bucket:
     return best
 
 
+def nearest_at(width: int, height: int, levels: Sequence[Sequence[Bucket]], level: int) -> Bucket:
+    """The nearest bucket of `levels[level]`, if the picture fills it without being enlarged.
+
+    Else that of the next level below which it fills; the lowest is for all pictures.
+    """
+    for own in reversed(levels[1 : level + 1]):
+        bucket = nearest(width, height, own)
+        if bucket.width <= width and bucket.height <= height:
+            return bucket
+    return nearest(width, height, levels[0])
+
+
 def _aspect_distance(width: int, height: int, to_width: int, to_height: int) -> Fraction:
     """e to the distance of the logarithms: exact, so that equals are equal."""
     first, second = width * to_height, to_width * height

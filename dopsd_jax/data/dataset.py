@@ -14,7 +14,7 @@ import numpy as np
 from dopsd_jax.common.errors import UserError, raise_if
 from dopsd_jax.common.progress import Progress
 from dopsd_jax.data.blobs import Blob
-from dopsd_jax.data.buckets import Bucket, Reference, Shape, nearest
+from dopsd_jax.data.buckets import Bucket, Reference, Shape, nearest_at
 from dopsd_jax.data.images import ImageInfo, ImageLimits, enlargement
 from dopsd_jax.data.picture_index import Infos, PictureIndex
 from dopsd_jax.data.prepared import Caption, Prepared
@@ -111,13 +111,15 @@ def measure(
     workers: int = 4,
     index: PictureIndex | None = None,
     reference_size: ReferenceSize | None = None,
+    levels: Sequence[Sequence[Bucket]] = (),
 ) -> Dataset:
     """Opens every picture once and chooses its bucket; raises the faults of all rows together.
 
     With `verify` every picture is decoded, so that nothing fails hours later. Pictures that `index`
-    knows and that have not changed are not opened; it is updated, also after an error.
+    knows and that have not changed are not opened; it is updated, also after an error. `levels`:
+    the buckets of each resolution, from the lowest, for rows that are shown at several.
     """
-    limits = limits or ImageLimits()
+    limits, levels = limits or ImageLimits(), levels or (buckets,)
     index = index or PictureIndex(None)
     infos, problems, references = Infos(), [], []
     count = len(rows.rows)
@@ -145,7 +147,8 @@ def measure(
                 own = []
                 for path, info in zip(row.references, found[1:], strict=True):
                     try:
-                        bucket = nearest(found[0].width, found[0].height, buckets)
+                        sides = found[0].width, found[0].height
+                        bucket = nearest_at(*sides, levels, row.view.level)
                         where = f"{row.where}: {path}"
                         size = reference_size(bucket, info.height, info.width, where)
                         own.append(Reference(info.digest, size))
@@ -155,7 +158,10 @@ def measure(
             progress.advance(len(some))
             index.save_sometimes()
     raise_if(dict.fromkeys(problems))
-    chosen = tuple(nearest(width, height, buckets) for width, height in infos.sizes())
+    chosen = tuple(
+        nearest_at(width, height, levels, row.view.level)
+        for (width, height), row in zip(infos.sizes().tolist(), rows.rows, strict=True)
+    )
     notes = (*rows.notes, *_notes(rows.rows, infos, chosen))
     references = references if any(references) else ()
     return Dataset(

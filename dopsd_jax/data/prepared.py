@@ -110,8 +110,8 @@ class Prepared:
                 caption += 1
             if {key for key, _ in chosen} - {EMPTY} != set(self.prompt_keys):
                 raise UserError(f"{path}: row {row_number} lacks captions; {parts.AGAIN}")
-            crop, mirrored = row.get(parts.VIEW, WHOLE)
-            view = View(crop, bool(mirrored))
+            crop, mirrored, level = row.get(parts.VIEW, WHOLE)
+            view = View(crop, bool(mirrored), level)
             self.rows.append(row["picture"], chosen, line=row_number, view=view)
             info = ImageInfo(*row["size"], row["digest"], tuple(row["notes"]))
             self.infos.append(info)

@@ -290,7 +290,7 @@ def _is_row(row: object, picture_bytes: int) -> bool:
         and texts(row["notes"])
         and size(row["size"])
         and size(row["bucket"])
-        and counts(row.get(VIEW, [0, 0]), 2)
+        and counts(row.get(VIEW, [0, 0, 0]), 3)
         and isinstance(references, list)
         and all(isinstance(one, list) and len(one) == 2 for one in references)
         and all(digest(name) and size(sides) for name, sides in references)

@@ -17,10 +17,15 @@ from dopsd_jax.data.blobs import ARCHIVES, Blob
 
 
 class View(NamedTuple):
-    """How a row shows its picture. crop: 0 is the whole, cut at its edges; others lie inside."""
+    """How a row shows its picture.
+
+    crop: 0 is the whole, cut at its edges; others lie inside. level: at which of the resolutions,
+    from the lowest, as far as the picture has the pixels.
+    """
 
     crop: int = 0
     mirrored: bool = False
+    level: int = 0
 
 
 WHOLE = View()

@@ -1,5 +1,6 @@
-"""Pictures shown in several ways: mirrored, and cut in several places; each is a row of its own."""
+"""Pictures shown in several ways, each a row of its own: mirrored, other crops, other sizes."""
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import replace
 
@@ -15,10 +16,10 @@ from dopsd_jax.data.table import DataRow, View
 LEAST = 0.8  # of the sides of the largest crop that the bucket's shape allows
 
 
-def views_of(crops: int = 1, mirrored: bool = False) -> tuple[View, ...]:
-    """The views of a picture: `crops` places, the centre first, and each of them mirrored."""
+def views_of(crops: int = 1, mirrored: bool = False, levels: int = 1) -> tuple[View, ...]:
+    """The views of a picture: `crops` places, the centre first, each mirrored, at every level."""
     sides = (False, True) if mirrored else (False,)
-    return tuple(View(crop, side) for crop in range(crops) for side in sides)
+    return tuple(itertools.starmap(View, itertools.product(range(crops), sides, range(levels))))
 
 
 class Viewed(Sequence[DataRow]):

@@ -1,6 +1,7 @@
 """Makes what a configuration describes: model, data, step. Shared by all programs."""
 
 import dataclasses
+import itertools
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -14,7 +15,7 @@ from ml_collections import ConfigDict
 
 from dopsd_jax import dopsd, families
 from dopsd_jax.common.atomic import is_remote
-from dopsd_jax.common.config_fields import as_list, as_paths, name_or_list
+from dopsd_jax.common.config_fields import as_list, as_numbers, as_paths, highest, name_or_list
 from dopsd_jax.common.errors import UserError, raise_if
 from dopsd_jax.conditioning.cached import sees_picture
 from dopsd_jax.conditioning.encoding import TO_BUCKET
@@ -59,7 +60,8 @@ RANDOM = "random"  # config.model, config.data.path: made in the work directory
 class Plan(NamedTuple):
     """The step of a configuration.
 
-    grid: the noise levels of a square picture of config.data.resolution; schedule: of any size.
+    grid: the noise levels of a square picture of config.data.resolution, the highest; schedule: of
+    any size.
     abstract_state: shapes, types and placement of the training state; nothing is allocated.
     initial_state: the state before step 1, from the trained part of the network (donated).
     step: the compiled optimizer step; see `train_step.make_step`.
@@ -147,6 +149,7 @@ def find_vlm(
 def open_data(config: ConfigDict, workdir: Path, pipe: Pipeline) -> Dataset:
     """The data set of config.data: every row checked, every new picture opened once."""
     buckets = data_buckets(config, pipe.size_multiple)
+    levels = data_levels(config, pipe.size_multiple)
     if names_prepared(config.data.path):
         keys, other = asked_keys(config), registry.teacher_key(config)
         keys += (other,) if keys and other else ()
@@ -169,7 +172,9 @@ def open_data(config: ConfigDict, workdir: Path, pipe: Pipeline) -> Dataset:
     else:
         rows, index = open_rows(config, workdir), picture_index(config, workdir)
         size = reference_size(config, pipe)
-        dataset = measure(rows, buckets, limits(config), index=index, reference_size=size)
+        dataset = measure(
+            rows, buckets, limits(config), index=index, reference_size=size, levels=levels
+        )
     check_references(config, pipe.family, dataset)
     return dataclasses.replace(dataset, prompt_keys=trained_keys(config, dataset.prompt_keys))
 
@@ -239,10 +244,22 @@ def trained_keys(config: ConfigDict, found: tuple[str, ...]) -> tuple[str, ...]:
     return keys
 
 
+def data_levels(config: ConfigDict, step: int) -> tuple[tuple[Bucket, ...], ...]:
+    """The sizes that pictures are cut to, by resolution, from the lowest."""
+    sizes, resolutions = as_list(config.data.buckets), as_numbers(config.data.resolution)
+    if sizes and len(resolutions) > 1:
+        raise UserError(
+            "config.data.buckets: is set beside several numbers in config.data.resolution, and "
+            "both say which sizes there are; unset it, or keep one resolution"
+        )
+    if sizes:
+        return (parse_buckets(sizes, step),)
+    return tuple(make_buckets(resolution, step) for resolution in sorted(resolutions))
+
+
 def data_buckets(config: ConfigDict, step: int) -> tuple[Bucket, ...]:
-    """The sizes that pictures are cut to."""
-    sizes = as_list(config.data.buckets)
-    return parse_buckets(sizes, step) if sizes else make_buckets(config.data.resolution, step)
+    """The sizes that pictures are cut to, each once."""
+    return tuple(dict.fromkeys(itertools.chain(*data_levels(config, step))))
 
 
 def open_rows(config: ConfigDict, workdir: Path) -> Rows:
@@ -282,7 +299,7 @@ def picture_views(config: ConfigDict) -> tuple[View, ...]:
         for name, on in changed.items()
         if on and as_list(data.references)
     )
-    return views_of(data.crops, data.flip)
+    return views_of(data.crops, data.flip, len(as_numbers(data.resolution)))
 
 
 def data_paths(config: ConfigDict, workdir: Path) -> tuple[str | Path, ...]:
@@ -317,7 +334,7 @@ def notes(config: ConfigDict, pipe: Pipeline) -> list[str]:
 
 def check_method(config: ConfigDict, pipe: Pipeline) -> None:
     """Raises `UserError` for a grid, a loss, targets or a LoRA file that do not fit the model."""
-    side = config.data.resolution // pipe.family.LATENT_FACTOR
+    side = highest(config.data.resolution) // pipe.family.LATENT_FACTOR
     grid = make_schedule(config, pipe.family, pipe.scheduler).grid(side, side)
     loss, loss_steps = name_or_list(config.loss), name_or_list(config.loss_steps)
     dopsd.make_nodes(grid, loss, loss_steps, jax.random.key(0), registry.told(config))
@@ -370,7 +387,7 @@ def abstract_plan(
 
 def _plan(config, family: Family, what: Trained, graphdef, student, scheduler, mesh: Mesh) -> Plan:
     schedule = make_schedule(config, family, scheduler)
-    side = config.data.resolution // family.LATENT_FACTOR
+    side = highest(config.data.resolution) // family.LATENT_FACTOR
     net = family.denoiser(graphdef)
     teacher = registry.teacher(config)
     tx = optimizers.optimizer(config)

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from ml_collections import ConfigDict
 
-from dopsd_jax.common.config_fields import as_paths
+from dopsd_jax.common.config_fields import as_paths, highest
 from dopsd_jax.conditioning.cached import DIGESTS
 from dopsd_jax.families.pipeline import Pipeline
 from dopsd_jax.weights.lora_settings import OWN
@@ -25,7 +25,7 @@ def header_strings(
     """
     if config.train == "full":
         return {}
-    side, name = config.data.resolution, Path(as_paths(config.data.path)[0]).stem
+    side, name = highest(config.data.resolution), Path(as_paths(config.data.path)[0]).stem
     model = Path(config.model).name if Path(config.model).expanduser().exists() else config.model
     model = f"{model}@{revision}" if revision else model
     steps = pipe.family.DEPLOYED_STEPS
