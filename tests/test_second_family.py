@@ -100,6 +100,8 @@ def test_prepared_data_gives_the_same_run(folder):
     np.testing.assert_allclose(
         losses(folder / "from_prepared"), losses(folder / "whole"), rtol=1e-5
     )
+    digest = lambda run: json.loads((folder / run / "config.json").read_text())["facts"]["data"]
+    assert digest("from_prepared") == digest("whole")  # either goes on with the other's data
 
 
 def test_the_adapter_has_its_pytorch_names(folder):

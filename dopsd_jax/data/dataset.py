@@ -121,7 +121,7 @@ def measure(
     """
     limits, levels = limits or ImageLimits(), levels or (buckets,)
     index = index or PictureIndex(None)
-    infos, problems, references = Infos(), [], []
+    infos, problems, references, chosen = Infos(), [], [], []
     count = len(rows.rows)
     progress = Progress("looking at pictures", count, quiet=count <= _AT_ONCE)
 
@@ -144,11 +144,11 @@ def measure(
                     problems += faults
                     continue
                 infos.append(found[0])
+                bucket = nearest_at(found[0].width, found[0].height, levels, row.view.level)
+                chosen.append(bucket)
                 own = []
                 for path, info in zip(row.references, found[1:], strict=True):
                     try:
-                        sides = found[0].width, found[0].height
-                        bucket = nearest_at(*sides, levels, row.view.level)
                         where = f"{row.where}: {path}"
                         size = reference_size(bucket, info.height, info.width, where)
                         own.append(Reference(info.digest, size))
@@ -158,10 +158,7 @@ def measure(
             progress.advance(len(some))
             index.save_sometimes()
     raise_if(dict.fromkeys(problems))
-    chosen = tuple(
-        nearest_at(width, height, levels, row.view.level)
-        for (width, height), row in zip(infos.sizes().tolist(), rows.rows, strict=True)
-    )
+    chosen = tuple(chosen)
     notes = (*rows.notes, *_notes(rows.rows, infos, chosen))
     references = references if any(references) else ()
     return Dataset(

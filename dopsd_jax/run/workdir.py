@@ -9,6 +9,7 @@ from typing import Any
 from etils import epath
 
 from dopsd_jax.common.atomic import is_remote, write_text
+from dopsd_jax.common.config_fields import as_paths
 from dopsd_jax.common.errors import UserError, raise_if
 from dopsd_jax.common.json_files import read_json
 from dopsd_jax.config.changes import compare
@@ -39,7 +40,7 @@ def find_workdir(name: str | None, config: Mapping[str, Any]) -> epath.Path:
             ("config.model", config["model"]),
             ("config.data.path", config["data"]["path"]),
         )
-        if value == "random"
+        if "random" in as_paths(value)
     ]
     if not config["data"]["cache"] and not names_prepared(config["data"]["path"]):
         faults.append(
