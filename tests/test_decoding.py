@@ -1,6 +1,7 @@
 """Text from Qwen3-VL, token by token, against transformers' generate and our own full forward."""
 
 import functools
+import json
 
 import jax
 import jax.numpy as jnp
@@ -12,7 +13,7 @@ from conftest import relative_error
 from fill import fill
 from flax import nnx
 from test_qwen3 import fast_jit, numpy_state, randomize
-from test_qwen3_vl import END, IMAGE, START, VISION, run, torch_config, torch_inputs
+from test_qwen3_vl import DATA, END, IMAGE, START, VISION, run, torch_config, torch_inputs
 
 from dopsd_jax.models import decoding
 from dopsd_jax.models.qwen3_vl import Qwen3VL, Qwen3VLConfig, embed, names
@@ -52,6 +53,9 @@ def read(model, cfg, ids, patches):
     return decoding.prefill(model.language, *inputs, ROOM)
 
 
+step = fast_jit(decoding.decode)
+
+
 def answer(tied: bool, ids, patches, *, sampling=None, numbers=(0, 1, 2), stops=STOPS):
     _, cfg, ours, head = pair(tied)
     hidden, cache = read(ours, cfg, ids, patches)
@@ -81,7 +85,6 @@ def test_tokens_and_logits_equal_transformers_generate(tied):
 
     # The logits of each step, with their tokens put in.
     hidden, cache = read(ours, cfg, ids, patches)
-    step = fast_jit(decoding.decode)
     for n, logits in enumerate(expected.logits):
         found = decoding.logits_of(hidden, head)
         assert relative_error(found, logits.numpy()) <= 1e-4, n
@@ -97,7 +100,6 @@ def test_the_cache_equals_the_full_forward():
     lengths = np.full(3, whole.shape[1])
     (full,) = run(ours.vision, ours.language, cfg, whole, lengths, patches, GRID, (-1,))
     hidden, cache = read(ours, cfg, ids, patches)
-    step = fast_jit(decoding.decode)
     for n in range(more.shape[1] + 1):
         index = ids.shape[1] + n
         assert relative_error(hidden, full[:, index - 1]) <= 1e-5, n
@@ -146,6 +148,31 @@ def test_top_p_and_temperature_keep_what_transformers_keeps():
     assert not share[~kept].any()
     only = decoding.Sampling(jnp.float32(0.7), jnp.float32(0.0))
     assert (decoding.choose(jnp.tile(logits, (9, 1)), keys[:9], only) == logits.argmax()).all()
+
+
+def test_the_published_sizes_decode_in_the_type_of_the_activations():
+    published = json.loads((DATA / "qwen3_vl_4b.json").read_text())["config"]
+    cfg = Qwen3VLConfig.from_dict(published, "config.json")
+    model = nnx.eval_shape(lambda: Qwen3VL(cfg, rngs=nnx.Rngs(0)))
+    ids = jnp.zeros((2, 700), jnp.int32)
+    patches = jnp.zeros((2, 48 * 48, cfg.vision.patch_dim))
+
+    def whole(model):
+        both, type16 = (model.vision, model.language), jnp.bfloat16
+        inputs = embed(*both, cfg, ids, ids[:, 0], patches, (48, 48), dtype=type16)
+        hidden, cache = decoding.prefill(model.language, *inputs, 1024)
+        keys, sampling = jax.random.split(jax.random.key(0)), decoding.Sampling(*jnp.ones(2))
+        head, where = model.language.embedding[...], jnp.int32(700)
+        stops = jnp.int32(STOPS)
+        found = decoding.generate(
+            model.language, head, hidden, cache, where, where, keys, stops, sampling, most=64
+        )
+        return found, cache
+
+    tokens, cache = jax.eval_shape(whole, model)
+    assert tokens.shape == (2, 64)
+    assert {leaf.dtype for leaf in cache} == {jnp.dtype("bfloat16")}
+    assert 2 * sum(leaf.size for leaf in cache) == 2 * 1024 * 147456  # as docs/data.md says
 
 
 def test_a_prompt_that_the_cache_has_no_room_for_is_refused():
