@@ -18,6 +18,7 @@ from typing import NoReturn
 
 from absl import flags, logging
 
+from dopsd_jax.common import compile_cache
 from dopsd_jax.common.atomic import path_fault
 from dopsd_jax.common.errors import USER_ERROR_EXIT, UserError, report
 from dopsd_jax.common.lora_options import LoraOption, lora_option
@@ -134,6 +135,8 @@ def run(main: Callable[[], int | None]) -> None:
     """Runs `main` with the options read, and ends the program with its status."""
     if not FLAGS.is_parsed():
         parse()
+    if "jax" in sys.modules:  # what runs without it compiles nothing
+        compile_cache.keep()
     sys.exit(report(main))
 
 
