@@ -110,7 +110,7 @@ def _add_export(p: argparse.ArgumentParser, merges: bool = False) -> None:
     p.add_argument("model", type=local_name, help="converted model, Hugging Face folder or hub id")
     if merges:
         p.add_argument("lora", type=local_lora, nargs="+", help=(
-            "LoRA file or folder that PEFT saved, or FILE:STRENGTH; several add up"
+            "LoRA or LoKr file, or folder that PEFT saved, or FILE:STRENGTH; several add up"
         ))  # fmt: skip
     p.add_argument("out", type=local_path, help="new folder (diffusers) or file (comfyui)")
     p.add_argument("--format", choices=("diffusers", "comfyui"), default="diffusers")
@@ -173,14 +173,14 @@ def run_export(args: argparse.Namespace) -> None:
     from dopsd_jax.conversion.export import export_diffusers, export_single
     from dopsd_jax.conversion.inspection import layers_for
     from dopsd_jax.weights import hub
-    from dopsd_jax.weights.lora_mix import read_mix
+    from dopsd_jax.weights.lora_mix import read_changes
 
     if not 0 < args.max_shard_gb < 1e6:
         raise UserError(f"--max-shard-gb {args.max_shard_gb}: must be above 0")
     model = hub.resolve(args.model).path
     lora = None
     if args.lora:
-        lora = read_mix(args.lora, layers_for(model), args.transformer_only)
+        lora = read_changes(args.lora, layers_for(model), args.transformer_only)
     dtype, progress = TYPES.get(args.dtype), byte_progress("writing")
     if args.format == "diffusers":
         shard = int(args.max_shard_gb * 1e9)

@@ -149,6 +149,13 @@ def _bad(change):
 Q = "transformer.layers.0.attention.to_q"
 NAN = np.full((4, 48), np.nan, np.float32)
 ONE = random_modules(BLOCK[:1])
+
+
+def _only(tensors, others):
+    tensors.clear()
+    tensors.update(others)
+
+
 BAD = {
     "another model": (lambda t: t.update({"transformer.blocks.0.lora_A.weight": NAN}), "no linear"),
     "text encoder": (lambda t: t.update({"lora_te_layers_0.lora_down.weight": NAN}), "no linear"),
@@ -158,6 +165,7 @@ BAD = {
         "layers.9.attention.to_q.lora_A.weight' names no linear layer",
     ),
     "no factor": (lambda t: t.update({f"{Q}.weight": NAN}), "is not a factor"),
+    "lokr alone": (lambda t: _only(t, {f"{Q}.lokr_w1": np.ones((6, 6), "f4")}), "needs lokr_w2"),
     "dora": (lambda t: t.update({f"{Q}.dora_scale": NAN}), "DoRA"),
     "lokr": (lambda t: t.update({f"{Q}.lokr_w1": NAN}), "LoKr"),
     "bias": (lambda t: t.update({f"{Q}.lora_B.bias": NAN}), "bias of an adapter"),

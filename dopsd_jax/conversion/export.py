@@ -10,7 +10,7 @@ from dopsd_jax.common.errors import UserError, raise_if
 from dopsd_jax.common.progress import SILENT, Progress
 from dopsd_jax.weights.converted import CONFIG
 from dopsd_jax.weights.layouts import CANONICAL, Found, in_layout
-from dopsd_jax.weights.lora_files import LoraModule
+from dopsd_jax.weights.lora_mix import Change
 from dopsd_jax.weights.merge import Merged
 from dopsd_jax.weights.model_folder import copy_assets, copy_shared_assets
 from dopsd_jax.weights.networks import Network, present
@@ -32,7 +32,7 @@ def export_diffusers(
     model: Path,
     out: Path,
     *,
-    lora: Mapping[str, LoraModule] | None = None,
+    lora: Mapping[str, Change] | None = None,
     transformer: Tensors | None = None,
     dtype: str | None = None,
     max_shard: int = MAX_SHARD,
@@ -81,7 +81,7 @@ def export_single(
     model: Path,
     out: Path,
     *,
-    lora: Mapping[str, LoraModule] | None = None,
+    lora: Mapping[str, Change] | None = None,
     transformer: Tensors | None = None,
     dtype: str | None = None,
     progress: Progress = SILENT,
@@ -105,7 +105,7 @@ def export_single(
     write_safetensors(out, view.infos, view.read, progress=progress)
 
 
-def _changed(stored: Stored, lora: Mapping[str, LoraModule] | None, dtype: str | None) -> Tensors:
+def _changed(stored: Stored, lora: Mapping[str, Change] | None, dtype: str | None) -> Tensors:
     tensors = stored.tensors
     # In the type to be written: one rounding, not two.
     if dtype is not None and lora is None:

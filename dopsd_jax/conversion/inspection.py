@@ -14,7 +14,7 @@ from dopsd_jax.weights.found_files import components, readable
 from dopsd_jax.weights.hub import MODEL_MANIFEST
 from dopsd_jax.weights.layouts import Found, as_canonical, recognise
 from dopsd_jax.weights.lora_dialects import UNSUPPORTED_PARTS, Layers, layers_of, split_name
-from dopsd_jax.weights.lora_files import PEFT_CONFIG, PEFT_WEIGHTS, read_lora
+from dopsd_jax.weights.lora_files import PEFT_CONFIG, PEFT_WEIGHTS, LoraModule, read_adapter
 from dopsd_jax.weights.lora_settings import BASE
 from dopsd_jax.weights.model_folder import INDEX, check_assets, is_converted_model
 from dopsd_jax.weights.networks import Network, present
@@ -138,12 +138,20 @@ def _summary(infos: Iterable[TensorInfo]) -> str:
 
 
 def _lora(path: Path, model: Path | None) -> Iterator[str]:
-    lora = read_lora(path, layers_for(model, path))
-    ranks = Counter(module.rank for module in lora.modules.values())
+    lora = read_adapter(path, layers_for(model, path))
     scales = Counter(f"{module.scale:g}" for module in lora.modules.values())
     listed = lambda counts: ", ".join(f"{value} ({count})" for value, count in counts.most_common())
-    yield f"{path}: LoRA, dialect {lora.dialect}, {lora.dtype}, {len(lora.modules)} layers adapted"
-    yield f"  rank {listed(ranks)}; scale {listed(scales)}"
+    plain = [m for m in lora.modules.values() if isinstance(m, LoraModule)]
+    kronecker = [m for m in lora.modules.values() if not isinstance(m, LoraModule)]
+    kind = " and ".join(["LoRA"] * bool(plain) + ["LoKr"] * bool(kronecker))
+    yield (
+        f"{path}: {kind}, dialect {lora.dialect}, {lora.dtype}, {len(lora.modules)} layers adapted"
+    )
+    sizes = [f"rank {listed(Counter(module.rank for module in plain))}"] * bool(plain)
+    if kronecker:
+        small = Counter(f"{list(m.w1.shape)}" for m in kronecker)
+        sizes.append(f"first factor {listed(small)}")
+    yield f"  {'; '.join(sizes)}; scale {listed(scales)}"
     for key, value in sorted(lora.metadata.items()):
         yield "  " + one_line(f"{key}: {value if len(value) <= 80 else value[:77] + '...'}")
 

@@ -65,7 +65,7 @@ class Style:
 # What stands behind a layer's name: PEFT puts the adapter's own name before `weight`.
 _SUFFIX = re.compile(
     r"\.(?:lora_(?P<peft>[AB])(?:\.(?P<adapter>[^.]+))?\.weight"
-    r"|lora[_.](?P<kohya>down|up)\.weight|(?P<alpha>alpha))$"
+    r"|lora[_.](?P<kohya>down|up)\.weight|lokr_(?P<lokr>w[12](?:_[ab])?)|(?P<alpha>alpha))$"
 )
 _PARTS = {"A": "a", "B": "b", "down": "a", "up": "b"}
 
@@ -79,7 +79,12 @@ UNSUPPORTED = {
     ".diff": "is a full difference, not a low-rank one",
     ".diff_b": "is a difference of a bias",
 }
-UNSUPPORTED_PARTS = {".lokr_": "LoKr", ".hada_": "LoHa", ".oft_": "OFT", ".boft_": "BOFT"}
+UNSUPPORTED_PARTS = {
+    ".lokr_t2": "convolutional LoKr",
+    ".hada_": "LoHa",
+    ".oft_": "OFT",
+    ".boft_": "BOFT",
+}
 
 # Dialect of each way of naming, by the suffix it comes with: PEFT's A and B, or down and up.
 STYLES: dict[Style, dict[str, str]] = {
@@ -139,7 +144,9 @@ def layers_of(network: Network, config: Any) -> Layers:
 
 
 def split_name(name: str) -> tuple[str, str | None, str, str]:
-    """A tensor's stem, its part (`a`, `b`, `alpha`; None: of no LoRA), kind, and adapter name.
+    """A tensor's stem, its part, kind, and adapter name.
+
+    The part is `a`, `b`, one of `lokr.PARTS`, or `alpha`; None: it is of no adapter that is read.
 
     The kind is `ab`, `default` (with an adapter name) or `down`: it tells dialects apart.
     """
@@ -150,7 +157,8 @@ def split_name(name: str) -> tuple[str, str | None, str, str]:
     adapter = found["adapter"] or ""
     kind = "down" if found["kohya"] else "default" if adapter else "ab"
     letter = found["peft"] or found["kohya"]
-    return name[: found.start()], _PARTS[letter] if letter else "alpha", kind, adapter
+    part = found["lokr"] or (_PARTS[letter] if letter else "alpha")
+    return name[: found.start()], part, kind, adapter
 
 
 def stem(style: Style, path: str) -> str:

@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 
 from dopsd_jax.common.errors import UserError, raise_if
+from dopsd_jax.weights import lokr
 from dopsd_jax.weights.lora_dialects import (
     STYLES,
     TEXT_ENCODERS,
@@ -42,9 +43,19 @@ class LoraModule:
     def rank(self) -> int:
         return self.a.shape[0]
 
-    def delta(self) -> np.ndarray:
-        """The change of W [out, in], float32."""
-        return np.float32(self.scale) * (self.b @ self.a)
+    @property
+    def shape(self) -> tuple[int, int]:
+        """[out, in] of the layer."""
+        return len(self.b), self.a.shape[1]
+
+    def delta(self, rows: slice = slice(None)) -> np.ndarray:
+        """The change of W [out, in], or of some of its rows, float32."""
+        update = self.b[rows] @ self.a
+        update *= np.float32(self.scale)
+        return update
+
+
+Module = LoraModule | lokr.LokrModule
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,14 +69,25 @@ class LoraFile:
       metadata: the header's strings.
     """
 
-    modules: dict[str, LoraModule]
+    modules: dict[str, Module]
     dialect: str
     dtype: str
     metadata: dict[str, str]
 
 
 def read_lora(path: str | Path, layers: Layers, transformer_only: bool = False) -> LoraFile:
-    """Reads a LoRA file, or a folder that PEFT saved. Raises `UserError` listing every fault.
+    """`read_adapter` of a file in which all is LoRA. Raises `UserError`, also for a LoKr file."""
+    file = read_adapter(path, layers, transformer_only)
+    if not all(isinstance(module, LoraModule) for module in file.modules.values()):
+        raise UserError(
+            f"{path}: is a LoKr, which can only be merged; write a model with it by `python -m "
+            "dopsd_jax.convert merge` and use that"
+        )
+    return file
+
+
+def read_adapter(path: str | Path, layers: Layers, transformer_only: bool = False) -> LoraFile:
+    """Reads a LoRA or LoKr file, or a folder that PEFT saved. Raises `UserError` with every fault.
 
     alpha is taken from the tensors, PEFT's json or the header's strings, and applied once: it is
     the scale of the modules, the factors are as stored. `transformer_only` leaves out what adapts
@@ -89,7 +111,12 @@ def read_lora(path: str | Path, layers: Layers, transformer_only: bool = False) 
     style = next((s for s in styles if s.native), next(iter(styles)))
     kind = next((k for k in ("default", "down") if k in kinds), "ab")
     dialect = STYLES[style].get(kind) or STYLES[style]["ab"]
-    used = {files.infos[parts[p]].dtype for _, _, parts in groups.values() for p in ("a", "b")}
+    used = {
+        files.infos[name].dtype
+        for _, _, parts in groups.values()
+        for part, name in parts.items()
+        if part != "alpha"
+    }
     dtype = next((code for code in FLOATS if code in used), "BF16")  # holds every F8
     return LoraFile(modules, dialect, dtype, files.metadata)
 
@@ -175,12 +202,15 @@ def _why(name: str, part: str | None) -> str:
 
 
 def _decode(path: Path, files: TensorFiles, groups, settings: Settings | None):
-    modules: dict[str, LoraModule] = {}
+    modules: dict[str, Module] = {}
     faults = []
     for stem, (_, target, parts) in groups.items():
         try:
-            whole = _whole(files, target, parts, settings)
-            for name, module in _cut(target, whole).items():
+            if parts.keys() & set(lokr.PARTS):
+                found = _kronecker(files, target, parts)
+            else:
+                found = _cut(target, _whole(files, target, parts, settings))
+            for name, module in found.items():
                 if name in modules:
                     raise ValueError(f"adapts {name}, which another name in the file adapts too")
                 modules[name] = module
@@ -204,23 +234,48 @@ def _whole(files: TensorFiles, target: Target, parts: dict[str, str], settings) 
             f"has factors {list(a)} and {list(b)}; the layer needs [rank, {target.width}] and "
             f"[{out}, rank]"
         )
-    read = lambda part: files.read(parts[part]).astype(np.float32)
-    factors = read("a"), read("b")
-    if not all(np.isfinite(f).all() for f in factors):
-        raise ValueError("holds numbers that are not finite; the training that made it failed")
+    factors = _factor(files, parts["a"]), _factor(files, parts["b"])
     if settings is not None and settings.loose and "alpha" in parts:
         settings = None
     stated = settings.scale(target.paths[0], a[0]) if settings else 1.0
     if "alpha" not in parts:
         return LoraModule(*factors, stated)
-    alpha = files.read(parts["alpha"]).astype(np.float64)
-    if alpha.size != 1 or not np.isfinite(alpha).all():
-        raise ValueError("has an alpha that is not one number")
-    scale = float(alpha.reshape(())) / a[0]
+    scale = _alpha(files, parts["alpha"]) / a[0]
     # A header scale of 1 means that it is applied already; any other must agree with alpha.
     if stated != 1.0 and not math.isclose(stated, scale, rel_tol=1e-6):
         raise ValueError(f"has scale {scale:g} by its alpha, {settings.where} makes it {stated:g}")
     return LoraModule(*factors, scale)
+
+
+def _factor(files: TensorFiles, name: str) -> np.ndarray:
+    factor = files.read(name).astype(np.float32)
+    if not np.isfinite(factor).all():
+        raise ValueError("holds numbers that are not finite; the training that made it failed")
+    return factor
+
+
+def _alpha(files: TensorFiles, name: str) -> float:
+    alpha = files.read(name).astype(np.float64)
+    if alpha.size != 1 or not np.isfinite(alpha).all():
+        raise ValueError("has an alpha that is not one number")
+    return float(alpha.reshape(()))
+
+
+def _kronecker(files: TensorFiles, target: Target, parts: dict[str, str]) -> dict[str, Module]:
+    """The LoKr adapters of the layers of a target, by diffusers path."""
+    if {"a", "b"} & parts.keys():
+        raise ValueError("has factors of a LoRA and of a LoKr; save it with one program")
+    shapes = {part: files.infos[name].shape for part, name in parts.items() if part != "alpha"}
+    w1, w2, rank = lokr.assemble(shapes, lambda part: _factor(files, parts[part]))
+    scale = _alpha(files, parts["alpha"]) / rank if rank and "alpha" in parts else 1.0
+    found, needed = np.multiply(w1.shape, w2.shape), (sum(target.rows), target.width)
+    if tuple(found) != needed:
+        raise ValueError(f"makes a change of {found.tolist()}; the layer needs {list(needed)}")
+    ends = np.cumsum(target.rows).tolist()
+    return {
+        path: lokr.LokrModule(w1, w2, scale, end - rows, end, target.swapped)
+        for path, rows, end in zip(target.paths, target.rows, ends, strict=True)
+    }
 
 
 def _cut(target: Target, whole: LoraModule) -> dict[str, LoraModule]:

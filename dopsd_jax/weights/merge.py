@@ -5,29 +5,29 @@ from collections.abc import Mapping
 import numpy as np
 
 from dopsd_jax.common.errors import raise_if
-from dopsd_jax.weights.lora_files import LoraModule
+from dopsd_jax.weights.lora_mix import Change
 from dopsd_jax.weights.tensors import FLOATS, TensorInfo, Tensors
 
 
 class Merged:
-    """Canonical tensors with W + scale * B A in place of every adapted W.
+    """Canonical tensors with W + change in place of every adapted W.
 
     The sum is in float32 and rounded once, to the stored type or to `dtype`. Raises `UserError`
     when an adapter belongs to no tensor, or to one of another shape.
     """
 
-    def __init__(self, base: Tensors, modules: Mapping[str, LoraModule], dtype: str | None = None):
+    def __init__(self, base: Tensors, modules: Mapping[str, Change], dtype: str | None = None):
         self.base, self.where = base, base.where
         self.modules = {f"{path}.weight": module for path, module in modules.items()}
         faults = []
         for name, module in self.modules.items():
-            shape = (module.b.shape[0], module.a.shape[1])
             if name not in base.infos:
                 faults.append(f"{base.where}: has no tensor {name!r} for the adapter to change")
-            elif base.infos[name].shape != shape:
+            elif base.infos[name].shape != module.shape:
                 found = list(base.infos[name].shape)
                 faults.append(
-                    f"{base.where}: tensor {name!r} is {found}, the adapter is for {list(shape)}"
+                    f"{base.where}: tensor {name!r} is {found}, the adapter is for "
+                    f"{list(module.shape)}"
                 )
         raise_if(faults)
         self.infos = {
@@ -38,8 +38,7 @@ class Merged:
     def read(self, name: str, rows: slice = slice(None)) -> np.ndarray:
         array = self.base.read(name, rows)
         if module := self.modules.get(name):
-            update = module.b[rows] @ module.a
-            update *= np.float32(module.scale)
+            update = module.delta(rows)
             update += array.astype(np.float32)
             array = update
         return array.astype(self.infos[name].numpy, copy=False)
