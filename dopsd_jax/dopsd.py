@@ -25,16 +25,20 @@ Tree = Any
 
 
 class Denoiser(NamedTuple):
-    """What the method knows of a model: two pure functions.
+    """What the method knows of a model: pure functions.
 
     precompute(trainable, base, context) -> precomputed: what depends on neither time nor state, a
       tree of floating-point arrays; called once per rollout, outside its loop.
     velocity(trainable, base, x, sigma, context, precomputed) -> dx/dsigma, float32, of x's shape;
       sigma: one for all samples, or one each [b].
+    drop_picture(context, keys, share) -> a teacher's context in which this share of the tokens of
+      the picture that the teacher alone sees is left out, drawn from a key for each sample; None
+      where the family has none.
     """
 
     precompute: Callable[[Tree, Tree, Tree], Tree]
     velocity: Callable[[Tree, Tree, Float[Array, "b h w c"], Array, Tree, Tree], Array]
+    drop_picture: Callable[[Tree, Array, float], Tree] | None = None
 
 
 class Contexts(NamedTuple):

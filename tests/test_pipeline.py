@@ -111,6 +111,9 @@ def test_the_teachers_context_is_qwen3_vl_on_the_models_own_text_encoder(random_
                 output_hidden_states=True,
             ).hidden_states[-2]
         assert ours.lengths[i] == ids.shape[1]
+        first, seen = ours.picture[i]
+        where = np.flatnonzero(ids[0].numpy() == model.config.image_token_id)
+        assert where.tolist() == list(range(first, first + seen))
         assert relative_error(ours.features[i, : ids.shape[1]], hidden[0].numpy()) < 1e-5
 
 

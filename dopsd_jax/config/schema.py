@@ -155,9 +155,15 @@ def _distance(given: Mapping[str, Any]) -> list[str]:
 
 
 def _teacher(given: Mapping[str, Any]) -> list[str]:
-    """What names the teacher's weights where there are none, or none that are trained."""
+    """What names the teacher's weights where there are none, or its picture where it sees none."""
     method, faults, none = given["method"], [], None
     keeps = METHODS[method].keeps
+    unseen = keeps == "teacher" and given["teacher.context"] == OTHER_CAPTION
+    if unseen and given["teacher.vision_dropout"]:
+        faults.append(
+            "config.teacher.vision_dropout: has no effect with config.teacher.context = "
+            f"{OTHER_CAPTION}, which shows the teacher no picture; set it to 0"
+        )
     if keeps == "none":
         none = f"config.method = {method}"
     elif keeps == "teacher" and given["teacher.weights"] == "live":

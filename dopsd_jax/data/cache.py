@@ -20,7 +20,8 @@ from dopsd_jax.common.files import open_regular
 from dopsd_jax.weights.safetensors_io import Header, TensorFiles, parse_header
 from dopsd_jax.weights.tensors import CODES
 
-FORMAT = 1  # part of every key: raise it when old entries must not be read
+# Part of every key, by role: raised when old entries must not be read.
+FORMATS = {"student": 1, "teacher": 2, "latent": 1}
 TYPES = ("BF16", "F32", "I32", "I64", "U8")  # of arrays
 READERS = 4  # threads
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
@@ -39,7 +40,7 @@ def feature_key(
     `encoder` is the digest of the encoder's weights; `options` holds template and length settings
     as plain JSON; `pictures`: of each one shown the sha256 of the file, and what was done to it.
     """
-    parts = [FORMAT, role, prompt, encoder, dict(options), *map(list, pictures)]
+    parts = [FORMATS[role], role, prompt, encoder, dict(options), *map(list, pictures)]
     return hashlib.sha256(json.dumps(parts, sort_keys=True, allow_nan=False).encode()).hexdigest()
 
 

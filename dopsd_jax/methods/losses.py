@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 from jaxtyping import Array, Key
 
 from dopsd_jax.common.config_fields import name_or_list
+from dopsd_jax.common.errors import UserError
 from dopsd_jax.dopsd import (
     Contexts,
     Denoiser,
@@ -27,11 +28,12 @@ from dopsd_jax.dopsd import (
 )
 from dopsd_jax.methods import baselines
 from dopsd_jax.methods.distance import Decoupled
-from dopsd_jax.methods.flow_matching import Batch, Levels
+from dopsd_jax.methods.flow_matching import Batch, Draws, Levels, folded
 from dopsd_jax.methods.method import Config
 from dopsd_jax.methods.options import DECOUPLED
 
 Tree = Any
+PICTURE = 3  # the name of the keys that choose the tokens of the teacher's picture
 Result = tuple[Losses, Tree]
 
 
@@ -79,6 +81,18 @@ class Setup(NamedTuple):
         """The noise levels of config.sft."""
         options = self.config["sft"]
         return Levels(options["sigma"], options["samples"], self.grid, self.shift)
+
+
+def drop_picture(net: Denoiser, share: float, batch: Batch, draws: Draws) -> Batch:
+    """The batch with config.teacher.vision_dropout, `share`, of its teacher's picture left out."""
+    if net.drop_picture is None:
+        raise UserError(
+            "config.teacher.vision_dropout: models of this family cannot leave out tokens of the "
+            "teacher's picture; set it to 0"
+        )
+    keys = folded(draws.keys, PICTURE)
+    left = net.drop_picture(batch.contexts.teacher, keys, share)
+    return batch._replace(contexts=batch.contexts._replace(teacher=left))
 
 
 def dopsd(setup: Setup, student, teacher, base, batch: Batch, noise, key) -> Result:

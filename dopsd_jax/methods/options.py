@@ -18,6 +18,9 @@ TEACHER = (
     Field("teacher.context", "vlm",
           "what the teacher sees that the student does not: the picture, as the model's family can "
           "show it, or another caption (prompt)"),
+    Field("teacher.vision_dropout", 0.0,
+          "share of the picture's tokens that the teacher is not shown; they are drawn anew for "
+          "every picture and step", low=0, high=0.99),
     Field("teacher.prompt_key", "", "key of the teacher's captions, such as detailed_en",
           when={"teacher.context": (OTHER_CAPTION,)}),
 )

@@ -212,11 +212,18 @@ def passes(config: Config, grid: tuple[float, ...]) -> Passes:
     return anchor.passes(method(config).passes(config, count), config, count)
 
 
+def vision_dropout(config: Config) -> float:
+    """The share of the picture's tokens that a step leaves out of the teacher's context."""
+    unseen = not needs(config).teacher or config["teacher"]["context"] == OTHER_CAPTION
+    return 0.0 if unseen else config["teacher"]["vision_dropout"]
+
+
 def draw(config: Config) -> Callable:
     """What is random about the samples of a step; see `train_step.make_step`."""
     from dopsd_jax.methods import flow_matching
 
-    return flow_matching.start_noise if method(config).start_only else flow_matching.draw
+    start_only = method(config).start_only and not vision_dropout(config)
+    return flow_matching.start_noise if start_only else flow_matching.draw
 
 
 def loss_function(config: Config, net: "Denoiser", schedule: "Schedule") -> Callable:
@@ -225,7 +232,16 @@ def loss_function(config: Config, net: "Denoiser", schedule: "Schedule") -> Call
     `batch`: a `flow_matching.Batch` with what `needs` says. `draws`: what `draw` draws. See
     `train_step.make_step`.
     """
-    return _at_size(method(config).loss, config, net, schedule)
+    loss, share = _at_size(method(config).loss, config, net, schedule), vision_dropout(config)
+    if not share:
+        return loss
+
+    def run(student, teacher, base, batch, draws, key):
+        batch = _loss("drop_picture")(net, share, batch, draws)
+        draws = draws.start if method(config).start_only else draws
+        return loss(student, teacher, base, batch, draws, key)
+
+    return run
 
 
 def anchor_loss(config: Config, net: "Denoiser", schedule: "Schedule") -> Callable:

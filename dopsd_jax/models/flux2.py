@@ -70,7 +70,7 @@ class Row(NamedTuple):
     """Text, image and references as one row of tokens.
 
     `order`: of the two parts text and the rest, interleaved, so that a device of the axis context
-    has some of both. `rope`: of the row. `lengths`: see `attention`.
+    has some of both. `rope`: of the row, or of each sample's. `lengths`: see `attention`.
     """
 
     order: Interleaved
@@ -197,11 +197,17 @@ class Flux2(nnx.Module):
         self.final_linear = Dense(d, cfg.channels, rngs=rngs)
 
     def embed(
-        self, features: Float[Array, "b l t"], references: Sequence[Float[Array, "b _h _w c"]] = ()
+        self,
+        features: Float[Array, "b l t"],
+        references: Sequence[Float[Array, "b _h _w c"]] = (),
+        kept: Int[Array, "b k"] | None = None,
     ) -> tuple[Float[Array, "b l d"], tuple[Float[Array, "b _r d"], ...]]:
-        """The tokens of the text and of clean reference latents."""
+        """The tokens of the text and of clean reference latents; `kept`: cells of the last one."""
         text = constrain_batch(self.text_embedder(features.astype(self.dtype)))
-        return text, tuple(self._tokens(latent) for latent in references)
+        tokens = [self._tokens(latent) for latent in references]
+        if kept is not None:
+            tokens[-1] = jnp.take_along_axis(tokens[-1], kept[..., None], axis=1)
+        return text, tuple(tokens)
 
     def __call__(
         self,
@@ -210,14 +216,16 @@ class Flux2(nnx.Module):
         text: Float[Array, "b l d"],
         references: Sequence[Float[Array, "b _r d"]] = (),
         sizes: Sequence[tuple[int, int]] = (),
+        kept: Int[Array, "b k"] | None = None,
     ) -> Float[Array, "b h w c"]:
         """The network's output noise - x0, in float32.
 
-        `text`, `references`: see `embed`; `sizes`: rows and columns of each reference's latent.
+        `text`, `references`, `kept`: see `embed`; `sizes`: rows and columns of each reference's
+        latent.
         """
         h, w = x.shape[1:3]
         image = jnp.concatenate([self._tokens(x), *references], axis=1)
-        row, pads = self._row(text.shape[1], [(h, w), *sizes], len(x))
+        row, pads = self._row(text.shape[1], [(h, w), *sizes], len(x), kept)
         image = jnp.pad(image, ((0, 0), (0, pads), (0, 0)))
         c = self.time_out(
             jax.nn.silu(self.time_in(sinusoids(1000.0 * sigma, self.cfg.time_frequencies)))
@@ -243,19 +251,31 @@ class Flux2(nnx.Module):
         y = self.final_linear(modulated(tokens, shift, scale, self.cfg.eps))
         return y.astype(jnp.float32).reshape(x.shape)
 
-    def _row(self, l: int, sizes: Sequence[tuple[int, int]], b: int) -> tuple[Row, int]:
+    def _row(
+        self, l: int, sizes: Sequence[tuple[int, int]], b: int, kept: Int[Array, "b k"] | None
+    ) -> tuple[Row, int]:
         """Where l text tokens, an image and references of `sizes` stand, and how many tokens of
         padding follow, so that the mesh axis context divides their number."""
         frames = [(*size, REFERENCE_FRAME * k) for k, size in enumerate(sizes)]
         places = np.concatenate([image_positions(*frame) for frame in frames])
-        groups, n = math.gcd(l, axis_size("context")), len(places)
+        cells = len(places)
+        n = cells if kept is None else cells - math.prod(sizes[-1]) + kept.shape[1]
+        groups = math.gcd(l, axis_size("context"))
         pads = -n % groups
         if pads * groups > n + pads:  # so few that padding would not be the end of the row only
             groups, pads = 1, 0
         order = Interleaved((l, n + pads), groups)
-        places = order.join([text_positions(l), np.pad(places, ((0, pads), (0, 0)))], axis=0)
         lengths = jnp.full((b,), l + n) if pads else None
-        return Row(order, rope(self.cfg, places), lengths), pads
+        if kept is None:
+            places = order.join([text_positions(l), np.pad(places, ((0, pads), (0, 0)))], axis=0)
+            return Row(order, rope(self.cfg, places), lengths), pads
+        # Samples keep other cells, so each has its own rows of one table; its last row is padding.
+        table = rope(self.cfg, np.concatenate([text_positions(l), places, np.zeros((1, 4))]))
+        every = lambda first, count: jnp.broadcast_to(first + jnp.arange(count), (b, count))
+        before = n - kept.shape[1]
+        image = [every(l, before), l + before + kept, jnp.full((b, pads), l + cells)]
+        rows = order.join([every(0, l), jnp.concatenate(image, axis=1)], axis=1)
+        return Row(order, tuple(one[rows] for one in table), lengths), pads
 
     def _tokens(self, latent: Float[Array, "b h w c"]) -> Float[Array, "b n d"]:
         flat = latent.reshape(len(latent), -1, latent.shape[-1]).astype(self.dtype)

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int, Key
 
 from dopsd_jax.common.errors import UserError
 from dopsd_jax.common.flow import check_grid
@@ -64,10 +64,14 @@ LORA_PRESETS = {
 
 
 class Context(NamedTuple):
-    """Text features, all rows seen, and clean latents of reference pictures."""
+    """Text features, all rows seen, and clean latents of reference pictures.
+
+    kept: the cells of the last reference that are seen, in their order; None: all.
+    """
 
     text: Float[Array, "b l t"]
     references: tuple[Float[Array, "b _h _w c"], ...] = ()
+    kept: Int[Array, "b k"] | None = None
 
 
 # ---- The sampler.
@@ -158,9 +162,17 @@ def denoiser(graphdef: nnx.GraphDef) -> Denoiser:
         net = network(trainable, base)
         sizes = [latent.shape[1:3] for latent in context.references]
         sigma = jnp.broadcast_to(told_time(sigma, net.dtype), (len(x),))
-        return net(x, sigma, *embedded, sizes)
+        return net(x, sigma, *embedded, sizes, context.kept)
 
-    return Denoiser(precompute, velocity)
+    return Denoiser(precompute, velocity, drop_picture)
+
+
+def drop_picture(context: Context, keys: Key[Array, " b"], share: float) -> Context:
+    """See `Denoiser`. Its own picture is the last reference, whose cells keep their places."""
+    cells = math.prod(context.references[-1].shape[1:3])
+    count = max(1, round(cells * (1 - share)))
+    drawn = jax.vmap(lambda key: jax.random.permutation(key, cells)[:count])(keys)
+    return context._replace(kept=jnp.sort(drawn, axis=1))
 
 
 def largest_latent(size: Flux2Config) -> tuple[int, int]:

@@ -5,15 +5,16 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float, Int, Key
 
 from dopsd_jax.common.errors import UserError
 from dopsd_jax.common.flow import check_grid, shifted_grid
 from dopsd_jax.common.json_fields import Fields
 from dopsd_jax.data.padding import pad_stack
 from dopsd_jax.dopsd import Denoiser
-from dopsd_jax.families.base import Features, PaddedLengths
+from dopsd_jax.families.base import TEACHER, Features, PaddedLengths
 from dopsd_jax.families.pipeline import merged
 from dopsd_jax.families.zimage.flops import context_work, image_tokens, velocity_work
 from dopsd_jax.families.zimage.networks import NETWORKS
@@ -56,10 +57,14 @@ _LEGACY8 = (1000, 976.8991, 947.7647, 909.8782, 858.5987, 785.2998, 671.9212, 47
 
 
 class Context(NamedTuple):
-    """Caption features with their true lengths; the rows behind a length are never read."""
+    """Caption features with their true lengths; the rows behind a length are never read.
+
+    picture: where the tokens of the teacher's picture stand: the first row, and how many.
+    """
 
     features: Float[Array, "b l c"]
     lengths: Int[Array, " b"]
+    picture: Int[Array, "b 2"] | None = None
 
 
 def read_scheduler(content: Any, where: str) -> float:
@@ -114,13 +119,33 @@ def denoiser(graphdef: nnx.GraphDef) -> Denoiser:
     network = lambda trainable, base: merged(graphdef, trainable, base, STACKS)
 
     def precompute(trainable, base, context: Context):
-        return network(trainable, base).refine(*context)
+        return network(trainable, base).refine(context.features, context.lengths)
 
     def velocity(trainable, base, x, sigma, context: Context, refined):
         t = jnp.broadcast_to(1.0 - sigma, (len(x),))
         return -network(trainable, base)(x, t, refined, context.lengths)
 
-    return Denoiser(precompute, velocity)
+    return Denoiser(precompute, velocity, drop_picture)
+
+
+def drop_picture(context: Context, keys: Key[Array, " b"], share: float) -> Context:
+    """See `Denoiser`. What is left moves together, as if the others had never been there."""
+    if context.picture is None:
+        raise UserError(
+            "config.teacher.vision_dropout: the prepared features do not say which of them are the "
+            "picture's; prepare the data set again, or set it to 0"
+        )
+    rows, (first, count) = context.features.shape[1], context.picture.T[..., None]
+    row = jnp.arange(rows)
+    seen = (row >= first) & (row < first + count)
+    chance = jax.vmap(lambda key: jax.random.uniform(key, (rows,)))(keys)
+    rank = jnp.argsort(jnp.argsort(jnp.where(seen, chance, 1.0), axis=1), axis=1)
+    left = jnp.maximum(1, jnp.round(count * (1 - share)))
+    dropped = rank < count - left
+    order = jnp.argsort(dropped, axis=1, stable=True)
+    features = jnp.take_along_axis(context.features, order[..., None], axis=1)
+    gone = jnp.sum(dropped, axis=1, dtype=context.lengths.dtype)
+    return Context(features, context.lengths - gone)
 
 
 def largest_latent(size: ZImageConfig) -> tuple[int, int]:
@@ -132,7 +157,9 @@ def collate(features: Sequence[Features], rows: PaddedLengths | None = None) -> 
     """Caption features [n_i, c] of a batch as one context, padded."""
     arrays = [one["features"] for one in features]
     fewest = -(-max(map(len, arrays)) // PAD_MULTIPLE) * PAD_MULTIPLE
-    return Context(*pad_stack(arrays, rows["features"] if rows else fewest))
+    places = [one["picture"] for one in features if "picture" in one]
+    picture = np.stack(places) if len(places) == len(features) else None
+    return Context(*pad_stack(arrays, rows["features"] if rows else fewest), picture)
 
 
 def abstract_features(
@@ -144,7 +171,7 @@ def abstract_features(
     width: int,
     references: int = 0,
 ) -> Context:
-    """One sample's context in shapes; both roles have the same."""
+    """One sample's context in shapes; the teacher's says where the picture's tokens stand."""
     if references:
         raise UserError(f"{references}: models of the family {NAME} edit no pictures; leave it out")
     if rows % PAD_MULTIPLE or not 0 < rows <= size.max_caption:
@@ -153,7 +180,8 @@ def abstract_features(
             f"{size.max_caption}"
         )
     features = jax.ShapeDtypeStruct((rows, size.caption_dim), dtype)
-    return Context(features, jax.ShapeDtypeStruct((), jnp.int32))
+    picture = jax.ShapeDtypeStruct((2,), jnp.int32) if role == TEACHER else None
+    return Context(features, jax.ShapeDtypeStruct((), jnp.int32), picture)
 
 
 def positions(context: Context) -> int:

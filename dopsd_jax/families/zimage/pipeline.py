@@ -66,7 +66,9 @@ class ZImagePipeline(TextPipeline):
         }
 
     def limits(self, role: int) -> dict[str, jax.ShapeDtypeStruct]:
-        """`features`: hidden state -2 of the text encoder at each of the text's own tokens."""
+        """`features`: hidden state -2 of the text encoder at each of the text's own tokens. The
+        teacher has `picture` too, the first row of its picture's tokens and their number.
+        """
         rows = min(TOKENS[role], self.config.max_caption)
         return {"features": jax.ShapeDtypeStruct((rows, self.config.caption_dim), self.dtype)}
 
@@ -95,8 +97,10 @@ class ZImagePipeline(TextPipeline):
         limit = self.limits(role if limits_of is None else limits_of)["features"]
         if len(ids) > limit.shape[0]:
             raise too_long(prompt, len(ids), limit.shape[0], count)
-        shape = limit.update(shape=(len(ids), limit.shape[1]))
-        return Request({"features": shape}, (encoders.padded_tokens(len(ids)), grid), ids)
+        shapes = {"features": limit.update(shape=(len(ids), limit.shape[1]))}
+        if role == TEACHER:
+            shapes["picture"] = jax.ShapeDtypeStruct((2,), np.int32)
+        return Request(shapes, (encoders.padded_tokens(len(ids)), grid), ids)
 
     def encode(
         self,
@@ -109,12 +113,16 @@ class ZImagePipeline(TextPipeline):
         ids, where = [request.inputs for request in requests], (self.dtype, self.encoder_mesh)
         if role == STUDENT:
             found = encoders.texts(self.text_encoder, ids, *where)
-        else:
-            settings, (_, grid) = self.image_settings(options or {}), requests[0].group
-            patches = [vlm_images.preprocess(picture, settings)[0] for (picture,) in pictures]
-            both = self.vlm, self.text_encoder
-            found = encoders.image_texts(*both, self.vlm_config, ids, patches, grid, *where)
-        return [{"features": features} for features in found]
+            return [{"features": features} for features in found]
+        settings, (_, grid) = self.image_settings(options or {}), requests[0].group
+        patches = [vlm_images.preprocess(picture, settings)[0] for (picture,) in pictures]
+        both = self.vlm, self.text_encoder
+        found = encoders.image_texts(*both, self.vlm_config, ids, patches, grid, *where)
+        mark, count = self.vlm_config.image_token_id, self.vlm_config.vision.image_tokens(grid)
+        return [
+            {"features": features, "picture": np.array([own.index(mark), count], np.int32)}
+            for own, features in zip(ids, found, strict=True)
+        ]
 
 
 @functools.lru_cache
