@@ -272,12 +272,13 @@ def recommendation(found: Sequence[Traits]) -> str:
     if obeys is not None and obeys < OBEYS:
         return (
             f"advice: the teacher hardly follows its caption ({obeys:.2f} of what the student "
-            "does); look at the pictures before training"
+            "does): try teacher.vision_dropout=0.75"
         )
     if mean("copies") > COPIES and mean("alike") > COPIES > mean("student_alike"):
         return (
             f"advice: the teacher copies its picture (likeness {mean('copies'):.2f}, whatever the "
-            "noise): describe place and background in the captions"
+            "noise): describe place and background in the captions, or try "
+            "teacher.vision_dropout=0.75"
         )
     return (
         "advice: the teacher takes from its picture what the thing is like, and the rest from the "
