@@ -174,12 +174,12 @@ def test_what_counts_as_a_caption_is_what_training_takes(tmp_path):
 def test_files_that_cannot_be_captioned_are_all_named(tmp_path):
     for name in ("a.png", "a.jpg", "b.png", "c.png"):
         picture(tmp_path / name)
-    (tmp_path / "d.heic").touch()
+    (tmp_path / "d.psd").touch()
     (tmp_path / "b.json").write_text("{")
     found = uncaptioned.find(tmp_path, ".txt")
     assert [one.picture for one in found.wanted] == [f"{tmp_path}/c.png"]
     assert len(found.faults) == 3
-    for word in ("d.heic: heic cannot be read", "would share the caption a.txt", "b.json: is not"):
+    for word in ("d.psd: psd cannot be read", "would share the caption a.txt", "b.json: is not"):
         assert any(word in fault for fault in found.faults), found.faults
     (tmp_path / "empty").mkdir()
     with pytest.raises(UserError, match="no pictures"):

@@ -104,7 +104,7 @@ class Batches:
         """Numbers of shapes [n] and rows [n, b] of the batches of one epoch, in order."""
         shapes, rows = [], []
         for number, (shape, ids) in enumerate(self.rows_by_shape.items()):
-            sides = itertools.chain(shape.bucket, *shape.references)
+            sides = (*shape.bucket, *itertools.chain(*shape.references))
             ids = self._repeated(ids, epoch, *sides)
             shuffled = ids[permutation(len(ids), self.seed, epoch, _ROWS, *sides)]
             count = -(-len(ids) // self.batch_size)
