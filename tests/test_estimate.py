@@ -67,7 +67,8 @@ def test_a_report_counts_what_the_state_holds(local_report):
     assert live["adapters"] == live["teacher"] > 0
     assert live["optimizer"] == 2 * live["adapters"] + 2 * 4  # and two counters
     rows = CASE.rows_student + CASE.rows_teacher
-    assert live["batch"] == 4 * config.batch_size * (rows * TINY.caption_dim + 2)
+    # Beside the rows: both lengths, and where the teacher's picture stands.
+    assert live["batch"] == 4 * config.batch_size * (rows * TINY.caption_dim + 2 + 2)
     assert report.temporaries > 0
     assert report.needed == sum(live.values()) + report.temporaries
     assert report.fits and report.sent == collectives.Collectives({}, 0, {})

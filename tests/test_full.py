@@ -75,11 +75,13 @@ def test_the_gradient_of_every_parameter_is_that_of_one_backward_pass():
     graphdef, student, teacher, contexts, noise = world()
     _, gradient = gradient_program()(student, teacher, EMPTY, contexts, noise)
 
+    refined = lambda net, c: net.refine(c.features, c.lengths)
+
     def whole(student):
         net, x, total = nnx.merge(graphdef, student, EMPTY), noise, 0.0
         other = nnx.merge(graphdef, teacher, EMPTY)
         for sigma, following in itertools.pairwise(GRID):
-            run = lambda n, c, x=x, s=sigma: -n(x, jnp.full(2, 1 - s), n.refine(*c), c.lengths)
+            run = lambda n, c, x=x, s=sigma: -n(x, jnp.full(2, 1 - s), refined(n, c), c.lengths)
             v, target = run(net, contexts.student), run(other, contexts.teacher)
             loss = sigma**2 * jnp.mean((v - jax.lax.stop_gradient(target)) ** 2)
             total, x = total + loss / (len(GRID) - 1), euler(x, v, sigma, following)

@@ -63,7 +63,8 @@ def test_velocity_has_the_projects_sign(pipe, latents):
     context = pipe.encode_prompt(PROMPTS)
     v = np.asarray(pipe.velocity(latents, 0.75, context))
     model = pipe.transformer
-    raw = model(latents, np.full(2, 0.25, np.float32), model.refine(*context), context.lengths)
+    caption = model.refine(context.features, context.lengths)
+    raw = model(latents, np.full(2, 0.25, np.float32), caption, context.lengths)
     assert relative_error(v, -np.asarray(raw)) < 1e-6
     assert v.dtype == np.float32 and v.shape == latents.shape
 
