@@ -73,7 +73,7 @@ class WeightsAndBiases:
         path = workdir / WANDB_RUN
         known = read_json(path)[0].get("id") if path.exists() else None
         project = {} if os.environ.get("WANDB_PROJECT") else {"project": "dopsd_jax"}
-        self.library = library
+        self.as_image = library.Image
         self.run = library.init(
             dir=None if is_remote(workdir) else str(workdir),
             id=known,
@@ -88,7 +88,7 @@ class WeightsAndBiases:
         self.run.log(dict(values), step=step)
 
     def picture(self, step: int, name: str, image: Picture) -> None:
-        self.run.log({name: self.library.Image(image)}, step=step)
+        self.run.log({name: self.as_image(image)}, step=step)
 
     def close(self) -> None:
         self.run.finish()
@@ -146,7 +146,8 @@ class Trackers:
     def _tried(self, name: str, act: Callable[[], Any]) -> Any:
         try:
             return act()
-        except Exception as error:  # of a library, a disk or a network that the run does not need
+        # Whatever a tracker's library raises (a disk, a network, a login) must not end the run.
+        except Exception as error:
             self.open.pop(name, None)
             reason = " ".join(str(error).split()) or type(error).__name__
             self.note(f"config.trackers: {name} fails, the run goes on without it ({reason})")
