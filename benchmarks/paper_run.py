@@ -27,7 +27,7 @@ from dopsd_jax.families.pipeline import Pipeline
 from dopsd_jax.methods import registry
 from dopsd_jax.miniature import captions, concepts, world
 from dopsd_jax.miniature.exam import Exam
-from dopsd_jax.run import build
+from dopsd_jax.run import build, data_set
 from dopsd_jax.training import optimizers, state, trainable
 
 CONFIG = Path(__file__).parents[1] / "configs" / "zimage.py"
@@ -68,8 +68,8 @@ class Lesson:
 
     def exam(self, pipe: Pipeline, config: ConfigDict) -> Exam:
         """The same prompts and noise for every model: differences between models are paired."""
-        rows = build.open_rows(config, self.path).rows
-        shown = [open_image(row.image, build.limits(config)) for row in rows]
+        rows = data_set.open_rows(config, self.path).rows
+        shown = [open_image(row.image, data_set.limits(config)) for row in rows]
         return Exam(
             pipe, config.teacher, self.concept, self.word, count=PROMPTS, seed=0, shown=shown
         )
@@ -140,8 +140,8 @@ class Bench:
         looks: what to do with the student after so many steps.
         """
         pipe = self.pipe(config.train, config.lora.rank)
-        dataset = build.open_data(config, self.folder, pipe)
-        features = Features(pipe, dataset, config, build.cache_folder(config, self.folder))
+        dataset = data_set.open_data(config, self.folder, pipe)
+        features = Features(pipe, dataset, config, data_set.cache_folder(config, self.folder))
         features.prepare()
         batches = Batches(
             dataset.rows_by_shape(),

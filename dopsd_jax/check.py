@@ -27,7 +27,7 @@ from dopsd_jax.methods import registry
 from dopsd_jax.parallel import sharding
 from dopsd_jax.reporting import pictures
 from dopsd_jax.reporting.previews import Previews, rows_of
-from dopsd_jax.run import build
+from dopsd_jax.run import build, data_set
 from dopsd_jax.run.workdir import find_workdir
 
 
@@ -40,11 +40,11 @@ def main() -> None:
     size = pipe.config
     sharding.check(mesh, size, batch_size=config.batch_size)
     build.check_method(config, pipe)
-    dataset = build.open_data(config, workdir, pipe)
+    dataset = data_set.open_data(config, workdir, pipe)
     lines = describe(dataset, config.batch_size * config.accumulate)
     print("\n".join([*build.notes(config, pipe), *lines]), flush=True)
 
-    multiple, cache = sharding.sample_devices(mesh), build.cache_folder(config, workdir)
+    multiple, cache = sharding.sample_devices(mesh), data_set.cache_folder(config, workdir)
     features = Features(pipe, dataset, config, cache, multiple)
     rows = rows_of(dataset, config.sample_rows)
     others = teacher_traits.other_captions(pipe, dataset, config, rows)

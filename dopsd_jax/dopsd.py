@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Bool, Float
 
 from dopsd_jax.common.errors import UserError
@@ -76,11 +77,19 @@ class Teachers(NamedTuple):
 
 
 class Losses(NamedTuple):
-    """total: the loss. per_step: w_k distance_k. mse: velocity MSE. NaN without a loss."""
+    """total: the loss. per_step: w_k distance_k. mse, power: see `Compared`. NaN without a loss."""
 
     total: Float[Array, ""]
     per_step: Float[Array, " K"]
     mse: Float[Array, " K"]
+    power: Float[Array, "K 2"]
+
+
+class Compared(NamedTuple):
+    """A velocity beside the wanted one: their mean squared error, and the mean square of each."""
+
+    mse: Float[Array, ""]
+    power: Float[Array, " 2"]
 
 
 # distance(prediction, target) of velocities [b, h, w, c]: one number, the mean over the samples.
@@ -92,6 +101,15 @@ def mean_square(
 ) -> Float[Array, ""]:
     """The mean squared error: the distance of the paper and of its code."""
     return jnp.mean(jnp.square(prediction - target))
+
+
+def compared(velocity: Float[Array, "b h w c"], wanted: Float[Array, "b h w c"]) -> Compared:
+    """What is reported of a velocity, whatever the loss is."""
+    powers = [jnp.mean(jnp.square(v)) for v in (velocity, wanted)]
+    return Compared(mean_square(velocity, wanted), jnp.stack(powers))
+
+
+NOT_COMPARED = Compared(np.float32(np.nan), np.full(2, np.nan, np.float32))
 
 
 def step_weights(loss: str | Sequence[float], grid: Sequence[float]) -> tuple[float, ...]:
@@ -218,7 +236,7 @@ def loss_and_gradient(
     def loss(student, precomputed, x, node, target):
         v = net.velocity(student, base, x, node.sigma, contexts.student, precomputed)
         value = node.weight * distance(v, target)
-        return value / count, (v, value, mean_square(v, target))
+        return value / count, (v, value, compared(v, target))
 
     def step_with_loss(x, node):
         target = ask(x, node)
@@ -228,7 +246,11 @@ def loss_and_gradient(
 
     def step_without_loss(x, node):
         v = net.velocity(student, base, x, node.sigma, contexts.student, precomputed)
-        return v, (jnp.float32(jnp.nan),) * 2, jax.tree.map(jnp.zeros_like, (student, precomputed))
+        return (
+            v,
+            (jnp.float32(jnp.nan), NOT_COMPARED),
+            jax.tree.map(jnp.zeros_like, (student, precomputed)),
+        )
 
     def denoise(carry, node):
         x, total = carry
@@ -242,12 +264,12 @@ def loss_and_gradient(
         return (x, jax.tree.map(jnp.add, total, gradients)), found
 
     zeros = jax.tree.map(jnp.zeros_like, (student, precomputed))
-    (_, (gradient, precomputed_gradient)), (per_step, mse) = jax.lax.scan(
+    (_, (gradient, precomputed_gradient)), (per_step, seen) = jax.lax.scan(
         denoise, (noise, zeros), nodes
     )
     gradient = jax.tree.map(jnp.add, gradient, *precompute_vjp(precomputed_gradient))
     total = jnp.sum(jnp.where(nodes.loss_mask, per_step, 0.0)) / count
-    return Losses(total, per_step, mse), gradient
+    return Losses(total, per_step, *seen), gradient
 
 
 def rollout(

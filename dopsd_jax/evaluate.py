@@ -65,7 +65,7 @@ from dopsd_jax.families.base import TEACHER
 from dopsd_jax.families.pipeline import Pipeline
 from dopsd_jax.parallel import sharding
 from dopsd_jax.reporting.pictures import GridRow, filled, reference_columns
-from dopsd_jax.run import build
+from dopsd_jax.run import build, data_set
 from dopsd_jax.run.lock import exclusive_run
 from dopsd_jax.run.workdir import versions
 
@@ -113,7 +113,7 @@ def evaluate(config: ConfigDict, out: Path) -> None:
     attempt.end()
     pipe, origin = opened
     cases = find_cases(config, home, pipe, own, tests, scorers)
-    cache = build.cache_folder(config, home)
+    cache = data_set.cache_folder(config, home)
     batch = BATCH.value or (config.batch_size if own is None else own.batch)
     every = models.make_arms(config, pipe, tuned, cache, batch, mesh)
     every[0].painter.check(cases)
@@ -182,7 +182,7 @@ def find_judge(config: ConfigDict, home: Path) -> DataJudge | None:
             f"config.data.path {config.data.path}: is prepared and has no pictures; name the data "
             "set that it was made from"
         )
-    return data_judges.find(*build.data_paths(config, home))
+    return data_judges.find(*data_set.data_paths(config, home))
 
 
 def find_scorers(judge: DataJudge | None) -> list[Judge]:
@@ -228,13 +228,13 @@ def find_cases(
 ) -> list[Case]:
     """The prompts to draw."""
     if own is None:
-        dataset = build.open_data(config, home, pipe)
+        dataset = data_set.open_data(config, home, pipe)
         return prompts.cases(
             dataset,
             tests,
             rows=ROWS.value,
             class_word=CLASS_WORD.value,
-            limits=build.limits(config),
+            limits=data_set.limits(config),
             scored_text=any("prompt" in scorer.needs for scorer in scorers),
             first_seed=FIRST_SEED.value,
             words=(config.anchor.concept_word, config.data.trigger),
@@ -243,8 +243,8 @@ def find_cases(
         raise UserError(
             "--prompts: this data set's own judge chooses the prompts; leave it out, or set --count"
         )
-    rows = build.open_rows(config, home).rows
-    shown = [open_image(row.image, build.limits(config)) for row in rows]
+    rows = data_set.open_rows(config, home).rows
+    shown = [open_image(row.image, data_set.limits(config)) for row in rows]
     return own.cases(COUNT.value, shown, FIRST_SEED.value)
 
 

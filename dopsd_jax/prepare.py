@@ -57,7 +57,7 @@ from dopsd_jax.families.base import STUDENT, TEACHER
 from dopsd_jax.families.pipeline import Pipeline
 from dopsd_jax.methods import registry
 from dopsd_jax.parallel import multihost
-from dopsd_jax.run import build
+from dopsd_jax.run import build, data_set
 from dopsd_jax.run.lock import exclusive
 from dopsd_jax.run.workdir import find_workdir
 
@@ -104,15 +104,15 @@ def prepare(
 
     def open_source():
         pipe, _ = build.open_pipeline(config, workdir)
-        rows = build.open_rows(config, workdir)
-        root = Path(*build.data_paths(config, workdir)).expanduser()
+        rows = data_set.open_rows(config, workdir)
+        root = Path(*data_set.data_paths(config, workdir)).expanduser()
         root = root if root.is_dir() else root.parent
         manifest = describe_source(config, workdir, pipe, rows, root)
         return pipe, rows, root, manifest, open_folder(out, manifest)
 
     pipe, rows, root, manifest, folder = multihost.first_alone(open_source)
     if config.anchor.share:
-        keys = build.trained_keys(config, rows.prompt_keys)
+        keys = data_set.trained_keys(config, rows.prompt_keys)
         open_anchors = lambda: anchors_beside(config, workdir, pipe, rows, keys, out)
         prompts, of_anchors, beside = multihost.first_alone(open_anchors)
 
@@ -123,19 +123,23 @@ def prepare(
         todo = undone(folder, manifest, shard, shards, name)
         if todo:
             numbers = [row for part in todo for row in manifest.rows_of(part)]
-            share = Rows(Chosen(rows.rows, numbers), rows.prompt_keys, rows.notes)
-            index = build.picture_index(config, workdir, name)
-            dataset = measure(
-                share,
-                build.data_buckets(config, pipe.size_multiple),
-                build.limits(config),
+            share = dataclasses.replace(rows, rows=Chosen(rows.rows, numbers))
+            index = data_set.picture_index(config, workdir, name)
+            measured = lambda rows: measure(
+                rows,
+                data_set.data_buckets(config, pipe.size_multiple),
+                data_set.limits(config),
                 index=index,
-                reference_size=build.reference_size(config, pipe),
-                levels=build.data_levels(config, pipe.size_multiple),
+                reference_size=data_set.reference_size(config, pipe),
+                levels=data_set.data_levels(config, pipe.size_multiple),
             )
-            build.check_references(config, pipe.family, dataset)
+            dataset = measured(share)
+            if data_set.shows_others(config, pipe.family):  # they may lie in another shard
+                whole = data_set.with_others(config, measured(rows))
+                dataset = dataclasses.replace(dataset, others=whole.part(numbers).others)
+            data_set.check_references(config, pipe.family, dataset)
             print("\n".join(describe(dataset, config.batch_size * config.accumulate)), flush=True)
-            keys = build.trained_keys(config, dataset.prompt_keys)
+            keys = data_set.trained_keys(config, dataset.prompt_keys)
             encoder = Encoder(pipe, dataclasses.replace(dataset, prompt_keys=keys), config)
             kinds = (STUDENT, *[TEACHER] * sees_picture(config, pipe.family))
             shown = set(spread(manifest.rows, SHOWN))
@@ -211,7 +215,7 @@ def anchors_beside(
 ) -> tuple[Dataset, parts.Manifest, epath.Path]:
     """The prompts of config.anchor as a data set, and the folder for their features."""
     prompts = anchors.prompt_set(anchors.choose(config, rows.rows, keys))
-    made_from = anchors.settings(config, pipe, build.cache_folder(config, workdir))
+    made_from = anchors.settings(config, pipe, data_set.cache_folder(config, workdir))
     source = source_digest(prompts.rows, Path())
     manifest = parts.Manifest(len(prompts.rows), ROWS.value, (anchors.KEY,), source, made_from)
     return prompts, manifest, open_folder(out / anchors.FOLDER, manifest)
@@ -238,8 +242,8 @@ def describe_source(
     config: ConfigDict, workdir: epath.Path, pipe: Pipeline, rows: Rows, root: Path
 ) -> parts.Manifest:
     """What all parts have in common."""
-    buckets = build.data_buckets(config, pipe.size_multiple)
-    memo = build.cache_folder(config, workdir) / DIGESTS
+    buckets = data_set.data_buckets(config, pipe.size_multiple)
+    memo = data_set.cache_folder(config, workdir) / DIGESTS
     made_from = {"buckets": [list(b) for b in buckets]} | prepared_settings(config, pipe, memo)
     source = source_digest(rows.rows, root)
     return parts.Manifest(len(rows.rows), ROWS.value, rows.prompt_keys, source, made_from)

@@ -37,7 +37,7 @@ from dopsd_jax.reporting.metrics import MetricsWriter
 from dopsd_jax.reporting.previews import Previews, rows_of
 from dopsd_jax.reporting.run_page import write_report
 from dopsd_jax.reporting.trackers import Trackers
-from dopsd_jax.run import build, origin
+from dopsd_jax.run import build, data_set, origin
 from dopsd_jax.run.lock import exclusive_run
 from dopsd_jax.run.workdir import find_workdir, open_workdir
 from dopsd_jax.training.checkpoint import Checkpoints
@@ -63,7 +63,7 @@ def train(config: ConfigDict, workdir: epath.Path) -> int | None:
         pipe, revisions = build.open_pipeline(config, workdir, mesh)
         sharding.check(mesh, pipe.config, batch_size=config.batch_size)
         build.check_method(config, pipe)
-        dataset = build.open_data(config, workdir, pipe)
+        dataset = data_set.open_data(config, workdir, pipe)
         facts = {"data": dataset.digest(), **revisions}
         open_workdir(workdir, config, facts, False, ALLOW_CHANGES.value)
         return pipe, dataset, facts
@@ -74,7 +74,7 @@ def train(config: ConfigDict, workdir: epath.Path) -> int | None:
 
     # ---- What the method learns from: computed once, then the encoders are freed.
     with multihost.together():
-        multiple, cache = sharding.sample_devices(mesh), build.cache_folder(config, workdir)
+        multiple, cache = sharding.sample_devices(mesh), data_set.cache_folder(config, workdir)
         features = Features(pipe, dataset, config, cache, multiple)
     facts |= features.facts()
     multihost.first_alone(features.prepare)

@@ -114,6 +114,18 @@ def test_x0_loss_is_the_velocity_loss_weighted_by_sigma_squared():
     assert relative_error(jnp.mean(difference**2), 0.75**2 * jnp.mean((0.5 * v) ** 2)) < 1e-6
 
 
+def test_the_power_is_that_of_the_students_velocity_and_of_the_teachers():
+    base, student, teacher, contexts, noise = world()
+    losses, _ = losses_and_gradient(student, teacher, base, contexts, noise, nodes())
+    x, net = noise, toy_denoiser()
+    for k, (sigma, following) in enumerate(itertools.pairwise(GRID)):
+        run = lambda t, c, x=x, s=sigma: net.velocity(t, base, x, s, c, net.precompute(t, base, c))
+        v, target = run(student, contexts.student), run(teacher, contexts.teacher)
+        assert relative_error(losses.power[k, 0], jnp.mean(v**2)) < 1e-5
+        assert relative_error(losses.power[k, 1], jnp.mean(target**2)) < 1e-5
+        x = flow.euler(x, v, sigma, following)
+
+
 def test_equal_contexts_and_weights_give_no_loss_and_no_gradient():
     base, student, _, contexts, noise = world()
     same = dopsd.Contexts(contexts.student, contexts.student)

@@ -17,7 +17,7 @@ from dopsd_jax.data.rows import load_rows
 from dopsd_jax.families.flux2_klein import family as klein
 from dopsd_jax.families.flux2_klein.references import reference_size
 from dopsd_jax.families.zimage import family as zimage
-from dopsd_jax.run import build
+from dopsd_jax.run import data_set
 
 BUCKETS = parse_buckets(["96x96", "128x64"])
 
@@ -182,13 +182,13 @@ def test_rows_and_context_must_fit(pictures, context, other, edits, message):
     config = defaults()
     config.teacher.context, config.data.path = context, str(path)
     with pytest.raises(UserError, match=message):
-        build.check_references(config, klein, data)
+        data_set.check_references(config, klein, data)
     config.teacher.context = other
-    build.check_references(config, klein, data)
+    data_set.check_references(config, klein, data)
 
 
 def test_a_family_that_edits_nothing_takes_no_rows_that_do():
     config = defaults()
     config.data.references = "auto"
     with pytest.raises(UserError, match="the family zimage edit no pictures; unset it"):
-        build.reference_size(config, SimpleNamespace(family=zimage))
+        data_set.reference_size(config, SimpleNamespace(family=zimage))

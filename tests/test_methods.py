@@ -25,7 +25,7 @@ from dopsd_jax.families.base import STUDENT
 from dopsd_jax.methods import registry
 from dopsd_jax.random_model import Size, write_random_model
 from dopsd_jax.random_model.synthetic import write_folder
-from dopsd_jax.run import build
+from dopsd_jax.run import build, data_set
 from dopsd_jax.weights.safetensors_io import TensorFiles
 
 # What is compiled here runs a few times only.
@@ -110,8 +110,8 @@ def open_features(model, path, workdir, **fields):
     config = config_of(**fields)
     schema.check(config)
     pipe, _ = build.open_pipeline(config, workdir)
-    dataset = build.open_data(config, workdir, pipe)
-    features = Features(pipe, dataset, config, build.cache_folder(config, workdir))
+    dataset = data_set.open_data(config, workdir, pipe)
+    features = Features(pipe, dataset, config, data_set.cache_folder(config, workdir))
     features.prepare()
     return features
 
@@ -205,7 +205,7 @@ def test_a_prepared_data_set_tells_the_same(random_model, tmp_path):
 
 def test_a_row_without_the_teachers_caption_is_named(tmp_path):
     prompt = {"teacher__context": "prompt", "teacher__prompt_key": "detailed_en"}
-    read = lambda path, **more: build.open_rows(
+    read = lambda path, **more: data_set.open_rows(
         config_of(data__path=path, **prompt, **more), tmp_path
     )
     path = write_rows(tmp_path / "rows", CAPTIONS, {"short_en": "a [V]"}, {"short_en": "b"})
@@ -217,7 +217,7 @@ def test_a_row_without_the_teachers_caption_is_named(tmp_path):
     folder.mkdir()
     assert "has only the key 'caption'" in problems_of(read, str(folder))[0]
     config = config_of(data__path="x", **prompt)
-    (problem,) = problems_of(build.trained_keys, config, ("detailed_en",))
+    (problem,) = problems_of(data_set.trained_keys, config, ("detailed_en",))
     assert "is the only caption key" in problem
 
 

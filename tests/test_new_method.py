@@ -32,7 +32,7 @@ def toy_loss(setup, student, teacher, base, batch, draws, key):
     strength = setup.config["toy"]["strength"]
     loss = lambda s: strength * sum(jnp.mean(jnp.square(x)) for x in jax.tree.leaves(s))
     value, gradient = jax.value_and_grad(loss)(student)
-    return Losses(value, value[None], value[None]), gradient
+    return Losses(value, value[None], value[None], jnp.ones((1, 2))), gradient
 
 
 TOY = Method(

@@ -30,7 +30,7 @@ def toy_step(skip, decay=0.5, rate=0.1, scale=1.0):
 
     def method(student, teacher, base, batch, noise, key):
         gradient = jnp.broadcast_to(batch, student.shape)
-        return Losses(jnp.sum(batch * 0 + 1), jnp.ones(1), jnp.ones(1)), gradient
+        return Losses(jnp.sum(batch * 0 + 1), jnp.ones(1), jnp.ones(1), jnp.ones((1, 2))), gradient
 
     tx = optax.chain(optax.scale(scale), optax.adam(rate))
     teacher = state.Teacher(decay=decay)

@@ -18,7 +18,7 @@ from dopsd_jax.data.loader import Batches
 from dopsd_jax.data.prepared_parts import names_prepared
 from dopsd_jax.data.rows import load_sets
 from dopsd_jax.data.sets import parts_of, shares_of
-from dopsd_jax.run import build
+from dopsd_jax.run import data_set
 
 
 def folder_of(path, count, caption="a mug"):
@@ -96,8 +96,8 @@ def test_a_configuration_names_several_sets(tmp_path):
     config = defaults()
     config.data.path = [folder_of(tmp_path / name, 2) for name in "ab"]
     config.data.weights = "3,1"
-    assert [one.times for one in build.open_rows(config, tmp_path).sets] == [3, 1]
-    assert build.data_paths(config, Path()) == tuple(config.data.path)
+    assert [one.times for one in data_set.open_rows(config, tmp_path).sets] == [3, 1]
+    assert data_set.data_paths(config, Path()) == tuple(config.data.path)
 
 
 def test_rows_are_drawn_in_the_proportions_of_the_weights():

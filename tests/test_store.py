@@ -12,7 +12,7 @@ from dopsd_jax.common.file_digests import file_digests
 from dopsd_jax.reporting import pictures
 from dopsd_jax.reporting.metrics import MetricsWriter, read_metrics
 from dopsd_jax.reporting.run_page import write_report
-from dopsd_jax.run import build
+from dopsd_jax.run import build, data_set
 from dopsd_jax.run.workdir import find_workdir
 from dopsd_jax.training import checkpoint
 
@@ -75,7 +75,7 @@ def test_prepared_data_need_no_folder(bucket):
     write_text(epath.Path(f"{bucket}/set/prepared.json"), "{}")
     config = build.ConfigDict(CONFIG | {"data": {"path": f"{bucket}/set", "cache": ""}})
     workdir = find_workdir(f"{bucket}/run", config)
-    assert "://" not in str(build.cache_folder(config, workdir))
+    assert "://" not in str(data_set.cache_folder(config, workdir))
 
 
 def test_a_file_in_the_place_of_a_work_directory_is_told(tmp_path):

@@ -50,7 +50,8 @@ def same_numbers(a, b):
 def test_a_run_leaves_what_is_promised(random_run):
     rows = records(random_run)
     assert [r["step"] for r in rows] == [1, 2, 3, 4]
-    wanted = {"step", "loss", "loss_per_step", "gap", "grad_norm", "lr", "seconds"}
+    wanted = {"step", "loss", "loss_per_step", "gap", "norm_ratio", "grad_norm", "lr"}
+    wanted |= {"seconds"}
     assert all(
         wanted | {"images_per_second"} <= r.keys() and len(r["loss_per_step"]) == 2 for r in rows
     )

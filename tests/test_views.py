@@ -13,7 +13,7 @@ from dopsd_jax.data.picture_index import PictureIndex
 from dopsd_jax.data.rows import load_rows
 from dopsd_jax.data.table import WHOLE, Table, View
 from dopsd_jax.data.views import crop_box, cut, view_name, views_of
-from dopsd_jax.run import build
+from dopsd_jax.run import data_set
 
 SIZE, DIGEST = Bucket(64, 48), "5a" * 32
 BOX = (4.044352585, 6.233602544, 136.988489364, 105.941705128)
@@ -37,16 +37,16 @@ def test_a_picture_is_used_at_every_resolution_that_it_fills(tmp_path):
         (tmp_path / f"{name}.txt").write_text(name)
     config = defaults()
     config.data.path, config.data.resolution = str(tmp_path), (64, 48, 96)
-    levels = build.data_levels(config, 16)
+    levels = data_set.data_levels(config, 16)
     assert [max(own, key=lambda b: b.width * b.height) for own in levels] == [
         (48, 48), (64, 64), (96, 96)
     ]  # fmt: skip
-    rows = load_rows(tmp_path, views=build.picture_views(config))
-    dataset = measure(rows, build.data_buckets(config, 16), levels=levels)
+    rows = load_rows(tmp_path, views=data_set.picture_views(config))
+    dataset = measure(rows, data_set.data_buckets(config, 16), levels=levels)
     found = [next(i for i, own in enumerate(levels) if b in own) for b in dataset.buckets]
     assert found == [0, 1, 2, 0, 1, 1, 0, 0, 0]  # of large, middle and small
     config.data.buckets = "64x64"
-    assert "beside several numbers" in problems_of(build.data_levels, config, 16)[0]
+    assert "beside several numbers" in problems_of(data_set.data_levels, config, 16)[0]
 
 
 @pytest.mark.parametrize(
@@ -130,5 +130,5 @@ def test_tables_keep_views():
 def test_rows_that_edit_have_no_views():
     config = defaults()
     config.data.references, config.data.flip, config.data.crops = "auto", True, 2
-    problems = problems_of(build.picture_views, config)
+    problems = problems_of(data_set.picture_views, config)
     assert len(problems) == 2 and "config.data.flip: is for rows that edit no" in problems[0]

@@ -65,7 +65,7 @@ class CachedFeatures:
     def key(self, caption: Caption, kind: int) -> str:
         """Where the cache has a caption's features."""
         role, row = TEACHER if kind == TEACHER else STUDENT, caption[0]
-        seen = [self._picture(row)] if role == TEACHER else []
+        seen = [self._shown(row)] if role == TEACHER else []
         if self.dataset.references:
             crop = self.config.data.reference_crop
             own = self.dataset.references[row]
@@ -82,6 +82,12 @@ class CachedFeatures:
         """Where the cache has the latent of a row's picture."""
         digest, pictures = self.digests["vae"], [self._picture(row)]
         return feature_key(role="latent", prompt="", encoder=digest, options={}, pictures=pictures)
+
+    def _shown(self, row: int) -> tuple[str, str]:
+        """What the row's teacher is shown; see `Encoder.shown`."""
+        own, crop = self._picture(row)
+        others = self.dataset.others
+        return (others[row].digest if others else own), crop
 
     def _picture(self, row: int) -> tuple[str, str]:
         name = view_name(self.dataset.buckets[row], self.dataset.rows[row].view)

@@ -39,6 +39,12 @@ class Encoder:
         own, digest = self.dataset.rows[row], self.dataset.infos[row].digest
         return cut(open_image(own.image), self.dataset.buckets[row], own.view, digest)
 
+    def shown(self, row: int) -> np.ndarray:
+        """The picture that the row's teacher is shown, cut to the row's bucket."""
+        if not self.dataset.others:
+            return self.image(row)
+        return fit(open_image(self.dataset.others[row].image), *self.dataset.buckets[row])
+
     def references(self, row: int) -> list[np.ndarray]:
         """The pictures that the row edits, as the model is given them."""
         found = [open_image(path) for path in self.dataset.rows[row].references]
@@ -53,7 +59,7 @@ class Encoder:
 
     def pictures(self, row: int, kind: int) -> list[np.ndarray]:
         """What is shown with a caption of the row."""
-        own = [self.image(row)] if kind == TEACHER else []
+        own = [self.shown(row)] if kind == TEACHER else []
         return [*self.references(row), *own]
 
     def latent(self, row: int) -> Float[np.ndarray, "h w c"]:

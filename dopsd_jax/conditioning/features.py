@@ -28,7 +28,10 @@ from dopsd_jax.families.base import Features as Arrays
 from dopsd_jax.families.pipeline import Pipeline
 from dopsd_jax.methods import anchor, registry
 from dopsd_jax.methods.flow_matching import Batch
+from dopsd_jax.methods.options import OTHER_PICTURE
 
+# Of a prepared data set: which picture the teacher is shown. The row's own is not noted.
+SHOWN, OWN = "shown", "row's own"
 # The settings of a prepared data set, as messages name them.
 SETTINGS = {
     "text_encoder": "the text encoder",
@@ -61,6 +64,8 @@ def prepared_settings(config: ConfigDict, pipe: Pipeline, memo: Path) -> dict[st
         found["views"] = [config.data.crops, config.data.flip, levels]
     if shown:
         found["crop"] = crop_name(0, 0)
+        if config.teacher.context == OTHER_PICTURE:
+            found[SHOWN] = OTHER_PICTURE
     if config.data.references:
         found["reference_crop"] = config.data.reference_crop
     names = dict.fromkeys((*pipe.ENCODERS[STUDENT], *pipe.ENCODERS[role]))
@@ -139,7 +144,10 @@ class Features:
 
     def facts(self) -> dict[str, str]:
         """What decides what is trained besides the data set, for the record of a run."""
-        return {"anchors": self.anchors.digest()} if self.anchors else {}
+        found = {"anchors": self.anchors.digest()} if self.anchors else {}
+        if others := self.dataset.others:
+            found["the pictures shown to the teacher"] = others.digest()
+        return found
 
     def describe(self) -> list[str]:
         """What the student learns from besides the data set."""
@@ -221,6 +229,13 @@ def check_prepared(prepared: Prepared, pipe: Pipeline, config: ConfigDict, folde
             f"{config.teacher.context}"
         )
     settings = prepared_settings(config, pipe, Path(folder) / DIGESTS)
+    made, now = prepared.manifest.settings.get(SHOWN, OWN), settings.pop(SHOWN, OWN)
+    if sees_picture(config, pipe.family) and made != now:
+        raise UserError(
+            f"{prepared.folder}: was prepared for a teacher that is shown the {made} picture, with "
+            f"config.teacher.context = {config.teacher.context} it is shown the {now} one; set it "
+            "back, or prepare the data set again"
+        )
     settings = dict.fromkeys(UNLESS_ASKED) | settings
     prepared.check(settings, {n: SETTINGS.get(n, f"config.teacher.{n}") for n in settings})
     roles = (STUDENT, TEACHER) if sees_picture(config, pipe.family) else (STUDENT,)

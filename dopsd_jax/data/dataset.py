@@ -15,6 +15,7 @@ from dopsd_jax.common.errors import UserError, raise_if
 from dopsd_jax.common.progress import Progress
 from dopsd_jax.data.blobs import Blob
 from dopsd_jax.data.buckets import Bucket, Reference, Shape, nearest_at
+from dopsd_jax.data.concepts import Shown
 from dopsd_jax.data.images import ImageInfo, ImageLimits, enlargement
 from dopsd_jax.data.picture_index import Infos, PictureIndex
 from dopsd_jax.data.prepared import Caption, Prepared
@@ -38,7 +39,7 @@ class Dataset:
     `prompt_keys`: keys of the trained captions; rows may have others, for their teacher.
     `features`: the encoders' outputs, if `dopsd_jax.prepare` has made them. `references[i]`: what
     row i edits; empty if no row edits anything. `sets`: the rows of each data set, if there are
-    several.
+    several. `others[i]`: the picture that its teacher is shown; empty: its own.
     """
 
     rows: Sequence[DataRow]
@@ -49,6 +50,7 @@ class Dataset:
     features: Prepared | None = None
     references: Sequence[tuple[Reference, ...]] = ()
     sets: tuple[PartOfRows, ...] = ()
+    others: Sequence[Shown] = ()
 
     def shape(self, row: int) -> Shape:
         """What the row has in common with the others of its batches."""
@@ -67,7 +69,10 @@ class Dataset:
         pick = lambda found: tuple(found[i] for i in numbers)
         rows, references = Chosen(self.rows, numbers), self.references and pick(self.references)
         infos, buckets = pick(self.infos), pick(self.buckets)
-        return replace(self, rows=rows, infos=infos, buckets=buckets, references=references)
+        others = self.others and pick(self.others)
+        return replace(
+            self, rows=rows, infos=infos, buckets=buckets, references=references, others=others
+        )
 
     def captions(self, keys: Sequence[str] | None = None) -> list[Caption]:
         """Every caption under `keys`, in order; None: under any."""

@@ -15,6 +15,8 @@ from jaxtyping import Bool
 
 from dopsd_jax.data.blobs import ARCHIVES, Blob
 
+Image = Path | Blob  # a file, or a picture inside an archive
+
 
 class View(NamedTuple):
     """How a row shows its picture.
@@ -37,14 +39,16 @@ class DataRow:
 
     `where` names the row in messages. `declared_size` is the (width, height) that a record claims;
     it is only compared with the file. `references`: pictures that are edited to this one.
+    `concept`: what the table says that it shows; empty: nothing.
     """
 
-    image: Path | Blob
+    image: Image
     captions: tuple[tuple[str, str], ...]
     where: str
     declared_size: tuple[int, int] | None = None
     references: tuple[Path, ...] = ()
     view: View = WHOLE
+    concept: str = ""
 
     def having(self, key: str) -> tuple[int, ...]:
         """Indices into `captions` of those under `key`."""
@@ -87,6 +91,7 @@ class Table(Sequence[DataRow]):
         self._lines, self._sizes = array("q"), array("i")
         self._references, self._reference_ends = Strings(), array("q", [0])
         self._views: dict[int, View] = {}  # of the rows that do not show the whole picture
+        self._concepts = Strings()
         self._archives: list[Path] = []
         self._archive, self._place, self._bytes = array("i"), array("q"), array("q")
 
@@ -99,6 +104,7 @@ class Table(Sequence[DataRow]):
         size: tuple[int, int] | None = None,
         references: Iterable[str] = (),
         view: View = WHOLE,
+        concept: str = "",
     ) -> None:
         """Adds a row; `image` is the path of a file, or a picture inside an archive."""
         if isinstance(image, str):
@@ -122,6 +128,7 @@ class Table(Sequence[DataRow]):
         for reference in references:
             self._references.append(reference)
         self._reference_ends.append(len(self._references))
+        self._concepts.append(concept)
 
     def __len__(self) -> int:
         return len(self._lines)
@@ -137,8 +144,9 @@ class Table(Sequence[DataRow]):
         size = (self._sizes[2 * i], self._sizes[2 * i + 1])
         references = range(self._reference_ends[i], self._reference_ends[i + 1])
         paths = tuple(Path(self._references[r]) for r in references)
+        size = size if all(size) else None
         view = self._views.get(i, WHOLE)
-        return DataRow(image, captions, where, size if all(size) else None, paths, view)
+        return DataRow(image, captions, where, size, paths, view, self._concepts[i])
 
     def __iter__(self) -> Iterator[DataRow]:
         return (self[i] for i in range(len(self)))
@@ -174,6 +182,7 @@ class Table(Sequence[DataRow]):
                 size=row.declared_size,
                 references=map(str, row.references),
                 view=row.view,
+                concept=row.concept,
             )
         return table
 

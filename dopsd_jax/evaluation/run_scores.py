@@ -14,7 +14,7 @@ from dopsd_jax.evaluation.data_judges import RunScores
 from dopsd_jax.families.pipeline import Pipeline
 from dopsd_jax.parallel import multihost
 from dopsd_jax.reporting.run_page import SCORES
-from dopsd_jax.run import build
+from dopsd_jax.run import data_set
 
 
 def begin(config: ConfigDict, workdir: Path, pipe: Pipeline, dataset: Dataset) -> RunScores | None:
@@ -24,10 +24,10 @@ def begin(config: ConfigDict, workdir: Path, pipe: Pipeline, dataset: Dataset) -
     """
     if dataset.features is not None:  # prepared: its pictures are not here
         return None
-    judge = data_judges.find(*build.data_paths(config, workdir))
+    judge = data_judges.find(*data_set.data_paths(config, workdir))
     if judge is None:
         return None
-    shown = [open_image(row.image, build.limits(config)) for row in dataset.rows]
+    shown = [open_image(row.image, data_set.limits(config)) for row in dataset.rows]
     return judge.run_scores(pipe, config, shown)
 
 

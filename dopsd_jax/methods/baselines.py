@@ -20,6 +20,7 @@ from dopsd_jax.dopsd import (
     Nodes,
     Teachers,
     ask_teacher,
+    compared,
     mean_square,
     rollout,
 )
@@ -88,8 +89,8 @@ def dreambooth(
     of_class = Batch(Contexts(batch.prior, None), x0)
     other = Draws(draws.start, folded(draws.keys, 2))
     prior, prior_gradient = sft(net, student, base, of_class, other, levels)
-    losses = Losses(
-        own.total + weight * prior.total, own.per_step + weight * prior.per_step, own.mse
+    losses = own._replace(
+        total=own.total + weight * prior.total, per_step=own.per_step + weight * prior.per_step
     )
     return losses, jax.tree.map(lambda g, p: g + weight * p, gradient, prior_gradient)
 
@@ -179,17 +180,17 @@ def pso(
         node, noise = point
 
         def error(velocity, x0):
-            v = velocity(noised(x0, noise, node.sigma), node.sigma)
-            return jnp.mean(jnp.square(v - (noise - x0)), axis=(1, 2, 3))
+            v, wanted = velocity(noised(x0, noise, node.sigma), node.sigma), noise - x0
+            return jnp.mean(jnp.square(v - wanted), axis=(1, 2, 3)), compared(v, wanted)
 
         def margin(velocity):
-            won, lost = error(velocity, batch.target), error(velocity, lost_x0)
-            return node.weight * (won - options.kappa * lost), won, lost
+            (won, seen), (lost, _) = error(velocity, batch.target), error(velocity, lost_x0)
+            return node.weight * (won - options.kappa * lost), seen, lost
 
-        delta, won, lost = margin(velocity)
+        delta, seen, lost = margin(velocity)
         delta_reference = jax.lax.stop_gradient(margin(reference)[0])
         preference = jax.nn.softplus(-options.beta * (delta_reference - delta))
-        return jnp.mean(preference + options.prior * node.weight * lost), jnp.mean(won)
+        return jnp.mean(preference + options.prior * node.weight * lost), seen
 
     loss_mask = None if every_step else nodes.loss_mask
     return over_points(net, student, base, context, loss, (nodes, noise), loss_mask)

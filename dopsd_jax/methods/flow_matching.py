@@ -12,7 +12,16 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Key
 
-from dopsd_jax.dopsd import Contexts, Denoiser, Distance, Losses, mean_square
+from dopsd_jax.dopsd import (
+    NOT_COMPARED,
+    Compared,
+    Contexts,
+    Denoiser,
+    Distance,
+    Losses,
+    compared,
+    mean_square,
+)
 
 Tree = Any
 LEVELS = ("logit_normal", "uniform", "shifted", "nodes")
@@ -118,7 +127,7 @@ def fit(
 
     def loss(velocity, point: Points):
         v = velocity(point.x, point.sigma)
-        return point.weight * distance(v, point.wanted), mean_square(v, point.wanted)
+        return point.weight * distance(v, point.wanted), compared(v, point.wanted)
 
     return over_points(net, student, base, context, loss, points, loss_mask)
 
@@ -128,13 +137,13 @@ def over_points(
     student: Tree,
     base: Tree,
     context: Tree,
-    loss: Callable[[Callable, Tree], tuple[Float[Array, ""], Float[Array, ""]]],
+    loss: Callable[[Callable, Tree], tuple[Float[Array, ""], Compared]],
     points: Tree,
     loss_mask: Bool[Array, " p"] | None = None,
 ) -> tuple[Losses, Tree]:
     """The mean of `loss` over the points of `loss_mask`, and its gradient for the student.
 
-    `loss(velocity, point)` gives the loss at one point, and the mean squared error to be reported;
+    `loss(velocity, point)` gives the loss at one point, and what is reported beside it;
     `velocity(x, sigma)` is the student's, in `context`. `points`: a tree of arrays [P, ...].
     `loss_mask`: the points that count; for the others nothing is computed. None: all.
     """
@@ -144,17 +153,18 @@ def over_points(
     precomputed, precompute_vjp = jax.vjp(lambda s: net.precompute(s, base, context), student)
 
     def at(student, precomputed, point):
-        value, mse = loss(
+        value, seen = loss(
             lambda x, sigma: net.velocity(student, base, x, sigma, context, precomputed), point
         )
-        return value / count, (value, mse)
+        return value / count, (value, seen)
 
     def with_loss(point):
         gradients, found = jax.grad(at, argnums=(0, 1), has_aux=True)(student, precomputed, point)
         return gradients, found
 
     def skip(point):
-        return jax.tree.map(jnp.zeros_like, (student, precomputed)), (jnp.float32(jnp.nan),) * 2
+        nothing = jnp.float32(jnp.nan), NOT_COMPARED
+        return jax.tree.map(jnp.zeros_like, (student, precomputed)), nothing
 
     def add(total, item):
         has_loss, point = item
@@ -166,7 +176,7 @@ def over_points(
         return jax.tree.map(jnp.add, total, gradients), found
 
     zeros = jax.tree.map(jnp.zeros_like, (student, precomputed))
-    (gradient, precomputed_gradient), (per_point, mse) = jax.lax.scan(add, zeros, (mask, points))
+    (gradient, precomputed_gradient), (per_point, seen) = jax.lax.scan(add, zeros, (mask, points))
     gradient = jax.tree.map(jnp.add, gradient, *precompute_vjp(precomputed_gradient))
     total = jnp.sum(jnp.where(mask, per_point, 0.0)) / count
-    return Losses(total, per_point, mse), gradient
+    return Losses(total, per_point, *seen), gradient

@@ -3,6 +3,7 @@
 from dopsd_jax.common.config_fields import NEVER, Field
 
 OTHER_CAPTION = "prompt"  # the teacher.context of every family: no picture
+OTHER_PICTURE = "other"  # the teacher.context that shows another picture of the row's concept
 DECOUPLED = "decoupled"  # the loss that is no mean square; see `distance`
 SPLIT = {"loss": (DECOUPLED,)}
 
@@ -17,7 +18,7 @@ TEACHER = (
     Field("teacher.warmup_decay", 0.999, "decay per step in these steps", low=0, high=1),
     Field("teacher.context", "vlm",
           "what the teacher sees that the student does not: the picture, as the model's family can "
-          "show it, or another caption (prompt)"),
+          "show it; another one of its concept (other); or another caption (prompt)"),
     Field("teacher.vision_dropout", 0.0,
           "share of the picture's tokens that the teacher is not shown; they are drawn anew for "
           "every picture and step", low=0, high=0.99),

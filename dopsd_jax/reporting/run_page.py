@@ -31,12 +31,18 @@ CURVES = (
     ("loss", "Loss", "mean over noise levels", True),
     ("loss_per_step", "Loss per denoising step", "first to last", True),
     ("gap", "Gap", "{gap}, root mean square", True),
+    (
+        "norm_ratio",
+        "Length of the velocity",
+        "student over what it is pulled to; below 1: haze",
+        False,
+    ),
     ("anchor_gap", "Anchor gap", "student and start on ordinary prompts: what was forgotten", True),
     ("grad_norm", "Gradient norm", "before clipping", True),
     ("lr", "Learning rate", "", False),
     ("images_per_second", "Throughput", "images per second", False),
 )
-OF_SOME = ("anchor_gap",)  # fields that only some runs have
+OF_SOME = ("anchor_gap", "norm_ratio")  # fields that only some runs have
 
 
 def holds_run(workdir: str | os.PathLike) -> bool:

@@ -149,6 +149,7 @@ def make_step(
             "loss": loss,
             "loss_per_step": jnp.nanmean(losses.per_step, axis=0),
             "gap": jnp.sqrt(jnp.nanmean(losses.mse)),
+            "norm_ratio": jnp.sqrt(jnp.divide(*jnp.nanmean(losses.power, axis=(0, 1)))),
             "grad_norm": grad_norm,
             **of_anchors,
             "lr": jnp.asarray(lr(state.step), jnp.float32),

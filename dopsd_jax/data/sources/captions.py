@@ -10,6 +10,7 @@ UPSTREAM_KEYS = tuple(
     for language in ("en", "zh")
     for length in ("short", "medium", "detailed", "user_prompt")
 )
+CONCEPT = "concept"  # the column that says which rows show the same
 CAPTION_KEY = "caption"  # of a caption that has no name of its own
 KNOWN_KEYS = (*UPSTREAM_KEYS, CAPTION_KEY, "prompt", "text")
 MAX_CAPTION_BYTES = 1 << 20

@@ -5,7 +5,7 @@ from collections.abc import Iterable, Mapping, Sequence
 
 from dopsd_jax.common.errors import MAX_PROBLEMS, UserError, one_line
 from dopsd_jax.data.blobs import Blob
-from dopsd_jax.data.sources.captions import KNOWN_KEYS
+from dopsd_jax.data.sources.captions import CONCEPT, KNOWN_KEYS
 from dopsd_jax.data.table import Table
 
 NOT_READ = "it has so many faults that it was not read to the end"
@@ -88,7 +88,12 @@ class Collector:
         name: object,
         **facts: object,
     ) -> None:
-        """Adds a row whose captions are good; `name` identifies it in a list of faults."""
+        """Adds a row whose captions are good; `name` identifies it in a list of faults.
+
+        A caption under `CONCEPT` is the row's concept.
+        """
+        captions = list(captions)
+        concept = dict(captions).get(CONCEPT, "").strip()
         captions = [(key, self._text(text, name)) for key, text in captions if key in self.counts]
         texts = dict(captions)
         for key in self.keys:
@@ -98,7 +103,7 @@ class Collector:
                     self.empty[key].add(name)
             elif key in self.missing:
                 self.missing[key].add(name)
-        self.table.append(image, captions, **facts)
+        self.table.append(image, captions, concept=concept, **facts)
 
     def _text(self, text: str, name: object) -> str:
         """A caption as it is trained."""

@@ -16,7 +16,7 @@ from pathlib import Path
 from dopsd_jax.common.errors import UserError
 from dopsd_jax.common.files import open_regular
 from dopsd_jax.common.json_files import parse_json, read_json
-from dopsd_jax.data.sources.captions import CAPTION_KEY, captions_of, kind_of, not_utf8
+from dopsd_jax.data.sources.captions import CAPTION_KEY, CONCEPT, captions_of, kind_of, not_utf8
 from dopsd_jax.data.sources.collector import Collector, Examples, listing
 from dopsd_jax.data.sources.files import IMAGE_SUFFIXES, stem_of, walk
 from dopsd_jax.data.sources.layout import Layout, Options
@@ -104,6 +104,8 @@ def _read_table(path: Path, options: Options, into: Collector) -> None:
             references, wrong = of_record(found, options.references, before, find)
             faults += wrong
         texts, text_faults = captions_of(found, into.keys)
+        if type(concept := found.get(CONCEPT)) in (str, int):
+            texts[CONCEPT] = str(concept)
         for fault in (*faults, *text_faults):
             into.problem(f"{where}: {fault}")
         size, sound = _declared_size(found)

@@ -9,8 +9,8 @@ from typing import Any
 from dopsd_jax.common.config_fields import Field
 
 # The picture as a reference, with an instruction behind the caption: by itself, or after the
-# references that the row edits.
-CONTEXTS = {"edit_ref": True, "gt_ref": True}
+# references that the row edits; or another picture of its concept.
+CONTEXTS = {"edit_ref": True, "gt_ref": True, "other": True}
 EDITING = ("gt_ref",)
 
 _REFERENCE = {"teacher.context": tuple(CONTEXTS)}
@@ -20,6 +20,8 @@ INSTRUCTIONS = {
     "the same surroundings and arrangement.",
     "gt_ref": "The last reference image is the wanted result: come as close to it as you can, and "
     "keep to the first reference image and to the instruction.",
+    "other": "Show the subject of the reference image with the same details. The reference shows "
+    "it on another occasion: surroundings, arrangement and view are others here.",
 }
 # fmt: off
 FIELDS = (

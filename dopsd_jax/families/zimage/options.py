@@ -5,10 +5,11 @@ from typing import Any
 
 from dopsd_jax.common.config_fields import Field
 
-CONTEXTS = {"vlm": True}  # the picture through the vision-language model
+# The row's picture through the vision-language model, or another one of its concept.
+CONTEXTS = {"vlm": True, "other": True}
 EDITING = ()
 
-_VLM = {"teacher.context": ("vlm",)}
+_VLM = {"teacher.context": tuple(CONTEXTS)}
 _AREA = {"low": 1, "high": 2**28, "unit": "pixels", "when": _VLM}
 # fmt: off
 FIELDS = (
