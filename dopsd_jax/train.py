@@ -27,6 +27,7 @@ from ml_collections import ConfigDict
 from dopsd_jax.common.errors import UserError
 from dopsd_jax.common.progress import Progress, size
 from dopsd_jax.conditioning.features import Features
+from dopsd_jax.data import holdout
 from dopsd_jax.data.dataset import describe
 from dopsd_jax.data.loader import Batches, prefetch
 from dopsd_jax.evaluation import run_scores
@@ -37,7 +38,7 @@ from dopsd_jax.reporting.metrics import MetricsWriter
 from dopsd_jax.reporting.previews import Previews, rows_of
 from dopsd_jax.reporting.run_page import write_report
 from dopsd_jax.reporting.trackers import Trackers
-from dopsd_jax.run import build, data_set, origin
+from dopsd_jax.run import build, data_set, heldout, origin
 from dopsd_jax.run.lock import exclusive_run
 from dopsd_jax.run.workdir import find_workdir, open_workdir
 from dopsd_jax.training.checkpoint import Checkpoints
@@ -63,12 +64,14 @@ def train(config: ConfigDict, workdir: epath.Path) -> int | None:
         pipe, revisions = build.open_pipeline(config, workdir, mesh)
         sharding.check(mesh, pipe.config, batch_size=config.batch_size)
         build.check_method(config, pipe)
+        heldout.check(config)
         dataset = data_set.open_data(config, workdir, pipe)
+        rows, held_out = holdout.split(dataset, config.data.holdout, config.seed)
         facts = {"data": dataset.digest(), **revisions}
         open_workdir(workdir, config, facts, False, ALLOW_CHANGES.value)
-        return pipe, dataset, facts
+        return pipe, dataset, rows, held_out, facts
 
-    pipe, dataset, facts = multihost.first_alone(open_run)
+    pipe, dataset, rows, held_out, facts = multihost.first_alone(open_run)
     effective_batch = config.batch_size * config.accumulate
     multihost.say("\n".join([*build.notes(config, pipe), *describe(dataset, effective_batch)]))
 
@@ -109,6 +112,11 @@ def train(config: ConfigDict, workdir: epath.Path) -> int | None:
     trackers = Trackers(config, workdir, first, multihost.say, write=multihost.is_first())
     guard = Guard(writer.kept)
     results = Results(workdir, config)
+    checkpoint_scores = None
+    if held_out:
+        own = config, workdir, plan, pipe, features, held_out, mesh, first
+        with multihost.together():
+            checkpoint_scores = heldout.Heldout(*own, lambda line: progress.note(line))
 
     def export(step: int) -> None:
         weights = getattr(state, config.export_weights)
@@ -120,6 +128,9 @@ def train(config: ConfigDict, workdir: epath.Path) -> int | None:
             export(step)
         writer.flush()
         checkpoints.save(step, state)
+        if checkpoint_scores:
+            files = plan.trained.export_paths(workdir, step)
+            trackers.numbers({"step": step, **checkpoint_scores.score(step, state, files)})
 
     def report() -> None:
         if multihost.is_first():
@@ -136,7 +147,7 @@ def train(config: ConfigDict, workdir: epath.Path) -> int | None:
 
     # ---- Loop. Metrics are read one step late, so that the device never waits for the host.
     batches = Batches(
-        dataset.rows_by_shape(),
+        rows,
         dataset.rows,
         dataset.prompt_keys,
         batch_size=effective_batch,
@@ -173,6 +184,8 @@ def train(config: ConfigDict, workdir: epath.Path) -> int | None:
         record = {"step": step, **metrics, **verdict, **speed}
         writer.write(record)
         trackers.numbers(record)
+        if checkpoint_scores:
+            checkpoint_scores.look(metrics)
         fault = guard.fault(record)
         if fault is None:
             return
@@ -192,7 +205,9 @@ def train(config: ConfigDict, workdir: epath.Path) -> int | None:
         if first == 0:
             show(0)
         progress.skip()
-        for n, (bucket, batch, held) in prefetch(batches, load, first, config.steps):
+        ended = checkpoint_scores and checkpoint_scores.ranking.over()
+        steps = first if ended else config.steps
+        for n, (bucket, batch, held) in prefetch(batches, load, first, steps):
             latent = (config.batch_size, *pipe.latent_shape(bucket.height, bucket.width))
             with jax.set_mesh(mesh):
                 batch = sharding.put_batch(batch, mesh, config.batch_size)
@@ -214,13 +229,21 @@ def train(config: ConfigDict, workdir: epath.Path) -> int | None:
                 if save_now and not last:
                     report()
                 progress.skip()
-            if stopped and not last:
+            ended = save_now and checkpoint_scores and checkpoint_scores.ranking.over()
+            if (stopped and not last) or ended:
                 break
-    if step < config.steps:
+    if ended:
+        progress.note(
+            f"ended at step {step}: the gap on held-out pictures has not fallen for "
+            f"{config.stop.patience} checkpoints; set config.stop.patience=0 to go on"
+        )
+    elif step < config.steps:
         progress.note(f"stopped after step {step}, which is saved; the same command goes on")
         return STOPPED_EXIT
     for line in run_scores.finish(scores, state.student, workdir):
         multihost.say(line)
+    if checkpoint_scores:
+        multihost.say("\n".join(checkpoint_scores.result()))
     final = plan.trained.export_paths(workdir, step)
     faults = results.faults(final)
     if faults:

@@ -171,7 +171,7 @@ def test_references_that_the_model_cannot_take_are_all_told(tmp_path):
             "gt_ref",
             "edit_ref",
             False,
-            "gt_ref does not fit .* edit none .*; use edit_ref or prompt",
+            "gt_ref does not fit .* edit none .*; use edit_ref or other or prompt",
         ),
     ],
 )

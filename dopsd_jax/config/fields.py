@@ -63,6 +63,11 @@ _RUN = (
            change=ALWAYS),
     Field("trackers", "", "where numbers and pictures go besides metrics.jsonl", "list",
           listed=tuple(TRACKERS), change=ALWAYS),
+    Field("stop.patience", 0,
+          "so many checkpoints in a row without a lower gap on config.data.holdout end the run; 0: "
+          "none do", low=0, high=10**6, unit="checkpoints", change=ALWAYS),
+    Field("stop.tolerance", 0.01, "a gap is lower only if it is by this share", low=0, high=1,
+          change=ALWAYS),
     Field("sample_rows", 4, "rows of the data set in the grids", low=1, high=1024, change=ALWAYS),
     Field("sample_prompts", "",
           "more prompts in the grids, as with the new word in another scene, or ordinary ones: "
@@ -135,6 +140,9 @@ _DATA = (
     Field("data.reference_crop", "own",
           "own: references keep their sizes, as in sampling; bucket: they are cut to the bucket of "
           "their row (as in the released code)", choices=("own", "bucket")),
+    Field("data.holdout", 0,
+          "pictures that are not trained on; the gap on them ranks the checkpoints",
+          low=0, high=COUNT, unit="pictures"),
     Field("data.trigger", "", "word that replaces [trigger] in captions"),
     Field("data.prompt_draw", "batch",
           "a caption key is drawn for each batch (as in the released code), or for each row",

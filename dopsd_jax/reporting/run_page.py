@@ -21,6 +21,7 @@ from dopsd_jax.reporting.charts import Series, chart, number
 from dopsd_jax.reporting.html_page import render
 from dopsd_jax.reporting.metrics import FILE, read_metrics
 from dopsd_jax.reporting.pictures import read_labels, sample_files
+from dopsd_jax.training import ranking as checkpoint_ranking
 
 CONFIG, SCORES, REPORT = "config.json", "scores.json", "report.html"
 ROUNDS = 40  # at most so many grids are embedded: the first, the last, and some evenly between
@@ -61,6 +62,7 @@ def write_report(workdir: str | os.PathLike) -> epath.Path:
         raise UserError(f"{workdir}: is not a folder; give the --workdir of a run")
     records = read_metrics(workdir / FILE)
     config, scores = _read_object(workdir / CONFIG), _read_object(workdir / SCORES)
+    ranking = _read_object(workdir / checkpoint_ranking.FILE)
     section = config.get("config")
     method = section.get("method") if isinstance(section, dict) else None
     gap = METHODS.get(str(method), METHODS["dopsd"]).gap
@@ -70,7 +72,7 @@ def write_report(workdir: str | os.PathLike) -> epath.Path:
         if field not in OF_SOME or any(field in record for record in records)
     )
     parts = (
-        _verdict(scores) + _summary(records, config) + _scores(scores),
+        _verdict(scores) + _summary(records, config) + _scores(scores) + _checkpoints(ranking),
         f'<h2>Curves</h2>\n<div id="curves">{curves}</div>',
         f"<h2>Samples</h2>\n{_samples(sample_files(workdir))}",
         f"<h2>Settings</h2>\n{_changes(config)}{_config(config)}",
@@ -123,12 +125,30 @@ def _scores(scores: Mapping[str, Any]) -> str:
     rows = [row for row in rows if isinstance(row, dict)] if isinstance(rows, list) else []
     if not rows:
         return ""
-    cell = lambda v: f"{v:.3f}" if _is_number(v) else "" if v is None else html.escape(str(v))
+    note = html.escape(str(scores.get("note", "")))
+    return f'<h2>Scores</h2>{_table(rows)}<p class="remark">{note}</p>'
+
+
+def _checkpoints(ranking: Mapping[str, Any]) -> str:
+    """The checkpoints' scores, as `training.ranking` keeps them."""
+    rows = ranking.get("checkpoints")
+    rows = [row for row in rows if isinstance(row, dict)] if isinstance(rows, list) else []
+    names = list(dict.fromkeys(name for row in rows for name in row))
+    rows = [{name: row.get(name) for name in names} for row in rows]
+    if not names:
+        return ""
+    best = html.escape(str(ranking.get("best")))
+    note = f"The gap on pictures that are not trained on is lowest at step {best}."
+    return f'<h2>Checkpoints</h2>{_table(rows)}<p class="remark">{note}</p>'
+
+
+def _table(rows: Sequence[Mapping[str, Any]]) -> str:
+    """Rows with the same names."""
+    number = lambda v: f"{v:.3f}" if isinstance(v, float) else str(v)
+    cell = lambda v: "" if v is None else number(v) if _is_number(v) else html.escape(str(v))
     line = lambda tag, values: f"<tr>{''.join(f'<{tag}>{v}</{tag}>' for v in values)}</tr>"
     head = line("th", map(html.escape, rows[0]))
-    body = "".join(line("td", map(cell, row.values())) for row in rows)
-    note = html.escape(str(scores.get("note", "")))
-    return f'<h2>Scores</h2><table>{head}{body}</table><p class="remark">{note}</p>'
+    return f"<table>{head}{''.join(line('td', map(cell, row.values())) for row in rows)}</table>"
 
 
 def _curve(records: Sequence[Mapping], field: str, title: str, note: str, log: bool) -> str:

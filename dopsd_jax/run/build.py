@@ -38,7 +38,7 @@ class Plan(NamedTuple):
     any size.
     abstract_state: shapes, types and placement of the training state; nothing is allocated.
     initial_state: the state before step 1, from the trained part of the network (donated).
-    step: the compiled optimizer step; see `train_step.make_step`.
+    step: the compiled optimizer step; see `train_step.make_step`. gap: see `train_step.make_gap`.
     """
 
     grid: tuple[float, ...]
@@ -48,6 +48,7 @@ class Plan(NamedTuple):
     abstract_state: state.TrainState
     initial_state: Callable[[nnx.State], state.TrainState]
     step: Callable
+    gap: Callable
 
     def describe(self) -> list[str]:
         """What is trained, in a few lines."""
@@ -204,7 +205,14 @@ def _plan(config, family: Family, what: Trained, graphdef, student, scheduler, m
         sharding.abstract(abstract, placement),
         initial_state,
         step,
+        make_gap(config, net, schedule),
     )
+
+
+def make_gap(config: ConfigDict, net: Denoiser, schedule: Schedule) -> Callable:
+    """The gap of a state on one batch, by config.method; see `train_step.make_gap`."""
+    own = registry.loss_function(config, net, schedule), registry.draw(config)
+    return train_step.make_gap(*own, registry.start(config), registry.told(config) != "all")
 
 
 def make_step(

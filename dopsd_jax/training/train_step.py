@@ -109,16 +109,15 @@ def make_step(
         latent: tuple[int, ...],
     ):
         zeros = lambda: jax.tree.map(jnp.zeros_like, state.student)
-        target = jax.lax.stop_gradient(state.student) if state.teacher is None else state.teacher
+        target, begun = _target(state), functools.partial(_start, state, start)
         count = len(jax.tree.leaves(batch)[0])
-        begun = {"teacher": lambda: target, "off": zeros, "copy": lambda: state.start}
-        asked = Teachers(target, begun[start]()) if teachers else target
+        asked = Teachers(target, begun()) if teachers else target
         own = on_shards(method), draw, asked, state, base, batch, latent
         gradient, losses = learn(*own, zeros())
         loss, of_anchors = jnp.mean(losses.total), {}
         if anchors is not None:
             more, size = jax.tree.leaves(anchors)[0].shape[:2]
-            held = on_shards(anchor.loss), start_noise, begun[start](), state, base
+            held = on_shards(anchor.loss), start_noise, begun(), state, base
             gradient = jax.tree.map(lambda g: (1 - anchor.share) / count * g, gradient)
             gradient, found = learn(
                 *held, anchors, (size, *latent[1:]), gradient, count, anchor.share / more
@@ -165,3 +164,40 @@ def make_step(
         return state._replace(step=new.step) if skip else state, metrics
 
     return step
+
+
+def make_gap(
+    method: Callable[..., tuple[Losses, Tree]],
+    draw: Callable[[jax.Array, Sequence[int]], Tree],
+    start: str = "",
+    teachers: bool = False,
+) -> Callable:
+    """The compiled (state, base, batch, key, latent) -> mean square of the gap; nothing is learned.
+
+    `batch`: one micro-batch, as in a step's. The other arguments: see `make_step`. Its
+    random numbers are those of `key`: with the same one the gaps of two states can be compared.
+    """
+
+    @functools.partial(jax.jit, static_argnames="latent")
+    def gap(state: TrainState, base: Tree, batch: Tree, key: jax.Array, *, latent: tuple[int, ...]):
+        noise_key, loss_key = jax.random.split(key)
+        noise = jax.tree.map(constrain_batch, draw(noise_key, latent))
+        target = _target(state)
+        asked = Teachers(target, _start(state, start)) if teachers else target
+        batch = jax.tree.map(lambda x: x[0], batch)
+        losses, _ = method(state.student, asked, base, batch, noise, loss_key)
+        return jnp.nanmean(losses.mse)
+
+    return gap
+
+
+def _target(state: TrainState) -> Tree:
+    """The weights of the teacher; a live one has the student's."""
+    return jax.lax.stop_gradient(state.student) if state.teacher is None else state.teacher
+
+
+def _start(state: TrainState, where: str) -> Tree:
+    """The weights of the network before training; `where`: see `registry.start`."""
+    if where == "off":
+        return jax.tree.map(jnp.zeros_like, state.student)
+    return state.start if where == "copy" else _target(state)

@@ -1,0 +1,53 @@
+"""Rows that are not trained on: their gap tells whether a run still learns what it is asked to."""
+
+import hashlib
+from collections.abc import Mapping
+
+import numpy as np
+
+from dopsd_jax.common.errors import UserError
+from dopsd_jax.data.buckets import Shape
+from dopsd_jax.data.dataset import Dataset
+from dopsd_jax.data.loader import BatchIndex
+
+RowsByShape = Mapping[Shape, np.ndarray]
+
+
+def split(dataset: Dataset, count: int, seed: int) -> tuple[RowsByShape, RowsByShape]:
+    """The rows that are trained on, and those of `count` pictures that are not, by shape.
+
+    The choice depends on the pictures and the seed alone, and all rows of a picture go together.
+    Raises `UserError` where nothing would be left to train on.
+    """
+    rows = dataset.rows_by_shape()
+    if not count:
+        return rows, {}
+    digests = [info.digest for info in dataset.infos]
+    pictures = set(digests)
+    if count >= len(pictures):
+        raise UserError(
+            f"config.data.holdout: {count} pictures, and the data set has {len(pictures)}; name "
+            "fewer"
+        )
+    order = lambda digest: hashlib.sha256(f"{seed} {digest}".encode()).digest()
+    chosen = set(sorted(pictures, key=order)[:count])
+    held = np.array([digest in chosen for digest in digests])
+    part = lambda mask: {shape: ids[mask[ids]] for shape, ids in rows.items() if mask[ids].any()}
+    return part(~held), part(held)
+
+
+def batches(dataset: Dataset, held: RowsByShape, size: int) -> list[BatchIndex]:
+    """The rows of `held` with their first caption, in batches of `size` of one shape.
+
+    The last batch of a shape is filled up with rows from its start.
+    """
+    found = []
+    for shape, ids in held.items():
+        for rows in np.resize(ids, (-(-len(ids) // size), size)):
+            captions = [dataset.caption(row, dataset.prompt_keys)[1] for row in rows.tolist()]
+            keys = tuple(
+                dataset.rows[row].captions[caption][0]
+                for row, caption in zip(rows.tolist(), captions, strict=True)
+            )
+            found.append(BatchIndex(len(found), shape, rows, keys, np.array(captions, np.int64)))
+    return found

@@ -1,0 +1,119 @@
+"""Knowing when to stop: pictures that are not trained on, the ranking, the end of a run."""
+
+import json
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+from conftest import RANDOM_CONFIG, run_program
+from test_prepared import problems_of
+
+from dopsd_jax.data import holdout
+from dopsd_jax.data.buckets import Bucket, Shape
+from dopsd_jax.training.ranking import BEST, FILE, GAP, Ranking
+
+
+def dataset(digests):
+    """Rows by digest; every second one has another shape."""
+    shapes = [Shape(Bucket(64, 64 + 16 * (i % 2))) for i in range(len(digests))]
+    by_shape = {}
+    for row, shape in enumerate(shapes):
+        by_shape.setdefault(shape, []).append(row)
+    return SimpleNamespace(
+        infos=[SimpleNamespace(digest=digest) for digest in digests],
+        rows_by_shape=lambda: {shape: np.array(ids) for shape, ids in by_shape.items()},
+    )
+
+
+def numbers(rows_by_shape):
+    return {row for ids in rows_by_shape.values() for row in ids.tolist()}
+
+
+def test_the_split_is_of_pictures_and_does_not_depend_on_the_order_of_rows():
+    digests = list("abcdeabc")
+    trained, held = holdout.split(dataset(digests), 2, seed=1)
+    assert numbers(trained) | numbers(held) == set(range(8))
+    assert not numbers(trained) & numbers(held)
+    chosen = {digests[row] for row in numbers(held)}
+    assert len(chosen) == 2 and not chosen & {digests[row] for row in numbers(trained)}
+    _, other = holdout.split(dataset(digests[::-1]), 2, seed=1)
+    assert {digests[::-1][row] for row in numbers(other)} == chosen
+    choices = {frozenset(numbers(holdout.split(dataset(digests), 2, s)[1])) for s in range(8)}
+    assert len(choices) > 1
+    assert holdout.split(dataset(digests), 0, 1)[1] == {}
+
+
+def test_a_picture_must_be_left_to_train_on():
+    (problem,) = problems_of(holdout.split, dataset("aab"), 2, 0)
+    assert "2 pictures, and the data set has 2; name fewer" in problem
+
+
+def ranked(folder, gaps, patience=2, tolerance=0.1):
+    ranking = Ranking(folder, patience, tolerance, 0)
+    for step, gap in enumerate(gaps, 1):
+        ranking.add(step, {GAP: gap}, write=True)
+    return ranking
+
+
+@pytest.mark.parametrize(
+    ("gaps", "over", "best"),
+    [
+        ([1, 0.8, 0.6], False, 3),
+        ([1, 0.8, 0.79], False, 3),  # lower, but by less than a tenth
+        ([1, 0.8, 0.79, 0.78], True, 4),
+        ([1, 0.8, 0.9, 0.7], False, 4),
+        ([1, 2, 3], True, 1),
+        ([float("nan"), float("nan")], True, None),
+        ([float("nan"), 1], False, 2),
+    ],
+)
+def test_a_run_is_over_after_so_many_checkpoints_that_are_no_better(tmp_path, gaps, over, best):
+    ranking = ranked(tmp_path, gaps)
+    assert ranking.over() == over and ranking.best == best
+    assert not ranked(tmp_path, gaps, patience=0).over()
+
+
+def test_a_run_that_goes_on_forgets_later_scores(tmp_path):
+    ranked(tmp_path, [3, 2, 1])
+    assert Ranking(tmp_path, 0, 0, 2).best == 2
+    (tmp_path / FILE).write_text('{"checkpoints": [{"step": "1"}]}')
+    (problem,) = problems_of(Ranking, tmp_path, 0, 0, 2)
+    assert "is damaged; remove it" in problem
+
+
+def test_the_best_checkpoint_is_copied_and_a_run_ends_at_the_plateau(tmp_path):
+    held = (*RANDOM_CONFIG, "--config.data.holdout=1", f"--workdir={tmp_path}")
+    stopping = ("--config.stop.patience=1", "--config.stop.tolerance=1")
+    first = run_program("train", *held, *stopping, "--config.checkpoint_every=1")
+    assert first.returncode == 0, first.stderr
+    assert "ended at step 2: the gap on held-out pictures has not fallen" in first.stdout
+    found = json.loads((tmp_path / FILE).read_text())
+    assert [entry["step"] for entry in found["checkpoints"]] == [1, 2]
+    again = run_program("train", *held, *stopping, "--config.checkpoint_every=1")
+    assert again.returncode == 0 and "ended at step 2" in again.stdout, again.stderr
+    # Without the limit it goes on, and what it had scored stays.
+    whole = run_program("train", *held, "--config.checkpoint_every=1")
+    assert whole.returncode == 0, whole.stderr
+    ranking = json.loads((tmp_path / FILE).read_text())
+    assert [entry["step"] for entry in ranking["checkpoints"]] == [1, 2, 3, 4]
+    assert ranking["checkpoints"][:2] == found["checkpoints"]
+    gaps = {entry["step"]: entry[GAP] for entry in ranking["checkpoints"]}
+    assert ranking["best"] == min(gaps, key=gaps.get) and len(set(gaps.values())) == 4
+    lora = Path(tmp_path, "lora")
+    best = (lora / f"step_{ranking['best']}.safetensors").read_bytes()
+    assert (lora / BEST).read_bytes() == best
+    assert f"best: {lora / BEST}" in whole.stdout
+    assert f"lowest at step {ranking['best']}" in (tmp_path / "report.html").read_text()
+    # Another run, in one go, scores the same.
+    other = tmp_path / "other"
+    one = run_program("train", *held[:-1], f"--workdir={other}", "--config.checkpoint_every=1")
+    assert one.returncode == 0, one.stderr
+    assert json.loads((other / FILE).read_text()) == ranking
+
+
+def test_stopping_needs_pictures_to_stop_by(tmp_path):
+    result = run_program(
+        "train", *RANDOM_CONFIG, "--config.stop.patience=3", f"--workdir={tmp_path}"
+    )
+    assert result.returncode != 0 and "config.data.holdout is 0" in result.stderr
