@@ -126,7 +126,7 @@ def _scores(scores: Mapping[str, Any]) -> str:
     if not rows:
         return ""
     note = html.escape(str(scores.get("note", "")))
-    return f'<h2>Scores</h2>{_table(rows)}<p class="remark">{note}</p>'
+    return f'<h2>Scores</h2>{_grid(rows)}<p class="remark">{note}</p>'
 
 
 def _checkpoints(ranking: Mapping[str, Any]) -> str:
@@ -139,10 +139,10 @@ def _checkpoints(ranking: Mapping[str, Any]) -> str:
         return ""
     best = html.escape(str(ranking.get("best")))
     note = f"The gap on pictures that are not trained on is lowest at step {best}."
-    return f'<h2>Checkpoints</h2>{_table(rows)}<p class="remark">{note}</p>'
+    return f'<h2>Checkpoints</h2>{_grid(rows)}<p class="remark">{note}</p>'
 
 
-def _table(rows: Sequence[Mapping[str, Any]]) -> str:
+def _grid(rows: Sequence[Mapping[str, Any]]) -> str:
     """Rows with the same names."""
     number = lambda v: f"{v:.3f}" if isinstance(v, float) else str(v)
     cell = lambda v: "" if v is None else number(v) if _is_number(v) else html.escape(str(v))
