@@ -15,6 +15,7 @@ PROGRAMS = {
     "estimate": "tell memory and work of a training step on devices that you do not have",
     "convert": "import, export, merge and inspect weights and LoRA files",
     "report": "write the page of a run again",
+    "push": "write a model card for a LoRA file, and upload both to the hub",
 }
 
 

@@ -1,0 +1,103 @@
+"""Writes a model card for a LoRA file, and uploads both: python -m dopsd_jax.push --lora FILE
+
+Without --repo nothing is uploaded: look at the folder first. Pictures that `sample` has drawn
+become the card's gallery, with their prompts. Log in once with `hf auth login`, or set HF_TOKEN.
+"""
+
+import shutil
+from pathlib import Path
+
+from dopsd_jax.common import program
+
+OPTIONS = program.options(__name__)
+LORA = OPTIONS.path("lora", None, "LoRA file of a run")
+PICTURES = OPTIONS.path("pictures", None, "folder of pictures that sample has drawn with it")
+OUT = OPTIONS.path("out", None, "folder for what is uploaded: card, file, pictures; new or empty")
+REPO = OPTIONS.string("repo", "", "upload to this repository of the hub, owner/name")
+PRIVATE = OPTIONS.bool("private", True, "a repository that is made for it is private")
+LICENCE = OPTIONS.string("license", "", "licence of the file; default: that of the base model")
+BASE = OPTIONS.string("base_model", "", "hub name of the base model; default: the file's own")
+
+if __name__ == "__main__":
+    program.parse(required=("lora", "out"))
+
+from huggingface_hub import HfApi
+from huggingface_hub.errors import HFValidationError
+from PIL import Image, UnidentifiedImageError
+
+from dopsd_jax.common.atomic import atomic_folder
+from dopsd_jax.common.errors import UserError, raise_if
+from dopsd_jax.reporting import model_card
+from dopsd_jax.reporting.model_card import HUB_ID, Shown
+from dopsd_jax.weights.hub import NETWORK_ERRORS
+from dopsd_jax.weights.safetensors_io import read_header
+
+FOLDER = "pictures"
+
+
+def main() -> None:
+    file, out = Path(LORA.value).expanduser(), Path(OUT.value).expanduser()
+    raise_if(
+        f"--{name} {value}: is no name of the hub, owner/name"
+        for name, value in (("repo", REPO.value), ("base_model", BASE.value))
+        if value and not HUB_ID.fullmatch(value)
+    )
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise UserError(f"--out {out}: is there already; name a new folder")
+    header = read_header(file).metadata
+    base = BASE.value or model_card.base_model(header)
+    terms = LICENCE.value or model_card.licence(header)
+    pictures = gallery(Path(PICTURES.value).expanduser()) if PICTURES.value else []
+    shown = [Shown(f"{FOLDER}/{path.name}", prompt) for path, prompt in pictures]
+    with atomic_folder(out, replace=True) as folder:
+        shutil.copyfile(file, folder / file.name)
+        if pictures:
+            (folder / FOLDER).mkdir()
+        for path, _ in pictures:
+            shutil.copyfile(path, folder / FOLDER / path.name)
+        text = model_card.card(header, file.name, shown, base, terms, REPO.value)
+        (folder / "README.md").write_text(text, encoding="utf-8")
+    for name, missing in (("base_model", not base), ("license", not terms)):
+        if missing:
+            print(f"note: {file} does not say its {name}; the card has none: give --{name}")
+    print(f"card: {out / 'README.md'}, {len(pictures)} pictures")
+    if REPO.value:
+        print(f"uploaded: {upload(out)}")
+
+
+def gallery(folder: Path) -> list[tuple[Path, str]]:
+    """The pictures of a folder with their prompts. Raises `UserError` for those without one."""
+    found, faults = [], []
+    for path in sorted(folder.glob("*.png")) if folder.is_dir() else ():
+        try:
+            with Image.open(path) as image:
+                image.load()  # text may stand behind the pixels
+                prompt = getattr(image, "text", {}).get("prompt", "")
+        except (UnidentifiedImageError, OSError, ValueError) as error:
+            faults.append(f"{path}: is no picture ({error}); remove it")
+            continue
+        if not prompt:
+            faults.append(f"{path}: has no prompt; `sample` writes it into the file: draw it again")
+        found.append((path, prompt))
+    raise_if(faults)
+    if not found:
+        raise UserError(f"--pictures {folder}: has no PNG files; draw some with `sample`")
+    return found
+
+
+def upload(folder: Path) -> str:
+    """Makes the repository if it is not there, and uploads the folder; returns its address."""
+    api = HfApi()
+    try:
+        api.create_repo(REPO.value, private=PRIVATE.value, exist_ok=True)
+        return str(api.upload_folder(repo_id=REPO.value, folder_path=folder))
+    except (*NETWORK_ERRORS, HFValidationError, OSError) as error:
+        reason = str(error).strip().splitlines()[-1:] or [type(error).__name__]
+        raise UserError(
+            f"--repo {REPO.value}: was not uploaded ({reason[0]}); log in with `hf auth login` as "
+            f"one who may write there, or upload {folder} yourself"
+        ) from None
+
+
+if __name__ == "__main__":
+    program.run(main)

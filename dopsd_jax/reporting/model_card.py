@@ -1,0 +1,123 @@
+"""The model card of a LoRA file, by the conventions of the Hugging Face hub.
+
+All facts are those of the file's header; see `run.origin` and `weights.lora_header` for its names.
+"""
+
+import json
+import re
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple
+
+from dopsd_jax.weights.lora_settings import OWN
+
+HUB_ID = re.compile(r"[\w.-]+/[\w.-]+", re.ASCII)
+# Names of the hub, for licences that are in its list; others are `other` with a name of their own.
+LICENCES = {"Apache-2.0": "apache-2.0"}
+NO_LICENCE = "the file does not say which licence its base has; give --license"
+
+
+class Shown(NamedTuple):
+    """A picture of the card: its name in the folder, and the prompt that it was drawn from."""
+
+    name: str
+    prompt: str
+
+
+def base_model(header: Mapping[str, str]) -> str:
+    """The hub's name of the model that the file is for; empty where a folder was trained."""
+    name = header.get(f"{OWN}base_model", "").partition("@")[0]
+    return name if HUB_ID.fullmatch(name) else ""
+
+
+def licence(header: Mapping[str, str]) -> str:
+    """The licence of the base model; empty where the file does not say it."""
+    return header.get("modelspec.license", "").removeprefix("of the base model: ")
+
+
+def card(
+    header: Mapping[str, str], file: str, shown: Sequence[Shown], base: str, terms: str, repo: str
+) -> str:
+    """The text of README.md.
+
+    file: the LoRA file's name. base, terms: see `base_model` and `licence`. repo: where it will
+    be; empty: not known.
+    """
+    title = header.get("modelspec.title") or file
+    parts = [_front(header, shown, base, terms), f"# {_line(title)}"]
+    parts += ["<Gallery />"] if shown else []
+    parts += [_about(header, base), _use(header, file, base, repo), _terms(base, terms)]
+    return "\n\n".join(parts) + "\n"
+
+
+def _front(header: Mapping[str, str], shown: Sequence[Shown], base: str, terms: str) -> str:
+    """What the hub reads. A JSON string is a YAML string, so nothing in it can break out."""
+    quoted = lambda text: json.dumps(text, ensure_ascii=False)
+    lines = ["library_name: diffusers", "pipeline_tag: text-to-image"]
+    lines += ["tags: [lora, diffusers, text-to-image, d-opsd, dopsd_jax]"]
+    if base:
+        lines += [f"base_model: {quoted(base)}", "base_model_relation: adapter"]
+    if terms in LICENCES:
+        lines += [f"license: {LICENCES[terms]}"]
+    elif terms:
+        lines += ["license: other", f"license_name: {quoted(terms)}"]
+        lines += [f"license_link: https://huggingface.co/{base}"] if base else []
+    if trigger := header.get("modelspec.trigger_phrase"):
+        lines += [f"instance_prompt: {quoted(trigger)}"]
+    if shown:
+        lines += ["widget:"]
+        for one in shown:
+            lines += [f"- text: {quoted(one.prompt)}", f"  output: {{url: {quoted(one.name)}}}"]
+    return "\n".join(["---", *lines, "---"])
+
+
+def _about(header: Mapping[str, str], base: str) -> str:
+    own = lambda name: header.get(f"{OWN}{name}", "")
+    trigger, steps = header.get("modelspec.trigger_phrase", ""), own("sampling_steps")
+    facts = {
+        "base model": base,
+        "trigger": trigger,
+        "sampling steps": steps and f"{steps}, without guidance",
+        "method": own("method"),
+        "training steps": header.get("ss_steps", ""),
+        "pictures": header.get("ss_num_train_images", ""),
+        "resolution": header.get("modelspec.resolution", ""),
+        "rank": header.get("ss_network_dim", ""),
+        "base model, sha256": own("base_digest"),
+        "data, sha256": own("data_digest"),
+    }
+    rows = [f"| {name} | {_line(text)} |" for name, text in facts.items() if text]
+    said = (
+        "A LoRA for a few-step image model. It was trained with dopsd_jax on the model's own few "
+        "steps, so it is used with them, at strength 1."
+    )
+    return "\n".join([said, "", "| | |", "|---|---|", *rows])
+
+
+def _use(header: Mapping[str, str], file: str, base: str, repo: str) -> str:
+    trigger = header.get("modelspec.trigger_phrase", "")
+    steps = header.get(f"{OWN}sampling_steps", "")
+    number = steps if steps.isdecimal() else "8"
+    prompt = json.dumps(f"{trigger} on a skateboard".strip(), ensure_ascii=False)
+    return f"""## Use
+
+```python
+import torch
+from diffusers import DiffusionPipeline
+
+base = {json.dumps(base or "BASE MODEL")}
+pipe = DiffusionPipeline.from_pretrained(base, torch_dtype=torch.bfloat16)
+pipe.load_lora_weights({json.dumps(repo or ".")}, weight_name={json.dumps(file)})
+image = pipe({prompt}, num_inference_steps={number}, guidance_scale=1.0).images[0]
+```
+
+ComfyUI: put the file into `models/loras`, node *LoraLoaderModelOnly*, strength 1."""
+
+
+def _terms(base: str, terms: str) -> str:
+    said = f"The base model's licence: {_line(terms)}." if terms else "The licence is not stated."
+    return f"## Licence\n\n{said}"
+
+
+def _line(text: str) -> str:
+    """Text of a file's header inside a table: it can be anything."""
+    return re.sub(r"\s+", " ", text).replace("|", r"\|").replace("<", "&lt;").replace("`", "'")

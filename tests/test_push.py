@@ -1,0 +1,117 @@
+"""A LoRA file on the hub: the card says what the file says, and nothing in it breaks the page."""
+
+import numpy as np
+import pytest
+import yaml
+from conftest import run_program
+from safetensors.numpy import save_file
+from test_prepared import problems_of
+
+from dopsd_jax import push
+from dopsd_jax.reporting import model_card
+from dopsd_jax.reporting.model_card import Shown
+from dopsd_jax.reporting.pictures import save_picture
+from dopsd_jax.weights.safetensors_io import read_header
+
+HEADER = {
+    "modelspec.title": "dog",
+    "modelspec.license": "of the base model: Apache-2.0",
+    "modelspec.trigger_phrase": "[V] dog",
+    "dopsd_jax.base_model": "Tongyi-MAI/Z-Image-Turbo@abc",
+    "dopsd_jax.sampling_steps": "8",
+    "ss_network_dim": "16",
+}
+
+
+def front(text):
+    """What the hub reads of a card."""
+    return yaml.safe_load(text.split("---\n")[1])
+
+
+def of(header, **changed):
+    given = {
+        "shown": (),
+        "base": model_card.base_model(header),
+        "terms": model_card.licence(header),
+    }
+    return model_card.card(header, "dog.safetensors", **(given | {"repo": ""} | changed))
+
+
+def test_the_card_says_what_the_file_says():
+    text = of(HEADER, shown=[Shown("pictures/0.png", "a [V] dog")])
+    assert front(text) == {
+        "library_name": "diffusers",
+        "pipeline_tag": "text-to-image",
+        "tags": ["lora", "diffusers", "text-to-image", "d-opsd", "dopsd_jax"],
+        "base_model": "Tongyi-MAI/Z-Image-Turbo",
+        "base_model_relation": "adapter",
+        "license": "apache-2.0",
+        "instance_prompt": "[V] dog",
+        "widget": [{"text": "a [V] dog", "output": {"url": "pictures/0.png"}}],
+    }
+    assert "num_inference_steps=8" in text and "| rank | 16 |" in text
+
+
+def test_another_licence_has_its_name_and_a_folder_is_no_base():
+    found = front(
+        of(HEADER | {"modelspec.license": "of the base model: FLUX Non-Commercial License"})
+    )
+    assert found["license"] == "other" and found["license_name"] == "FLUX Non-Commercial License"
+    assert found["license_link"] == "https://huggingface.co/Tongyi-MAI/Z-Image-Turbo"
+    found = front(of(HEADER | {"dopsd_jax.base_model": "model"}))
+    assert "base_model" not in found
+
+
+@pytest.mark.parametrize(
+    "text", ['"\n---\nevil: 1', "a: b # c", "| x |\n`<script>`", "{[", "é\u2028"]
+)
+def test_no_text_of_a_header_breaks_the_page(text):
+    header = HEADER | {"modelspec.trigger_phrase": text, "modelspec.title": text}
+    card = of(header, shown=[Shown("0.png", text)])
+    found = front(card)
+    assert found["instance_prompt"] == text and found["widget"][0]["text"] == text
+    assert "evil" not in found and "<script>" not in card.split("---\n")[2].partition("```")[0]
+
+
+def test_the_folder_is_what_is_uploaded(tmp_path, lora_file, monkeypatch):
+    pictures, out = tmp_path / "pictures", tmp_path / "out"
+    pictures.mkdir()
+    save_picture(pictures / "0.png", np.zeros((8, 8, 3), np.uint8), {"prompt": "a toy"})
+    done = run_program("push", f"--lora={lora_file}", f"--pictures={pictures}", f"--out={out}")
+    assert done.returncode == 0, done.stderr
+    names = sorted(str(p.relative_to(out)) for p in out.rglob("*") if p.is_file())
+    assert names == sorted(["README.md", lora_file.name, "pictures/0.png"])
+    assert (out / lora_file.name).read_bytes() == lora_file.read_bytes()
+    assert front((out / "README.md").read_text())["widget"][0]["text"] == "a toy"
+    again = run_program("push", f"--lora={lora_file}", f"--out={out}")
+    assert again.returncode != 0 and "is there already; name a new folder" in again.stderr
+
+
+def test_faults_are_named(tmp_path, lora_file):
+    wrong = run_program("push", f"--lora={lora_file}", f"--out={tmp_path}/o", "--repo=dog")
+    assert wrong.returncode != 0 and "--repo dog: is no name of the hub" in wrong.stderr
+    (tmp_path / "0.png").write_text("no picture")
+    save_picture(tmp_path / "1.png", np.zeros((8, 8, 3), np.uint8), {})
+    problems = problems_of(push.gallery, tmp_path)
+    assert "0.png: is no picture" in problems[0] and "1.png: has no prompt" in problems[1]
+    (problem,) = problems_of(push.gallery, tmp_path / "nowhere")
+    assert "has no PNG files" in problem
+
+
+def test_an_upload_that_fails_says_why(tmp_path, monkeypatch):
+    class Api:
+        def create_repo(self, name, private, exist_ok):
+            assert private and exist_ok
+
+        def upload_folder(self, repo_id, folder_path):
+            raise OSError("no network")
+
+    monkeypatch.setattr(push, "HfApi", Api)
+    (problem,) = problems_of(push.upload, tmp_path)
+    assert "was not uploaded (no network); log in" in problem
+
+
+def test_a_header_that_is_read_is_the_one_that_was_written(tmp_path):
+    path = tmp_path / "dog.safetensors"
+    save_file({"x": np.zeros(2, np.float32)}, path, HEADER)
+    assert "8, without guidance" in of(read_header(path).metadata)
