@@ -102,6 +102,7 @@ BATCH = (
     "--config.data.buckets=96x96",
     "--config.accumulate=2",
     "--config.adam_eps=1e-3",
+    "--config.data.holdout=1",
 )
 
 
@@ -166,3 +167,10 @@ def test_other_processes_and_meshes_give_the_same_losses(preempted, tmp_path):
     for ours, whole in zip(results["resumed"], results["whole"], strict=True):
         for field in ("loss", "loss_per_step", "gap", "grad_norm"):
             np.testing.assert_allclose(ours[field], whole[field], rtol=1e-5, err_msg=field)
+    ours, whole = (
+        {e["step"]: e["heldout_gap"] for e in json.loads(text)["checkpoints"]}
+        for text in ((tmp_path / name / "ranking.json").read_text() for name in results)
+    )
+    common = sorted(ours.keys() & whole.keys())
+    assert len(common) >= 2
+    np.testing.assert_allclose([ours[s] for s in common], [whole[s] for s in common], rtol=1e-5)
