@@ -167,7 +167,7 @@ def test_other_processes_and_meshes_give_the_same_losses(preempted, tmp_path):
     for ours, whole in zip(results["resumed"], results["whole"], strict=True):
         for field in ("loss", "loss_per_step", "gap", "grad_norm"):
             np.testing.assert_allclose(ours[field], whole[field], rtol=1e-5, err_msg=field)
-    ours, whole = (
+    whole, ours = (
         {e["step"]: e["heldout_gap"] for e in json.loads(text)["checkpoints"]}
         for text in ((tmp_path / name / "ranking.json").read_text() for name in results)
     )
