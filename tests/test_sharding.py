@@ -65,7 +65,8 @@ def test_data_parallel_adapters_send_one_sum_of_gradients_in_float32(results):
     assert {(kind, dtype) for kind, dtype, _, _ in arrays} == {("all-reduce", "f32")}
     numbers = sum(math.prod(shape) * count for _, _, shape, count in arrays)
     adapters = results["lora/one/student"].size
-    assert adapters <= numbers <= adapters + 8
+    losses = 1 + 4 * 2  # the sum, and of each of two nodes: loss, error, both powers
+    assert adapters <= numbers <= adapters + losses
 
 
 @pytest.mark.slow
