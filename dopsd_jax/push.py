@@ -28,8 +28,8 @@ from PIL import Image, UnidentifiedImageError
 from dopsd_jax.common.atomic import atomic_folder
 from dopsd_jax.common.errors import UserError, raise_if
 from dopsd_jax.reporting import model_card
-from dopsd_jax.reporting.model_card import HUB_ID, Shown
-from dopsd_jax.weights.hub import NETWORK_ERRORS
+from dopsd_jax.reporting.model_card import Shown
+from dopsd_jax.weights.hub import HUB_ID, NETWORK_ERRORS
 from dopsd_jax.weights.safetensors_io import read_header
 
 FOLDER = "pictures"

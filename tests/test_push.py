@@ -58,6 +58,7 @@ def test_another_licence_has_its_name_and_a_folder_is_no_base():
     )
     assert found["license"] == "other" and found["license_name"] == "FLUX Non-Commercial License"
     assert found["license_link"] == "https://huggingface.co/Tongyi-MAI/Z-Image-Turbo"
+    assert front(of(HEADER, terms="MIT"))["license"] == "mit"
     found = front(of(HEADER | {"dopsd_jax.base_model": "model"}))
     assert "base_model" not in found
 

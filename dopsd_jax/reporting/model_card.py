@@ -8,12 +8,11 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
+from dopsd_jax.weights.hub import HUB_ID
 from dopsd_jax.weights.lora_settings import OWN
 
-HUB_ID = re.compile(r"[\w.-]+/[\w.-]+", re.ASCII)
-# Names of the hub, for licences that are in its list; others are `other` with a name of their own.
-LICENCES = {"Apache-2.0": "apache-2.0"}
-NO_LICENCE = "the file does not say which licence its base has; give --license"
+# Such as Apache-2.0: the hub's list has it in small letters. Others are `other`, with their name.
+LISTED = re.compile(r"[A-Za-z0-9.-]+")
 
 
 class Shown(NamedTuple):
@@ -45,7 +44,7 @@ def card(
     title = header.get("modelspec.title") or file
     parts = [_front(header, shown, base, terms), f"# {_line(title)}"]
     parts += ["<Gallery />"] if shown else []
-    parts += [_about(header, base), _use(header, file, base, repo), _terms(base, terms)]
+    parts += [_about(header, base), _use(header, file, base, repo), _terms(terms)]
     return "\n\n".join(parts) + "\n"
 
 
@@ -56,8 +55,8 @@ def _front(header: Mapping[str, str], shown: Sequence[Shown], base: str, terms: 
     lines += ["tags: [lora, diffusers, text-to-image, d-opsd, dopsd_jax]"]
     if base:
         lines += [f"base_model: {quoted(base)}", "base_model_relation: adapter"]
-    if terms in LICENCES:
-        lines += [f"license: {LICENCES[terms]}"]
+    if LISTED.fullmatch(terms):
+        lines += [f"license: {quoted(terms.lower())}"]
     elif terms:
         lines += ["license: other", f"license_name: {quoted(terms)}"]
         lines += [f"license_link: https://huggingface.co/{base}"] if base else []
@@ -87,8 +86,7 @@ def _about(header: Mapping[str, str], base: str) -> str:
     }
     rows = [f"| {name} | {_line(text)} |" for name, text in facts.items() if text]
     said = (
-        "A LoRA for a few-step image model. It was trained with dopsd_jax on the model's own few "
-        "steps, so it is used with them, at strength 1."
+        "A LoRA for a few-step image model: use it with the model's own few steps, at strength 1."
     )
     return "\n".join([said, "", "| | |", "|---|---|", *rows])
 
@@ -113,8 +111,8 @@ image = pipe({prompt}, num_inference_steps={number}, guidance_scale=1.0).images[
 ComfyUI: put the file into `models/loras`, node *LoraLoaderModelOnly*, strength 1."""
 
 
-def _terms(base: str, terms: str) -> str:
-    said = f"The base model's licence: {_line(terms)}." if terms else "The licence is not stated."
+def _terms(terms: str) -> str:
+    said = f"{_line(terms)}." if terms else "Not stated."
     return f"## Licence\n\n{said}"
 
 

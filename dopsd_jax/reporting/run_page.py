@@ -35,7 +35,7 @@ CURVES = (
     (
         "norm_ratio",
         "Length of the velocity",
-        "student over what it is pulled to; below 1: haze",
+        "student over what it is pulled to; with a teacher, below 1: haze",
         False,
     ),
     ("anchor_gap", "Anchor gap", "student and start on ordinary prompts: what was forgotten", True),
