@@ -10,6 +10,7 @@ from pathlib import Path
 
 from mkdocs.config.defaults import MkDocsConfig
 from mkdocs.structure.files import File, Files
+from mkdocs.structure.pages import Page
 
 ROOT = Path(__file__).parents[1]
 REFERENCE = "reference/"  # pages of the navigation that are made from docstrings
@@ -26,6 +27,21 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
             for linked in _links(ROOT / name):
                 found.setdefault(linked, _file(linked, config))
     return Files([*theme, *found.values()])
+
+
+def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Files) -> str:
+    """Numbered lists as Python-Markdown wants them: what belongs to an entry 4 columns in, and a
+    blank line between entries."""
+    lines, numbered = [], False
+    for line in markdown.splitlines():
+        if line.startswith("   "):
+            line = f" {line}" if numbered else line
+        elif line.strip():
+            begins = re.match(r"\d+\. ", line) is not None
+            lines += [""] * (begins and numbered)
+            numbered = begins
+        lines.append(line)
+    return "\n".join(lines)
 
 
 def _pages(nav: list | dict | str) -> Iterator[str]:
