@@ -8,6 +8,7 @@ from setuptools import find_packages, setup
 HERE = Path(__file__).parent
 # Folders beside the package that an installation has inside it; config/find.py finds both.
 SHIPPED = {"dopsd_jax.configs": "configs", "dopsd_jax.examples": "examples"}
+DOCS = ["mkdocs-material>=9.6,<10", "mkdocstrings[python]>=0.30"]  # the site: mkdocs.yml
 
 setup(
     name="dopsd_jax",
@@ -73,6 +74,9 @@ setup(
             "hypothesis>=6",
             "tensorboardX>=2.6",
             "beartype>=0.22",  # checks the shapes in the annotations: tests/conftest.py
+            *DOCS,
+            "nbclient>=0.10",  # runs examples/notebook.ipynb
+            "ipykernel>=6",
             "ruff==0.17.6",  # as .pre-commit-config.yaml and .ci/run have it
         ],
         "eval": ["torch"],  # dopsd_jax.evaluate on real data sets: CLIP-S, DINO-D, LPIPS-D
@@ -82,6 +86,7 @@ setup(
         "gcs": ["gcsfs"],  # gs:// paths
         "tensorboard": ["tensorboardX>=2.6"],  # config.trackers, as is wandb
         "wandb": ["wandb>=0.19"],
+        "docs": DOCS,
         "bench": ["matplotlib"],  # figures of benchmarks/paper.py
         "gpu": ["jax[cuda13]"],
         "tpu": ["jax[tpu]"],

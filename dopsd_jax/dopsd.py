@@ -118,6 +118,10 @@ def step_weights(loss: str | Sequence[float], grid: Sequence[float]) -> tuple[fl
     `x0` (sigma^2: the paper's code), `velocity` (1: the paper), `decoupled` (1: its distance is
     another), `step` (the square of the Euler step's length: the per-step KL of arXiv 2605.15055) or
     a list of K numbers.
+
+    Examples:
+      >>> step_weights("x0", (1.0, 0.5, 0.0)), step_weights("step", (1.0, 0.75, 0.0))
+      ((1.0, 0.25), (0.0625, 0.5625))
     """
     sigma = list(grid[:-1])
     if loss == "x0":
@@ -140,6 +144,10 @@ def draw_loss_mask(loss_steps: str | Sequence[int], count: int, key: Array) -> B
     """Which of `count` steps have a loss.
 
     `all`, a list of step numbers (0 is the noisiest), or `random:m` (m of them, drawn from `key`).
+
+    Examples:
+      >>> draw_loss_mask([0, 2], 4, jax.random.key(0)).tolist()
+      [True, False, True, False]
     """
     if loss_steps == "all":
         return jnp.ones((count,), bool)

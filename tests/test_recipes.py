@@ -1,5 +1,7 @@
-"""The commands in the documents: their options are real, and one recipe is followed literally."""
+"""The commands in the documents: their options are real, and the recipes are followed literally."""
 
+import functools
+import json
 import re
 import shlex
 import shutil
@@ -10,22 +12,28 @@ from conftest import ROOT, run_program
 from PIL import Image
 from test_documents import DOCUMENTS
 
+from dopsd_jax import families
 from dopsd_jax.config import schema
 from dopsd_jax.config.loading import load
 
-RECIPE = ROOT / "docs" / "recipes" / "object.md"
+RECIPES = {page.stem: page for page in DOCUMENTS if page.parent == ROOT / "docs" / "recipes"}
 
 
 def commands(document):
     """The programs of this package that a document calls, as (name, arguments)."""
     text = document.read_text(encoding="utf-8")
+    blocks = re.findall(r"^ *```sh\n(.*?)^ *```", text, flags=re.S | re.M)
+    return [call for block in blocks for call in calls(block)]
+
+
+def calls(script):
+    """The programs of this package that a shell script calls, as (name, arguments)."""
     found = []
-    for block in re.findall(r"^ *```sh\n(.*?)^ *```", text, flags=re.S | re.M):
-        for line in re.sub(r"\\\n", " ", block).splitlines():
-            words = shlex.split(line, comments=True)
-            if "-m" in words and words[words.index("-m") + 1].startswith("dopsd_jax."):
-                name, *arguments = words[words.index("-m") + 1 :]
-                found.append((name.removeprefix("dopsd_jax."), arguments))
+    for line in re.sub(r"\\\n", " ", script).splitlines():
+        words = shlex.split(line, comments=True)
+        if "-m" in words and words[words.index("-m") + 1].startswith("dopsd_jax."):
+            name, *arguments = words[words.index("-m") + 1 :]
+            found.append((name.removeprefix("dopsd_jax."), arguments))
     return found
 
 
@@ -47,42 +55,88 @@ def test_what_the_documents_set_can_be_set(config, fields, monkeypatch):
     schema.check(found, fields)
 
 
+# A page that uses what another one has made.
+AFTER = {"README": "object", "several": "object"}
+# What is put in place of what a page says: configurations and models, and numbers of steps.
+PUT = {
+    "configs/zimage.py": "zimage:random",
+    "configs/flux2_klein.py": "flux2_klein:random",
+    "Qwen/Qwen3-VL-4B-Instruct": "model/vlm",
+    "Tongyi-MAI/Z-Image-Turbo": "model",
+    "black-forest-labs/FLUX.2-klein-4B": "klein",
+    **dict.fromkeys(("250", "500"), "1"),  # between checkpoints
+    **dict.fromkeys(("2000", "3000", "4000"), "2"),  # in all
+}
+# And what is added, so that it is small: few layers, of which every family has some.
+CONFIG = (
+    *("--config.data.resolution=64", "--config.data.buckets=64x64", "--config.grid=1,0.5"),
+    *("--config.lora.targets=*.to_q,*.to_v", "--config.lora.rank=4"),
+)
+ADDED = {
+    "caption": (),
+    "check": CONFIG,
+    "train": (*CONFIG, "--config.sample_rows=1", "--config.sample_every=0"),
+    "sample": ("--height=64", "--width=64", "--steps=2"),
+    "push": (),
+}
+# What is there then, in the folder that an option names.
+MADE = {
+    "train": ("--workdir", "lora/step_2.safetensors"),
+    "sample": ("--out", "*.png"),
+    "push": ("--out", "README.md"),
+}
+PLACE = re.compile(rf"(?<![a-z0-9/])({'|'.join(map(re.escape, PUT))})(?!\w)")
+
+
+def picture(path):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    rng = np.random.default_rng(list(path.name.encode()))
+    pixels = rng.integers(0, 255, (8, 8, 3), np.uint8)
+    Image.fromarray(pixels).resize((80, 70)).save(path)
+
+
+@pytest.fixture(scope="module")
+def follow(random_model, tmp_path_factory):
+    """Does what a recipe says, in a folder with everything that the recipes speak of."""
+    here = tmp_path_factory.mktemp("recipes")
+    for folder, caption in (
+        *(("photos", "a [trigger] toy"), ("dog", "a [V] dog"), ("cat", "a [W] cat")),
+        *(("portraits", "[V] woman"), ("paintings", "a lighthouse")),
+    ):
+        for i in range(6):
+            picture(here / folder / f"{i}.jpg")
+            (here / folder / f"{i}.txt").write_text(f"{caption}, picture {i}")
+    (here / "dog-captions.txt").write_text("a [V] dog, picture 0\na [V] dog, picture 1\n")
+    row = re.search(r"^```json\n(.*)\n```", RECIPES["editor"].read_text(), flags=re.M)[1]
+    for name in (json.loads(row)["file_name"], json.loads(row)["reference"]):
+        picture(here / "pairs" / name)
+    (here / "pairs" / "pairs.jsonl").write_text(f"{row}\n" * 2)
+    picture(here / "photo.jpg")
+    (here / "model").symlink_to(random_model)
+    families.load("flux2_klein").write_random_model(here / "klein")
+
+    @functools.cache
+    def followed(page):
+        if page in AFTER:
+            followed(AFTER[page])
+        for name, arguments in commands(RECIPES[page]):
+            arguments = [PLACE.sub(lambda found: PUT[found[0]], a) for a in arguments]
+            done = run_program(name, *arguments, *ADDED[name], folder=here)
+            assert done.returncode == 0, done.stderr
+            if name in MADE:
+                option, made = MADE[name]
+                assert list((here / arguments[arguments.index(option) + 1]).glob(made))
+
+    yield followed
+    shutil.rmtree(here)
+
+
 def test_every_recipe_has_a_command_to_copy():
-    pages = [page for page in DOCUMENTS if page.parent == RECIPE.parent and page.stem != "README"]
-    assert len(pages) >= 5
-    assert all(commands(page) for page in pages)
+    assert len(RECIPES) >= 6
+    assert all(commands(page) for page in RECIPES.values())
 
 
-def test_the_recipe_of_an_object_leads_to_pictures(tmp_path, random_model):
-    """Step by step as written; only names of folders, sizes and numbers of steps are others."""
-    photos, runs = tmp_path / "photos", tmp_path / "runs"
-    photos.mkdir()
-    rng = np.random.default_rng(0)
-    for i in range(6):
-        pixels = rng.integers(0, 255, (8, 8, 3), np.uint8)
-        Image.fromarray(pixels).resize((160, 140)).save(photos / f"{i}.jpg")
-        (photos / f"{i}.txt").write_text(f"a [trigger] toy, picture {i}")
-    changed = {
-        "photos": str(photos),
-        "runs/dog": f"{runs}/dog",
-        "pictures": f"{tmp_path}/pictures",
-        "Qwen/Qwen3-VL-4B-Instruct": f"{random_model}/vlm",
-        "Tongyi-MAI/Z-Image-Turbo": str(random_model),
-        "configs/zimage.py": f"{ROOT}/configs/zimage.py:random",
-        "2000": "2",
-        "250": "1",
-    }
-    names = re.compile(rf"(?<![\w/])({'|'.join(map(re.escape, changed))})(?!\w)")
-    small = {
-        "caption": [],  # all have one: a network with random weights writes no sentence
-        "check": [],
-        "train": ["--config.sample_rows=1", "--config.sample_every=0", "--config.grid=1,0.5"],
-        "sample": ["--height=64", "--width=64", "--steps=2"],
-    }
-    for name, arguments in commands(RECIPE):
-        arguments = [names.sub(lambda found: changed[found[0]], a) for a in arguments]
-        done = run_program(name, *arguments, *small[name])
-        assert done.returncode == 0, done.stderr
-    assert (photos / "0.txt").read_text() == "a [trigger] toy, picture 0"
-    assert len(list((tmp_path / "pictures").glob("*.png"))) == 1
-    shutil.rmtree(runs)
+@pytest.mark.slow
+@pytest.mark.parametrize("page", sorted(RECIPES))
+def test_a_recipe_can_be_followed(page, follow):
+    follow(page)

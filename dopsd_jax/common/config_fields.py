@@ -155,7 +155,12 @@ def shown(value: Any) -> str:
 
 
 def name_or_list(value: str | list | tuple) -> str | tuple:
-    """A field that is a name or a list: `1, 0.9` on the command line means the list."""
+    """A field that is a name or a list: `1, 0.9` on the command line means the list.
+
+    Examples:
+      >>> name_or_list("nodes4"), name_or_list("1, 0.9")
+      ('nodes4', (1, 0.9))
+    """
     if not isinstance(value, str):
         return tuple(value)
     items = as_list(value)

@@ -16,13 +16,22 @@ def shifted_grid(steps: int, shift: float) -> tuple[float, ...]:
     """`steps` + 1 nodes from 1 to 0: 1, ..., 1/steps under sigma' = s sigma / (1 + (s - 1) sigma).
 
     A static shift, as Z-Image's published scheduler has it.
+
+    Examples:
+      >>> shifted_grid(2, shift=3.0)
+      (1.0, 0.75, 0.0)
     """
     sigma = np.linspace(1.0, 1.0 / steps, steps)
     return (*(shift * sigma / (1 + (shift - 1) * sigma)).tolist(), 0.0)
 
 
 def check_grid(nodes: Sequence[float], field: str) -> tuple[float, ...]:
-    """An explicit grid with its end, 0, added if absent. Raises `UserError` unless it falls."""
+    """An explicit grid with its end, 0, added if absent. Raises `UserError` unless it falls.
+
+    Examples:
+      >>> check_grid([1, 0.5], "config.grid")
+      (1.0, 0.5, 0.0)
+    """
     nodes = tuple(float(n) for n in nodes)
     if nodes and nodes[-1] != 0.0:
         nodes = (*nodes, 0.0)
@@ -41,5 +50,12 @@ def euler(x: Float[Array, "..."], velocity: Float[Array, "..."], sigma, sigma_ne
 
 
 def x0_hat(x: Float[Array, "..."], velocity: Float[Array, "..."], sigma):
-    """The clean estimate at a state."""
+    """The clean estimate at a state.
+
+    Examples:
+      >>> x0, noise, sigma = 2.0, -1.0, 0.25
+      >>> x = (1 - sigma) * x0 + sigma * noise
+      >>> float(x0_hat(x, noise - x0, sigma))
+      2.0
+    """
     return x - sigma * velocity

@@ -20,6 +20,12 @@ def lora_option(text: str) -> LoraOption:
     """`dog.safetensors:0.8` and the like. Raises ValueError with what is wrong.
 
     What follows the last colon is a strength if it is a number and no file has the whole name.
+
+    Examples:
+      >>> lora_option("dog.safetensors:0.8").strength
+      0.8
+      >>> lora_option("dog.safetensors").strength
+      1.0
     """
     if fault := path_fault(text):
         raise ValueError(fault)

@@ -64,6 +64,10 @@ def make_buckets(resolution: int, step: int = 16) -> tuple[Bucket, ...]:
     Each size is scaled by resolution / 1024 and both sides go to the multiple of `step` below or
     above: of the four results the one closest in aspect ratio whose area is at most resolution².
     Shapes that coincide at small resolutions appear once. At 1024 this is upstream's list.
+
+    Examples:
+      >>> [str(bucket) for bucket in make_buckets(512)][:3]
+      ['512x512', '576x448', '448x576']
     """
     whole = isinstance(resolution, int) and not isinstance(resolution, bool)
     if not whole or resolution <= 0 or resolution % step:
@@ -118,7 +122,12 @@ def _near(side: object, step: int) -> str:
 
 
 def nearest(width: int, height: int, buckets: Sequence[Bucket]) -> Bucket:
-    """The bucket with the least |ln(width / height) - ln(its aspect)|; the first of equals."""
+    """The bucket with the least |ln(width / height) - ln(its aspect)|; the first of equals.
+
+    Examples:
+      >>> str(nearest(3024, 4032, make_buckets(1024)))  # a phone's picture, upright
+      '864x1152'
+    """
     best, (up, down) = buckets[0], (0, 0)
     for bucket in buckets:
         first, second = width * bucket.height, bucket.width * height

@@ -11,6 +11,10 @@ def padded_length(longest: int, multiple: int, maximum: int) -> int:
 
     With several processes `longest` must be the same on all: take it over the whole data set or
     the whole batch, not over one process's part.
+
+    Examples:
+      >>> padded_length(33, multiple=32, maximum=512)
+      64
     """
     if not 0 < longest <= maximum:
         raise ValueError(f"length {longest} is not in 1..{maximum}")

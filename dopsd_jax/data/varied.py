@@ -59,6 +59,11 @@ def tag_orders(text: str, keep: int, count: int) -> tuple[str, ...]:
 
     At most `count` in all, no two alike; the first `keep` tags stay where they are. The caption
     alone decides the orders, so that runs with different seeds share the encoders' outputs.
+
+    Examples:
+      >>> orders = tag_orders("[V] dog, grass, sun", keep=1, count=9)
+      >>> sorted(orders)
+      ['[V] dog, grass, sun', '[V] dog, sun, grass']
     """
     tags = [tag.strip() for tag in text.split(",") if tag.strip()]
     first, rest = tags[:keep], tags[keep:]

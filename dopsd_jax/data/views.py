@@ -17,7 +17,12 @@ LEAST = 0.8  # of the sides of the largest crop that the bucket's shape allows
 
 
 def views_of(crops: int = 1, mirrored: bool = False, levels: int = 1) -> tuple[View, ...]:
-    """The views of a picture: `crops` places, the centre first, each mirrored, at every level."""
+    """The views of a picture: `crops` places, the centre first, each mirrored, at every level.
+
+    Examples:
+      >>> [(view.crop, view.mirrored) for view in views_of(crops=2, mirrored=True)]
+      [(0, False), (0, True), (1, False), (1, True)]
+    """
     sides = (False, True) if mirrored else (False,)
     return tuple(itertools.starmap(View, itertools.product(range(crops), sides, range(levels))))
 

@@ -32,7 +32,13 @@ class Estimate(NamedTuple):
 
 
 def mean(values: Float[np.ndarray, "p s"]) -> Estimate:
-    """The mean over p prompts of s pictures each."""
+    """The mean over p prompts of s pictures each.
+
+    Examples:
+      >>> found = mean(np.array([[1.0, 2.0], [2.0, 3.0], [3.0, 4.0]]))
+      >>> found.value, float(round(found.half, 2)), found.prompts
+      (2.5, 2.48, 3)
+    """
     each = np.asarray(values, np.float64).mean(1)
     count = len(each)
     if count < 2:

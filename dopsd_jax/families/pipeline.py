@@ -51,7 +51,8 @@ class Pipeline:
       dtype: type of activations.
       base_dtype: type of the transformer's weights, or a scheme of `models.quantised`; None: as
         stored.
-      attention, remat: see `Family.build`.
+      attention: see `Family.build`.
+      remat: see `Family.build`.
       loras: adapters to attach to the transformer; their changes add up.
       sharding_for: path and shape of a transformer parameter -> its sharding.
       trained: type of the transformer's variables that are kept apart from the rest; see `split`.

@@ -149,6 +149,12 @@ def split_name(name: str) -> tuple[str, str | None, str, str]:
     The part is `a`, `b`, one of `lokr.PARTS`, or `alpha`; None: it is of no adapter that is read.
 
     The kind is `ab`, `default` (with an adapter name) or `down`: it tells dialects apart.
+
+    Examples:
+      >>> split_name("transformer.layers.0.attention.to_q.lora_A.weight")
+      ('transformer.layers.0.attention.to_q', 'a', 'ab', '')
+      >>> split_name("lora_unet_layers_0_attention_to_q.lora_up.weight")
+      ('lora_unet_layers_0_attention_to_q', 'b', 'down', '')
     """
     name = name.replace(COMPILED, "")
     found = _SUFFIX.search(name)

@@ -21,6 +21,12 @@ def captions_in(content: bytes, lines: bool) -> tuple[tuple[str, ...], str | Non
     """The captions in the content of a caption file, or what is wrong.
 
     `lines`: each line that is not blank is an alternative.
+
+    Examples:
+      >>> captions_in(b"a [V] dog\\na [V] dog on a sofa\\n", lines=True)
+      (('a [V] dog', 'a [V] dog on a sofa'), None)
+      >>> captions_in(b"  ", lines=False)
+      ((), 'is empty; write a caption')
     """
     if len(content) > MAX_CAPTION_BYTES:
         return (), TOO_LARGE

@@ -59,7 +59,12 @@ def _read(path: str, lines: bool) -> Sidecar:
 
 
 def json_sidecar(content: bytes) -> Sidecar:
-    """The captions of one picture in a JSON object, under any of `KEYS`; none if it has no key."""
+    """The captions of one picture in a JSON object, under any of `KEYS`; none if it has no key.
+
+    Examples:
+      >>> json_sidecar(b'{"caption": "a [V] dog", "tags": ["grass", "sun"]}').captions
+      ('a [V] dog, grass, sun',)
+    """
     if len(content) > MAX_CAPTION_BYTES:
         return Sidecar((), TOO_LARGE)
     try:
