@@ -44,4 +44,4 @@ def page(
         html_page.section("Evaluate again", html_page.copied(command)),
         html_page.section("Settings", html_page.folded("all settings and versions", settings)),
     )
-    return html_page.render("evaluation", title, about, verdict, sections)
+    return html_page.render("Evaluation", title, about, verdict, sections)

@@ -14,7 +14,7 @@ SIDE = 512  # pixels: larger pictures are embedded smaller
 PIXELS = 160  # pictures with sides up to this show their pixels, and are embedded without losses
 MEANINGS = {
     "reference": "a picture that the prompt edits",
-    "target": "a picture of the data set",
+    "target": "the picture that belongs to the prompt",
     "base": "the model before training",
     "teacher": "the model that is also shown the target: what tuned learns from",
     "tuned": "the trained model, which sees the prompt alone",
