@@ -186,8 +186,8 @@ def laid_out(pages, tmp_path_factory):
         f"<script>const pages = {content};{MEASURE}</script>"
     )
     done = subprocess.run(
-        [browser, "--headless", "--no-sandbox", "--disable-gpu", "--hide-scrollbars", "--virtual-time-budget=20000",
-         "--window-size=1500,1000", f"--user-data-dir={path.parent / 'profile'}", "--dump-dom",
+        [browser, "--headless", "--no-sandbox", "--disable-gpu", "--hide-scrollbars",
+         "--virtual-time-budget=20000", "--window-size=1500,1000", f"--user-data-dir={path.parent / 'profile'}", "--dump-dom",
          path.as_uri()],
         capture_output=True, text=True, timeout=120,
     )  # fmt: skip

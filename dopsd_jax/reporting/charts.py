@@ -4,6 +4,7 @@ import dataclasses
 import html
 import math
 from collections.abc import Sequence
+from typing import Any
 
 WIDTH, HEIGHT = 420, 210
 LEFT, RIGHT, TOP, BOTTOM = 54, 22, 24, 40
@@ -205,6 +206,11 @@ def _bins(points: Sequence[tuple[int, float]], x_axis: _Axis) -> list[Bin]:
         middle = sum(steps) / len(steps)
         bins.append(Bin(middle, sum(values) / len(values), min(values), max(values)))
     return bins
+
+
+def drawable(value: Any) -> bool:
+    """Whether it is a number: charts add and subtract, which overflows near the largest float."""
+    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < 1e150
 
 
 def number(value: float) -> str:

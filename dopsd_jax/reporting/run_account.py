@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from dopsd_jax.reporting import html_page
-from dopsd_jax.reporting.charts import number
+from dopsd_jax.reporting.charts import drawable, number
 from dopsd_jax.reporting.run_settings import text_of
 
 HAZY = 0.9  # below this share of the teacher's velocity pictures are visibly hazy
@@ -31,11 +31,12 @@ def sentence(records: Sequence[Mapping], gap: str) -> str:
 def warnings(
     records: Sequence[Mapping],
     incidents: Sequence[tuple[str, Mapping[str, Any]]],
+    count: int,
     ranking: Mapping[str, Any],
 ) -> str:
     """What the reader should know before trusting the result; nothing if there is nothing.
 
-    incidents: file names and their contents.
+    incidents: file names and contents of the first `LISTED`, of `count`.
     """
     found = []
     skipped = sum("nonfinite" in record for record in records)
@@ -57,22 +58,22 @@ def warnings(
     if not found and not incidents:
         return ""
     items = "".join(f"<li>{html_page.text(line[0].upper() + line[1:])}.</li>" for line in found)
-    listed = (
-        html_page.folded(f"incidents: {len(incidents)}", _listed(incidents)) if incidents else ""
-    )
-    return f'<aside class="warnings"><h2>Look at this</h2><ul>{items}</ul>{listed}</aside>'
+    lines = f"<ul>{items}</ul>" if items else ""
+    if incidents:
+        lines += html_page.folded(f"incidents: {count}", _listed(incidents, count))
+    return f'<aside class="warnings"><h2>Look at this</h2>{lines}</aside>'
 
 
-def _listed(incidents: Sequence[tuple[str, Mapping[str, Any]]]) -> str:
+def _listed(incidents: Sequence[tuple[str, Mapping[str, Any]]], count: int) -> str:
     rows = []
-    for name, content in incidents[:LISTED]:
+    for name, content in incidents:
         samples = content.get("samples")
         samples = samples if isinstance(samples, list) else []
         images = [text_of(own.get("image", "")) for own in samples if isinstance(own, dict)]
         rows.append((name, text_of(content.get("why", "")), ", ".join(images)))
-    left_out = len(incidents) - LISTED
-    more = html_page.remark(f"{left_out} more are in incidents/.") if left_out > 0 else ""
-    return html_page.table(("file", "why", "pictures of the step"), rows, "settings") + more
+    more = [f"{count - len(rows)} more are in incidents/."] if count > len(rows) else []
+    table = html_page.table(("file", "why", "pictures of the step"), rows, "settings")
+    return table + html_page.remark(*more)
 
 
 def _times(count: int, what: str) -> str:
@@ -80,8 +81,7 @@ def _times(count: int, what: str) -> str:
 
 
 def _finite(records: Sequence[Mapping], field: str) -> list[float]:
-    values = (record.get(field) for record in records)
-    return [v for v in values if type(v) in (int, float) and abs(v) < 1e150]
+    return [record[field] for record in records if drawable(record.get(field))]
 
 
 def _ends(values: Sequence[float]) -> tuple[float, float]:

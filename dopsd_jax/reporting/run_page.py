@@ -14,7 +14,7 @@ from dopsd_jax.common.progress import duration
 from dopsd_jax.data.images import DECODE_ERRORS
 from dopsd_jax.methods.registry import METHODS
 from dopsd_jax.reporting import html_page, run_account, run_settings, shown_pictures
-from dopsd_jax.reporting.charts import Series, chart, number
+from dopsd_jax.reporting.charts import Series, chart, drawable, number
 from dopsd_jax.reporting.metrics import FILE, read_metrics
 from dopsd_jax.reporting.pictures import TRAINING, read_labels, sample_files
 from dopsd_jax.reporting.shown_pictures import Round
@@ -70,14 +70,14 @@ def write_report(workdir: str | os.PathLike) -> epath.Path:
     ranking = _read_object(workdir / checkpoint_ranking.FILE)
     config = content.get("config")
     config = config if isinstance(config, dict) else {}
-    incidents = [
-        (path.name, _read_object(path))
-        for path in sorted((workdir / nonfinite.FOLDER).glob("*.json"))
-    ]
+    incidents = sorted(
+        (workdir / nonfinite.FOLDER).glob("step_*.json"), key=lambda p: (len(p.name), p.name)
+    )
+    listed = [(path.name, _read_object(path)) for path in incidents[: run_account.LISTED]]
     gap = METHODS.get(str(config.get("method")), METHODS["dopsd"]).gap
     parts = (
         _summary(records, config),
-        run_account.warnings(records, incidents, ranking),
+        run_account.warnings(records, listed, len(incidents), ranking),
         html_page.section("Pictures", _samples(workdir)),
         _result(workdir, config, ranking),
         _scores(scores),
@@ -90,7 +90,7 @@ def write_report(workdir: str | os.PathLike) -> epath.Path:
     full = config.get("train") == "full"
     known = run_settings.text_of
     about = (
-        known(content.get("started")),
+        known(content.get("started", "")),
         f"method {known(config['method'])}" if config.get("method") else "",
         f"base model {_short(known(config['model']))}" if config.get("model") else "",
         f"run {workdir.name or workdir.resolve().name}",
@@ -120,17 +120,15 @@ def _summary(records: Sequence[Mapping], config: Mapping[str, Any]) -> str:
     facts = [("step", f"{last['step']} of {total}" if total else str(last["step"]))]
     labels = {"loss": "last loss", "gap": "last gap", "anchor_gap": "last anchor gap"}
     for field, label in (labels | {"lr": "learning rate"}).items():
-        if _is_number(last.get(field)):
+        if drawable(last.get(field)):
             facts.append((label, number(last[field])))
-    rates = sorted(
-        r["images_per_second"] for r in records if _is_number(r.get("images_per_second"))
-    )
+    rates = sorted(r["images_per_second"] for r in records if drawable(r.get("images_per_second")))
     if rates:
         facts.append(("images/s, median", number(rates[len(rates) // 2])))
-    seconds = [r["seconds"] for r in records if _is_number(r.get("seconds"))]
+    seconds = [r["seconds"] for r in records if drawable(r.get("seconds"))]
     if seconds:
         facts.append(("time in steps", duration(sum(seconds))))
-    if _is_number(last.get("peak_bytes")):
+    if drawable(last.get("peak_bytes")):
         facts.append(("memory", f"{last['peak_bytes'] / 2**30:.1f} GiB"))
     return html_page.facts(facts)
 
@@ -192,7 +190,7 @@ def _scores(scores: Mapping[str, Any]) -> str:
         cells = [_cell(row.get(name)) for row in rows]
         if compared:
             pair = [found[model].get(name) for model in ("tuned", "base")]
-            cells.append(f"{pair[0] - pair[1]:+.3f}" if all(map(_is_number, pair)) else "")
+            cells.append(f"{pair[0] - pair[1]:+.3f}" if all(map(drawable, pair)) else "")
         body.append((name, *cells))
     head = ("", *models, *(["tuned - base"] if compared else []))
     notes = str(scores.get("note", "")).split("; ")
@@ -204,7 +202,7 @@ def _scores(scores: Mapping[str, Any]) -> str:
 def _cell(value: Any) -> str:
     if value is None:
         return ""
-    is_float = isinstance(value, float) and _is_number(value)
+    is_float = isinstance(value, float) and drawable(value)
     return f"{value:.3f}" if is_float else run_settings.text_of(value)
 
 
@@ -244,21 +242,16 @@ def _series(found: Sequence[tuple[int, Any]], title: str) -> list[Series]:
     steps = [step for step, _ in found]
     width = max((len(value) for _, value in found if isinstance(value, list)), default=0)
     if not width:
-        return [Series(title, steps, [value if _is_number(value) else None for _, value in found])]
+        return [Series(title, steps, [value if drawable(value) else None for _, value in found])]
     series = []
     for i in range(width):
         column = [v[i] if isinstance(v, list) and i < len(v) else None for _, v in found]
-        values = [value if _is_number(value) else None for value in column]
+        values = [value if drawable(value) else None for value in column]
         # A step outside loss_steps is null throughout: it has no curve, rather than a gap.
         if any(value is not None for value in values):
             ends = {0: " (noisiest)", width - 1: " (cleanest)"} if width > 1 else {}
             series.append(Series(f"{i + 1}{ends.get(i, '')}", steps, values))
     return series
-
-
-def _is_number(value: Any) -> bool:
-    """Whether it can be drawn: charts add and subtract, which overflows near the largest float."""
-    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < 1e150
 
 
 def _samples(workdir: epath.Path) -> str:
