@@ -185,12 +185,10 @@ def laid_out(pages, tmp_path_factory):
         f'<!doctype html><meta charset="utf-8"><pre id="told"></pre>{frames}'
         f"<script>const pages = {content};{MEASURE}</script>"
     )
-    done = subprocess.run(
-        [browser, "--headless", "--no-sandbox", "--disable-gpu", "--hide-scrollbars",
-         "--virtual-time-budget=20000", "--window-size=1500,1000", f"--user-data-dir={path.parent / 'profile'}", "--dump-dom",
-         path.as_uri()],
-        capture_output=True, text=True, timeout=120,
-    )  # fmt: skip
+    options = ["--headless", "--no-sandbox", "--disable-gpu", "--hide-scrollbars"]
+    options += ["--window-size=1500,1000", "--virtual-time-budget=20000", "--dump-dom"]
+    options += [f"--user-data-dir={path.parent / 'profile'}", path.as_uri()]
+    done = subprocess.run([browser, *options], capture_output=True, text=True, timeout=120)
     told = re.search(r'<pre id="told">(\{.*?\})</pre>', done.stdout, re.DOTALL)
     assert told, done.stderr[-2000:]
     return json.loads(html.unescape(told[1]))
