@@ -65,6 +65,7 @@ def test_a_run_shows_curves_samples_and_settings(tmp_path):
     assert steps_of(page) == [0, 5, 10]
     (slider,) = page.all("input")
     assert slider["max"] == "2" and page.by_id("picker").get("hidden", "no") is None
+    assert "draws 4 x 6 pixels" in text  # all are small and alike
     assert all(word in text for word in ("lora.rank", "64", "jax", "0.10.2", "a fox"))
 
 
@@ -275,6 +276,7 @@ def test_axes_are_labelled_and_begin_at_zero_where_that_hides_nothing():
         page = Page(chart("T", "", [Series("a", [1, 2, 3], values)], unit="images/s"))
         unit, step, *ticks = page.inside("text", "svg")
         assert (unit, step) == ("images/s", "step") and ("0" in ticks) == from_zero
+        assert ticks[-3:] == ["1", "2", "3"]
         *grid, base = [float(line["y1"]) for line in page.all("line")]
         assert (base in grid) == from_zero  # the tick of 0 is the axis
 

@@ -10,6 +10,7 @@ WIDTH, HEIGHT = 420, 210
 LEFT, RIGHT, TOP, BOTTOM = 54, 22, 24, 40
 BINS = 280  # beyond this many steps, a bin of steps is drawn as its mean and range
 LOG_RANGE = 50  # values that range more widely may be drawn on a logarithmic axis
+NEXT = 24  # between the first tick of the steps and the next
 NEAR = 0.9  # an axis of values above 0 begins at 0, unless all are closer together than this
 
 
@@ -154,7 +155,8 @@ def _frame(x_axis: _Axis, y_axis: _Axis, unit: str) -> str:
         y = f"{y_axis.at(value):.1f}"
         parts.append(f'<line class="grid" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{y}" y2="{y}"/>')
         parts.append(f'<text x="{LEFT - 7}" y="{y}" dy=".32em" class="y">{number(value)}</text>')
-    for value in x_axis.ticks():
+    first = x_axis.low  # the first step is named, and no tick right beside it
+    for value in [first, *(v for v in x_axis.ticks() if x_axis.at(v) - x_axis.at(first) > NEXT)]:
         x = f"{x_axis.at(value):.1f}"
         parts.append(f'<text x="{x}" y="{HEIGHT - BOTTOM + 17}" class="x">{int(value)}</text>')
     base = HEIGHT - BOTTOM

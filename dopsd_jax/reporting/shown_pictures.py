@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 from PIL import Image
 
-from dopsd_jax.reporting.html_page import copied, text, words
+from dopsd_jax.reporting.html_page import copied, remark, text, words
 from dopsd_jax.reporting.pictures import GridRow
 
 SIDE = 512  # pixels: larger pictures are embedded smaller
@@ -60,7 +60,16 @@ def show(rounds: Sequence[Round]) -> str:
     for own in rounds:
         prompts |= dict.fromkeys((i, caption) for i, (caption, _) in enumerate(own.rows))
     rows = "".join(_row(rounds, columns, *place) for place in sorted(prompts, key=lambda p: p[0]))
-    return f"{words(known)}{_picker(rounds)}{rows}"
+    return f"{words(known)}{_size(rounds)}{_picker(rounds)}{rows}"
+
+
+def _size(rounds: Sequence[Round]) -> str:
+    """A remark where all pictures are of one small size, so that nobody takes it for a fault."""
+    sizes = {p.size for own in rounds for _, row in own.rows for p in row if p is not None}
+    small = [f"{w} x {h}" for w, h in sizes if max(w, h) <= PIXELS]
+    if len(sizes) != 1 or not small:
+        return ""
+    return remark(f"The model draws {small[0]} pixels, which are enlarged here.")
 
 
 def _picker(rounds: Sequence[Round]) -> str:
