@@ -20,7 +20,7 @@ def page(
     facts: Mapping[str, str],
     command: str,
 ) -> str:
-    """The page: verdict, pictures, table of scores, and what it was made from.
+    """The page: verdict, table of scores, pictures, and what it was made from.
 
     cells, tones: of the table with its head, see `results.table` and `results.tones`.
     """

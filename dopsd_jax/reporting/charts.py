@@ -10,7 +10,7 @@ WIDTH, HEIGHT = 420, 210
 LEFT, RIGHT, TOP, BOTTOM = 54, 22, 24, 40
 BINS = 280  # beyond this many steps, a bin of steps is drawn as its mean and range
 LOG_RANGE = 50  # values that range more widely may be drawn on a logarithmic axis
-NEXT = 24  # between the first tick of the steps and the next
+NEXT = 24  # units of the drawing: a tick of the steps that is nearer to the first is left out
 NEAR = 0.9  # an axis of values above 0 begins at 0, unless all are closer together than this
 
 
