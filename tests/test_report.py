@@ -79,6 +79,7 @@ def test_the_pictures_of_a_step_are_told_apart_and_those_of_all_stand_once(tmp_p
 
 def test_each_step_is_tied_to_its_file(tmp_path):
     (tmp_path / "lora").mkdir()
+    (tmp_path / "lora" / "step_011.safetensors").write_bytes(b"")  # of no run
     for name in ("step_5", "step_10", "best"):
         (tmp_path / "lora" / f"{name}.safetensors").write_bytes(b"")
         page = run(tmp_path, 1, grids=[0, 5, 10], config={"config": {"model": "a b"}})

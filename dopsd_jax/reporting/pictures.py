@@ -63,7 +63,7 @@ class Cell(NamedTuple):
         """The picture; in its own size if it was enlarged pixel by pixel."""
         box = (self.x, self.y, self.x + self.width, self.y + self.height)
         picture = sheet.crop(box)
-        if self.width < ENLARGED * self.own_width:
+        if self.width < ENLARGED * self.own_width or self.height < ENLARGED * self.own_height:
             return picture
         return picture.resize((self.own_width, self.own_height), Image.Resampling.NEAREST)
 

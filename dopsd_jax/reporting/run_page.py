@@ -153,7 +153,8 @@ def _steps(workdir: epath.Path) -> list[int]:
     names = [
         path.stem for folder in ("lora", "model") for path in (workdir / folder).glob("step_*")
     ]
-    return sorted({int(name[5:]) for name in names if name[5:].isdecimal()})
+    steps = {int(name[5:]) for name in names if name[5:].isdecimal()}
+    return sorted(step for step in steps if _file(workdir, step))
 
 
 def _result(workdir: epath.Path, config: Mapping[str, Any], ranking: Mapping[str, Any]) -> str:
@@ -166,10 +167,11 @@ def _result(workdir: epath.Path, config: Mapping[str, Any], ranking: Mapping[str
     if best.exists():
         path, why = best, f"the best checkpoint, step {run_settings.text_of(ranking.get('best'))}"
     parts = [html_page.copied(str(path))]
-    if path.parent.name == "lora" and isinstance(config.get("model"), str):
+    model = config.get("model")
+    if path.parent.name == "lora" and isinstance(model, str) and model != "random":
         word = html_page.concept(config, "")
         parts.append(html_page.remark("Draw with it:"))
-        parts.append(html_page.copied(run_settings.sample_command(config["model"], path, word)))
+        parts.append(html_page.copied(run_settings.sample_command(model, path, word)))
     return html_page.section(f"The file: {why}", *parts)
 
 
