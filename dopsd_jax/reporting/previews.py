@@ -11,6 +11,7 @@ import numpy as np
 from dopsd_jax.common.errors import UserError
 from dopsd_jax.conditioning.features import Features
 from dopsd_jax.data.dataset import Dataset, spread
+from dopsd_jax.data.holdout import RowsByShape
 from dopsd_jax.dopsd import Contexts
 from dopsd_jax.families.base import STUDENT
 from dopsd_jax.families.pipeline import Pipeline, start_noise
@@ -45,13 +46,14 @@ def rows_of(dataset: Dataset, count: int) -> list[int]:
     return [shown[i] for i in spread(len(shown), count)]
 
 
-def write_training_pictures(features: Features, rows: Sequence[int], workdir: Path) -> None:
+def write_training_pictures(features: Features, rows: RowsByShape, workdir: Path) -> None:
     """Writes samples/training.png: pictures spread over `rows`, which are trained on.
 
     Every process calls it, the first writes. Of a prepared data set only some pictures are there.
     """
     prepared = features.dataset.features
-    known = [row for row in rows if prepared is None or row in prepared.shown]
+    trained = sorted(int(row) for own in rows.values() for row in own)
+    known = [row for row in trained if prepared is None or row in prepared.shown]
     if not known or not multihost.is_first():
         return
     images = [features.image(known[i]) for i in spread(len(known), THUMBNAILS)]
