@@ -34,6 +34,7 @@ setup(
     package_data={
         "dopsd_jax": ["py.typed"],
         "dopsd_jax.data": ["prompts/*.txt"],
+        "dopsd_jax.reporting": ["page/*"],
         "dopsd_jax.examples": ["miniature/**/*"],
     },
     entry_points={

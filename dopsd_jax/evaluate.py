@@ -7,6 +7,7 @@ base and teacher alone are compared. What was drawn and scored is
 kept in --out: the same command again does only what is missing. See docs/evaluation.md.
 """
 
+import datetime
 import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -64,6 +65,7 @@ from dopsd_jax.evaluation.scorer import Case, Judge, PairScorer, judges, load_sc
 from dopsd_jax.families.base import TEACHER
 from dopsd_jax.families.pipeline import Pipeline
 from dopsd_jax.parallel import sharding
+from dopsd_jax.reporting.html_page import concept
 from dopsd_jax.reporting.pictures import GridRow, filled, reference_columns
 from dopsd_jax.run import build, data_set
 from dopsd_jax.run.lock import exclusive_run
@@ -143,7 +145,8 @@ def evaluate(config: ConfigDict, out: Path) -> None:
         "versions": versions(),
         "weights": {arm.name: arm.weights for arm in every},
     }
-    write(out, cells, notes, scores, every, cases, gallery, facts)
+    tones = results.tones(scores, [a.name for a in every])
+    write(out, cells, tones, notes, scores, every, cases, gallery, facts)
 
 
 def output_folder() -> Path:
@@ -251,6 +254,7 @@ def find_cases(
 def write(
     out: Path,
     cells: list[list[str]],
+    tones: list[list[str]],
     notes: list[str],
     scores: Sequence[Score],
     every: Sequence[Arm],
@@ -283,7 +287,11 @@ def write(
         for name, value in facts[part].items()
     }
     columns = [*references, "target", *(arm.name for arm in every)]
-    content = page(f"Evaluation: {out}", facts["verdict"], cells, notes, columns, rows, text)
+    tuned = facts["facts"]["tuned"]
+    about = [f"tuned: {tuned}" if tuned else "base and teacher alone", f"{len(cases)} prompts"]
+    about += [f"{SEEDS.value} pictures each", datetime.date.today().isoformat()]
+    told = about, facts["verdict"], cells, tones, notes, columns, rows, text
+    content = page(concept(facts["config"], out.name), *told, program.typed("evaluate"))
     write_text(out / "evaluation.html", content.encode("utf-8", "replace").decode())
     print(f"scores: {out / 'scores.json'}\npage: {out / 'evaluation.html'}", flush=True)
 

@@ -35,7 +35,7 @@ from dopsd_jax.parallel import multihost, sharding
 from dopsd_jax.parallel.preemption import STOPPED_EXIT, StopRequest
 from dopsd_jax.reporting.incidents import write_incident
 from dopsd_jax.reporting.metrics import MetricsWriter
-from dopsd_jax.reporting.previews import Previews, rows_of
+from dopsd_jax.reporting.previews import Previews, rows_of, write_training_pictures
 from dopsd_jax.reporting.run_page import write_report
 from dopsd_jax.reporting.trackers import Trackers
 from dopsd_jax.run import build, data_set, heldout, origin
@@ -87,13 +87,16 @@ def train(config: ConfigDict, workdir: epath.Path) -> int | None:
         )
     )
     with multihost.together():  # only now is nothing left that a change can be refused for
-        open_workdir(workdir, config, facts, multihost.is_first(), ALLOW_CHANGES.value)
+        own = multihost.is_first(), ALLOW_CHANGES.value, program.typed("train")
+        open_workdir(workdir, config, facts, *own)
 
     # ---- State and step.
     with jax.set_mesh(mesh):
         plan = build.make_plan(config, pipe, mesh)
     multihost.say("\n".join([*plan.describe(), *features.describe()]))
     previews = Previews(pipe, features, rows_of(dataset, config.sample_rows), workdir)
+    with multihost.together():
+        write_training_pictures(features, rows, workdir)
     scores = run_scores.begin(config, workdir, pipe, dataset)
     initial = pipe.hand_over()
 

@@ -57,6 +57,7 @@ def test_a_full_run_leaves_what_is_promised(full_run):
     assert {p.name for p in (full_run / "samples").iterdir()} == {
         "step_000000.png",
         "step_000002.png",
+        "training.png",
     }
     rows = [json.loads(line) for line in (full_run / "metrics.jsonl").read_text().splitlines()]
     assert [r["step"] for r in rows] == [1, 2] and all(r["grad_norm"] > 0 for r in rows)

@@ -97,6 +97,21 @@ def test_files_carry_whole_labels(tmp_path):
         assert read_labels(image) is None
 
 
+def test_pictures_can_be_cut_out_again(tmp_path):
+    """Enlarged ones as they were; others as the grid shows them."""
+    noise = np.random.default_rng(0).integers(0, 256, (200, 200, 3), np.uint8)
+    small, odd, large = noise[:64, :48], noise[:100, :77], flat(90, 300, RED)
+    rows = [GridRow("first", [small, None]), GridRow("second", [large, odd])]
+    save_grid(tmp_path / "grid.png", ["a", "b"], rows, title="t", cell=220)
+    with Image.open(tmp_path / "grid.png") as sheet:
+        (first, none), (second, third) = read_labels(sheet).cells
+        assert none is None
+        assert (np.asarray(first.cut(sheet)) == small).all()
+        assert (np.asarray(third.cut(sheet)) == odd).all()
+        made_smaller = np.asarray(second.cut(sheet))
+    assert made_smaller.shape == (66, 220, 3) and (made_smaller == RED).all()
+
+
 def test_sample_files_are_in_the_order_of_steps(tmp_path):
     assert sample_files(tmp_path) == []
     for step in (2_000_000, 5, 40):
@@ -131,7 +146,11 @@ def test_wrong_pictures_are_refused(images):
 @pytest.mark.parametrize(
     "labels",
     ["", "[", "[]", "null", '{"title": 1}', '{"title": "", "columns": 3, "captions": []}',
-     '{"title": "", "columns": ["a"], "captions": [null]}'],
+     '{"title": "", "columns": ["a"], "captions": [null], "cells": [[null]]}',
+     *(f'{{"title": "", "columns": ["a"], "captions": [""], "cells": {cells}}}' for cells in (
+         "3", "[]", "[[]]", "[[3]]", "[[[0, 0, 9, 8, 1, 1]]]", "[[[0, 0, 0, 8, 1, 1]]]",
+         "[[[0, 0, 4, 4, 1]]]", "[[[0, 0, 4, 4, 1, 0]]]", "[[[-1, 0, 4, 4, 1, 1]]]",
+         "[[[0, 0, 4, 4.0, 1, 1]]]"))],
 )  # fmt: skip
 def test_labels_that_are_none_are_left_out(labels):
     image = Image.new("RGB", (8, 8))

@@ -1,49 +1,23 @@
 """The page is whole by itself, says what is there, and says what is not."""
 
-import html
-import html.parser
 import json
 import math
 import re
+import shlex
 
 import numpy as np
 import pytest
 from conftest import run_program
+from page_checks import Page
 
 from dopsd_jax.common.errors import UserError
+from dopsd_jax.config import schema
+from dopsd_jax.config.fields import defaults
+from dopsd_jax.reporting import run_account
 from dopsd_jax.reporting.charts import HEIGHT, WIDTH, Series, chart, number
 from dopsd_jax.reporting.metrics import MetricsWriter
-from dopsd_jax.reporting.pictures import GridRow, sample_path, save_grid
+from dopsd_jax.reporting.pictures import TRAINING, GridRow, sample_path, save_grid
 from dopsd_jax.reporting.run_page import ROUNDS, write_report
-
-VOID = {"meta", "img", "input", "line", "polyline", "polygon", "circle", "br"}
-
-
-class Page(html.parser.HTMLParser):
-    """Tags and text of a page; fails on tags that are not closed in order."""
-
-    def __init__(self, text):
-        super().__init__()
-        self.tags, self.text, self._open = [], [], []
-        self.feed(text)
-        assert not self._open
-
-    def handle_starttag(self, tag, attrs):
-        self.tags.append((tag, dict(attrs)))
-        if tag not in VOID:
-            self._open.append(tag)
-
-    def handle_startendtag(self, tag, attrs):
-        self.tags.append((tag, dict(attrs)))
-
-    def handle_endtag(self, tag):
-        assert self._open.pop() == tag
-
-    def handle_data(self, data):
-        self.text.append(data)
-
-    def all(self, tag):
-        return [attrs for name, attrs in self.tags if name == tag]
 
 
 def points(page, tag="polyline"):
@@ -51,6 +25,10 @@ def points(page, tag="polyline"):
         [tuple(map(float, pair.split(","))) for pair in attrs["points"].split()]
         for attrs in page.all(tag)
     ]
+
+
+def steps_of(page):
+    return [int(item["data-step"]) for item in page.all("li") if "data-step" in item]
 
 
 def record(step, **others):
@@ -65,8 +43,8 @@ def run(workdir, steps, grids=(), config=None, caption="a fox", **others):
     with MetricsWriter(workdir) as writer:
         for step in range(1, steps + 1):
             writer.write(record(step, **others))
-    images = [np.full((6, 4, 3), 90, np.uint8)] * 2
     for step in grids:
+        images = [np.full((6, 4, 3), shade % 256, np.uint8) for shade in (90, step)]
         save_grid(
             sample_path(workdir, step), ["base", "tuned"], [GridRow(caption, images)], cell=16
         )
@@ -82,12 +60,110 @@ def test_a_run_shows_curves_samples_and_settings(tmp_path):
     page = run(tmp_path, 12, grids=[0, 10, 5], config=config)
     text = " ".join(page.text)
     assert "12 of 20" in text and "0.08333" in text and "24 s" in text
-    assert len(page.all("svg")) == 6 and len(points(page)) == 7  # loss_per_step: two are trained
-    assert [int(s["data-step"]) for s in page.all("section")] == [0, 5, 10]
-    assert page.all("img")[0]["alt"] == "base, tuned at step 0"
+    # Of loss_per_step two are trained; a constant learning rate is a number and no curve.
+    assert len(page.all("svg")) == 5 and len(points(page)) == 6
+    assert steps_of(page) == [0, 5, 10]
     (slider,) = page.all("input")
-    assert slider["max"] == "2" and page.all("label")[0].get("hidden", "no") is None
+    assert slider["max"] == "2" and page.by_id("picker").get("hidden", "no") is None
+    assert "draws 4 x 6 pixels" in text  # all are small and alike
     assert all(word in text for word in ("lora.rank", "64", "jax", "0.10.2", "a fox"))
+
+
+def test_the_pictures_of_a_step_are_told_apart_and_those_of_all_stand_once(tmp_path):
+    page = run(tmp_path, 1, grids=[0, 5, 10])
+    found = [(f["data-part"], f.get("data-step")) for f in page.all("figure") if "data-part" in f]
+    assert found == [("base", None), *(("tuned", step) for step in ("0", "5", "10"))]
+    alts = [image["alt"] for image in page.all("img")]
+    assert alts == ["base: a fox", *(f"tuned, step {step}: a fox" for step in (0, 5, 10))]
+
+
+def test_each_step_is_tied_to_its_file(tmp_path):
+    (tmp_path / "lora").mkdir()
+    (tmp_path / "lora" / "step_011.safetensors").write_bytes(b"")  # of no run
+    for name in ("step_5", "step_10", "best"):
+        (tmp_path / "lora" / f"{name}.safetensors").write_bytes(b"")
+        page = run(tmp_path, 1, grids=[0, 5, 10], config={"config": {"model": "a b"}})
+        newest = str(tmp_path / "lora" / f"{name}.safetensors")
+        *_, result, draw = page.inside("code", "section")
+        assert result == newest
+        assert shlex.split(draw)[:8] == [
+            "python", "-m", "dopsd_jax.sample", "--model", "a b", "--lora", newest, "--prompt"
+        ]  # fmt: skip
+    files = {item["data-step"]: item.get("data-file") for item in page.all("li")}
+    assert files == {
+        "0": None,
+        "5": str(tmp_path / "lora" / "step_5.safetensors"),
+        "10": str(tmp_path / "lora" / "step_10.safetensors"),
+    }
+
+
+def test_small_pictures_are_embedded_without_losses_and_enlarged_by_pixels(tmp_path):
+    pixels = np.random.default_rng(0).integers(0, 256, (2, 64, 48, 3), np.uint8)
+    large = np.kron(pixels[1], np.ones((8, 8, 1), np.uint8))
+    save_grid(sample_path(tmp_path, 0), ["base", "tuned"], [GridRow("", [pixels[0], large])])
+    page = Page(write_report(tmp_path).read_text())
+    small, big = page.all("img")
+    assert small["class"] == "pixels" and "class" not in big
+    assert (np.asarray(page.picture(small)) == pixels[0]).all()
+    assert page.picture(big).size == (240, 320)  # the grid's cell
+
+
+def test_training_pictures_are_shown(tmp_path):
+    images = [np.full((9, 9, 3), 40 * n, np.uint8) for n in range(5)]
+    save_grid(tmp_path / TRAINING, [""] * 6, [GridRow("", [*images, None])], cell=160)
+    page = Page(write_report(tmp_path).read_text())
+    assert [i["alt"] for i in page.all("img")] == [f"training picture {n}" for n in range(1, 6)]
+
+
+def test_only_settings_that_differ_from_the_defaults_are_open(tmp_path):
+    config = schema.flat(defaults()) | {"steps": 7, "method": "sft", "unknown": ""}
+    page = run(tmp_path, 1, config={"config": json.loads(json.dumps(config))})
+    usual = str(schema.flat(defaults())["steps"])
+    names = page.inside("th", "tbody", but="details")
+    cells = page.inside("td", "tbody", but="details")
+    assert dict(zip(names, zip(cells[::2], cells[1::2], strict=True), strict=True)) == {
+        "steps": ("7", usual), "method": ("sft", "dopsd"), "unknown": ("(empty)", "(none)")
+    }  # fmt: skip
+    assert len(page.inside("th", "details")) >= len(config)
+
+
+def test_title_date_and_command_are_those_of_the_run(tmp_path):
+    command = "python -m dopsd_jax.train --config 'a b.py'"
+    settings = {"data.trigger": "", "data.path": ["photos/mila", "x"], "method": "dopsd"}
+    content = {"config": settings, "started": "2030-01-02", "command": command}
+    page = run(tmp_path, 1, config=content)
+    assert page.inside("h1", "header") == ["mila"] and page.inside("code", "section") == [command]
+    assert "2030-01-02" in "".join(page.text) and "method dopsd" in "".join(page.text)
+    settings["data.trigger"] = "ohwx"
+    assert run(tmp_path, 1, config=content).inside("h1", "header") == ["ohwx"]
+
+
+def test_without_scores_the_gap_is_the_verdict(tmp_path):
+    said = run(tmp_path, 40).inside("p", "header")[-1]
+    ends = (1, 2, 3, 4), (37, 38, 39, 40)
+    first, last = (np.mean([1 / math.sqrt(step) for step in steps]) for steps in ends)
+    assert f"fell: {number(first)} at the start, {number(last)} now." in said
+    rising = [{"gap": 1.0}, {"gap": None}, {"gap": 2.0, "anchor_gap": 0.25}]
+    said = run_account.sentence(rising, "a and b")
+    assert said.startswith("The gap (a and b) did not fall: 1 at") and "0.25 from the start" in said
+    assert run_account.sentence(rising[:2], "") == ""
+
+
+def test_warnings_and_incidents_are_shown_where_there_are_any(tmp_path):
+    assert not run(tmp_path, 3, norm_ratio=0.95).all("aside")
+    ranking = {"best": 2, "checkpoints": [{"step": 2, "heldout_gap": 1}, {"step": 4}]}
+    (tmp_path / "ranking.json").write_text(json.dumps(ranking))
+    (tmp_path / "incidents").mkdir()
+    incident = {"why": "the loss <is> a spike", "samples": [{"image": "a.png"}, 3, {"image": "b"}]}
+    (tmp_path / "incidents" / "step_3.json").write_text(json.dumps(incident))
+    page = run(tmp_path, 3, norm_ratio=0.5, spike=True, nonfinite=["loss"])
+    lines = page.inside("li", "aside")
+    assert len(lines) == 4 and "3 steps were not finite" in lines[0] and "3 steps" in lines[1]
+    assert "0.50 as long" in lines[2] and "not the best, which is that of step 2" in lines[3]
+    assert page.inside("td", "aside") == ["the loss <is> a spike", "a.png, b"]
+    (tmp_path / "incidents" / "step_3.json").write_text("[")
+    with pytest.raises(UserError, match=r"step_3\.json: not valid JSON"):
+        write_report(tmp_path)
 
 
 def test_nothing_outside_the_page_is_needed(tmp_path):
@@ -132,7 +208,9 @@ def test_no_steps_and_no_files_are_said_to_be_missing(tmp_path):
     page = Page(write_report(tmp_path).read_text())
     text = " ".join(page.text)
     assert "No step has been recorded yet" in text and "No samples have been drawn yet" in text
-    assert "no config.json" in text and text.count("nothing was recorded") == 6
+    assert (
+        "no config.json" in text and text.count("nothing was recorded") == 6
+    )  # of each curve that all runs have
     assert not page.all("svg") and not page.all("img") and not page.all("input")
 
 
@@ -159,7 +237,7 @@ def test_broken_pictures_are_named_and_the_rest_is_shown(tmp_path):
     run(tmp_path, 2, grids=[0, 1])
     sample_path(tmp_path, 1).write_bytes(b"not a picture")
     page = Page(write_report(tmp_path).read_text())
-    assert len(page.all("img")) == 1
+    assert [image["alt"] for image in page.all("img")] == ["base: a fox", "tuned: a fox"]
     assert any("step_000001.png cannot be read" in text for text in page.text)
 
 
@@ -176,7 +254,7 @@ def test_broken_files_are_named(tmp_path):
 
 def test_many_rounds_are_thinned_and_that_is_said(tmp_path):
     page = run(tmp_path, 1, grids=range(0, 10 * (ROUNDS + 6), 10))
-    steps = [int(s["data-step"]) for s in page.all("section")]
+    steps = steps_of(page)
     assert len(set(steps)) == ROUNDS and steps[0] == 0 and steps[-1] == 10 * (ROUNDS + 5)
     assert any("6 further rounds" in text for text in page.text)
 
@@ -192,6 +270,25 @@ def test_the_page_is_written_whole_or_not_at_all(tmp_path, monkeypatch):
     with pytest.raises(UserError, match="disk is full"):
         write_report(tmp_path)
     assert (tmp_path / "report.html").read_bytes() == before
+
+
+def test_axes_are_labelled_and_begin_at_zero_where_that_hides_nothing():
+    for values, from_zero in (([2.0, 5.0, 3.0], True), ([0.97, 1.0, 0.98], False)):
+        page = Page(chart("T", "", [Series("a", [1, 2, 3], values)], unit="images/s"))
+        unit, step, *ticks = page.inside("text", "svg")
+        assert (unit, step) == ("images/s", "step") and ("0" in ticks) == from_zero
+        assert ticks[-3:] == ["1", "2", "3"]
+        *grid, base = [float(line["y1"]) for line in page.all("line")]
+        assert (base in grid) == from_zero  # the tick of 0 is the axis
+
+
+def test_the_step_that_compiles_does_not_squeeze_the_throughput(tmp_path):
+    with MetricsWriter(tmp_path) as writer:
+        for step in range(1, 9):
+            writer.write(record(step, images_per_second=0.01 if step == 1 else 4.0 + step % 2))
+    page = Page(write_report(tmp_path).read_text())
+    assert len(points(page)[-1]) == 7
+    assert any("without step 1, which compiles" in text for text in page.text)
 
 
 def test_points_stand_where_their_values_are():
@@ -279,8 +376,8 @@ def test_changes_on_the_way_are_shown(tmp_path):
     change = {"step": 40, "field": "learning_rate", "old": 0.1, "new": "<b>"}
     (tmp_path / "config.json").write_text(json.dumps({"config": {}, "changes": [change, 3]}))
     text = write_report(tmp_path).read_text()
-    assert "Changed on the way" in text and "<td>40</td><td>learning_rate</td>" in text
-    assert "&lt;b&gt;" in text and "<b>" not in text.replace("<figcaption><b>", "")
+    assert "Changed on the way" in text
+    assert Page(text).inside("td", "section") == ["learning_rate", "0.1", "<b>"]
 
 
 def test_the_program_writes_the_page_again(tmp_path):

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 
 from dopsd_jax.evaluation import results
+from dopsd_jax.evaluation.statistics import Estimate
 from dopsd_jax.evaluation.verdict import BOUNDS, Findings, Likeness, Reading, findings, sentence
 from dopsd_jax.miniature.exam import ModelScores
 from dopsd_jax.miniature.exam import findings as of_run
@@ -137,3 +138,21 @@ def test_the_table_of_a_run_has_a_verdict():
     assert of(0.75, 0.7, 0.88, 0.98, 1.0).startswith("Learned the concept (identity 0.75")
     assert of(0.75, 0.7, 0.5, 0.6, 0.5).startswith("Blurred, hazy and forgot: learned the concept")
     assert "contrast 0.98 of the teacher's" in of(0.75, 0.7, 0.88, 0.98, 1.0)
+
+
+def test_differences_are_marked_where_the_interval_leaves_out_zero():
+    gaps = {
+        "clearly more": (0.3, 0.1),
+        "clearly less": (-0.3, 0.1),
+        "perhaps": (0.1, 0.1),
+        "one": (1, None),
+    }
+    for better, more in (("higher", "good"), ("lower", "bad")):
+        less = {"good": "bad", "bad": "good"}[more]
+        expected = {"clearly more": more, "clearly less": less, "perhaps": "", "one": ""}
+        for name, (value, half) in gaps.items():
+            own = results.Score("s", better, (), "")
+            own.differences = {("tuned", "base"): Estimate(value, half, 2)}
+            cells, tones = (f([own], ["base", "tuned"]) for f in (results.table, results.tones))
+            assert [len(row) for row in tones] == [len(row) for row in cells]
+            assert tones[1][-1] == expected[name] and not any(tones[0] + tones[1][:-1])

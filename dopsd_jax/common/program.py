@@ -10,6 +10,7 @@ A program reads its command line before it imports JAX, which takes seconds:
 
 import argparse
 import functools
+import shlex
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -64,6 +65,11 @@ class _Lora(flags.ArgumentParser):
 
     def parse(self, argument: str | LoraOption) -> LoraOption:
         return argument if isinstance(argument, LoraOption) else lora_option(argument)
+
+
+def typed(name: str) -> str:
+    """The command that was typed to start the program `name`, for a shell."""
+    return shlex.join(["python", "-m", f"dopsd_jax.{name}", *sys.argv[1:]])
 
 
 def local_path(text: str) -> Path:

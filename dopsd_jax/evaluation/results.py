@@ -106,6 +106,22 @@ def table(scores: Sequence[Score], arms: Sequence[str]) -> list[list[str]]:
     return rows
 
 
+def tones(scores: Sequence[Score], arms: Sequence[str]) -> list[list[str]]:
+    """Of the cells of `table`: good or bad for a difference whose interval leaves out 0."""
+    others = [name for name in arms if name != BASE]
+    found = [[""] * (2 + len(arms) + len(others))]
+    for own in scores:
+        gaps = [own.differences.get((name, BASE)) for name in others]
+        found.append([""] * (2 + len(arms)) + [_tone(gap, own.better) for gap in gaps])
+    return found
+
+
+def _tone(gap: Estimate | None, better: str) -> str:
+    if gap is None or gap.half is None or abs(gap.value) <= gap.half:
+        return ""
+    return "good" if (gap.value > 0) == (better == "higher") else "bad"
+
+
 def text(estimate: Estimate | None, *, signed: bool = False) -> str:
     """0.812 ± 0.034; - where nothing was asked."""
     if estimate is None:

@@ -4,11 +4,14 @@ import dataclasses
 import html
 import math
 from collections.abc import Sequence
+from typing import Any
 
 WIDTH, HEIGHT = 420, 210
-LEFT, RIGHT, TOP, BOTTOM = 54, 22, 12, 28
+LEFT, RIGHT, TOP, BOTTOM = 54, 22, 24, 40
 BINS = 280  # beyond this many steps, a bin of steps is drawn as its mean and range
 LOG_RANGE = 50  # values that range more widely may be drawn on a logarithmic axis
+NEXT = 24  # units of the drawing: a tick of the steps that is nearer to the first is left out
+NEAR = 0.9  # an axis of values above 0 begins at 0, unless all are closer together than this
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,15 +37,24 @@ class Bin:
     high: float
 
 
-def chart(title: str, note: str, series: Sequence[Series], *, log: bool = False) -> str:
+def chart(
+    title: str,
+    note: str,
+    series: Sequence[Series],
+    *,
+    unit: str = "",
+    log: bool = False,
+    remark: str = "",
+) -> str:
     """A figure with a caption; says so when there is nothing to draw, or one point only.
 
-    `log`: the axis may be logarithmic, and is if all values are positive and range widely.
+    `unit`: what stands at the upright axis. `log`: the axis may be logarithmic, and is if all
+    values are positive and range widely. `remark`: small print below.
     """
     series = [one for one in series if one.values]
     finite = [pair for one in series for pair in one.finite()]
     caption = f"<figcaption><b>{html.escape(title)}</b> {html.escape(note)}</figcaption>"
-    remarks = []
+    remarks = [remark] if remark else []
     missing = sum(value is None for one in series for value in one.values)
     if missing:
         are = "value was not finite and is" if missing == 1 else "values were not finite and are"
@@ -58,7 +70,7 @@ def chart(title: str, note: str, series: Sequence[Series], *, log: bool = False)
         remarks.append("logarithmic axis")
     x_axis = _Axis.over([step for step, _ in finite], LEFT, WIDTH - RIGHT, whole=True)
     y_axis = _Axis.over(values, HEIGHT - BOTTOM, TOP, log=log)
-    parts = [_frame(x_axis, y_axis)]
+    parts = [_frame(x_axis, y_axis, unit)]
     for number, one in enumerate(series):
         parts.append(_curve(one, x_axis, y_axis, _colour(number, len(series))))
     label = html.escape(f"{title} against step")
@@ -109,8 +121,9 @@ class _Axis:
             low, high = low - pad, high + pad
         elif not whole and not log:
             pad = (high - low) * 0.06
-            # Not below zero for what is never negative.
-            low, high = (max(low - pad, 0.0) if low >= 0 else low - pad), high + pad
+            # Never below zero for what is never negative.
+            from_zero = 0 <= low < NEAR * high
+            low, high = (0.0 if from_zero or 0 <= low < pad else low - pad), high + pad
         return cls(low, high, start, end, log, whole)
 
     def at(self, value: float) -> float:
@@ -133,15 +146,19 @@ class _Axis:
         return [k * size for k in range(first, math.floor(self.high / size + 1e-9) + 1)]
 
 
-def _frame(x_axis: _Axis, y_axis: _Axis) -> str:
-    parts = []
+def _frame(x_axis: _Axis, y_axis: _Axis, unit: str) -> str:
+    parts = [
+        f'<text x="4" y="12" class="unit">{html.escape(unit)}</text>',
+        f'<text x="{WIDTH - RIGHT}" y="{HEIGHT - 5}" class="unit end">step</text>',
+    ]
     for value in y_axis.ticks():
         y = f"{y_axis.at(value):.1f}"
         parts.append(f'<line class="grid" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{y}" y2="{y}"/>')
         parts.append(f'<text x="{LEFT - 7}" y="{y}" dy=".32em" class="y">{number(value)}</text>')
-    for value in x_axis.ticks():
+    first = x_axis.low  # the first step is named, and no tick right beside it
+    for value in [first, *(v for v in x_axis.ticks() if x_axis.at(v) - x_axis.at(first) > NEXT)]:
         x = f"{x_axis.at(value):.1f}"
-        parts.append(f'<text x="{x}" y="{HEIGHT - 10}" class="x">{int(value)}</text>')
+        parts.append(f'<text x="{x}" y="{HEIGHT - BOTTOM + 17}" class="x">{int(value)}</text>')
     base = HEIGHT - BOTTOM
     parts.append(f'<line class="axis" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{base}" y2="{base}"/>')
     return "".join(parts)
@@ -191,6 +208,11 @@ def _bins(points: Sequence[tuple[int, float]], x_axis: _Axis) -> list[Bin]:
         middle = sum(steps) / len(steps)
         bins.append(Bin(middle, sum(values) / len(values), min(values), max(values)))
     return bins
+
+
+def drawable(value: Any) -> bool:
+    """Whether it is a number: charts add and subtract, which overflows near the largest float."""
+    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < 1e150
 
 
 def number(value: float) -> str:

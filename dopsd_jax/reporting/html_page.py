@@ -1,69 +1,118 @@
-"""The frame of every page: one HTML file with its own style."""
+"""The template of every page, and the pieces that pages are made of.
 
-import html
-
-
-def render(title: str, body: str, *, style: str = "", script: str = "") -> str:
-    """A whole page. title: plain text. body: HTML. style, script: added to what all pages have."""
-    end = f"<script>{script}</script>\n" if script else ""
-    page = f"""<!doctype html>
-<html lang="en">
-<head>
-<meta charset="utf-8">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<title>{html.escape(title)}</title>
-<style>{STYLE}{style}</style>
-</head>
-<body>
-<h1>{html.escape(title)}</h1>
-{body}
-{end}</body>
-</html>
+A page is one HTML file with its style, its script and its pictures inside: it can be sent on, and
+is whole without a network and without scripts. `page/` has the template. All functions take plain
+text and return HTML, but where `html` is said.
 """
+
+import functools
+import html
+from collections.abc import Iterable, Mapping, Sequence
+from importlib import resources
+from pathlib import Path
+from string import Template
+from typing import Any
+
+import dopsd_jax
+
+FILES = resources.files(__package__) / "page"
+
+
+@functools.cache
+def _file(name: str) -> str:
+    return (FILES / name).read_text(encoding="utf-8")
+
+
+def render(kind: str, title: str, about: Sequence[str], verdict: str, body: Sequence[str]) -> str:
+    """A whole page.
+
+    kind: what sort of page. about: short facts below the title. verdict: one sentence, may be
+    empty. body: html of the sections, in order.
+    """
+    page = Template(_file("template.html")).substitute(
+        title=text(f"{title}: {kind}"),
+        kind=text(kind),
+        heading=text(title),
+        about=" · ".join(map(text, filter(None, about))),
+        verdict=f'<p class="verdict">{text(verdict)}</p>' if verdict else "",
+        body="\n".join(filter(None, body)),
+        footer=f"Written by dopsd_jax {text(dopsd_jax.__version__)}.",
+        style=_file("style.css"),
+        script=_file("script.js"),
+    )
     # Prompts may hold halves of surrogate pairs, which no file can.
     return page.encode("utf-8", "replace").decode()
 
 
-STYLE = """
-:root { color-scheme: light dark; --back: #fff; --ink: #1c1c1e; --faint: #63636b; --line: #dcdce1;
-  --accent: #2563c9; --card: #f6f6f8; --series: 42%; }
-@media (prefers-color-scheme: dark) { :root { --back: #141416; --ink: #e9e9ec; --faint: #a0a0aa;
-  --line: #36363c; --accent: #74a7ff; --card: #1d1d21;
-  --series: 62%; } }
-* { box-sizing: border-box; }
-body { margin: 0 auto; max-width: 1240px; padding: 1.5rem; background: var(--back);
-  color: var(--ink); font: 15px/1.5 system-ui, sans-serif; }
-h1 { font-size: 1.5rem; margin: 0 0 1rem; overflow-wrap: anywhere; }
-h2 { font-size: 1.15rem; margin: 2.2rem 0 .8rem; }
-h3 { font-size: 1rem; margin: 1rem 0 .4rem; }
-dl { display: flex; flex-wrap: wrap; gap: .6rem 2.2rem; margin: 0; }
-dt, .remark, .legend { color: var(--faint); font-size: .85rem; }
-dd { margin: 0; font-size: 1.15rem; font-variant-numeric: tabular-nums; }
-.verdict { font-size: 1.1rem; max-width: 60rem; }
-#curves { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 380px), 1fr));
-  gap: 1rem; }
-figure { margin: 0; padding: .8rem; background: var(--card); border-radius: 8px; min-width: 0; }
-figcaption { font-size: .9rem; color: var(--faint); }
-figcaption b { color: var(--ink); }
-svg { display: block; width: 100%; height: auto; }
-svg text { font-size: 11.5px; fill: var(--faint); font-variant-numeric: tabular-nums; }
-svg .y { text-anchor: end; } svg .x { text-anchor: middle; }
-svg .grid { stroke: var(--line); } svg .axis { stroke: var(--faint); }
-svg polyline { fill: none; stroke: currentColor; stroke-width: 1.8; stroke-linejoin: round; }
-svg polygon { fill: currentColor; opacity: .22; } svg circle { fill: currentColor; }
-.legend { display: flex; flex-wrap: wrap; gap: .2rem .9rem; margin: .2rem 0 0; }
-.legend i { display: inline-block; width: .8em; height: .8em; border-radius: 2px;
-  margin-right: .35em; vertical-align: -.05em; }
-.remark { margin: .3rem 0 0; }
-#pick { display: flex; align-items: center; gap: .8rem; position: sticky; top: 0; z-index: 1;
-  background: var(--back); padding: .5rem 0; } #pick[hidden] { display: none; }
-#pick:not([hidden]) + #rounds h3 { display: none; }
-#pick input { flex: 1; } #pick output { min-width: 5ch; font-variant-numeric: tabular-nums; }
-img { max-width: 100%; height: auto; border-radius: 6px; display: block; }
-details { margin: .5rem 0; } summary { cursor: pointer; }
-table { border-collapse: collapse; width: 100%; font-size: .88rem; margin: .4rem 0 1rem; }
-th, td { text-align: left; font-weight: normal; padding: .18rem .6rem .18rem 0; vertical-align: top;
-  border-bottom: 1px solid var(--line); }
-th { color: var(--faint); white-space: nowrap; width: 1%; }
-td { font-family: ui-monospace, monospace; overflow-wrap: anywhere; }
-"""
+def text(value: str) -> str:
+    """Escaped, for the inside of elements and of quoted attributes."""
+    return html.escape(value)
+
+
+def concept(config: Mapping[str, Any], otherwise: str) -> str:
+    """What a run is about, for titles: its trigger, its new word, or the name of its data set.
+
+    config: by the full names of the fields; anything may be missing or of another type.
+    """
+    paths = config.get("data.path")
+    paths = paths if isinstance(paths, list | tuple) else [paths]
+    named = [config.get("data.trigger"), config.get("anchor.concept_word")]
+    named += [Path(path).stem for path in paths[:1] if isinstance(path, str) and path != "random"]
+    return next((name for name in named if isinstance(name, str) and name), otherwise)
+
+
+def section(title: str, *content: str) -> str:
+    """content: html."""
+    return f"<section>\n<h2>{text(title)}</h2>\n{''.join(content)}\n</section>"
+
+
+def remark(*lines: str) -> str:
+    """Small print, a paragraph a line."""
+    return "".join(f'<p class="remark">{text(line)}</p>' for line in lines)
+
+
+def facts(found: Iterable[tuple[str, str]]) -> str:
+    """Numbers beside each other, each under its name."""
+    items = (f"<div><dt>{text(k)}</dt><dd>{text(v)}</dd></div>" for k, v in found)
+    return f'<dl class="facts">{"".join(items)}</dl>'
+
+
+def words(meanings: Mapping[str, str]) -> str:
+    """What words mean."""
+    items = (f"<dt>{text(word)}</dt><dd>{text(own)}</dd>" for word, own in meanings.items())
+    return f'<dl class="words">{"".join(items)}</dl>'
+
+
+def copied(content: str) -> str:
+    """Text that the script puts a copy button beside."""
+    return f'<div class="copy"><code>{text(content)}</code></div>'
+
+
+def folded(summary: str, content: str) -> str:
+    """content: html that is shown on a click."""
+    return f"<details><summary>{text(summary)}</summary>{content}</details>"
+
+
+def table(
+    head: Sequence[str],
+    rows: Iterable[Sequence[str]],
+    kind: str,
+    tones: Sequence[Sequence[str]] = (),
+) -> str:
+    """A table that scrolls sideways inside the page if it must; the first cell names the row.
+
+    kind: `scores` or `settings`. tones: of each row, for each cell: `good`, `bad` or empty.
+    """
+    lines = []
+    for number, (name, *cells) in enumerate(rows):
+        own = tones[number][1:] if tones else [""] * len(cells)
+        marks = (f' class="{tone}"' if tone else "" for tone in own)
+        inside = "".join(
+            f"<td{mark}>{text(cell)}</td>" for mark, cell in zip(marks, cells, strict=True)
+        )
+        lines.append(f'<tr><th scope="row">{text(name)}</th>{inside}</tr>')
+    top = "".join(f'<th scope="col">{text(name)}</th>' for name in head)
+    return (
+        f'<div class="scroll"><table class="{kind}"><thead><tr>{top}</tr></thead>'
+        f"<tbody>{''.join(lines)}</tbody></table></div>"
+    )

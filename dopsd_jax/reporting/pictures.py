@@ -9,6 +9,7 @@ import os
 import re
 import unicodedata
 from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
 from etils import epath
@@ -20,9 +21,11 @@ from dopsd_jax.common.errors import UserError
 from dopsd_jax.common.json_files import parse_json
 
 FOLDER = "samples"
-LABELS = "dopsd_jax"  # PNG text chunk: title, columns and whole captions as JSON
+TRAINING = f"{FOLDER}/training.png"  # some of the pictures that a run learns from
+LABELS = "dopsd_jax"  # PNG text chunk: `Labels` as JSON
 BACKGROUND, INK, FAINT, EMPTY = "#ffffff", "#1b1b1b", "#6b6b6b", "#ececec"
 MARGIN, GAP, CAPTION_LINES = 16, 8, 2
+ENLARGED = 2  # pictures enlarged so many times or more show their pixels: smooth ones look blurred
 ELLIPSIS = "..."  # one letter is not in Pillow's font
 # Pillow's own font has ASCII letters only; then the first of these that has the letters.
 OTHER_FONTS = (
@@ -46,13 +49,36 @@ class GridRow:
     images: Sequence[UInt8[np.ndarray, "_h _w 3"] | None]
 
 
+class Cell(NamedTuple):
+    """Where a picture stands in its grid, in pixels; `own_width`, `own_height`: before resizing."""
+
+    x: int
+    y: int
+    width: int
+    height: int
+    own_width: int
+    own_height: int
+
+    def cut(self, sheet: Image.Image) -> Image.Image:
+        """The picture; in its own size if it was enlarged pixel by pixel."""
+        box = (self.x, self.y, self.x + self.width, self.y + self.height)
+        picture = sheet.crop(box)
+        if self.width < ENLARGED * self.own_width or self.height < ENLARGED * self.own_height:
+            return picture
+        return picture.resize((self.own_width, self.own_height), Image.Resampling.NEAREST)
+
+
 @dataclasses.dataclass(frozen=True)
 class Labels:
-    """What a grid shows, in full; the picture itself may show captions cut short."""
+    """What a grid shows, in full; the picture itself may show captions cut short.
+
+    cells: of each row, one for each column; None where there is no picture.
+    """
 
     title: str
     columns: tuple[str, ...]
     captions: tuple[str, ...]
+    cells: tuple[tuple[Cell | None, ...], ...]
 
 
 def reference_columns(references: Iterable[Sequence]) -> tuple[str, ...]:
@@ -73,6 +99,13 @@ def grid(columns: Sequence[str], rows: Sequence[GridRow], *, title: str = "", ce
     cropped, and centred in its cell. Cells are as wide as the widest picture, and as high as the
     highest of their row.
     """
+    return _drawn(columns, rows, title, cell)[0]
+
+
+def _drawn(
+    columns: Sequence[str], rows: Sequence[GridRow], title: str, cell: int
+) -> tuple[Image.Image, list[list[Cell | None]]]:
+    """A grid, and where its pictures are."""
     _check(columns, rows)
     sizes = [[_fit(image, cell) for image in row.images if image is not None] for row in rows]
     width = max((w for row in sizes for w, _ in row), default=cell)
@@ -95,23 +128,27 @@ def grid(columns: Sequence[str], rows: Sequence[GridRow], *, title: str = "", ce
         centre = MARGIN + i * (width + GAP) + width // 2
         name = _cut(name, width, small)
         draw.text((centre, top - GAP), name, INK, _font(name, small), anchor="md")
-    y = top
+    y, cells = top, []
     for row, lines, height in zip(rows, captions, heights, strict=True):
+        cells.append([])
         for i, image in enumerate(row.images):
             x = MARGIN + i * (width + GAP)
             if image is None:
+                cells[-1].append(None)
                 draw.rectangle((x, y, x + width - 1, y + height - 1), EMPTY)
                 middle = (x + width // 2, y + height // 2)
                 draw.text(middle, "none", FAINT, _font("none", small), anchor="mm")
                 continue
             w, h = _fit(image, cell)
-            sheet.paste(_resized(image, (w, h)), (x + (width - w) // 2, y + (height - h) // 2))
+            place = (x + (width - w) // 2, y + (height - h) // 2)
+            sheet.paste(_resized(image, (w, h)), place)
+            cells[-1].append(Cell(*place, w, h, image.shape[1], image.shape[0]))
         y += height + (GAP // 2 if lines else 0)
         for text in lines:
             draw.text((MARGIN, y), text, FAINT, _font(text, small))
             y += line
         y += MARGIN
-    return sheet
+    return sheet, cells
 
 
 def save_grid(
@@ -124,12 +161,14 @@ def save_grid(
 ) -> None:
     """Writes a grid as a PNG file, whole or not at all; its labels can be had by `read_labels`."""
     path = epath.Path(path)
-    labels = {"title": title, "columns": list(columns), "captions": [row.caption for row in rows]}
+    sheet, cells = _drawn(columns, rows, title, cell)
+    captions = [row.caption for row in rows]
+    labels = {"title": title, "columns": list(columns), "captions": captions, "cells": cells}
     info = PngImagePlugin.PngInfo()
     text = json.dumps(labels, ensure_ascii=False).encode("utf-8", "replace")  # halves of letters
     info.add_itxt(LABELS, text.decode())
     encoded = io.BytesIO()
-    grid(columns, rows, title=title, cell=cell).save(encoded, "PNG", pnginfo=info)
+    sheet.save(encoded, "PNG", pnginfo=info)
     path.parent.mkdir(parents=True, exist_ok=True)
     with atomic_file(path) as file:
         file.write(encoded.getbuffer())
@@ -152,12 +191,31 @@ def read_labels(image: Image.Image) -> Labels | None:
         labels = parse_json(getattr(image, "text", {}).get(LABELS, "null"), "labels")
     except UserError:
         return None
-    if not isinstance(labels, dict) or labels.keys() != {"title", "columns", "captions"}:
+    if not isinstance(labels, dict) or labels.keys() != {"title", "columns", "captions", "cells"}:
         return None
     texts = (labels["columns"], labels["captions"])
     if not all(isinstance(own, list) and all(isinstance(t, str) for t in own) for own in texts):
         return None
-    return Labels(str(labels["title"]), *map(tuple, texts))
+    columns, captions = map(tuple, texts)
+    cells = _cells(labels["cells"], len(captions), len(columns), image.size)
+    return None if cells is None else Labels(str(labels["title"]), columns, captions, cells)
+
+
+def _cells(
+    found: Any, rows: int, columns: int, size: tuple[int, int]
+) -> tuple[tuple[Cell | None, ...], ...] | None:
+    """Cells as a file has them; None if these are no cells of such a grid."""
+    is_row = lambda row: isinstance(row, list) and len(row) == columns
+    if not isinstance(found, list) or len(found) != rows or not all(map(is_row, found)):
+        return None
+    for own in (own for row in found for own in row if own is not None):
+        whole = isinstance(own, list) and len(own) == 6 and all(type(n) is int for n in own)
+        if not whole or min(own) < 0 or min(own[2:]) < 1:
+            return None
+        x, y, width, height, *_ = own
+        if x + width > size[0] or y + height > size[1]:
+            return None
+    return tuple(tuple(None if own is None else Cell(*own) for own in row) for row in found)
 
 
 def sample_path(workdir: str | os.PathLike, step: int) -> epath.Path:
@@ -196,9 +254,12 @@ def _fit(image: np.ndarray, cell: int) -> tuple[int, int]:
 
 
 def _resized(image: np.ndarray, size: tuple[int, int]) -> Image.Image:
-    picture = Image.fromarray(np.asarray(image))
-    smaller = size[0] < picture.width
-    return picture.resize(size, Image.Resampling.LANCZOS if smaller else Image.Resampling.BICUBIC)
+    picture, how = Image.fromarray(np.asarray(image)), Image.Resampling.BICUBIC
+    if size[0] < picture.width:
+        how = Image.Resampling.LANCZOS
+    elif size[0] >= ENLARGED * picture.width:
+        how = Image.Resampling.NEAREST
+    return picture.resize(size, how)
 
 
 @functools.cache

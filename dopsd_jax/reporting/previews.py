@@ -11,6 +11,7 @@ import numpy as np
 from dopsd_jax.common.errors import UserError
 from dopsd_jax.conditioning.features import Features
 from dopsd_jax.data.dataset import Dataset, spread
+from dopsd_jax.data.holdout import RowsByShape
 from dopsd_jax.dopsd import Contexts
 from dopsd_jax.families.base import STUDENT
 from dopsd_jax.families.pipeline import Pipeline, start_noise
@@ -18,6 +19,8 @@ from dopsd_jax.parallel import multihost
 from dopsd_jax.reporting import pictures
 
 NOISE_SEED = 2026  # not the training seed: the noise of the grids is no training noise
+THUMBNAILS, ACROSS = 24, 6  # training pictures in one grid
+CELLS = 320, 512  # pixels: the cells of a grid are as large as its pictures, within these
 
 
 class Sample(NamedTuple):
@@ -41,6 +44,22 @@ def rows_of(dataset: Dataset, count: int) -> list[int]:
             f"{len(shown)} rows; lower it"
         )
     return [shown[i] for i in spread(len(shown), count)]
+
+
+def write_training_pictures(features: Features, rows: RowsByShape, workdir: Path) -> None:
+    """Writes samples/training.png: pictures spread over `rows`, which are trained on.
+
+    Every process calls it, the first writes. Of a prepared data set only some pictures are there.
+    """
+    prepared = features.dataset.features
+    trained = sorted(int(row) for own in rows.values() for row in own)
+    known = [row for row in trained if prepared is None or row in prepared.shown]
+    if not known or not multihost.is_first():
+        return
+    images = [features.image(known[i]) for i in spread(len(known), THUMBNAILS)]
+    images += [None] * (-len(images) % ACROSS)
+    rows = [pictures.GridRow("", images[i : i + ACROSS]) for i in range(0, len(images), ACROSS)]
+    pictures.save_grid(workdir / pictures.TRAINING, [""] * ACROSS, rows, cell=160)
 
 
 def _own(pipe: Pipeline, features: Features) -> list[Sample]:
@@ -119,5 +138,7 @@ class Previews:
         title = f"step {step}, {self.pipe.family.DEPLOYED_STEPS} forwards"
         rows = self.rows(student, teacher)
         if multihost.is_first():
-            pictures.save_grid(path, self.columns, rows, title=title)
+            side = max(max(row.images[-1].shape[:2]) for row in rows)
+            cell = min(max(side, CELLS[0]), CELLS[1])
+            pictures.save_grid(path, self.columns, rows, title=title, cell=cell)
         return path

@@ -1,9 +1,5 @@
 """report.html: one page about a run."""
 
-import base64
-import html
-import io
-import json
 import os
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -17,33 +13,42 @@ from dopsd_jax.common.json_files import read_json
 from dopsd_jax.common.progress import duration
 from dopsd_jax.data.images import DECODE_ERRORS
 from dopsd_jax.methods.registry import METHODS
-from dopsd_jax.reporting.charts import Series, chart, number
-from dopsd_jax.reporting.html_page import render
+from dopsd_jax.reporting import html_page, run_account, run_settings, shown_pictures
+from dopsd_jax.reporting.charts import Series, chart, drawable, number
 from dopsd_jax.reporting.metrics import FILE, read_metrics
-from dopsd_jax.reporting.pictures import read_labels, sample_files
+from dopsd_jax.reporting.pictures import TRAINING, read_labels, sample_files
+from dopsd_jax.reporting.shown_pictures import Round
+from dopsd_jax.training import nonfinite
 from dopsd_jax.training import ranking as checkpoint_ranking
 
 CONFIG, SCORES, REPORT = "config.json", "scores.json", "report.html"
-ROUNDS = 40  # at most so many grids are embedded: the first, the last, and some evenly between
-SIDE = 1600  # grids are embedded as JPEG with sides up to this
+ROUNDS = 16  # at most so many rounds of pictures: the first, the last, and some evenly between
 
-# Field, title, note, and whether a logarithmic axis suits it.
+# Field, title, note, unit, and whether a logarithmic axis suits it.
 CURVES = (
-    ("loss", "Loss", "mean over noise levels", True),
-    ("loss_per_step", "Loss per denoising step", "first to last", True),
-    ("gap", "Gap", "{gap}, root mean square", True),
+    ("loss", "Loss", "mean over noise levels", "loss", True),
+    ("loss_per_step", "Loss per denoising step", "of each step of the sampler", "loss", True),
+    ("gap", "Gap", "{gap}, root mean square", "gap", True),
     (
         "norm_ratio",
         "Length of the velocity",
         "student over what it is pulled to; with a teacher, below 1: haze",
+        "ratio",
         False,
     ),
-    ("anchor_gap", "Anchor gap", "student and start on ordinary prompts: what was forgotten", True),
-    ("grad_norm", "Gradient norm", "before clipping", True),
-    ("lr", "Learning rate", "", False),
-    ("images_per_second", "Throughput", "images per second", False),
+    (
+        "anchor_gap",
+        "Anchor gap",
+        "student and start on ordinary prompts: what was forgotten",
+        "gap",
+        True,
+    ),
+    ("grad_norm", "Gradient norm", "before clipping", "norm", True),
+    ("lr", "Learning rate", "", "rate", False),
+    ("images_per_second", "Throughput", "training pictures", "images/s", False),
 )
 OF_SOME = ("anchor_gap", "norm_ratio")  # fields that only some runs have
+FIRST_COMPILES = ("images_per_second",)  # whose first value after a start is no measure
 
 
 def holds_run(workdir: str | os.PathLike) -> bool:
@@ -53,7 +58,7 @@ def holds_run(workdir: str | os.PathLike) -> bool:
 
 
 def write_report(workdir: str | os.PathLike) -> epath.Path:
-    """Writes `workdir`/report.html from metrics.jsonl, samples/ and config.json; returns its path.
+    """Writes `workdir`/report.html from what the run has written; returns its path.
 
     What is not there yet is said to be missing. Raises `UserError` for broken files.
     """
@@ -61,24 +66,41 @@ def write_report(workdir: str | os.PathLike) -> epath.Path:
     if not workdir.is_dir():
         raise UserError(f"{workdir}: is not a folder; give the --workdir of a run")
     records = read_metrics(workdir / FILE)
-    config, scores = _read_object(workdir / CONFIG), _read_object(workdir / SCORES)
+    content, scores = _read_object(workdir / CONFIG), _read_object(workdir / SCORES)
     ranking = _read_object(workdir / checkpoint_ranking.FILE)
-    section = config.get("config")
-    method = section.get("method") if isinstance(section, dict) else None
-    gap = METHODS.get(str(method), METHODS["dopsd"]).gap
-    curves = "".join(
-        _curve(records, field, title, note.format(gap=gap), log)
-        for field, title, note, log in CURVES
-        if field not in OF_SOME or any(field in record for record in records)
+    config = content.get("config")
+    config = config if isinstance(config, dict) else {}
+    incidents = sorted(
+        (workdir / nonfinite.FOLDER).glob("step_*.json"), key=lambda p: (len(p.name), p.name)
     )
+    listed = [(path.name, _read_object(path)) for path in incidents[: run_account.LISTED]]
+    gap = METHODS.get(str(config.get("method")), METHODS["dopsd"]).gap
     parts = (
-        _verdict(scores) + _summary(records, config) + _scores(scores) + _checkpoints(ranking),
-        f'<h2>Curves</h2>\n<div id="curves">{curves}</div>',
-        f"<h2>Samples</h2>\n{_samples(sample_files(workdir))}",
-        f"<h2>Settings</h2>\n{_changes(config)}{_config(config)}",
+        _summary(records, config),
+        run_account.warnings(records, listed, len(incidents), ranking),
+        html_page.section("Pictures", _samples(workdir)),
+        _result(workdir, config, ranking),
+        _scores(scores),
+        _checkpoints(ranking),
+        html_page.section("Curves", f'<div class="curves">{_curves(records, gap)}</div>'),
+        _training_pictures(workdir),
+        run_settings.command(content),
+        html_page.section("Settings", run_settings.changes(content), run_settings.show(content)),
     )
-    page = render(workdir.name or workdir.resolve().name, "\n".join(parts), script=SCRIPT)
-    write_text(workdir / REPORT, page)
+    full = config.get("train") == "full"
+    known = run_settings.text_of
+    about = (
+        known(content.get("started", "")),
+        f"method {known(config['method'])}" if config.get("method") else "",
+        f"base model {_short(known(config['model']))}" if config.get("model") else "",
+        f"run {workdir.name or workdir.resolve().name}",
+    )
+    verdict = scores.get("verdict")
+    if not isinstance(verdict, str) or not verdict:
+        verdict = run_account.sentence(records, gap)
+    title = html_page.concept(config, workdir.name or workdir.resolve().name)
+    kind = "Fine-tuned model" if full else "LoRA"
+    write_text(workdir / REPORT, html_page.render(kind, title, about, verdict, parts))
     return workdir / REPORT
 
 
@@ -94,39 +116,96 @@ def _read_object(path: epath.Path) -> Mapping[str, Any]:
 def _summary(records: Sequence[Mapping], config: Mapping[str, Any]) -> str:
     if not records:
         return "<p>No step has been recorded yet.</p>"
-    last = records[-1]
-    section = config.get("config")
-    total = section.get("steps") if isinstance(section, dict) else None
+    last, total = records[-1], config.get("steps")
     facts = [("step", f"{last['step']} of {total}" if total else str(last["step"]))]
     labels = {"loss": "last loss", "gap": "last gap", "anchor_gap": "last anchor gap"}
     for field, label in (labels | {"lr": "learning rate"}).items():
-        if _is_number(last.get(field)):
+        if drawable(last.get(field)):
             facts.append((label, number(last[field])))
-    rates = sorted(
-        r["images_per_second"] for r in records if _is_number(r.get("images_per_second"))
-    )
+    rates = sorted(r["images_per_second"] for r in records if drawable(r.get("images_per_second")))
     if rates:
         facts.append(("images/s, median", number(rates[len(rates) // 2])))
-    seconds = [r["seconds"] for r in records if _is_number(r.get("seconds"))]
+    seconds = [r["seconds"] for r in records if drawable(r.get("seconds"))]
     if seconds:
         facts.append(("time in steps", duration(sum(seconds))))
-    items = (f"<div><dt>{html.escape(k)}</dt><dd>{html.escape(v)}</dd></div>" for k, v in facts)
-    return f"<dl>{''.join(items)}</dl>"
+    if drawable(last.get("peak_bytes")):
+        facts.append(("memory", f"{last['peak_bytes'] / 2**30:.1f} GiB"))
+    return html_page.facts(facts)
 
 
-def _verdict(scores: Mapping[str, Any]) -> str:
-    said = scores.get("verdict")
-    return f'<p class="verdict">{html.escape(said)}</p>' if isinstance(said, str) and said else ""
+def _short(path: str) -> str:
+    """The last two parts of a path, or a hub's name."""
+    return "/".join(path.split("/")[-2:])
+
+
+def _file(workdir: epath.Path, step: int) -> epath.Path | None:
+    """The weights that were written at a step, if they were."""
+    places = (
+        f"lora/step_{step}.safetensors",
+        f"model/step_{step}",
+        f"model/step_{step}.safetensors",
+    )
+    return next((workdir / place for place in places if (workdir / place).exists()), None)
+
+
+def _steps(workdir: epath.Path) -> list[int]:
+    """Steps whose weights were written."""
+    names = [
+        path.stem for folder in ("lora", "model") for path in (workdir / folder).glob("step_*")
+    ]
+    steps = {int(name[5:]) for name in names if name[5:].isdecimal()}
+    return sorted(step for step in steps if _file(workdir, step))
+
+
+def _result(workdir: epath.Path, config: Mapping[str, Any], ranking: Mapping[str, Any]) -> str:
+    """Where the newest weights are, or the best, and how to draw with them."""
+    steps = _steps(workdir)
+    if not steps:
+        return ""
+    path, why = _file(workdir, steps[-1]), f"step {steps[-1]}"
+    best = workdir / "lora" / checkpoint_ranking.BEST
+    if best.exists():
+        path, why = best, f"the best checkpoint, step {run_settings.text_of(ranking.get('best'))}"
+    parts = [html_page.copied(str(path))]
+    model = config.get("model")
+    if path.parent.name == "lora" and isinstance(model, str) and model != "random":
+        word = html_page.concept(config, "")
+        parts.append(html_page.remark("Draw with it:"))
+        parts.append(html_page.copied(run_settings.sample_command(model, path, word)))
+    return html_page.section(f"The file: {why}", *parts)
 
 
 def _scores(scores: Mapping[str, Any]) -> str:
-    """The table that a run on the miniature ends with."""
+    """The table that a run on the miniature ends with: a score a row, a model a column."""
     rows = scores.get("rows")
     rows = [row for row in rows if isinstance(row, dict)] if isinstance(rows, list) else []
     if not rows:
         return ""
-    note = html.escape(str(scores.get("note", "")))
-    return f'<h2>Scores</h2>{_grid(rows)}<p class="remark">{note}</p>'
+    names = [
+        name for name in dict.fromkeys(name for row in rows for name in row) if name != "model"
+    ]
+    models = [run_settings.text_of(row.get("model", "")) for row in rows]
+    found = dict(zip(models, rows, strict=True))
+    compared = {"base", "tuned"} <= found.keys()
+    body = []
+    for name in names:
+        cells = [_cell(row.get(name)) for row in rows]
+        if compared:
+            pair = [found[model].get(name) for model in ("tuned", "base")]
+            cells.append(f"{pair[0] - pair[1]:+.3f}" if all(map(drawable, pair)) else "")
+        body.append((name, *cells))
+    head = ("", *models, *(["tuned - base"] if compared else []))
+    notes = str(scores.get("note", "")).split("; ")
+    return html_page.section(
+        "Scores", html_page.table(head, body, "scores"), html_page.remark(*filter(None, notes))
+    )
+
+
+def _cell(value: Any) -> str:
+    if value is None:
+        return ""
+    is_float = isinstance(value, float) and drawable(value)
+    return f"{value:.3f}" if is_float else run_settings.text_of(value)
 
 
 def _checkpoints(ranking: Mapping[str, Any]) -> str:
@@ -134,156 +213,90 @@ def _checkpoints(ranking: Mapping[str, Any]) -> str:
     rows = ranking.get("checkpoints")
     rows = [row for row in rows if isinstance(row, dict)] if isinstance(rows, list) else []
     names = list(dict.fromkeys(name for row in rows for name in row))
-    rows = [{name: row.get(name) for name in names} for row in rows]
     if not names:
         return ""
-    best = html.escape(str(ranking.get("best")))
+    body = [[_cell(row.get(name)) for name in names] for row in rows]
+    best = run_settings.text_of(ranking.get("best"))
     note = f"The gap on pictures that are not trained on is lowest at step {best}."
-    return f'<h2>Checkpoints</h2>{_grid(rows)}<p class="remark">{note}</p>'
+    return html_page.section(
+        "Checkpoints", html_page.table(names, body, "scores"), html_page.remark(note)
+    )
 
 
-def _grid(rows: Sequence[Mapping[str, Any]]) -> str:
-    """Rows with the same names."""
-    number = lambda v: f"{v:.3f}" if isinstance(v, float) else str(v)
-    cell = lambda v: "" if v is None else number(v) if _is_number(v) else html.escape(str(v))
-    line = lambda tag, values: f"<tr>{''.join(f'<{tag}>{v}</{tag}>' for v in values)}</tr>"
-    head = line("th", map(html.escape, rows[0]))
-    return f"<table>{head}{''.join(line('td', map(cell, row.values())) for row in rows)}</table>"
+def _curves(records: Sequence[Mapping], gap: str) -> str:
+    drawn = []
+    for field, title, note, unit, log in CURVES:
+        found = [(record["step"], record[field]) for record in records if field in record]
+        if not found and field in OF_SOME:
+            continue
+        remark = ""
+        if field in FIRST_COMPILES and len(found) > 2:
+            remark, found = f"without step {found[0][0]}, which compiles", found[1:]
+        if field == "lr" and len(found) > 1 and all(value == found[0][1] for _, value in found):
+            continue  # a line that says nothing: the number is among the facts
+        series = _series(found, title)
+        drawn.append(chart(title, note.format(gap=gap), series, unit=unit, log=log, remark=remark))
+    return "".join(drawn)
 
 
-def _curve(records: Sequence[Mapping], field: str, title: str, note: str, log: bool) -> str:
-    """The chart of one field; a field that holds lists has a curve for each element."""
-    found = [(record["step"], record[field]) for record in records if field in record]
+def _series(found: Sequence[tuple[int, Any]], title: str) -> list[Series]:
+    """The curves of one field; one that holds lists has a curve for each element."""
     steps = [step for step, _ in found]
     width = max((len(value) for _, value in found if isinstance(value, list)), default=0)
     if not width:
-        values = [value if _is_number(value) else None for _, value in found]
-        return chart(title, note, [Series(title, steps, values)], log=log)
+        return [Series(title, steps, [value if drawable(value) else None for _, value in found])]
     series = []
     for i in range(width):
         column = [v[i] if isinstance(v, list) and i < len(v) else None for _, v in found]
-        values = [value if _is_number(value) else None for value in column]
+        values = [value if drawable(value) else None for value in column]
         # A step outside loss_steps is null throughout: it has no curve, rather than a gap.
         if any(value is not None for value in values):
-            series.append(Series(str(i + 1), steps, values))
-    return chart(title, note, series, log=log)
+            ends = {0: " (noisiest)", width - 1: " (cleanest)"} if width > 1 else {}
+            series.append(Series(f"{i + 1}{ends.get(i, '')}", steps, values))
+    return series
 
 
-def _is_number(value: Any) -> bool:
-    """Whether it can be drawn: charts add and subtract, which overflows near the largest float."""
-    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < 1e150
-
-
-def _samples(files: Sequence[tuple[int, epath.Path]]) -> str:
+def _samples(workdir: epath.Path) -> str:
+    files = sample_files(workdir)
     if not files:
         return "<p>No samples have been drawn yet.</p>"
-    shown = files
+    shown, remarks, rounds = files, [], []
     if len(files) > ROUNDS:
         last = len(files) - 1
         shown = [files[round(i * last / (ROUNDS - 1))] for i in range(ROUNDS)]
-    rounds = "".join(_round(step, path) for step, path in shown)
-    left_out = len(files) - len(shown)
-    remark = f"<p class='remark'>{left_out} further rounds are in samples/.</p>" if left_out else ""
-    slider = (
-        f'<label hidden id="pick">step <output></output><input type="range" min="0" '
-        f'max="{len(shown) - 1}" value="{len(shown) - 1}" aria-label="round of samples"></label>'
-    )
-    return f'{slider if len(shown) > 1 else ""}<div id="rounds">{rounds}</div>{remark}'
+        remarks.append(f"{len(files) - ROUNDS} further rounds are in samples/.")
+    for step, path in shown:
+        opened = _opened(path)
+        if isinstance(opened, str):
+            remarks.append(f"step {step}: {path.name} {opened}")
+        else:
+            rounds.append(Round(step, str(_file(workdir, step) or ""), *opened))
+    return (shown_pictures.show(rounds) if rounds else "") + html_page.remark(*remarks)
 
 
-def _round(step: int, path: epath.Path) -> str:
+def _opened(path: epath.Path) -> tuple[Sequence[str], list[tuple[str, list]]] | str:
+    """Columns and rows of a grid, or why there are none."""
     try:
         with path.open("rb") as file, Image.open(file) as image:
-            labels = read_labels(image)
-            picture = image.convert("RGB")
+            labels, sheet = read_labels(image), image.convert("RGB")
     except DECODE_ERRORS as error:
-        text = html.escape(f"step {step}: {path.name} cannot be read ({error})")
-        return f'<section data-step="{step}"><p class="remark">{text}</p></section>'
-    picture.thumbnail((SIDE, 4 * SIDE), Image.Resampling.LANCZOS)
-    encoded = io.BytesIO()
-    picture.save(encoded, "JPEG", quality=88)
-    data = base64.b64encode(encoded.getvalue()).decode()
-    columns = ", ".join(labels.columns) if labels else "samples"
-    alt = html.escape(f"{columns} at step {step}")
-    captions = ""
-    if labels and any(labels.captions):
-        items = "".join(f"<li>{html.escape(text)}</li>" for text in labels.captions)
-        captions = f"<details><summary>prompts in full</summary><ol>{items}</ol></details>"
-    return (
-        f'<section data-step="{step}"><h3>step {step}</h3>'
-        f'<img loading="lazy" width="{picture.width}" height="{picture.height}" alt="{alt}" '
-        f'src="data:image/jpeg;base64,{data}">{captions}</section>'
-    )
+        return f"cannot be read ({error})"
+    if labels is None:
+        return "does not say where its pictures are"
+    rows = [
+        (caption, [None if cell is None else cell.cut(sheet) for cell in cells])
+        for caption, cells in zip(labels.captions, labels.cells, strict=True)
+    ]
+    return labels.columns, rows
 
 
-def _changes(config: Mapping[str, Any]) -> str:
-    """The fields that were changed when the run went on: `--allow_changes`."""
-    changes = config.get("changes")
-    rows = [row for row in changes if isinstance(row, dict)] if isinstance(changes, list) else []
-    if not rows:
+def _training_pictures(workdir: epath.Path) -> str:
+    """Some of the pictures that the run learns from."""
+    path = workdir / TRAINING
+    if not path.exists():
         return ""
-    cells = lambda tag, values: f"<tr>{''.join(f'<{tag}>{v}</{tag}>' for v in values)}</tr>"
-    fields = ("step", "field", "old", "new")
-    body = "".join(
-        cells("td", (html.escape(_text(row.get(field, "")))[:200] for field in fields))
-        for row in rows
-    )
-    return f"<h3>Changed on the way</h3><table>{cells('th', fields)}{body}</table>"
-
-
-def _config(config: Mapping[str, Any]) -> str:
-    if not config:
-        return "<p>There is no config.json.</p>"
-    tables, loose = [], {}
-    for section, values in config.items():
-        if section == "changes":
-            continue
-        if isinstance(values, dict):
-            tables.append(_table(section, dict(_flat(values))))
-        else:
-            loose[section] = values
-    if loose:
-        tables.append(_table("other", loose))
-    return "".join(tables)
-
-
-def _flat(values: Mapping[str, Any], prefix: str = "") -> list[tuple[str, Any]]:
-    pairs = []
-    for name, value in values.items():
-        if isinstance(value, dict) and value:
-            pairs += _flat(value, f"{prefix}{name}.")
-        else:
-            pairs.append((prefix + name, value))
-    return pairs
-
-
-def _table(name: str, values: Mapping[str, Any]) -> str:
-    rows = "".join(
-        f"<tr><th>{html.escape(key)}</th><td>{html.escape(_text(value))}</td></tr>"
-        for key, value in values.items()
-    )
-    is_open = " open" if name == "config" else ""
-    return (
-        f"<details{is_open}><summary>{html.escape(name)}</summary><table>{rows}</table></details>"
-    )
-
-
-def _text(value: Any) -> str:
-    return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
-
-
-# Without scripts all rounds stand one below the other.
-SCRIPT = """
-const pick = document.getElementById("pick");
-if (pick) {
-  const rounds = [...document.querySelectorAll("#rounds section")];
-  const input = pick.querySelector("input"), output = pick.querySelector("output");
-  const show = () => rounds.forEach((round, i) => {
-    round.hidden = i != input.value;
-    if (!round.hidden) output.value = round.dataset.step;
-  });
-  input.oninput = show;
-  pick.hidden = false;
-  show();
-}
-"""
+    opened = _opened(path)
+    if isinstance(opened, str):
+        return html_page.section("Training pictures", html_page.remark(f"{path.name} {opened}"))
+    pictures = [picture for _, row in opened[1] for picture in row if picture is not None]
+    return html_page.section("Training pictures", shown_pictures.thumbnails(pictures))

@@ -1,5 +1,6 @@
 """The work directory of a run: whose configuration it is, and with which versions it ran."""
 
+import datetime
 import importlib.metadata
 import json
 import platform
@@ -61,15 +62,18 @@ def open_workdir(
     facts: Mapping[str, Any],
     write: bool = True,
     allowed: Sequence[str] = (),
+    command: str = "",
 ) -> None:
     """Makes the folder, or checks that it belongs to this configuration; writes config.json.
 
     facts: what else decides what is trained (digest of the data, revision of the model). write:
     False for a process that leaves writing to another. allowed: fields that may change now; every
-    such change is kept in config.json with the step after which it takes effect. Raises
+    such change is kept in config.json with the step after which it takes effect. command: what was
+    typed; kept too, with the day on which the run began. Raises
     `UserError` naming every other field that differs.
     """
     path, folder = workdir / CONFIG, workdir / "checkpoints"
+    started = datetime.date.today().isoformat()
     new = {"config": flat(config), "facts": dict(facts), "versions": versions()}
     if new["config"].get("train") == "full":  # an adapter's arrays have PyTorch's order
         new["facts"]["weights_arrangement"] = converted.FORMAT
@@ -83,8 +87,10 @@ def open_workdir(
         raise_if(f"{workdir}: {fault}" for fault in faults)
         before = old.get("changes")
         changes = [{"step": max(saved), **change} for change in changes]
+        started = old.get("started", started)
         if kept := [*(before if isinstance(before, list) else []), *changes]:
             new["changes"] = kept
+    new |= {"started": started} | ({"command": command} if command else {})
     try:
         workdir.mkdir(parents=True, exist_ok=True)
     except OSError as error:
