@@ -20,6 +20,7 @@ from dopsd_jax.common.errors import UserError
 from dopsd_jax.common.json_files import parse_json
 
 FOLDER = "samples"
+CELL = 320  # pixels of the longer side of a picture in a grid
 LABELS = "dopsd_jax"  # PNG text chunk: title, columns and whole captions as JSON
 BACKGROUND, INK, FAINT, EMPTY = "#ffffff", "#1b1b1b", "#6b6b6b", "#ececec"
 MARGIN, GAP, CAPTION_LINES = 16, 8, 2
@@ -66,7 +67,7 @@ def filled(references: Sequence, count: int) -> list:
     return [*references, *[None] * (count - len(references))]
 
 
-def grid(columns: Sequence[str], rows: Sequence[GridRow], *, title: str = "", cell: int = 320):
+def grid(columns: Sequence[str], rows: Sequence[GridRow], *, title: str = "", cell: int = CELL):
     """Draws a grid as a `PIL.Image`.
 
     Every picture is resized to `cell` pixels on its longer side, keeping its aspect and never
@@ -120,7 +121,7 @@ def save_grid(
     rows: Sequence[GridRow],
     *,
     title: str = "",
-    cell=320,
+    cell: int = CELL,
 ) -> None:
     """Writes a grid as a PNG file, whole or not at all; its labels can be had by `read_labels`."""
     path = epath.Path(path)
@@ -133,6 +134,11 @@ def save_grid(
     path.parent.mkdir(parents=True, exist_ok=True)
     with atomic_file(path) as file:
         file.write(encoded.getbuffer())
+
+
+def shrunk(image: UInt8[np.ndarray, "_H _W 3"]) -> UInt8[np.ndarray, "_h _w 3"]:
+    """A picture as a grid shows it: of many rows only these are kept until it is drawn."""
+    return np.asarray(_resized(image, _fit(image, CELL)))
 
 
 def save_picture(
