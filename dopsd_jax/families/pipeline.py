@@ -144,9 +144,8 @@ class Pipeline:
 
         The base stays loaded. Raises `UserError`, and then nothing has changed.
         """
-        if "transformer" in self.__dict__:
-            attach_files(self.transformer, self.family, self.config, loras)
-            self.__dict__.pop("split", None)
+        attach_files(self.transformer, self.family, self.config, loras)
+        self.__dict__.pop("split", None)
         self.loras = tuple(loras)
 
     def hand_over(self) -> nnx.State:
