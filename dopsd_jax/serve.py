@@ -15,7 +15,7 @@ MODEL = OPTIONS.path("model", None, "model folder, converted checkpoint or hub i
 LORAS = OPTIONS.path("loras", None, "folder of LoRA files, such as RUN/lora; no others can be used")
 RUN = OPTIONS.path("run", None, "work directory of a training to watch")
 HOST = OPTIONS.string("host", LOCAL, "address to listen on; the default is reached from here only")
-PORT = OPTIONS.integer("port", 7860, "port to listen on; 0: any that is free", 0, 65535)
+PORT = OPTIONS.integer("port", 7860, "port to listen on; 0: the first free one from 7860", 0, 65535)
 DTYPE = OPTIONS.enum(
     "dtype",
     "auto",

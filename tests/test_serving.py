@@ -11,7 +11,7 @@ from PIL import Image
 import dopsd_jax
 from dopsd_jax import dopsd
 from dopsd_jax.common.errors import UserError
-from dopsd_jax.reporting import pictures
+from dopsd_jax.reporting import parameters, pictures
 from dopsd_jax.reporting.metrics import MetricsWriter
 from dopsd_jax.serving import page
 from dopsd_jax.serving.drawing import Studio, numbers
@@ -173,6 +173,7 @@ def test_the_page_answers(studio, run, capsys):
         for one, picture in zip(shown, expected, strict=True):
             with Image.open(one["image"]) as image:
                 assert np.array_equal(np.asarray(image.convert("RGB")), picture.image)
+            assert parameters.read_parameters(one["image"]) == picture.made
         assert "Seed: 3" in about and "<lora:a:1.0>" in about
         for wrong in ("../a.safetensors", ".hidden.safetensors"):
             with pytest.raises(AppError):

@@ -147,7 +147,7 @@ def save_picture(
     """A PNG file that says how it was made, written whole or not at all."""
     info = PngImagePlugin.PngInfo()
     for name, text in about.items():
-        info.add_itxt(name, text)
+        info.add_text(name, text)  # Latin-1 where it can be: not all programs read other chunks
     with atomic_file(path) as file:
         Image.fromarray(image).save(file, "PNG", pnginfo=info)
 

@@ -12,6 +12,7 @@ from typing import Any
 from PIL import Image
 
 from dopsd_jax.common.errors import UserError
+from dopsd_jax.data.images import open_image
 from dopsd_jax.reporting import parameters
 from dopsd_jax.serving.drawing import Studio, numbers
 from dopsd_jax.serving.watching import Watched
@@ -51,12 +52,12 @@ def build(studio: Studio | None, watched: Watched | None) -> Any:
 def serve(page: Any, host: str, port: int, wait: bool = True) -> str:
     """Serves the page; returns its address, when it is stopped or, without `wait`, at once.
 
-    port: 0: any that is free. Raises `UserError` for a place that cannot be had.
+    port: 0: the first free one from 7860 on. Raises `UserError` for a place that cannot be had.
     """
     try:
         _, address, _ = page.queue(default_concurrency_limit=1).launch(
             server_name=host,
-            server_port=port,
+            server_port=port or None,  # gradio then looks from 7860 on
             share=False,
             quiet=True,
             prevent_thread_lock=True,
@@ -115,8 +116,10 @@ def _draw_tab(ui: ModuleType, page: Any, studio: Studio) -> None:
         sizes = {"width": whole(width), "height": whole(height), "steps": whole(steps)}
         drawn, pictures = studio.draw(prompt, whole(seed) or 0, loras, factors, **sizes), []
         while (one := _told(ui, lambda: next(drawn, None))) is not None:
-            pictures.append((Image.fromarray(one.image), one.label))
-            yield pictures, parameters.text(one.made)
+            picture = Image.fromarray(one.image)
+            picture.info |= parameters.chunks(one.made)  # a PNG file that is saved has them
+            pictures.append((picture, one.label))
+            yield pictures, picture.info[parameters.CHUNK]
 
     inputs = [prompt, seed, loras, strengths, width, height, steps]
     button.click(draw, inputs, [shown, about], api_name=DRAW)
@@ -139,14 +142,9 @@ def _watch_tab(ui: ModuleType, page: Any, watched: Watched) -> None:
         rows = [[name, text] for name, text in found.items()]
         if state == seen:
             return done, rows, ui.skip(), state
-        return done, rows, [(_opened(path), text) for path, text in files], state
+        opened = [(_told(ui, lambda p=path: open_image(p)), text) for path, text in files]
+        return done, rows, opened, state
 
     outputs = [numbers, table, grids, before]
     ui.Timer(REFRESH).tick(look, before, outputs, api_name=WATCH, show_progress="hidden")
     page.load(look, before, outputs, api_visibility="private")
-
-
-def _opened(path: os.PathLike) -> Image.Image:
-    with Image.open(path) as picture:
-        picture.load()
-        return picture.convert("RGB")
