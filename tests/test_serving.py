@@ -7,6 +7,8 @@ import shutil
 import numpy as np
 import pytest
 from PIL import Image
+from safetensors import safe_open
+from safetensors.numpy import save_file
 
 import dopsd_jax
 from dopsd_jax import dopsd
@@ -77,6 +79,21 @@ def test_pictures_are_those_of_the_model_with_the_file_at_that_strength(
     assert (made.steps, made.seed, made.width) == (2, 3, 32)
     assert [(lora.name, lora.strength) for lora in made.loras] == [("a", 0.5)]
     assert not found[0].made.loras
+
+
+def test_a_file_that_is_written_again_is_read_again(random_model, lora_file, tmp_path):
+    path = tmp_path / "best.safetensors"
+    shutil.copyfile(lora_file, path)
+    own = Studio(dopsd_jax.load_pipeline(random_model), "m", tmp_path)
+    _, before = drawn(own, [path.name])
+    with safe_open(path, "np") as file:
+        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        header = file.metadata()
+    save_file({name: 0.5 * tensor for name, tensor in tensors.items()}, path, header)
+    base, after = drawn(own, [path.name])
+    assert np.abs(before.image.astype(int) - after.image).max() > 5
+    assert np.abs(base.image.astype(int) - after.image).max() > 5
+    assert before.made.loras[0].digest != after.made.loras[0].digest
 
 
 def test_without_files_the_base_is_drawn(random_model):

@@ -14,7 +14,7 @@ from dopsd_jax.common.lora_options import LoraOption
 from dopsd_jax.families.base import STUDENT
 from dopsd_jax.families.pipeline import Pipeline, start_noise
 from dopsd_jax.reporting import parameters
-from dopsd_jax.reporting.parameters import Parameters
+from dopsd_jax.reporting.parameters import Lora, Parameters
 
 BASE = "base"
 MOST_STRENGTHS = 16  # of one request
@@ -41,6 +41,8 @@ class Studio:
         if folder is not None and not folder.is_dir():
             raise UserError(f"--loras {folder}: is no folder; name one that has LoRA files")
         self._turn = threading.Lock()
+        # With digests: a run may write another best.safetensors meanwhile.
+        self._attached: tuple[list[LoraOption], tuple[Lora, ...]] = [], ()
 
     def files(self) -> dict[str, Path]:
         """The LoRA files that are in the folder now, by their names in it."""
@@ -76,9 +78,11 @@ class Studio:
         more = [strength for strength in dict.fromkeys(strengths) if strength and loras]
         for strength in (0.0, *more):
             with self._turn:  # not between two pictures: who asked may be gone
-                if loras != list(self.pipe.loras):
+                if (loras, used) != self._attached:
                     self.pipe.use_loras(loras)
-                context = context or self.pipe.encode_prompt([prompt])
+                    self._attached = loras, used
+                if context is None:
+                    context = self.pipe.encode_prompt([prompt])
                 image = self.pipe(
                     [prompt],
                     height=height,
