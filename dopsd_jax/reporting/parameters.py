@@ -20,6 +20,7 @@ from dopsd_jax.common.files import open_regular
 from dopsd_jax.common.json_files import parse_json
 from dopsd_jax.common.lora_options import LoraOption
 from dopsd_jax.weights.lora_files import PEFT_WEIGHTS
+from dopsd_jax.weights.safetensors_io import read_header
 
 CHUNK = "parameters"
 DIGITS = 12  # of a LoRA's digest
@@ -59,12 +60,16 @@ def used(loras: Iterable[LoraOption]) -> tuple[Lora, ...]:
 def digest(path: Path) -> str:
     """The first digits of the sha256 of a file's tensors: Civitai's AutoV3.
 
-    What its header says does not change it.
+    What its header says does not change it. Raises `UserError`.
     """
-    file_path = path / PEFT_WEIGHTS if path.is_dir() else path
-    with open_regular(file_path) as file:
-        file.seek(int.from_bytes(file.read(8), "little"), os.SEEK_CUR)
-        return hashlib.file_digest(file, "sha256").hexdigest()[:DIGITS]
+    whole = path / PEFT_WEIGHTS if path.is_dir() else path
+    read_header(whole)  # else there are no tensors to find
+    with open_regular(whole) as file:
+        try:
+            file.seek(int.from_bytes(file.read(8), "little"), os.SEEK_CUR)
+            return hashlib.file_digest(file, "sha256").hexdigest()[:DIGITS]
+        except OSError as error:
+            raise UserError(f"{path}: cannot be read ({error.strerror or error})") from None
 
 
 def chunks(made: Parameters) -> dict[str, str]:
