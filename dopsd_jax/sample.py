@@ -98,11 +98,8 @@ def prompts() -> list[str]:
     """What the options ask for. Raises `UserError`."""
     if not PROMPTS.value:
         return PROMPT.value
-    path = Path(PROMPTS.value).expanduser()
-    lines = [text for _, text in lines_of(path, "--prompts")]
-    if not lines:
-        raise UserError(f"--prompts {path}: has no prompt; write one a line")
-    return [*PROMPT.value, *lines]
+    lines = lines_of(Path(PROMPTS.value).expanduser(), "--prompts")
+    return [*PROMPT.value, *(text for _, text in lines)]
 
 
 def main() -> None:

@@ -137,12 +137,12 @@ def test_options_that_are_wrong_together_are_one_line(options, message, tmp_path
     assert line.startswith("error: ") and message in line
 
 
-def test_a_family_that_edits_nothing_says_so(random_model, tmp_path):
+def test_pictures_to_edit_and_prompts_that_cannot_be_had_are_said(random_model, tmp_path):
     Image.new("RGB", (64, 64)).save(tmp_path / "a.png")
     (tmp_path / "empty.txt").write_text("\n \n")
     command = ("sample", f"--model={random_model}", f"--out={tmp_path / 'out'}")
     edit = run_program(*command, "--prompt=x", f"--reference={tmp_path / 'a.png'}")
     assert edit.returncode == 2 and "zimage edit no pictures" in edit.stderr
     empty = run_program(*command, f"--prompts={tmp_path / 'empty.txt'}")
-    assert empty.returncode == 2 and "has no prompt; write one a line" in empty.stderr
+    assert empty.returncode == 2 and "empty.txt: is empty" in empty.stderr
     assert not (tmp_path / "out").exists()
