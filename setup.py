@@ -74,6 +74,7 @@ setup(
             "pillow-heif>=1",
             "hypothesis>=6",
             "tensorboardX>=2.6",
+            "gradio>=6",
             "beartype>=0.22",  # checks the shapes in the annotations: tests/conftest.py
             *DOCS,
             "nbclient>=0.10",  # runs examples/notebook.ipynb
@@ -84,6 +85,7 @@ setup(
         "quant": ["qwix>=0.1.8"],  # config.base_dtype int8, nf4, fp8
         "parquet": ["pyarrow>=17"],  # data sets of Hugging Face as .parquet files
         "heic": ["pillow-heif>=1"],  # pictures of phones
+        "ui": ["gradio>=6"],  # dopsd_jax.serve
         "gcs": ["gcsfs"],  # gs:// paths
         "tensorboard": ["tensorboardX>=2.6"],  # config.trackers, as is wandb
         "wandb": ["wandb>=0.19"],

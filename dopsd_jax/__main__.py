@@ -11,6 +11,7 @@ PROGRAMS = {
     "prepare": "encode a data set once, for many runs or many machines",
     "check": "look at a configuration, its data and its teacher before training",
     "sample": "draw pictures from prompts",
+    "serve": "try a model and LoRA files on a page of this machine, and watch a run",
     "evaluate": "compare a run's result with the base model, in scores with intervals",
     "estimate": "tell memory and work of a training step on devices that you do not have",
     "convert": "import, export, merge and inspect weights and LoRA files",

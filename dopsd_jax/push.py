@@ -23,12 +23,13 @@ if __name__ == "__main__":
 
 from huggingface_hub import HfApi
 from huggingface_hub.errors import HFValidationError
-from PIL import Image, UnidentifiedImageError
 
 from dopsd_jax.common.atomic import atomic_folder
 from dopsd_jax.common.errors import UserError, raise_if
 from dopsd_jax.reporting import model_card
 from dopsd_jax.reporting.model_card import Shown
+from dopsd_jax.reporting.parameters import read_texts
+from dopsd_jax.reporting.pictures import LABELS
 from dopsd_jax.weights.hub import HUB_ID, NETWORK_ERRORS
 from dopsd_jax.weights.safetensors_io import read_header
 
@@ -66,19 +67,22 @@ def main() -> None:
 
 
 def gallery(folder: Path) -> list[tuple[Path, str]]:
-    """The pictures of a folder with their prompts. Raises `UserError` for those without one."""
+    """The pictures of a folder with their prompts, without sheets of several.
+
+    Raises `UserError` for those without a prompt.
+    """
     found, faults = [], []
     for path in sorted(folder.glob("*.png")) if folder.is_dir() else ():
         try:
-            with Image.open(path) as image:
-                image.load()  # text may stand behind the pixels
-                prompt = getattr(image, "text", {}).get("prompt", "")
-        except (UnidentifiedImageError, OSError, ValueError) as error:
-            faults.append(f"{path}: is no picture ({error}); remove it")
+            texts = read_texts(path)
+        except UserError as error:
+            faults += error.problems
             continue
-        if not prompt:
+        if LABELS in texts:
+            continue
+        if not texts.get("prompt"):
             faults.append(f"{path}: has no prompt; `sample` writes it into the file: draw it again")
-        found.append((path, prompt))
+        found.append((path, texts.get("prompt", "")))
     raise_if(faults)
     if not found:
         raise UserError(f"--pictures {folder}: has no PNG files; draw some with `sample`")

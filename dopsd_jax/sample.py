@@ -1,16 +1,25 @@
 """Samples: python -m dopsd_jax.sample --model PATH [--lora FILE] --prompt "..." --out DIR"""
 
 import itertools
+import math
 from pathlib import Path
 
 from dopsd_jax.common import program
+from dopsd_jax.common.errors import UserError, raise_if
 
 OPTIONS = program.options(__name__)
 MODEL = OPTIONS.path("model", None, "model folder, converted checkpoint or hub id")
 LORA = OPTIONS.loras(
     "lora", [], "LoRA file to apply, or FILE:STRENGTH; may be given several times: they add up"
 )
-PROMPT = OPTIONS.multi_string("prompt", None, "what to draw; may be given several times")
+STRENGTHS = OPTIONS.list(
+    "strengths",
+    [],
+    "numbers that the strengths of all --lora are multiplied with, such as 0,0.5,1: every picture "
+    "is drawn with each, 0 is the base model, and a sheet for every seed shows them side by side",
+)
+PROMPT = OPTIONS.multi_string("prompt", [], "what to draw; may be given several times")
+PROMPTS = OPTIONS.path("prompts", None, "text file with a prompt a line")
 REFERENCE = OPTIONS.multi_string(
     "reference", [], "picture to edit, if the model can; may be given several times"
 )
@@ -18,7 +27,7 @@ OUT = OPTIONS.path("out", None, "folder for the pictures")
 HEIGHT = OPTIONS.integer("height", None, "pixels; default: the model's own size", 1, 65536)
 WIDTH = OPTIONS.integer("width", None, "pixels; default: the model's own size", 1, 65536)
 STEPS = OPTIONS.integer("steps", None, "sampling steps; default: the released sampler's", 1, 1000)
-SEED = OPTIONS.integer("seed", 0, "seed of the first picture of a prompt", 0, 2**32 - 1)
+SEED = OPTIONS.list("seed", ["0"], "seed of the picture of every prompt, or several: 3,7,42")
 COUNT = OPTIONS.integer("count", 1, "pictures per prompt, seeds from --seed on", 1, 10**6)
 DTYPE = OPTIONS.enum(
     "dtype",
@@ -26,21 +35,71 @@ DTYPE = OPTIONS.enum(
     ["auto", "float32", "bfloat16"],
     "type of activations; auto: float32 on CPU only",
 )
+LARGEST_SEED = 2**32 - 1
+
+
+def seeds() -> list[int]:
+    """The seeds that the options name. Raises `UserError`."""
+    given = list(dict.fromkeys(SEED.value))
+    raise_if(
+        f"--seed {text!r}: is no whole number from 0 to {LARGEST_SEED}"
+        for text in given or [""]
+        if not (text.isascii() and text.isdecimal() and int(text[:11]) <= LARGEST_SEED)
+    )
+    first = int(given[0])
+    if len(given) > 1 and COUNT.value > 1:
+        raise UserError("--count: counts seeds from one on; leave it out with several --seed")
+    if first + COUNT.value - 1 > LARGEST_SEED:
+        raise UserError(f"--count {COUNT.value}: seeds end at {LARGEST_SEED}; lower --seed")
+    return list(range(first, first + COUNT.value)) if len(given) == 1 else [*map(int, given)]
+
+
+def strengths() -> list[float]:
+    """The factors that --strengths names, each once; 1 alone without it. Raises `UserError`."""
+    if STRENGTHS.value and not LORA.value:
+        raise UserError("--strengths: there is nothing to weaken; give a file with --lora")
+    found = []
+    for text in STRENGTHS.value or ["1"]:
+        try:
+            found.append(float(text))
+        except ValueError:
+            found.append(math.nan)
+        if not math.isfinite(found[-1]):
+            raise UserError(f"--strengths {text!r}: is no number; write numbers and commas: 0,0.5")
+    return list(dict.fromkeys(found))
+
+
+def check() -> None:
+    """Raises `UserError` for options that are wrong together."""
+    seeds()
+    strengths()
+    if not PROMPT.value and not PROMPTS.value:
+        raise UserError("--prompt: there is nothing to draw; give --prompt or --prompts")
+
 
 if __name__ == "__main__":
     # Wrong options end it here: the imports below take seconds.
-    program.parse(required=("model", "prompt", "out"))
+    program.parse(required=("model", "out"), check=check)
 
 import jax
 
 import dopsd_jax
 from dopsd_jax.common.atomic import disk_error, remove_leftovers
-from dopsd_jax.common.errors import UserError
 from dopsd_jax.common.progress import Progress
+from dopsd_jax.conditioning.anchors import lines_of
 from dopsd_jax.data.images import open_image
 from dopsd_jax.families.base import STUDENT
 from dopsd_jax.families.pipeline import start_noise
-from dopsd_jax.reporting.pictures import save_picture
+from dopsd_jax.reporting import parameters, pictures
+from dopsd_jax.reporting.parameters import Parameters
+
+
+def prompts() -> list[str]:
+    """What the options ask for. Raises `UserError`."""
+    if not PROMPTS.value:
+        return PROMPT.value
+    lines = lines_of(Path(PROMPTS.value).expanduser(), "--prompts")
+    return [*PROMPT.value, *(text for _, text in lines)]
 
 
 def main() -> None:
@@ -49,14 +108,15 @@ def main() -> None:
     if dtype == "auto":
         dtype = "float32" if jax.default_backend() == "cpu" else "bfloat16"
     pipe = dopsd_jax.load_pipeline(MODEL.value, dtype=dtype, lora=LORA.value)
-    loras = ", ".join(f"{lora.path}:{lora.strength:g}" for lora in LORA.value)
     references = [open_image(path) for path in REFERENCE.value]
     for path, picture in zip(REFERENCE.value, references, strict=True):
         pipe.reference_size(*picture.shape[:2], f"--reference {path}")
     height, width = HEIGHT.value or pipe.own_size, WIDTH.value or pipe.own_size
     shape = pipe.latent_shape(height, width)
-    for prompt in PROMPT.value:  # all faults before the first picture
+    asked = prompts()
+    for prompt in asked:  # all faults before the first picture
         pipe.request(STUDENT, prompt)
+    loras = parameters.used(LORA.value)
     try:
         out.mkdir(parents=True, exist_ok=True)
     except FileExistsError:
@@ -64,36 +124,54 @@ def main() -> None:
     except OSError as error:
         raise disk_error(error, out) from error
     remove_leftovers(out)
-    seeds = range(SEED.value, SEED.value + COUNT.value)
-    todo = [(n, prompt, seed) for n, prompt in enumerate(PROMPT.value) for seed in seeds]
+    factors = strengths()
+    todo = len(asked) * len(seeds()) * len(factors)
     for note in pipe.notes():
         print(note)
     print(
-        f"{MODEL.value}: to draw {len(todo)} of {width}x{height} pixels, {dtype} on "
+        f"{MODEL.value}: to draw {todo} of {width}x{height} pixels, {dtype} on "
         f"{jax.default_backend()}; the first takes longer: the sampler is compiled",
         flush=True,
     )
-    progress = Progress("picture", len(todo), every=0)
-    for number, prompt, seed in todo:
-        if seed == SEED.value:  # the first picture of a prompt
-            context = pipe.encode_prompt([prompt], references)
-        image = pipe(
-            [prompt],
-            height=height,
-            width=width,
-            steps=STEPS.value,
-            latents=start_noise(seed, 1, shape),
-            context=context,
-        )[0]
-        path = unused(out / f"{number:03d}_seed{seed}.png")
-        save_picture(path, image, {"prompt": prompt, "seed": str(seed), "lora": loras})
-        progress.advance(text=str(path))
+    steps = len(pipe.deployed_grid(shape, STEPS.value)) - 1
+    about = Parameters("", steps, 0, width, height, Path(MODEL.value).name)
+    progress = Progress("picture", todo, every=0)
+    contexts = {}
+    for seed in seeds():
+        rows = []
+        for number, prompt in enumerate(asked):
+            if prompt not in contexts:
+                contexts[prompt] = pipe.encode_prompt([prompt], references)
+            row = []
+            for factor in factors:
+                image = pipe(
+                    [prompt],
+                    height=height,
+                    width=width,
+                    steps=STEPS.value,
+                    latents=start_noise(seed, 1, shape),
+                    context=contexts[prompt],
+                    strength=factor,
+                )[0]
+                name = f"{number:03d}_seed{seed}"
+                name += f"_strength{factor:g}" if STRENGTHS.value else ""
+                path = unused(out / f"{name}.png")
+                own = tuple(lora._replace(strength=lora.strength * factor) for lora in loras)
+                made = about._replace(prompt=prompt, seed=seed, loras=own)
+                pictures.save_picture(path, image, parameters.chunks(made))
+                progress.advance(text=str(path))
+                row.append(pictures.shrunk(image))
+            rows.append(pictures.GridRow(prompt, row))
+        if STRENGTHS.value:
+            path, title = unused(out / f"sheet_seed{seed}.png"), f"seed {seed}, {steps} forwards"
+            pictures.save_grid(path, [f"{factor:g}" for factor in factors], rows, title=title)
+            progress.note(f"sheet: {path}")
 
 
 def unused(path: Path) -> Path:
     """The path, or with a number where an earlier picture has that name: none is overwritten."""
     names = itertools.chain(
-        [path], (path.with_stem(f"{path.stem}_{n}") for n in itertools.count(2))
+        [path], (path.with_name(f"{path.stem}_{n}.png") for n in itertools.count(2))
     )
     return next(name for name in names if not name.exists())
 

@@ -142,9 +142,15 @@ def train(config: ConfigDict, workdir: epath.Path) -> int | None:
             except UserError as error:  # of files that the run does not need
                 progress.note(f"no report: {error}")
 
-    def show(step: int) -> None:
+    def show(step: int, saved: bool = False) -> None:
         teacher = state.student if state.teacher is None else state.teacher
-        path = previews.write(step, state.student, teacher)
+        tuned = getattr(state, config.export_weights)
+        if saved:  # what the file gives, so that a fault of the file is seen
+            places = jax.tree.map(lambda leaf: leaf.sharding, tuned)
+            with multihost.together():
+                tuned = plan.trained.written(workdir, step, tuned)
+            tuned = jax.device_put(tuned, places)
+        path = previews.write(step, tuned, teacher)
         trackers.picture(step, "samples", path)
         progress.note(f"pictures: {path}")
 
@@ -228,7 +234,7 @@ def train(config: ConfigDict, workdir: epath.Path) -> int | None:
                 if save_now:
                     save(step)
                 if show_now:
-                    show(step)
+                    show(step, saved=save_now)
                 if save_now and not last:
                     report()
                 progress.skip()

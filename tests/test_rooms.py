@@ -31,6 +31,7 @@ ROOMS = (
     "reporting",
     "evaluation",
     "estimation",
+    "serving",
     "programs",  # the files at the top of the package, but dopsd.py
     "miniature",
 )

@@ -2,9 +2,14 @@
 
 import re
 
+import numpy as np
 import pytest
 from conftest import ROOT, left_by_killed, run_program
 from PIL import Image
+
+import dopsd_jax
+from dopsd_jax import push
+from dopsd_jax.reporting import parameters, pictures
 
 MINIATURE = ROOT / "examples" / "miniature" / "model"
 PROMPT = "a large red heart on the left on a white background"
@@ -54,3 +59,90 @@ def test_numbers_out_of_range_are_one_line(option, tmp_path):
     assert result.returncode == 2
     (line,) = result.stderr.splitlines()
     assert line.startswith("error: ") and option[2:6] in line
+
+
+@pytest.fixture(scope="module")
+def sheets(random_model, lora_file, tmp_path_factory):
+    """Two prompts of a file, two seeds, two strengths."""
+    out = tmp_path_factory.mktemp("sheets")
+    (out / "prompts.txt").write_text("a red circle\n\na blue square, \n")
+    result = run_program(
+        "sample", f"--model={random_model}", f"--lora={lora_file}:0.5", "--strengths=0,2",
+        f"--prompts={out / 'prompts.txt'}", "--seed=3,42", f"--out={out}", "--height=32",
+        "--width=32", "--steps=2",
+    )  # fmt: skip
+    assert result.returncode == 0, result.stderr
+    return out, result.stdout
+
+
+def test_every_prompt_seed_and_strength_is_a_picture(sheets):
+    out, said = sheets
+    names = {
+        f"{number:03d}_seed{seed}_strength{factor}.png"
+        for number in range(2)
+        for seed in (3, 42)
+        for factor in (0, 2)
+    }
+    assert {p.name for p in out.glob("0*.png")} == names
+    assert "to draw 8 of 32x32" in said and f"sheet: {out / 'sheet_seed42.png'}" in said
+
+
+def test_a_sheet_for_each_seed_shows_prompts_and_strengths(sheets):
+    out, _ = sheets
+    for seed in (3, 42):
+        with Image.open(out / f"sheet_seed{seed}.png") as sheet:
+            labels = pictures.read_labels(sheet)
+        assert labels.title == f"seed {seed}, 2 forwards"
+        assert labels.columns == ("0", "2")
+        assert labels.captions == ("a red circle", "a blue square,")
+
+
+def test_a_picture_says_how_it_was_drawn(sheets, random_model, lora_file):
+    out, _ = sheets
+    made = parameters.read_parameters(out / "001_seed42_strength2.png")
+    lora = parameters.Lora("strong", 1.0, parameters.digest(lora_file))
+    expected = ("a blue square,", 2, 42, 32, 32, random_model.name, 1.0, (lora,))
+    assert made == parameters.Parameters(*expected)
+
+
+def test_the_picture_is_that_of_the_model_with_what_it_says(sheets, random_model, lora_file):
+    out, _ = sheets
+    for factor, lora in ((0, ()), (2, str(lora_file))):
+        pipe = dopsd_jax.load_pipeline(str(random_model), lora=lora)
+        expected = pipe(["a red circle"], height=32, width=32, steps=2, seed=3)[0]
+        with Image.open(out / f"000_seed3_strength{factor}.png") as picture:
+            assert np.abs(np.asarray(picture).astype(int) - expected).max() <= 1
+
+
+def test_push_takes_the_pictures_and_leaves_the_sheets(sheets):
+    out, _ = sheets
+    assert len(push.gallery(out)) == 8
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        (["--strengths=0,1", "--prompt=x"], "--strengths: there is nothing to weaken"),
+        (["--strengths=0,strong", "--lora=a", "--prompt=x"], "--strengths 'strong'"),
+        (["--seed=1,x", "--prompt=x"], "--seed 'x'"),
+        (["--seed=1,2", "--count=2", "--prompt=x"], "--count: counts seeds from one on"),
+        (["--seed=4294967295", "--count=2", "--prompt=x"], "--count 2: seeds end at"),
+        ([], "--prompt: there is nothing to draw"),
+    ],
+)
+def test_options_that_are_wrong_together_are_one_line(options, message, tmp_path):
+    result = run_program("sample", "--model=x", f"--out={tmp_path}", *options)
+    assert result.returncode == 2 and not result.stdout
+    (line,) = result.stderr.splitlines()
+    assert line.startswith("error: ") and message in line
+
+
+def test_pictures_to_edit_and_prompts_that_cannot_be_had_are_said(random_model, tmp_path):
+    Image.new("RGB", (64, 64)).save(tmp_path / "a.png")
+    (tmp_path / "empty.txt").write_text("\n \n")
+    command = ("sample", f"--model={random_model}", f"--out={tmp_path / 'out'}")
+    edit = run_program(*command, "--prompt=x", f"--reference={tmp_path / 'a.png'}")
+    assert edit.returncode == 2 and "zimage edit no pictures" in edit.stderr
+    empty = run_program(*command, f"--prompts={tmp_path / 'empty.txt'}")
+    assert empty.returncode == 2 and "empty.txt: is empty" in empty.stderr
+    assert not (tmp_path / "out").exists()

@@ -18,6 +18,7 @@ from flax import nnx
 from dopsd_jax.adapters.base import Adapter, AdapterScale
 from dopsd_jax.adapters.lora import Lora
 from dopsd_jax.common.errors import raise_if
+from dopsd_jax.models.layers import Dense
 from dopsd_jax.models.names import Leaf
 
 
@@ -110,6 +111,25 @@ def attach(
         adapter = kind.init(part_key, lead, slot.din, slot.dout, rank)
         adapter.scale = AdapterScale(jnp.asarray(scale))
         layer.adapters[str(part)] = adapter
+
+
+def detach(model: nnx.Module) -> None:
+    """Takes all adapters from `model`."""
+    for _, layer in nnx.iter_graph(model):
+        if isinstance(layer, Dense):
+            layer.adapters = nnx.Dict()
+
+
+def scaled(base: nnx.State, strength: float) -> nnx.State:
+    """`base`, the part of a network that is not trained, with other strengths of its adapters.
+
+    strength: what those that they have are multiplied with.
+    """
+    times = lambda leaf: leaf.replace(leaf[...] * jnp.float32(strength))
+    flat = nnx.to_flat_state(base)
+    return nnx.from_flat_state(
+        {path: times(leaf) if isinstance(leaf, AdapterScale) else leaf for path, leaf in flat}
+    )
 
 
 def export(

@@ -1,7 +1,12 @@
 """Reads files of others: a folder, a device or an endless file is refused first."""
 
+import contextlib
 import os
+import shutil
 import stat
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
 from typing import BinaryIO
 
 from etils import epath
@@ -34,6 +39,22 @@ def open_regular(path: str | os.PathLike, advice: str = "check the path") -> Bin
     except OSError as error:
         reason = error.strerror or error
         raise UserError(f"{path}: cannot be read ({reason}); check its rights") from None
+
+
+@contextlib.contextmanager
+def local_file(path: str | os.PathLike) -> Iterator[Path]:
+    """The file itself, or while the block lasts a copy of what lies in a store (`gs://`).
+
+    Raises `UserError` for one that cannot be read.
+    """
+    if not is_remote(path):
+        yield Path(path)
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        copy = Path(folder) / epath.Path(path).name
+        with open_regular(path) as source, open(copy, "wb") as file:
+            shutil.copyfileobj(source, file)
+        yield copy
 
 
 def read_bytes(

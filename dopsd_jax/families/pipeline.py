@@ -140,6 +140,15 @@ class Pipeline:
         """The transformer as (graphdef, trained, base): all adapters, by default, and the rest."""
         return nnx.split(self.transformer, self.trained, ...)
 
+    def use_loras(self, loras: Sequence[LoraOption]) -> None:
+        """Puts the adapters of these files in the place of those that are attached.
+
+        The base stays loaded. Raises `UserError`, and then nothing has changed.
+        """
+        attach_files(self.transformer, self.family, self.config, loras)
+        self.__dict__.pop("split", None)
+        self.loras = tuple(loras)
+
     def hand_over(self) -> nnx.State:
         """The trained part of the transformer, which the pipeline then has no longer."""
         graphdef, trained, base = self.split
@@ -332,12 +341,14 @@ class Pipeline:
         latents: Float[Array, "b h w c"] | None = None,
         references: Sequence[UInt8[np.ndarray, "_H _W 3"]] = (),
         context: Tree | None = None,
+        strength: float = 1.0,
     ) -> UInt8[np.ndarray, "b H W 3"]:
         """Images of the prompts by the few-step sampler, without guidance.
 
         `height`, `width`: pixels; None: `own_size`. `steps`: forwards; None: the deployed number.
         `latents`: start noise, float32; None: drawn from `seed`, image i of any batch from
         (seed, i). `references`: see `encode_prompt`. `context`: of an earlier `encode_prompt`.
+        `strength`: see `sample`.
         """
         shape = self.latent_shape(height or self.own_size, width or self.own_size)
         if latents is None:
@@ -346,11 +357,22 @@ class Pipeline:
             raise ValueError(f"latents {jnp.shape(latents)}, needed {(len(prompts), *shape)}")
         grid = self.deployed_grid(shape, steps)
         context = self.encode_prompt(prompts, references) if context is None else context
-        return self.decode(self.sample(self.split[1], latents, context, grid))
+        return self.decode(self.sample(self.split[1], latents, context, grid, strength))
 
-    def sample(self, trained: nnx.State, noise, context: Tree, grid: tuple[float, ...]):
-        """Clean latents: a rollout with the given trained part of the transformer."""
+    def sample(
+        self,
+        trained: nnx.State,
+        noise: Float[Array, "b h w c"],
+        context: Tree,
+        grid: tuple[float, ...],
+        strength: float = 1.0,
+    ) -> Float[Array, "b h w c"]:
+        """Clean latents: a rollout with the given trained part of the transformer.
+
+        `strength`: what all its adapters are multiplied with; every one is the same program.
+        """
         graphdef, _, base = self.split
+        base = base if strength == 1.0 else attach.scaled(base, strength)
         noise = jnp.asarray(noise, jnp.float32)
         return _sample(
             trained, base, noise, context, family=self.family, graphdef=graphdef, grid=grid
@@ -394,9 +416,15 @@ def too_long(prompt: str, count: int, limit: int, picture: int = 0) -> UserError
 def attach_files(
     model: nnx.Module, family: Family, size: Size, loras: Sequence[LoraOption]
 ) -> None:
-    """Gives the transformer the adapters of LoRA files, of any dialect we read, as their sum."""
+    """Gives the transformer the adapters of LoRA files, of any dialect we read, as their sum.
+
+    It has no others then.
+    """
     slots = attach.slots(family.NETWORKS["transformer"].names(size))
     modules = read_mix(loras, lora_layers(family, size))
+    attach.detach(model)
+    if not modules:
+        return
     chosen = {name: slots[name] for name in modules}
     rank = max(module.rank for module in modules.values())
     attach.attach(model, chosen, rank, rank, jax.random.key(0))

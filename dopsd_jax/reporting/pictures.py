@@ -22,6 +22,7 @@ from dopsd_jax.common.json_files import parse_json
 
 FOLDER = "samples"
 TRAINING = f"{FOLDER}/training.png"  # some of the pictures that a run learns from
+CELL = 320  # pixels of the longer side of a picture in a grid
 LABELS = "dopsd_jax"  # PNG text chunk: `Labels` as JSON
 BACKGROUND, INK, FAINT, EMPTY = "#ffffff", "#1b1b1b", "#6b6b6b", "#ececec"
 MARGIN, GAP, CAPTION_LINES = 16, 8, 2
@@ -92,7 +93,7 @@ def filled(references: Sequence, count: int) -> list:
     return [*references, *[None] * (count - len(references))]
 
 
-def grid(columns: Sequence[str], rows: Sequence[GridRow], *, title: str = "", cell: int = 320):
+def grid(columns: Sequence[str], rows: Sequence[GridRow], *, title: str = "", cell: int = CELL):
     """Draws a grid as a `PIL.Image`.
 
     Every picture is resized to `cell` pixels on its longer side, keeping its aspect and never
@@ -157,7 +158,7 @@ def save_grid(
     rows: Sequence[GridRow],
     *,
     title: str = "",
-    cell=320,
+    cell: int = CELL,
 ) -> None:
     """Writes a grid as a PNG file, whole or not at all; its labels can be had by `read_labels`."""
     path = epath.Path(path)
@@ -174,13 +175,18 @@ def save_grid(
         file.write(encoded.getbuffer())
 
 
+def shrunk(image: UInt8[np.ndarray, "_H _W 3"]) -> UInt8[np.ndarray, "_h _w 3"]:
+    """A picture as a grid shows it: of many rows only these are kept until it is drawn."""
+    return np.asarray(_resized(image, _fit(image, CELL)))
+
+
 def save_picture(
     path: str | os.PathLike, image: UInt8[np.ndarray, "h w 3"], about: Mapping[str, str]
 ) -> None:
     """A PNG file that says how it was made, written whole or not at all."""
     info = PngImagePlugin.PngInfo()
     for name, text in about.items():
-        info.add_itxt(name, text)
+        info.add_text(name, text)  # Latin-1 where it can be: not all programs read other chunks
     with atomic_file(path) as file:
         Image.fromarray(image).save(file, "PNG", pnginfo=info)
 

@@ -19,6 +19,7 @@ from ml_collections import ConfigDict
 from dopsd_jax.adapters import attach
 from dopsd_jax.adapters.attach import Slot
 from dopsd_jax.common.config_fields import as_list, name_or_list
+from dopsd_jax.common.files import local_file
 from dopsd_jax.common.progress import byte_progress
 from dopsd_jax.conversion.export import export_diffusers, export_single
 from dopsd_jax.families.base import Family, Size
@@ -55,6 +56,13 @@ class Trained(Protocol):
 
     def export_paths(self, workdir: Path, step: int) -> list[Path]:
         """What `export` writes."""
+
+    def written(self, workdir: Path, step: int, live: nnx.State) -> nnx.State:
+        """The trained weights as `export` wrote those of a step, read again; raises `UserError`.
+
+        `live`: the weights that were written. They are the answer where the files hold the whole
+        network, of which there is no room for another copy.
+        """
 
     def export(
         self, model: Path, workdir: Path, step: int, student: nnx.State, origin: Mapping[str, str]
@@ -104,6 +112,12 @@ class Adapters:
     def export_paths(self, workdir: Path, step: int) -> list[Path]:
         return [workdir / "lora" / f"step_{step}.safetensors"]
 
+    def written(self, workdir: Path, step: int, live: nnx.State) -> nnx.State:
+        (path,) = self.export_paths(workdir, step)
+        with local_file(path) as local:
+            file = lora_files.read_lora(local, lora_layers(self.family, self.network))
+        return attach.load(live, self.chosen, file.modules, self.scale, str(path))
+
     def export(
         self, model: Path, workdir: Path, step: int, student: nnx.State, origin: Mapping[str, str]
     ) -> None:
@@ -150,6 +164,9 @@ class FullNetwork:
         path = workdir / "model" / f"step_{step}"
         names = {"diffusers": path, "comfyui": path.with_name(f"{path.name}.safetensors")}
         return [names[name] for name in as_list(self.config.export)]
+
+    def written(self, workdir: Path, step: int, live: nnx.State) -> nnx.State:
+        return live
 
     def export(
         self, model: Path, workdir: Path, step: int, student: nnx.State, origin: Mapping[str, str]

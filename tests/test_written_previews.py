@@ -1,0 +1,99 @@
+"""Pictures of a checkpoint are those of its LoRA file: a fault of the file is seen in them."""
+
+import dataclasses
+
+import jax
+import numpy as np
+import pytest
+from conftest import RANDOM_CONFIG
+from etils import epath
+from flax import nnx
+
+from dopsd_jax import dopsd, train
+from dopsd_jax.adapters import attach
+from dopsd_jax.common.files import local_file
+from dopsd_jax.config.loading import load
+from dopsd_jax.families import pipeline
+from dopsd_jax.reporting import previews
+from dopsd_jax.training import trainable
+
+
+def configured(**changed):
+    given = dict(option.removeprefix("--config.").split("=", 1) for option in RANDOM_CONFIG[1:])
+    return load(RANDOM_CONFIG[0].removeprefix("--config="), given | changed)
+
+
+@pytest.mark.slow
+def test_a_fault_of_the_writer_is_seen(tmp_path, monkeypatch):
+    """Two steps, the second one saved, by a writer that makes everything far too strong."""
+    config = configured(steps="2", sample_every="1", method="sft", learning_rate="1e-7")
+    shown, traced = {}, []
+    save, write, rollout = previews.pictures.save_grid, trainable.write_lora, dopsd.rollout
+
+    def save_grid(path, columns, rows, **rest):
+        shown[path.stem] = dict(zip(columns, rows[0].images, strict=True))
+        save(path, columns, rows, **rest)
+
+    def faulty(path, modules, *rest, **more):
+        loud = {n: dataclasses.replace(m, scale=m.scale * 1e7) for n, m in modules.items()}
+        write(path, loud, *rest, **more)
+
+    monkeypatch.setattr(previews.pictures, "save_grid", save_grid)
+    monkeypatch.setattr(trainable, "write_lora", faulty)
+    monkeypatch.setattr(dopsd, "rollout", lambda *given: traced.append(1) or rollout(*given))
+    assert train.train(config, epath.Path(tmp_path)) is None
+    away = {
+        step: np.abs(found["tuned"].astype(int) - found["base"]).max()
+        for step, found in shown.items()
+    }
+    assert away["step_000000"] == 0
+    assert away["step_000001"] <= 1  # from memory: one tiny step
+    assert away["step_000002"] > 50  # from the file
+    assert len(traced) == 1  # the file's weights need no other program
+
+
+@pytest.fixture
+def adapters(random_model):
+    """A pipeline with adapters attached, what is trained there, and it after some training."""
+    config = configured()
+    pipe = pipeline.pipeline(random_model)
+    what = trainable.trained(config, pipe.family, pipe.config)
+    what.attach(pipe.transformer)
+    leaves, tree = jax.tree.flatten(pipe.split[1])
+    keys = jax.random.split(jax.random.key(5), len(leaves))
+    more = [x + 0.1 * jax.random.normal(k, x.shape) for x, k in zip(leaves, keys, strict=True)]
+    return pipe, what, jax.tree.unflatten(tree, more)
+
+
+def test_what_was_written_draws_what_is_live(adapters, random_model, tmp_path):
+    pipe, what, live = adapters
+    what.export(random_model, tmp_path, 3, live, {})
+    other = jax.tree.map(lambda x: x + 1.0, live)  # nothing of it must remain
+    written = what.written(tmp_path, 3, other)
+    picture = lambda state: attach.export(state, what.chosen, what.scale)
+    before, after = picture(live), picture(written)
+    for name in before:
+        np.testing.assert_allclose(before[name].delta(), after[name].delta(), rtol=1e-6, atol=1e-7)
+    noise = pipeline.start_noise(0, 1, pipe.latent_shape(32, 32))
+    context = pipe.encode_prompt(["a red circle"])
+    drawn = [
+        pipe.decode(pipe.sample(state, noise, context, (1.0, 0.5, 0.0)))
+        for state in (live, written, pipe.split[1])
+    ]
+    assert np.abs(drawn[0].astype(int) - drawn[1]).max() <= 1
+    assert np.abs(drawn[0].astype(int) - drawn[2]).max() > 20
+
+
+def test_a_whole_network_stays_the_live_one(tmp_path):
+    live = nnx.State({})
+    whole = trainable.FullNetwork(configured(train="full"), None, None)
+    assert whole.written(tmp_path, 3, live) is live
+
+
+def test_a_file_of_a_store_is_read_as_one_here(bucket, tmp_path):
+    path = epath.Path(f"{bucket}/run/lora/step_3.safetensors")
+    path.parent.mkdir(parents=True)
+    path.write_bytes(b"content")
+    with local_file(path) as local:
+        assert local.read_bytes() == b"content" and local.name == path.name
+    assert not local.exists()
