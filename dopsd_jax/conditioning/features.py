@@ -147,6 +147,10 @@ class Features:
         found = {"anchors": self.anchors.digest()} if self.anchors else {}
         if others := self.dataset.others:
             found["the pictures shown to the teacher"] = others.digest()
+        # Prepared data may bring weights of their own, which the configuration does not tell.
+        if self.dataset.features and any(one.share is not None for one in self.dataset.sets):
+            shares = (f"{one.path} {one.share}" for one in self.dataset.sets)
+            found["the shares of the data sets"] = ", ".join(shares)
         return found
 
     def describe(self) -> list[str]:
