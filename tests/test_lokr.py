@@ -25,6 +25,7 @@ from dopsd_jax.families.pipeline import attach_files
 from dopsd_jax.families.zimage import family
 from dopsd_jax.models import zimage
 from dopsd_jax.models.layers import Dense
+from dopsd_jax.training import trainable
 from dopsd_jax.training.optimizers import decayed
 from dopsd_jax.weights.lora_files import read_adapter
 from dopsd_jax.weights.lora_write import write_lora
@@ -196,7 +197,14 @@ def test_what_cannot_be_attached_or_written_is_a_line(tmp_path):
         assert len(caught.value.problems) == 1 and not out.exists()
 
 
-def test_the_configuration_names_the_kind():
+def test_the_configuration_names_the_kind(tmp_path):
+    path, config = tmp_path / "a.safetensors", defaults()
+    write_lora(path, trained()[2], LAYERS)
+    config.lora.init_from = str(path)
+    with pytest.raises(UserError, match=r"a\.safetensors is no LoRA, which config\.lora\.kind"):
+        trainable.trained(config, family, CONFIG).check()
+    config.lora.kind = "lokr"
+    trainable.trained(config, family, CONFIG).check()
     config = defaults()
     assert kinds.kind_of(config.lora).title == "LoRA"
     config.lora.kind, config.lora.factor = "lokr", 16

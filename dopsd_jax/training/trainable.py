@@ -20,6 +20,7 @@ from dopsd_jax.adapters import attach, kinds
 from dopsd_jax.adapters.attach import Slot
 from dopsd_jax.adapters.base import Adapter
 from dopsd_jax.common.config_fields import as_list, name_or_list
+from dopsd_jax.common.errors import UserError
 from dopsd_jax.common.progress import byte_progress
 from dopsd_jax.conversion.export import export_diffusers, export_single
 from dopsd_jax.families.base import Family, Size
@@ -108,7 +109,12 @@ class Adapters:
 
     def _read(self, path: str) -> LoraFile:
         file = lora_files.read_adapter(path, lora_layers(self.family, self.network))
-        return lora_files.of_kind(path, file, self.kind.module)
+        if not all(isinstance(module, self.kind.module) for module in file.modules.values()):
+            raise UserError(
+                f"config.lora.init_from: {path} is no {self.kind.title}, which config.lora.kind "
+                "names; set it to what the file is"
+            )
+        return file
 
     def describe(self, student: nnx.State) -> list[str]:
         lines = [

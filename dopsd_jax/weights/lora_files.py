@@ -77,16 +77,11 @@ class LoraFile:
 
 def read_lora(path: str | Path, layers: Layers, transformer_only: bool = False) -> LoraFile:
     """`read_adapter` of a file in which all is LoRA. Raises `UserError`, also for a LoKr file."""
-    return of_kind(path, read_adapter(path, layers, transformer_only), LoraModule)
-
-
-def of_kind(path: str | Path, file: LoraFile, kind: type[Module]) -> LoraFile:
-    """The file, if all its adapters are of a kind. Raises `UserError`."""
-    if not all(isinstance(module, kind) for module in file.modules.values()):
-        is_a, wanted = ("LoKr", "LoRA") if kind is LoraModule else ("LoRA", "LoKr")
+    file = read_adapter(path, layers, transformer_only)
+    if not all(isinstance(module, LoraModule) for module in file.modules.values()):
         raise UserError(
-            f"{path}: is a {is_a}, where only a {wanted} will do; `python -m dopsd_jax.convert "
-            "merge` writes a model that has it in its weights"
+            f"{path}: is a LoKr, where only a LoRA will do; `python -m dopsd_jax.convert merge` "
+            "writes a model that has it in its weights"
         )
     return file
 
