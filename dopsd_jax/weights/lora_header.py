@@ -14,10 +14,8 @@ from dopsd_jax.weights.lora_settings import ALPHAS, BASE, HEADER, OWN, RANKS
 
 KEPT = ("modelspec.", "ss_", OWN)  # beginnings of the strings that a rewritten file keeps
 # What a rewritten file must not keep: it was said of the source's tensors.
-STALE = (
-    *(*ALPHAS, *RANKS, HEADER),
-    *("ss_network_module", "ss_network_args", "modelspec.hash_sha256"),
-)
+NETWORK = ("ss_network_module", "ss_network_args")
+STALE = (*ALPHAS, *RANKS, *NETWORK, HEADER, "modelspec.hash_sha256")
 
 
 def kept(metadata: Mapping[str, str]) -> dict[str, str]:
