@@ -138,6 +138,7 @@ def latent_shape(config, sizes: zimage.ZImageConfig) -> tuple[int, int, int, int
 
 def image_work(config, sizes, latent, grid, kernel) -> flops.StepWork:
     """FLOP of one image's share of a step."""
+    what = trained(config, family, sizes)
     pad = lambda rows: -(-rows // zimage.PAD_MULTIPLE) * zimage.PAD_MULTIPLE
     return flops.step_work(
         family,
@@ -147,8 +148,8 @@ def image_work(config, sizes, latent, grid, kernel) -> flops.StepWork:
         width=latent[2],
         rows_student=pad(STUDENT.value),
         rows_teacher=pad(TEACHER.value),
-        chosen=trained(config, family, sizes).chosen,
-        rank=config.lora.rank,
+        chosen=what.chosen,
+        products=what.products,
         full=config.train == "full",
         remat=config.remat,
         flash=kernel != "xla",

@@ -122,7 +122,7 @@ def budget(config, pipe, plan, features) -> list[str]:
         rows_student=student,
         rows_teacher=teacher,
         chosen=plan.trained.chosen,
-        rank=config.lora.rank,
+        products=plan.trained.products,
         full=config.train == "full",
         remat=config.remat,
         flash=pipe.attention != "xla",

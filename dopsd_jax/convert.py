@@ -14,7 +14,7 @@ from dopsd_jax.common.errors import UserError, raise_if, report
 from dopsd_jax.common.program import Parser, local_lora, local_name, local_path
 
 TYPES = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}
-DIALECTS = ("D", "Cs", "Cn", "K", "Q")  # of LoRA files: weights/lora_dialects.py, WRITTEN
+DIALECTS = ("D", "Cs", "Cn", "K", "Q", "Y")  # of LoRA files: weights/lora_dialects.py, WRITTEN
 EXAMPLES = """examples:
   %(prog)s import Tongyi-MAI/Z-Image-Turbo zimage-converted
   %(prog)s import z_image_turbo_bf16.safetensors zimage-converted --base Tongyi-MAI/Z-Image-Turbo
@@ -73,12 +73,12 @@ def parser(program: str) -> argparse.ArgumentParser:
     _add_export(p, merges=True)
     _add_transformer_only(p)
 
-    p = add("lora", run_lora, "Rewrite a LoRA file in another dialect.")
+    p = add("lora", run_lora, "Rewrite a LoRA or LoKr file in another dialect.")
     p.add_argument("source", type=local_path, help="LoRA file, or folder that PEFT saved")
     p.add_argument("out", type=local_path, help="new file (dialect Q: folder)")
     p.add_argument("--to", choices=DIALECTS, default="D", help=(
         "D diffusers and ComfyUI (default), Cs/Cn diffusion_model. with split/fused attention, "
-        "K kohya, Q PEFT folder"
+        "K kohya, Q PEFT folder, Y LyCORIS; a LoKr can be written as D, Cs, Y"
     ))  # fmt: skip
     p.add_argument("--model", type=local_path, help=(
         "model it is for; default: what its header names, else the published Z-Image"
@@ -195,14 +195,14 @@ def run_export(args: argparse.Namespace) -> None:
 def run_lora(args: argparse.Namespace) -> None:
     from dopsd_jax.common.progress import size
     from dopsd_jax.conversion.inspection import layers_for
-    from dopsd_jax.weights.lora_files import read_lora
+    from dopsd_jax.weights.lora_files import read_adapter
     from dopsd_jax.weights.lora_header import kept
     from dopsd_jax.weights.lora_write import write_lora
 
     if args.out.resolve() == args.source.resolve():
         raise UserError(f"{args.out}: is the source; give another name")
     layers = layers_for(args.model, args.source)
-    lora = read_lora(args.source, layers, args.transformer_only)
+    lora = read_adapter(args.source, layers, args.transformer_only)
     dtype = TYPES.get(args.dtype, lora.dtype)
     write_lora(args.out, lora.modules, layers, args.to, dtype, kept(lora.metadata))
     written = args.out.stat().st_size if args.out.is_file() else None

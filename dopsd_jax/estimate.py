@@ -90,7 +90,7 @@ def describe(report: Report, config: ConfigDict, case: Workload) -> list[str]:
     """The report in lines."""
     devices = math.prod(report.mesh.values())
     axes = ", ".join(f"{axis} {size}" for axis, size in report.mesh.items())
-    what = f"lora rank {config.lora.rank}" if config.train == "lora" else config.train
+    what = f"{config.lora.kind} rank {config.lora.rank}" if config.train == "lora" else "full"
     return [
         f"{devices} x {report.device_kind}: {axes}",
         f"{what}, {report.images} images a step of {case.height} x {case.width}, captions of "

@@ -40,7 +40,7 @@ from PIL import Image
 
 from dopsd_jax.common import errors
 from dopsd_jax.common.atomic import is_remote, remove_leftovers
-from dopsd_jax.common.config_fields import as_paths
+from dopsd_jax.common.config_fields import as_list
 from dopsd_jax.common.errors import UserError
 from dopsd_jax.common.progress import Progress
 from dopsd_jax.conditioning import anchors
@@ -48,6 +48,7 @@ from dopsd_jax.conditioning.cached import DIGESTS, sees_picture
 from dopsd_jax.conditioning.encoding import Encoder
 from dopsd_jax.conditioning.features import prepared_settings
 from dopsd_jax.data import prepared_parts as parts
+from dopsd_jax.data import sets
 from dopsd_jax.data.blobs import Blob
 from dopsd_jax.data.dataset import Dataset, describe, measure, spread
 from dopsd_jax.data.rows import Rows
@@ -73,11 +74,6 @@ def main() -> None:
     with multihost.together():
         workdir = find_workdir(WORKDIR.value, config)
         shard, shards = own_share()
-        if len(as_paths(config.data.path)) > 1:
-            raise UserError(
-                "config.data.path: names several data sets, and one is prepared at a time; train "
-                "with the pictures themselves"
-            )
         if parts.names_prepared(config.data.path):
             raise UserError(f"config.data.path {config.data.path}: is a prepared data set already")
         needs = registry.needs(config)
@@ -105,12 +101,11 @@ def prepare(
     def open_source():
         pipe, _ = build.open_pipeline(config, workdir)
         rows = data_set.open_rows(config, workdir)
-        root = Path(*data_set.data_paths(config, workdir)).expanduser()
-        root = root if root.is_dir() else root.parent
-        manifest = describe_source(config, workdir, pipe, rows, root)
-        return pipe, rows, root, manifest, open_folder(out, manifest)
+        roots = name_roots(data_set.data_paths(config, workdir))
+        manifest = describe_source(config, workdir, pipe, rows, roots)
+        return pipe, rows, roots, manifest, open_folder(out, manifest)
 
-    pipe, rows, root, manifest, folder = multihost.first_alone(open_source)
+    pipe, rows, roots, manifest, folder = multihost.first_alone(open_source)
     if config.anchor.share:
         keys = data_set.trained_keys(config, rows.prompt_keys)
         open_anchors = lambda: anchors_beside(config, workdir, pipe, rows, keys, out)
@@ -123,7 +118,7 @@ def prepare(
         todo = undone(folder, manifest, shard, shards, name)
         if todo:
             numbers = [row for part in todo for row in manifest.rows_of(part)]
-            share = dataclasses.replace(rows, rows=Chosen(rows.rows, numbers))
+            share = dataclasses.replace(rows, rows=Chosen(rows.rows, numbers), sets=())
             index = data_set.picture_index(config, workdir, name)
             measured = lambda rows: measure(
                 rows,
@@ -138,16 +133,17 @@ def prepare(
                 whole = data_set.with_others(config, measured(rows))
                 dataset = dataclasses.replace(dataset, others=whole.part(numbers).others)
             data_set.check_references(config, pipe.family, dataset)
-            print("\n".join(describe(dataset, config.batch_size * config.accumulate)), flush=True)
+            lines = describe(dataset, config.batch_size * config.accumulate)
+            print("\n".join([*sets.describe(rows.sets), *lines]), flush=True)
             keys = data_set.trained_keys(config, dataset.prompt_keys)
             encoder = Encoder(pipe, dataclasses.replace(dataset, prompt_keys=keys), config)
             kinds = (STUDENT, *[TEACHER] * sees_picture(config, pipe.family))
             shown = set(spread(manifest.rows, SHOWN))
-            work.append(Work(folder, manifest, todo, encoder, kinds, root, shown))
+            work.append(Work(folder, manifest, todo, encoder, kinds, roots, shown))
         if config.anchor.share and (todo := undone(beside, of_anchors, shard, shards, ANCHORS)):
             numbers = [row for part in todo for row in of_anchors.rows_of(part)]
             encoder = Encoder(pipe, prompts.part(numbers), config)
-            work.append(Work(beside, of_anchors, todo, encoder, (STUDENT,), Path(), set()))
+            work.append(Work(beside, of_anchors, todo, encoder, (STUDENT,), (), set()))
         layouts = [one.layouts() for one in work]
 
     # ---- Part by part. Processes that finish first wait for the others.
@@ -174,7 +170,7 @@ class Work(NamedTuple):
     todo: list[int]
     encoder: Encoder
     kinds: tuple[int, ...]
-    root: Path
+    roots: Sequence[Path]
     shown: set[int]
 
     def layouts(self) -> list[tuple[parts.Layout, ...]]:
@@ -216,7 +212,7 @@ def anchors_beside(
     """The prompts of config.anchor as a data set, and the folder for their features."""
     prompts = anchors.prompt_set(anchors.choose(config, rows.rows, keys))
     made_from = anchors.settings(config, pipe, data_set.cache_folder(config, workdir))
-    source = source_digest(prompts.rows, Path())
+    source = source_digest(prompts.rows, ())
     manifest = parts.Manifest(len(prompts.rows), ROWS.value, (anchors.KEY,), source, made_from)
     return prompts, manifest, open_folder(out / anchors.FOLDER, manifest)
 
@@ -239,14 +235,18 @@ def own_share() -> tuple[int, int]:
 
 
 def describe_source(
-    config: ConfigDict, workdir: epath.Path, pipe: Pipeline, rows: Rows, root: Path
+    config: ConfigDict, workdir: epath.Path, pipe: Pipeline, rows: Rows, roots: Sequence[Path]
 ) -> parts.Manifest:
     """What all parts have in common."""
     buckets = data_set.data_buckets(config, pipe.size_multiple)
     memo = data_set.cache_folder(config, workdir) / DIGESTS
     made_from = {"buckets": [list(b) for b in buckets]} | prepared_settings(config, pipe, memo)
-    source = source_digest(rows.rows, root)
-    return parts.Manifest(len(rows.rows), ROWS.value, rows.prompt_keys, source, made_from)
+    source = source_digest(rows.rows, roots)
+    several = tuple((Path(one.path).name, len(one.rows)) for one in rows.sets)
+    weights = tuple(map(str, as_list(config.data.weights))) if several else ()
+    return parts.Manifest(
+        len(rows.rows), ROWS.value, rows.prompt_keys, source, made_from, several, weights
+    )
 
 
 def write_parts(work: Work, layouts: Sequence[tuple[parts.Layout, ...]], batch: int) -> None:
@@ -261,7 +261,7 @@ def write_parts(work: Work, layouts: Sequence[tuple[parts.Layout, ...]], batch: 
             shown = number in work.shown
             kept = [encoder.image(row), *encoder.edited(row)] if shown else []
             kept = [keep_picture(image, pictures) for image in kept]
-            records.append(record(dataset, row, work.root, kept))
+            records.append(record(dataset, row, work.roots, kept))
             row += 1
         own = captions[caption : caption + sum(len(r["captions"]) for r in records)]
         sizes = layouts[caption : caption + len(own)]
@@ -295,6 +295,8 @@ def open_folder(folder: epath.Path, manifest: parts.Manifest) -> epath.Path:
             ("--rows_per_part", old.rows_per_part, manifest.rows_per_part),
             ("prompt keys", old.prompt_keys, manifest.prompt_keys),
             ("rows", old.rows, manifest.rows),
+            ("data sets", old.sets, manifest.sets),
+            ("config.data.weights", old.weights, manifest.weights),
         )
         if was != now
     ]
@@ -326,18 +328,27 @@ def is_done(folder: epath.Path, part: int, manifest: parts.Manifest) -> bool:
     return True
 
 
-def source_digest(rows: Sequence[DataRow], root: Path) -> str:
-    """sha256 over the rows as they are named and captioned, wherever the folder lies."""
+def name_roots(paths: Sequence[str | Path]) -> tuple[Path, ...]:
+    """The folders below which pictures are named; of several data sets the names say which."""
+    roots = [Path(path).expanduser() for path in paths]
+    roots = [root if root.is_dir() else root.parent for root in roots]
+    return tuple(roots if len(roots) == 1 else (root.parent for root in roots))
+
+
+def source_digest(rows: Sequence[DataRow], roots: Sequence[Path]) -> str:
+    """sha256 over the rows as they are named and captioned, wherever the folders lie."""
     total = hashlib.sha256()
     for row in rows:
-        names = [picture_name(picture, root) for picture in (row.image, *row.references)]
+        names = [picture_name(picture, roots) for picture in (row.image, *row.references)]
         total.update(json.dumps([*names, row.captions]).encode())
     return total.hexdigest()
 
 
-def picture_name(picture: Path | Blob, root: Path) -> str:
+def picture_name(picture: Path | Blob, roots: Sequence[Path]) -> str:
     """Its name below the data set's folder."""
-    return str(picture).removeprefix(f"{root}{os.sep}")
+    name = str(picture)
+    starts = (f"{root}{os.sep}" for root in roots)
+    return name.removeprefix(next((start for start in starts if name.startswith(start)), ""))
 
 
 def keep_picture(image: np.ndarray, pictures: io.BytesIO) -> list[int]:
@@ -349,12 +360,14 @@ def keep_picture(image: np.ndarray, pictures: io.BytesIO) -> list[int]:
     return [place, len(png.getvalue()), zlib.crc32(png.getvalue())]
 
 
-def record(dataset: Dataset, row: int, root: Path, shown: list[list[int]]) -> Mapping[str, Any]:
+def record(
+    dataset: Dataset, row: int, roots: Sequence[Path], shown: list[list[int]]
+) -> Mapping[str, Any]:
     """What a part says of a row."""
     info, view = dataset.infos[row], dataset.rows[row].view
     return {
         "captions": [list(caption) for caption in dataset.rows[row].captions],
-        "picture": picture_name(dataset.rows[row].image, root),
+        "picture": picture_name(dataset.rows[row].image, roots),
         "digest": info.digest,
         "notes": list(info.notes),
         "size": [info.width, info.height],

@@ -16,11 +16,13 @@ from flax import nnx
 
 from dopsd_jax import dopsd
 from dopsd_jax.adapters import attach
+from dopsd_jax.adapters.lokr import Lokr
 from dopsd_jax.estimation.collectives import collectives
 from dopsd_jax.families.flux2_klein import family as klein
 from dopsd_jax.families.zimage import family
 from dopsd_jax.models import flux2, flux2_config, zimage
 from dopsd_jax.models.attention import attention, per_device, splash_attention
+from dopsd_jax.models.layers import Dense
 from dopsd_jax.parallel import sharding
 from dopsd_jax.training import optimizers, state, train_step
 
@@ -182,10 +184,46 @@ def run_klein():
     return results
 
 
+def run_lokr():
+    """Two layers with LoKr, and the gradients of all, on one device and on every axis: `tensor`
+    splits what is between them, whose parts are interleaved."""
+    make = functools.partial(Dense, groups=4, rngs=nnx.Rngs(0))
+    net = nnx.Dict(
+        into=make(32, (16, 48), fused_before=True), out=make((16, 48), 32, fused_before=True)
+    )
+    chosen = {
+        "into": attach.Slot("into", 0, None, 32, 64), "out": attach.Slot("out", 0, None, 64, 32)
+    }  # fmt: skip
+    attach.attach(net, chosen, 3, 8.0, jax.random.key(1), Lokr.of(4))
+    graphdef, adapter, weights, rest = nnx.split(net, nnx.LoRAParam, nnx.Param, ...)
+    adapter = jax.tree.map(
+        lambda a: a + 0.05 * jnp.cos(jnp.arange(a.size)).reshape(a.shape), adapter
+    )
+    x = jax.random.normal(jax.random.key(0), (BATCH, 6, 32))
+
+    def loss(adapter, weights, x):
+        net = nnx.merge(graphdef, adapter, weights, rest)
+        return jnp.mean(net["out"](jnp.tanh(net["into"](x))) ** 2)
+
+    results, axes = {}, {"fsdp": 2, "context": 2, "tensor": 2}
+    for name, sizes, devices in (("one", {"data": 1}, jax.devices()[:1]), ("all", axes, None)):
+        mesh = sharding.make_mesh(sizes, devices)
+        order = {"into": ("fsdp", "tensor"), "out": ("tensor", "fsdp")}
+        split = {layer: jax.P(*axes) for layer, axes in order.items()}
+        place = lambda path, leaf, mesh=mesh, split=split: jax.device_put(
+            leaf, jax.NamedSharding(mesh, split[path[0].key])
+        )
+        with jax.set_mesh(mesh):
+            placed = jax.tree_util.tree_map_with_path(place, weights)
+            found = jax.jit(jax.value_and_grad(loss, argnums=(0, 1, 2)))(adapter, placed, x)
+        results[f"lokr/{name}"] = np.concatenate([np.ravel(a) for a in jax.tree.leaves(found)])
+    return results
+
+
 def main(out):
     jax.config.update("jax_num_cpu_devices", 8)
     jax.config.update("jax_default_matmul_precision", "float32")
-    results = run_kernel() | run_klein()
+    results = run_kernel() | run_klein() | run_lokr()
     for mode, name in CASES:
         start = time.process_time()
         results |= run(name, mode, *model(mode, REFINED if "refined" in name else CFG))

@@ -10,8 +10,9 @@ from jax.extend.core import jaxprs_in_params
 
 from dopsd_jax import dopsd
 from dopsd_jax.adapters import attach
+from dopsd_jax.adapters.lora import Lora
 from dopsd_jax.estimation import flops
-from dopsd_jax.families.work import adapter_parameters
+from dopsd_jax.families.work import adapter_work
 from dopsd_jax.families.zimage import family
 from dopsd_jax.methods import registry
 from dopsd_jax.methods.method import Count, Passes
@@ -25,6 +26,10 @@ TINY = zimage.ZImageConfig(
 
 def chosen(cfg, targets="blocks"):
     return attach.select(attach.slots(zimage.names(cfg)), targets, family.LORA_PRESETS)
+
+
+def of_rank(rank):
+    return lambda slot: Lora.products(slot.din, slot.dout, rank)
 
 
 def dopsd_passes(steps, with_loss=None, precomputed=True):
@@ -87,7 +92,7 @@ def test_a_traced_step_has_the_counted_products(targets):
         rows_student=rows[0],
         rows_teacher=rows[1],
         chosen={} if full else chosen(TINY, targets),
-        rank=rank,
+        products=of_rank(rank),
         full=full,
         flash=False,
     )
@@ -118,7 +123,7 @@ def test_a_layer_costs_what_xla_says(gradient):
     two, one = (
         family.velocity_work(
             zimage.ZImageConfig(**{**vars(cfg), "layers": n}), 32, 32, 0,
-            chosen(zimage.ZImageConfig(**{**vars(cfg), "layers": n}), "main"), rank,
+            chosen(zimage.ZImageConfig(**{**vars(cfg), "layers": n}), "main"), of_rank(rank),
         )
         for n in (2, 1)
     )  # fmt: skip
@@ -141,7 +146,7 @@ def test_the_documented_budget(rows, remat, model, executed):
     work = flops.step_work(
         family,
         FULL, dopsd_passes(4, precomputed=False), height=128, width=128, rows_student=rows[0],
-        rows_teacher=rows[1], chosen=chosen(FULL), rank=64, remat=remat,
+        rows_teacher=rows[1], chosen=chosen(FULL), products=of_rank(64), remat=remat,
     )  # fmt: skip
     assert abs(work.model / 1e12 - model) < 0.51
     assert abs(work.executed / 1e12 - executed) < 0.51
@@ -151,7 +156,7 @@ def test_options_change_the_count_as_they_should():
     def count(with_loss=4, precomputed=True, **options):
         settings = {
             "height": 128, "width": 128, "rows_student": 512, "rows_teacher": 1024,
-            "chosen": chosen(FULL), "rank": 64,
+            "chosen": chosen(FULL), "products": of_rank(64),
         }  # fmt: skip
         passes = dopsd_passes(4, with_loss, precomputed)
         return flops.step_work(family, FULL, passes, **{**settings, **options})
@@ -170,7 +175,7 @@ def test_options_change_the_count_as_they_should():
 
 def test_the_published_network_has_its_published_size():
     assert flops.parameters(family, FULL) == 6_154_908_736
-    assert adapter_parameters(chosen(FULL).values(), 64) == 158_760_960
+    assert adapter_work(chosen(FULL).values(), of_rank(64)) == 2 * 158_760_960
 
 
 def test_the_counted_parameters_are_those_of_the_module():
@@ -179,7 +184,7 @@ def test_the_counted_parameters_are_those_of_the_module():
         leaf.size for _, leaf in nnx.to_flat_state(tree) if type(leaf) is kind
     )
     assert size(base, nnx.Param) == flops.parameters(family, TINY)
-    assert size(adapter, nnx.LoRAParam) == adapter_parameters(chosen(TINY).values(), 4)
+    assert 2 * size(adapter, nnx.LoRAParam) == adapter_work(chosen(TINY).values(), of_rank(4))
 
 
 def test_rates_of_devices():

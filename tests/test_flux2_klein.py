@@ -335,5 +335,5 @@ def test_work_of_a_forward_is_the_count_of_its_products(size, expected):
     """At 1024 x 1024 with no, one and two references of that size, in TFLOP, contexts embedded."""
     for references, tera in enumerate(expected):
         rows = 512 + 4096 * references
-        work = family.velocity_work(size, 64, 64, rows, {}, 1)
+        work = family.velocity_work(size, 64, 64, rows, {}, lambda slot: 0)
         assert work.forward / 1e12 == pytest.approx(tera, abs=0.06)

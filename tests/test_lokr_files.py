@@ -105,7 +105,7 @@ def test_it_is_merged_beside_a_lora_and_refused_where_only_a_lora_will_do(tmp_pa
     target = layers.split[name]
     stems = {name: (f"lycoris_{name.replace('.', '_')}", target)}
     path, made = written(tmp_path / "x.safetensors", stems, layers)
-    with pytest.raises(UserError, match="is a LoKr, which can only be merged") as caught:
+    with pytest.raises(UserError, match="is a LoKr, where only a LoRA will do") as caught:
         read_lora(path, layers)
     assert len(caught.value.problems) == 1
     lines = list(inspect(path, model))

@@ -1,17 +1,21 @@
 """Several data sets as one: their rows, keys and faults, and the proportions they are drawn in."""
 
+import json
 from collections import Counter
 from fractions import Fraction
 from pathlib import Path
 
 import numpy as np
 import pytest
+from etils import epath
 from PIL import Image
 from test_loader import KEYS, make, make_rows, same, split
 from test_prepared import problems_of, write
 
+from dopsd_jax import prepare
 from dopsd_jax.common.config_fields import as_paths
 from dopsd_jax.config.fields import defaults
+from dopsd_jax.data import prepared_parts as parts
 from dopsd_jax.data.buckets import make_buckets
 from dopsd_jax.data.dataset import describe, measure
 from dopsd_jax.data.loader import Batches
@@ -90,6 +94,46 @@ def test_prepared_data_have_no_place_in_a_list(tmp_path):
     assert names_prepared(path) and names_prepared([path]) and not names_prepared("a,b")
     (problem,) = problems_of(names_prepared, f"{path},other")
     assert "is a prepared data set, which has no place in a list" in problem
+
+
+def test_prepared_data_are_drawn_as_the_sets_they_were_made_from(tmp_path):
+    manifest = parts.Manifest(5, 2, ("caption",), "f" * 64, {}, (("a", 2), ("b", 3)), ("3", "1"))
+    parts.write_manifest(epath.Path(tmp_path), manifest)
+    found = parts.read_manifest(epath.Path(tmp_path))
+    assert found == manifest
+    config = defaults()
+    own = data_set.prepared_sets(config, found)
+    assert own == parts_of(["a", "b"], [2, 3], shares_of([3, 1], 2))
+    config.data.weights = "1,1"  # instead of those that it was prepared with
+    assert [one.share for one in data_set.prepared_sets(config, found)] == [Fraction(1, 2)] * 2
+    config.data.weights = "1,1,1"
+    (problem,) = problems_of(data_set.prepared_sets, config, found)
+    assert "has 3 numbers for the 2 data sets" in problem
+    one = found._replace(sets=(), weights=())
+    assert "sets" not in json.loads(one.text())  # older folders keep what their parts refer to
+    config.data.weights = ""
+    assert data_set.prepared_sets(config, one) == ()
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [{"sets": [["a", 2], ["b", 2]]}, {"sets": [["a", 5, 1]]}, {"sets": [["a", 0], ["b", 5]]},
+     {"sets": {"a": 5}}, {"weights": ["1"]}, {"weights": [1, 1]}, {"weights": ["x", "1"]}],
+)  # fmt: skip
+def test_a_damaged_list_of_sets_is_told(tmp_path, wrong):
+    manifest = parts.Manifest(5, 2, ("caption",), "f" * 64, {}, (("a", 2), ("b", 3)), ("3", "1"))
+    content = json.loads(manifest.text()) | wrong
+    (tmp_path / parts.MANIFEST).write_text(json.dumps(content))
+    (problem,) = problems_of(parts.read_manifest, epath.Path(tmp_path))
+    assert "is damaged" in problem
+
+
+def test_pictures_of_several_sets_are_named_with_their_set(tmp_path):
+    one, two = folder_of(tmp_path / "a", 1), table_of(tmp_path / "b/d.csv", ["caption"])
+    assert prepare.name_roots([one]) == (tmp_path / "a",)
+    roots = prepare.name_roots([one, two])
+    rows = load_sets([one, two], ()).rows
+    assert [prepare.picture_name(row.image, roots) for row in rows] == ["a/0.png", "b/a.png"]
 
 
 def test_a_configuration_names_several_sets(tmp_path):

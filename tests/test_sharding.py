@@ -103,6 +103,12 @@ def test_klein_is_the_same_on_every_axis_and_its_layers_gather_only_keys_and_val
 
 @pytest.mark.slow
 @pytest.mark.multiprocess
+def test_lokr_is_the_same_on_every_axis(results):
+    assert relative_error(results["lokr/all"], results["lokr/one"]) < 1e-5
+
+
+@pytest.mark.slow
+@pytest.mark.multiprocess
 def test_a_kernel_runs_on_each_devices_own_samples_and_heads(results):
     assert relative_error(results["kernel/actual"], results["kernel/expected"]) < 5e-6
 

@@ -92,7 +92,7 @@ def attach(
     key: jax.Array,
     kind: type[Adapter] = Lora,
 ) -> None:
-    """Gives the chosen layers of `model` adapters of scale alpha / rank that change nothing yet.
+    """Gives the chosen layers of `model` adapters of a kind that change nothing yet.
 
     A stack of layers is adapted as a whole; layers of it that were not chosen have scale 0, so they
     neither act nor learn.
@@ -107,7 +107,8 @@ def attach(
         part_key = jax.random.fold_in(key, zlib.crc32(f"{dense}/{part}".encode()) & 0x7FFFFFFF)
         scale = np.zeros(lead, np.float32)
         for member in members:
-            scale[() if member.index is None else member.index] = alpha / rank
+            place = () if member.index is None else member.index
+            scale[place] = kind.strength(slot.din, slot.dout, rank, alpha)
         adapter = kind.init(part_key, lead, slot.din, slot.dout, rank)
         adapter.scale = AdapterScale(jnp.asarray(scale))
         layer.adapters[str(part)] = adapter

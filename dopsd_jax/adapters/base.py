@@ -1,12 +1,16 @@
 """What every kind of adapter is: the interface between a network, its training and its files."""
 
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar
 
 import jax
 import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float
+
+from dopsd_jax.models.interleaved import Interleaved
+
+IN_ORDER = Interleaved((1,))  # of an input or output of one part: its order is the layer's own
 
 
 class AdapterScale(nnx.Variable):
@@ -25,6 +29,8 @@ class Adapter(nnx.Module):
     """
 
     scale: AdapterScale
+    title: ClassVar[str]
+    module: ClassVar[type]  # what `export` makes
 
     @classmethod
     def init(
@@ -32,6 +38,11 @@ class Adapter(nnx.Module):
     ) -> "Adapter":
         """An adapter that changes nothing yet; `lead`: () or (layers,). `attach` sets `scale`."""
         raise NotImplementedError
+
+    @classmethod
+    def strength(cls, din: int, dout: int, rank: int, alpha: float) -> float:
+        """The scale of an adapted layer."""
+        return alpha / rank
 
     def delta(self) -> Float[Array, "*lead din dout"]:
         """The change of the kernel, in float32."""
@@ -42,22 +53,28 @@ class Adapter(nnx.Module):
         cls,
         parts: Sequence["Adapter"],
         x: Float[Array, "... din"],
-        rows: Callable[[Array], Array] = lambda a: a,
-        columns: Callable[[Array], Array] = lambda a: a,
+        inputs: Interleaved = IN_ORDER,
+        outputs: Interleaved = IN_ORDER,
     ) -> list[Array]:
         """What each of a `Dense`'s adapters adds to its layer's output [..., dout].
 
-        In x's type. `rows`, `columns`: the first or last axis of an array [din, ...] or [..., dout]
-        in the order that the `Dense` has. They are for weights: to order x or the output would send
-        these between devices. A kind that has a cheaper way than its whole `delta`, or can share
-        work between parts, says so here.
+        In x's type. `inputs`, `outputs`: the order that the `Dense` has x and the output in. Better
+        put weights in this order: to order x or the output would send these between devices. A kind
+        that has a cheaper way than its whole `delta`, or can share work between parts, says so
+        here.
         """
-        return [x @ columns(rows(part.delta().astype(x.dtype))) for part in parts]
+        ordered = lambda delta: outputs.ordered(inputs.ordered(delta, axis=0))
+        return [x @ ordered(part.delta().astype(x.dtype)) for part in parts]
 
-    @staticmethod
-    def size(din: int, dout: int, rank: int) -> int:
+    @classmethod
+    def size(cls, din: int, dout: int, rank: int) -> int:
         """How many numbers are trained for one layer."""
         raise NotImplementedError
+
+    @classmethod
+    def products(cls, din: int, dout: int, rank: int) -> int:
+        """Multiplications for one row of x in one layer."""
+        return cls.size(din, dout, rank)
 
     @staticmethod
     def export(weights: Mapping[str, np.ndarray], scale: float) -> Any:

@@ -8,7 +8,8 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float
 
-from dopsd_jax.adapters.base import Adapter
+from dopsd_jax.adapters.base import IN_ORDER, Adapter
+from dopsd_jax.models.interleaved import Interleaved
 from dopsd_jax.weights.lora_files import LoraModule
 
 
@@ -17,6 +18,8 @@ class Lora(Adapter):
 
     A ~ N(0, 1/rank^2), PEFT's `gaussian` start; B = 0.
     """
+
+    title, module = "LoRA", LoraModule
 
     def __init__(self, a: jax.Array, b: jax.Array):
         self.a, self.b = nnx.LoRAParam(a), nnx.LoRAParam(b)
@@ -31,19 +34,19 @@ class Lora(Adapter):
 
     @classmethod
     def updates(
-        cls, parts: Sequence["Lora"], x: Float[Array, "... din"], rows=lambda a: a,
-        columns=lambda b: b,
+        cls, parts: Sequence["Lora"], x: Float[Array, "... din"], inputs: Interleaved = IN_ORDER,
+        outputs: Interleaved = IN_ORDER,
     ) -> list[Array]:  # fmt: skip
         # One product for all down-projections: x is read once.
-        downs = [rows(part.a[...].astype(x.dtype)) for part in parts]
+        downs = [inputs.ordered(part.a[...].astype(x.dtype), axis=0) for part in parts]
         lows = jnp.split(x @ jnp.concatenate(downs, -1), len(downs), axis=-1)
         return [
-            (low * part.scale[...].astype(x.dtype)) @ columns(part.b[...].astype(x.dtype))
+            (low * part.scale[...].astype(x.dtype)) @ outputs.ordered(part.b[...].astype(x.dtype))
             for part, low in zip(parts, lows, strict=True)
         ]
 
-    @staticmethod
-    def size(din: int, dout: int, rank: int) -> int:
+    @classmethod
+    def size(cls, din: int, dout: int, rank: int) -> int:
         return rank * (din + dout)
 
     @staticmethod

@@ -10,7 +10,7 @@ import numpy as np
 from jaxtyping import Float
 from ml_collections import ConfigDict
 
-from dopsd_jax.common.config_fields import as_numbers
+from dopsd_jax.common.config_fields import as_list, as_numbers
 from dopsd_jax.common.errors import UserError, raise_if
 from dopsd_jax.conditioning.anchors import Anchors
 from dopsd_jax.conditioning.cached import DIGESTS, CachedFeatures, sees_picture
@@ -120,6 +120,9 @@ class Features:
         micro = anchor.micro_batches(config, multiple)
         self.anchors = micro and Anchors(pipe, dataset, config, folder, micro)
         self.own_prompts = OwnPrompts(pipe, config, folder)
+        # Prepared data bring weights of their own, which the configuration then does not tell.
+        told = dataset.features is None or as_list(config.data.weights)
+        self.untold = () if told else dataset.sets
 
     def prepare(self) -> None:
         """Computes what is missing, then frees the encoders."""
@@ -147,6 +150,8 @@ class Features:
         found = {"anchors": self.anchors.digest()} if self.anchors else {}
         if others := self.dataset.others:
             found["the pictures shown to the teacher"] = others.digest()
+        if shares := [f"{one.path} {one.share}" for one in self.untold if one.share is not None]:
+            found["the shares of the data sets"] = ", ".join(shares)
         return found
 
     def describe(self) -> list[str]:

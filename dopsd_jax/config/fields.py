@@ -91,7 +91,12 @@ _MODEL = (
 )
 _GRID = (Field("grid", "nodes4", "noise levels of a rollout: a name, or a list", "name or list"),)
 _ADAPTERS = (
+    Field("lora.kind", "lora", "lora: a product of two matrices; lokr: a Kronecker product of two",
+          choices=("lora", "lokr"), when=ADAPTERS, change=NEVER),
     Field("lora.rank", 64, "rank of every adapter", low=1, high=8192, when=ADAPTERS, change=NEVER),
+    Field("lora.factor", 8,
+          "sides of the first matrix of a lokr, where it divides the layer's; 0: the closest to "
+          "square", low=0, high=8192, when={"lora.kind": ("lokr",)}, change=NEVER),
     Field("lora.alpha", 128.0, "adapters are scaled by alpha / rank", above=0, high=10**6,
           when=ADAPTERS, change=NEVER),
     Field("lora.targets", "blocks", "adapted layers: a preset of the family, or a list of patterns",

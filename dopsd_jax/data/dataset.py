@@ -13,6 +13,7 @@ import numpy as np
 
 from dopsd_jax.common.errors import UserError, raise_if
 from dopsd_jax.common.progress import Progress
+from dopsd_jax.data import sets
 from dopsd_jax.data.blobs import Blob
 from dopsd_jax.data.buckets import Bucket, Reference, Shape, nearest_at
 from dopsd_jax.data.concepts import Shown
@@ -226,10 +227,7 @@ def describe(dataset: Dataset, batch_size: int) -> list[str]:
         f"data: {len(dataset.rows)} rows (a picture with its captions), {pictures} different "
         f"pictures, digest {dataset.digest()[:12]}"
     ]
-    for one in dataset.sets:
-        share = "" if one.share is None else f", {float(one.share):.3g} of all draws"
-        times = f"each used {float(one.times):.3g} times an epoch"
-        lines.append(f"set {one.path}: {len(one.rows)} rows, {times}{share}")
+    lines += sets.describe(dataset.sets)
     for shape, rows in list(by_shape.items())[:MOST_SHAPES]:
         sizes = dataset.infos.sizes()[rows]
         enlarged = int(np.sum((sizes < np.array(shape.bucket)).any(axis=1)))

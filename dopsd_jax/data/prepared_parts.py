@@ -1,6 +1,7 @@
 """The files of a prepared data set: rows with the features that the encoders made of them.
 
-    prepared.json              how many rows, how many a part, from which rows and encoders
+    prepared.json              how many rows, how many a part, from which rows and encoders; of
+                               several data sets, how many rows each has, and their weights
     part-000000.safetensors    rows 0..R-1: their features, captions, sizes; part-000001: R..2R-1
 
 A part is one safetensors file with few tensors, so that any number of rows costs one small header:
@@ -38,6 +39,7 @@ from dopsd_jax.common.config_fields import as_paths
 from dopsd_jax.common.errors import UserError, raise_if
 from dopsd_jax.common.files import open_regular
 from dopsd_jax.common.json_files import parse_json, read_json
+from dopsd_jax.data.sets import shares_of
 from dopsd_jax.weights.safetensors_io import FileInfo, parse_header
 from dopsd_jax.weights.safetensors_write import header_bytes
 from dopsd_jax.weights.tensors import CODES, DTYPES, TensorInfo
@@ -51,6 +53,7 @@ ROLES = 2  # student, teacher
 ROW_FIELDS = {"captions", "picture", "digest", "notes", "size", "bucket", "references", "shown"}
 VIEW = "view"  # a further field of rows that do not show their whole picture
 MAX_SIDE = 2**31  # pixels
+SETS = ("sets", "weights")
 SMALL = ("index", "crc32", "layouts", "rows")
 # The arrays that features consist of: name, code of the type, shape.
 Layout = tuple[tuple[str, str, tuple[int, ...]], ...]
@@ -60,7 +63,8 @@ class Manifest(NamedTuple):
     """What all parts have in common.
 
     `source` is the digest of the rows (pictures' names and captions), `settings` what the features
-    depend on besides: encoders, crops, sizes.
+    depend on besides: encoders, crops, sizes. `sets`: name and number of rows of each data set, one
+    behind the other, if there are several; `weights`: config.data.weights of them.
     """
 
     rows: int
@@ -68,6 +72,8 @@ class Manifest(NamedTuple):
     prompt_keys: tuple[str, ...]
     source: str
     settings: dict[str, Any]
+    sets: tuple[tuple[str, int], ...] = ()
+    weights: tuple[str, ...] = ()
 
     @property
     def parts(self) -> int:
@@ -79,7 +85,10 @@ class Manifest(NamedTuple):
         return range(first, min(first + self.rows_per_part, self.rows))
 
     def text(self) -> str:
-        return json.dumps({"format": FORMAT, **self._asdict()}, indent=1, sort_keys=True) + "\n"
+        content = {"format": FORMAT, **self._asdict()}
+        for name in SETS if not self.sets else ():  # as it was written before there were several
+            del content[name]
+        return json.dumps(content, indent=1, sort_keys=True) + "\n"
 
     @property
     def identity(self) -> str:
@@ -114,6 +123,9 @@ def read_manifest(folder: epath.Path) -> Manifest:
         raise UserError(f"{path}: is of another version; prepare the data set again")
     wanted = {"rows": int, "rows_per_part": int, "prompt_keys": list, "source": str}
     wanted |= {"settings": dict}
+    if isinstance(found, dict):
+        found |= {name: found.get(name, []) for name in SETS}
+        wanted |= dict.fromkeys(SETS, list)
     if (
         not isinstance(found, dict)
         or found.keys() != wanted.keys()
@@ -122,9 +134,21 @@ def read_manifest(folder: epath.Path) -> Manifest:
         or found["rows_per_part"] < 1
         or not found["prompt_keys"]
         or not all(isinstance(key, str) for key in found["prompt_keys"])
+        or not _are_sets(found["sets"], found["weights"], found["rows"])
     ):
         raise UserError(f"{path}: is damaged; prepare the data set again")
-    return Manifest(**found | {"prompt_keys": tuple(found["prompt_keys"])})
+    found |= {"prompt_keys": tuple(found["prompt_keys"]), "weights": tuple(found["weights"])}
+    return Manifest(**found | {"sets": tuple(map(tuple, found["sets"]))})
+
+
+def _are_sets(sets: list, weights: list, rows: int) -> bool:
+    """Whether these are the data sets of so many rows, with their weights."""
+    with contextlib.suppress(TypeError, ValueError, UserError):
+        named = all(_is_text(name) and type(count) is int and count > 0 for name, count in sets)
+        shares_of(weights, len(sets))
+        texts = all(isinstance(weight, str) for weight in weights)
+        return named and texts and (not sets or sum(count for _, count in sets) == rows)
+    return False
 
 
 def part_name(number: int) -> str:

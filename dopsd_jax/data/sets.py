@@ -40,6 +40,16 @@ def draws_per_epoch(ids: Int64[np.ndarray, " n"], sets: Sequence[PartOfRows]) ->
     return sum(one.draws(len(one.of(ids))) for one in sets) if sets else len(ids)
 
 
+def describe(sets: Sequence[PartOfRows]) -> list[str]:
+    """A line for each of several data sets."""
+    lines = []
+    for one in sets:
+        share = "" if one.share is None else f", {float(one.share):.3g} of all draws"
+        times = f"each used {float(one.times):.3g} times an epoch"
+        lines.append(f"set {one.path}: {len(one.rows)} rows, {times}{share}")
+    return lines
+
+
 class Joined(Sequence[DataRow]):
     """The rows of several data sets, one set behind the other, with captions under `keys` alone."""
 

@@ -138,7 +138,7 @@ def work(config, case: Workload, program: Program) -> flops.StepWork:
         rows_student=program.positions[0],
         rows_teacher=program.positions[1],
         chosen=program.plan.trained.chosen,
-        rank=config.lora.rank,
+        products=program.plan.trained.products,
         full=config.train == "full",
         remat=config.remat,
         flash=program.attention != "xla",

@@ -11,6 +11,7 @@ from typing import NamedTuple
 
 from dopsd_jax.adapters.attach import Slot
 from dopsd_jax.families.base import Family, Size
+from dopsd_jax.families.work import Products
 from dopsd_jax.methods.method import Passes
 
 # Dense bfloat16 rate of one device in FLOP/s, and its memory in bytes as the compiler sees it; by
@@ -44,7 +45,7 @@ def step_work(
     rows_student: int,
     rows_teacher: int,
     chosen: Mapping[str, Slot],
-    rank: int,
+    products: Products,
     full: bool = False,
     remat: str = "none",
     flash: bool = True,
@@ -55,14 +56,16 @@ def step_work(
       passes: what the method runs; see `methods.passes`.
       height, width: of the latent.
       rows_student, rows_teacher: positions of the contexts, padding included.
-      chosen, rank: the adapters; see `attach.select`. full: all is trained, without adapters.
+      chosen: the adapted layers; see `attach.select`. products: see `families.work.Products`.
+      full: all is trained, without adapters.
       flash: attention by a kernel that keeps no probabilities (splash, cudnn).
     """
     captions = [
-        family.context_work(cfg, rows, chosen, rank, full) for rows in (rows_student, rows_teacher)
+        family.context_work(cfg, rows, chosen, products, full)
+        for rows in (rows_student, rows_teacher)
     ]
     student, teacher = (
-        family.velocity_work(cfg, height, width, rows, chosen, rank, full)
+        family.velocity_work(cfg, height, width, rows, chosen, products, full)
         for rows in (rows_student, rows_teacher)
     )
     model = (

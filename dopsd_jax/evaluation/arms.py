@@ -112,7 +112,7 @@ def make_arms(
     if tuned is None or tuned.whole:
         own = lambda: pipe.split[1]
     else:
-        file = lora_files.read_lora(tuned.path, lora_layers(pipe.family, pipe.config))
+        file = lora_files.read_adapter(tuned.path, lora_layers(pipe.family, pipe.config))
         if not file.modules:
             raise UserError(f"{tuned.path}: adapts nothing")
         pipe.loras = (LoraOption(tuned.path),)

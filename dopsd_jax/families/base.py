@@ -10,7 +10,7 @@ from flax import nnx
 from dopsd_jax.adapters.attach import Slot
 from dopsd_jax.common.config_fields import Field
 from dopsd_jax.dopsd import Denoiser
-from dopsd_jax.families.work import Work
+from dopsd_jax.families.work import Products, Work
 from dopsd_jax.weights.networks import Network
 
 Tree = Any
@@ -154,14 +154,15 @@ class Family(Protocol):
     def positions(self, context: Tree) -> int:
         """Positions of a padded context that the transformer's work depends on."""
 
-    # ---- Work, in FLOP for one image; `chosen`, `rank`: adapters; `full`: everything is trained.
+    # ---- Work, in FLOP for one image; `chosen`, `products`: adapters; `full`: all is trained.
 
     def image_tokens(self, size: Size, height: int, width: int) -> int:
         """Tokens of a latent, with the network's own padding."""
 
     def context_work(
-        self, size: Size, rows: int, chosen: Mapping[str, Slot], rank: int, full: bool = False
-    ) -> Work:
+        self, size: Size, rows: int, chosen: Mapping[str, Slot], products: Products,
+        full: bool = False,
+    ) -> Work:  # fmt: skip
         """What `Denoiser.precompute` computes for a context of `rows` positions."""
 
     def velocity_work(
@@ -171,7 +172,7 @@ class Family(Protocol):
         width: int,
         rows: int,
         chosen: Mapping[str, Slot],
-        rank: int,
+        products: Products,
         full: bool = False,
     ) -> Work:
         """What `Denoiser.velocity` computes."""

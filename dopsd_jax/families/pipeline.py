@@ -15,7 +15,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Float, UInt8
 
 from dopsd_jax import dopsd, families
-from dopsd_jax.adapters import attach
+from dopsd_jax.adapters import attach, kinds
 from dopsd_jax.common.errors import UserError, raise_if
 from dopsd_jax.common.json_files import read_json
 from dopsd_jax.common.lora_options import LoraOption
@@ -418,7 +418,8 @@ def attach_files(
 ) -> None:
     """Gives the transformer the adapters of LoRA files, of any dialect we read, as their sum.
 
-    It has no others then.
+    Or those of one LoKr file; it has no others then. Raises `UserError` for files that must be
+    merged into the weights.
     """
     slots = attach.slots(family.NETWORKS["transformer"].names(size))
     modules = read_mix(loras, lora_layers(family, size))
@@ -426,11 +427,17 @@ def attach_files(
     if not modules:
         return
     chosen = {name: slots[name] for name in modules}
-    rank = max(module.rank for module in modules.values())
-    attach.attach(model, chosen, rank, rank, jax.random.key(0))
-    adapter = nnx.state(model, nnx.LoRAParam)
     where = ", ".join(str(lora.path) for lora in loras)
-    nnx.update(model, attach.load(adapter, chosen, modules, 1.0, where))
+    found = kinds.of_modules(modules.values())
+    if found is None:
+        raise UserError(
+            f"{where}: is a LoKr beside others, or one whose layers have factors of several kinds; "
+            "`python -m dopsd_jax.convert merge` writes a model that has it in its weights"
+        )
+    kind, rank = found
+    attach.attach(model, chosen, rank, rank, jax.random.key(0), kind)
+    adapter = nnx.state(model, nnx.LoRAParam)
+    nnx.update(model, attach.load(adapter, chosen, modules, 1.0, where, kind))
 
 
 def lora_layers(family: Family, size: Size) -> Layers:

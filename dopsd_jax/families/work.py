@@ -1,10 +1,11 @@
 """Work of a network's forward pass, by how much a backward pass adds."""
 
 import dataclasses
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 from dopsd_jax.adapters.attach import Slot
-from dopsd_jax.adapters.lora import Lora
+
+Products = Callable[[Slot], int]  # multiplications of a layer's adapter for one row of its input
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,6 +47,6 @@ def add(*works: Work) -> Work:
     return Work(*(sum(kinds) for kinds in zip(*map(dataclasses.astuple, works), strict=True)))
 
 
-def adapter_parameters(chosen: Iterable[Slot], rank: int) -> int:
-    """Numbers in the adapters of the chosen layers."""
-    return sum(Lora.size(slot.din, slot.dout, rank) for slot in chosen)
+def adapter_work(chosen: Iterable[Slot], products: Products) -> int:
+    """FLOP of the adapters of the chosen layers for one row of their inputs."""
+    return 2 * sum(map(products, chosen))

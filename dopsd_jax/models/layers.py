@@ -1,6 +1,5 @@
 """Parts that several networks share. Dimension names: b batch, n tokens, d width, h heads."""
 
-import functools
 import math
 from collections.abc import Callable
 
@@ -65,10 +64,9 @@ class Dense(nnx.Module):
     def _adapter_update(self, x: Float[Array, "... din"]) -> Float[Array, "... dout"]:
         layers = sorted(self.adapters, key=int)
         held = [self.adapters[layer] for layer in layers]
-        rows = functools.partial(self.inputs.ordered, axis=0)
         if self.fused_before:
-            return type(held[0]).updates(held, x, rows, self.outputs.ordered)[0]
-        found = dict(zip(layers, type(held[0]).updates(held, x, rows), strict=True))
+            return type(held[0]).updates(held, x, self.inputs, self.outputs)[0]
+        found = dict(zip(layers, type(held[0]).updates(held, x, self.inputs), strict=True))
         empty = lambda size: jnp.zeros((*x.shape[:-1], size), x.dtype)
         parts = enumerate(self.outputs.sizes)
         return self.outputs.join([found.get(str(i), empty(size)) for i, size in parts])

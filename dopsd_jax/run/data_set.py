@@ -18,8 +18,9 @@ from dopsd_jax.data.dataset import Dataset, ReferenceSize, measure
 from dopsd_jax.data.images import ImageLimits
 from dopsd_jax.data.picture_index import PictureIndex
 from dopsd_jax.data.prepared import Prepared
-from dopsd_jax.data.prepared_parts import AGAIN, names_prepared
+from dopsd_jax.data.prepared_parts import AGAIN, Manifest, names_prepared
 from dopsd_jax.data.rows import Rows, load_sets
+from dopsd_jax.data.sets import PartOfRows, parts_of, shares_of
 from dopsd_jax.data.table import View
 from dopsd_jax.data.varied import CaptionVariants
 from dopsd_jax.data.views import views_of
@@ -64,6 +65,7 @@ def open_data(config: ConfigDict, workdir: Path, pipe: Pipeline) -> Dataset:
             notes,
             prepared,
             prepared.references,
+            prepared_sets(config, prepared.manifest),
         )
     else:
         rows, index = open_rows(config, workdir), picture_index(config, workdir)
@@ -75,6 +77,14 @@ def open_data(config: ConfigDict, workdir: Path, pipe: Pipeline) -> Dataset:
             dataset = with_others(config, dataset)
     check_references(config, pipe.family, dataset)
     return dataclasses.replace(dataset, prompt_keys=trained_keys(config, dataset.prompt_keys))
+
+
+def prepared_sets(config: ConfigDict, manifest: Manifest) -> tuple[PartOfRows, ...]:
+    """The data sets that a prepared one was made from; config.data.weights go before its own."""
+    weights = as_list(config.data.weights) or manifest.weights
+    shares = shares_of(weights, len(manifest.sets) or 1)
+    names, sizes = zip(*manifest.sets, strict=True) if manifest.sets else ((), ())
+    return parts_of(names, sizes, shares) if manifest.sets else ()
 
 
 def shows_others(config: ConfigDict, family: Family) -> bool:

@@ -16,9 +16,11 @@ import jax
 from flax import nnx
 from ml_collections import ConfigDict
 
-from dopsd_jax.adapters import attach
+from dopsd_jax.adapters import attach, kinds
 from dopsd_jax.adapters.attach import Slot
+from dopsd_jax.adapters.base import Adapter
 from dopsd_jax.common.config_fields import as_list, name_or_list
+from dopsd_jax.common.errors import UserError
 from dopsd_jax.common.files import local_file
 from dopsd_jax.common.progress import byte_progress
 from dopsd_jax.conversion.export import export_diffusers, export_single
@@ -26,6 +28,7 @@ from dopsd_jax.families.base import Family, Size
 from dopsd_jax.families.pipeline import lora_layers
 from dopsd_jax.weights import lora_files
 from dopsd_jax.weights.live import LiveTensors
+from dopsd_jax.weights.lora_files import LoraFile
 from dopsd_jax.weights.lora_write import write_lora
 
 
@@ -38,6 +41,9 @@ class Trained(Protocol):
 
     variables: ClassVar[type[nnx.Variable]]
     chosen: Mapping[str, Slot]
+
+    def products(self, slot: Slot) -> int:
+        """Multiplications of a layer's adapter for one row of its input."""
 
     def attach(self, network: nnx.Module) -> None:
         """Gives a network the variables that are trained, where it has none yet."""
@@ -75,7 +81,7 @@ class Trained(Protocol):
 
 @dataclasses.dataclass(frozen=True)
 class Adapters:
-    """LoRA on the layers that config.lora.targets names; the file loads in diffusers, ComfyUI."""
+    """Adapters on the layers of config.lora.targets; the file loads in diffusers and ComfyUI."""
 
     config: ConfigDict
     family: Family
@@ -87,23 +93,41 @@ class Adapters:
     def scale(self) -> float:
         return self.config.lora.alpha / self.config.lora.rank
 
+    @property
+    def kind(self) -> type[Adapter]:
+        return kinds.kind_of(self.config.lora)
+
+    def products(self, slot: Slot) -> int:
+        return self.kind.products(slot.din, slot.dout, self.config.lora.rank)
+
     def attach(self, network: nnx.Module) -> None:
         options, key = self.config.lora, jax.random.key(self.config.seed)
-        attach.attach(network, self.chosen, options.rank, options.alpha, key)
+        attach.attach(network, self.chosen, options.rank, options.alpha, key, self.kind)
 
     def check(self) -> None:
         if self.config.lora.init_from:
-            lora_files.read_lora(self.config.lora.init_from, lora_layers(self.family, self.network))
+            self._read(self.config.lora.init_from)
 
     def start(self, student: nnx.State) -> nnx.State:
         path = self.config.lora.init_from
         if not path:
             return student
-        file = lora_files.read_lora(path, lora_layers(self.family, self.network))
-        return attach.load(student, self.chosen, file.modules, self.scale, path)
+        modules = self._read(path).modules
+        return attach.load(student, self.chosen, modules, self.scale, path, self.kind)
+
+    def _read(self, path: str) -> LoraFile:
+        file = lora_files.read_adapter(path, lora_layers(self.family, self.network))
+        if not all(isinstance(module, self.kind.module) for module in file.modules.values()):
+            raise UserError(
+                f"config.lora.init_from: {path} is no {self.kind.title}, which config.lora.kind "
+                "names; set it to what the file is"
+            )
+        return file
 
     def describe(self, student: nnx.State) -> list[str]:
-        lines = [f"adapters: {len(self.chosen)} layers, {_count(student):,} parameters"]
+        lines = [
+            f"{self.kind.title} adapters: {len(self.chosen)} layers, {_count(student):,} parameters"
+        ]
         return lines + _table(Counter(map(_kind, self.chosen)))
 
     def is_export_step(self, step: int) -> bool:
@@ -115,8 +139,8 @@ class Adapters:
     def written(self, workdir: Path, step: int, live: nnx.State) -> nnx.State:
         (path,) = self.export_paths(workdir, step)
         with local_file(path) as local:
-            file = lora_files.read_lora(local, lora_layers(self.family, self.network))
-        return attach.load(live, self.chosen, file.modules, self.scale, str(path))
+            file = lora_files.read_adapter(local, lora_layers(self.family, self.network))
+        return attach.load(live, self.chosen, file.modules, self.scale, str(path), self.kind)
 
     def export(
         self, model: Path, workdir: Path, step: int, student: nnx.State, origin: Mapping[str, str]
@@ -124,7 +148,7 @@ class Adapters:
         if jax.process_index() == 0:
             (path,) = self.export_paths(workdir, step)
             path.parent.mkdir(parents=True, exist_ok=True)
-            modules = attach.export(student, self.chosen, self.scale)
+            modules = attach.export(student, self.chosen, self.scale, self.kind)
             strings = {**origin, "ss_steps": str(step)}
             layers = lora_layers(self.family, self.network)
             write_lora(path, modules, layers, metadata=strings)
@@ -139,6 +163,9 @@ class FullNetwork:
     network: Size
     variables: ClassVar = nnx.Param
     chosen: ClassVar[Mapping[str, Slot]] = {}
+
+    def products(self, slot: Slot) -> int:
+        return 0
 
     def attach(self, network: nnx.Module) -> None:
         pass

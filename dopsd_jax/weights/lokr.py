@@ -1,6 +1,7 @@
 """LoKr (arXiv 2309.14859) as files have it: the change of a layer is a Kronecker product."""
 
 import dataclasses
+import functools
 from collections.abc import Callable, Mapping
 
 import numpy as np
@@ -13,22 +14,41 @@ PARTS = ("w1", "w1_a", "w1_b", "w2", "w2_a", "w2_b")
 class LokrModule:
     """The adapter of one linear layer: W + scale * kron(w1, w2).
 
-    w1, w2 float32, [out / p, in / q] and [p, q] in either order. Of an adapter of several layers
-    fused along the output, this one is the rows `first` to `last` of the product; one Kronecker
-    product has no exact parts of that form. `swapped`: see `lora_dialects.Target`.
+    factors: float32, by `PARTS`; w1 and w2 are [out / q, in / n] and [q, n]. Of an adapter of
+    several layers fused along the output, this one is the rows `first` to `last` of the product
+    (None: to its end); one Kronecker product has no exact parts of that form. `swapped`: see
+    `lora_dialects.Target`.
     """
 
-    w1: np.ndarray
-    w2: np.ndarray
+    factors: Mapping[str, np.ndarray]
     scale: float
-    first: int
-    last: int
+    first: int = 0
+    last: int | None = None
     swapped: bool = False
+
+    @functools.cached_property
+    def w1(self) -> np.ndarray:
+        return self._matrix("w1")
+
+    @functools.cached_property
+    def w2(self) -> np.ndarray:
+        return self._matrix("w2")
+
+    @property
+    def rank(self) -> int | None:
+        """What alpha is divided by; None if both matrices are whole: alpha then means nothing."""
+        found = [self.factors[name] for name in ("w2_b", "w1_b") if name in self.factors]
+        return len(found[0]) if found else None  # of w2, if both are products: LyCORIS's rule
 
     @property
     def shape(self) -> tuple[int, int]:
         """[out, in] of the layer."""
-        return self.last - self.first, self.w1.shape[1] * self.w2.shape[1]
+        return (self.last or self._rows) - self.first, self.w1.shape[1] * self.w2.shape[1]
+
+    @property
+    def is_entire(self) -> bool:
+        """Whether the whole product is the layer's, so that its factors are the layer's own."""
+        return self.first == 0 and self.last in (None, self._rows) and not self.swapped
 
     def delta(self, rows: slice = slice(None)) -> np.ndarray:
         """The change of W [out, in], or of some of its rows, float32."""
@@ -37,16 +57,24 @@ class LokrModule:
             whole = np.roll(whole, len(whole) // 2, axis=0)
         return whole[self.first : self.last][rows]
 
+    @property
+    def _rows(self) -> int:
+        return len(self.w1) * len(self.w2)
+
+    def _matrix(self, name: str) -> np.ndarray:
+        if name in self.factors:
+            return self.factors[name]
+        return self.factors[f"{name}_a"] @ self.factors[f"{name}_b"]
+
 
 def assemble(
     shapes: Mapping[str, tuple[int, ...]], read: Callable[[str], np.ndarray]
-) -> tuple[np.ndarray, np.ndarray, int | None]:
-    """w1, w2 and the rank that alpha is divided by; None if both are whole: alpha means nothing.
+) -> dict[str, np.ndarray]:
+    """The factors of a layer, by `PARTS`.
 
-    shapes: of the factors that a file has for one layer, by `PARTS`; read: gives one. Raises
-    ValueError with what is wrong.
+    shapes: of those that a file has; read: gives one. Raises ValueError with what is wrong.
     """
-    matrices, rank = [], None
+    factors = {}
     for name in ("w1", "w2"):
         low = {f"{name}_a", f"{name}_b"} & shapes.keys()
         if (name in shapes) == bool(low) or len(low) == 1:
@@ -57,8 +85,14 @@ def assemble(
         if not fits or (low and sizes[0][1] != sizes[1][0]):
             listed = " and ".join(str(list(size)) for size in sizes)
             raise ValueError(f"has lokr_{name} {listed}, which make no matrix")
-        factors = [read(part) for part in parts]
-        if low:
-            rank = sizes[1][0]  # of w2, if both are products: as LyCORIS has it
-        matrices.append(factors[0] @ factors[1] if low else factors[0])
-    return matrices[0], matrices[1], rank
+        factors |= {part: read(part) for part in parts}
+    return factors
+
+
+def baked(module: LokrModule) -> LokrModule:
+    """The same adapter with the scale multiplied into the first matrix, in float32."""
+    if module.scale == 1.0:
+        return module
+    name = "w1" if "w1" in module.factors else "w1_a"
+    factor = module.factors[name] * np.float32(module.scale)
+    return dataclasses.replace(module, factors={**module.factors, name: factor}, scale=1.0)

@@ -116,6 +116,7 @@ WRITTEN = {
     "Cn": Style("diffusion_model.", True),
     "K": Style("lora_unet_", True, True),
     "Q": Style("base_model.model.", False),
+    "Y": Style("lycoris_", False, True),
 }
 
 

@@ -80,8 +80,8 @@ def read_lora(path: str | Path, layers: Layers, transformer_only: bool = False) 
     file = read_adapter(path, layers, transformer_only)
     if not all(isinstance(module, LoraModule) for module in file.modules.values()):
         raise UserError(
-            f"{path}: is a LoKr, which can only be merged; write a model with it by `python -m "
-            "dopsd_jax.convert merge` and use that"
+            f"{path}: is a LoKr, where only a LoRA will do; `python -m dopsd_jax.convert merge` "
+            "writes a model that has it in its weights"
         )
     return file
 
@@ -266,14 +266,15 @@ def _kronecker(files: TensorFiles, target: Target, parts: dict[str, str]) -> dic
     if {"a", "b"} & parts.keys():
         raise ValueError("has factors of a LoRA and of a LoKr; save it with one program")
     shapes = {part: files.infos[name].shape for part, name in parts.items() if part != "alpha"}
-    w1, w2, rank = lokr.assemble(shapes, lambda part: _factor(files, parts[part]))
-    scale = _alpha(files, parts["alpha"]) / rank if rank and "alpha" in parts else 1.0
-    found, needed = np.multiply(w1.shape, w2.shape), (sum(target.rows), target.width)
-    if tuple(found) != needed:
-        raise ValueError(f"makes a change of {found.tolist()}; the layer needs {list(needed)}")
+    whole = lokr.LokrModule(lokr.assemble(shapes, lambda part: _factor(files, parts[part])), 1.0)
+    if whole.rank and "alpha" in parts:
+        whole = dataclasses.replace(whole, scale=_alpha(files, parts["alpha"]) / whole.rank)
+    needed = sum(target.rows), target.width
+    if whole.shape != needed:
+        raise ValueError(f"makes a change of {list(whole.shape)}; the layer needs {list(needed)}")
     ends = np.cumsum(target.rows).tolist()
     return {
-        path: lokr.LokrModule(w1, w2, scale, end - rows, end, target.swapped)
+        path: dataclasses.replace(whole, first=end - rows, last=end, swapped=target.swapped)
         for path, rows, end in zip(target.paths, target.rows, ends, strict=True)
     }
 

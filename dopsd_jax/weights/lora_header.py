@@ -7,13 +7,15 @@ any of them.
 import json
 from collections.abc import Mapping
 
+from dopsd_jax.weights.lokr import LokrModule
 from dopsd_jax.weights.lora_dialects import Layers
-from dopsd_jax.weights.lora_files import LoraModule
+from dopsd_jax.weights.lora_files import Module
 from dopsd_jax.weights.lora_settings import ALPHAS, BASE, HEADER, OWN, RANKS
 
 KEPT = ("modelspec.", "ss_", OWN)  # beginnings of the strings that a rewritten file keeps
 # What a rewritten file must not keep: it was said of the source's tensors.
-STALE = (*ALPHAS, *RANKS, HEADER, "ss_network_module", "modelspec.hash_sha256")
+NETWORK = ("ss_network_module", "ss_network_args")
+STALE = (*ALPHAS, *RANKS, *NETWORK, HEADER, "modelspec.hash_sha256")
 
 
 def kept(metadata: Mapping[str, str]) -> dict[str, str]:
@@ -22,7 +24,7 @@ def kept(metadata: Mapping[str, str]) -> dict[str, str]:
 
 
 def header(
-    title: str, modules: Mapping[str, LoraModule], layers: Layers, given: Mapping[str, str]
+    title: str, modules: Mapping[str, Module], layers: Layers, given: Mapping[str, str]
 ) -> dict[str, str]:
     """The strings of a file with these adapters; those `given` go before what is known anyway."""
     found = {
@@ -42,10 +44,16 @@ def header(
     return found | _network(modules)
 
 
-def _network(modules: Mapping[str, LoraModule]) -> dict[str, str]:
+def _network(modules: Mapping[str, Module]) -> dict[str, str]:
     """Rank and alpha, where all layers have the same: the field has one number for a file."""
     found = {"ss_network_module": "networks.lora"}
-    sizes = {(m.rank, f"{m.scale * m.rank:g}") for m in modules.values()}
+    kronecker = [m for m in modules.values() if isinstance(m, LokrModule)]
+    if kronecker:
+        factor = max(max(module.w1.shape) for module in kronecker)
+        arguments = {"algo": "lokr", "factor": str(factor)}
+        found = {"ss_network_module": "lycoris.kohya", "ss_network_args": json.dumps(arguments)}
+    # Of a LoKr whose second factors are whole there is none.
+    sizes = {(m.rank, f"{m.scale * m.rank:g}") for m in modules.values() if m.rank}
     if len(sizes) == 1:
         ((rank, alpha),) = sizes
         found |= {"ss_network_dim": str(rank), "ss_network_alpha": alpha}

@@ -47,8 +47,13 @@ def read_changes(
     return {name: Sum([file[name] for file in files if name in file]) for name in names}
 
 
-def read_mix(given: Sequence[LoraOption], layers: Layers) -> dict[str, LoraModule]:
-    """The adapters of all files, by diffusers path. Raises `UserError` with the faults of all."""
+def read_mix(given: Sequence[LoraOption], layers: Layers) -> dict[str, Module]:
+    """The adapters of all files, by diffusers path; of several files, all must be LoRA.
+
+    Raises `UserError` with the faults of all.
+    """
+    if len(given) == 1:
+        return _read(given, layers, False, read_adapter)[0]
     return mix(_read(given, layers, False, read_lora))
 
 

@@ -107,11 +107,11 @@ def image_tokens(size, height, width):
     return height * width
 
 
-def context_work(size, rows, chosen, rank, full=False):
+def context_work(size, rows, chosen, products, full=False):
     return Work(once=2 * rows * size.text * size.dim)
 
 
-def velocity_work(size, height, width, rows, chosen, rank, full=False):
+def velocity_work(size, height, width, rows, chosen, products, full=False):
     tokens = height * width + rows
     linear = 2 * tokens * 4 * size.dim**2 * size.layers
     return Work(trained=linear, attention=4 * tokens**2 * size.dim * size.layers)

@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 
 from dopsd_jax.adapters.attach import Slot
-from dopsd_jax.families.work import Work, adapter_parameters, add
+from dopsd_jax.families.work import Products, Work, adapter_work, add
 from dopsd_jax.models.flux2_config import TEXT_ROWS, Flux2Config
 
 
@@ -13,7 +13,7 @@ def image_tokens(cfg: Flux2Config, height: int, width: int) -> int:
 
 
 def context_work(
-    cfg: Flux2Config, rows: int, chosen: Mapping[str, Slot], rank: int, full: bool = False
+    cfg: Flux2Config, rows: int, chosen: Mapping[str, Slot], products: Products, full: bool = False
 ) -> Work:
     """`Flux2.embed` of a text, and of references with the other `rows`."""
     work = 2 * cfg.dim * (TEXT_ROWS * cfg.text_dim + (rows - TEXT_ROWS) * cfg.channels)
@@ -26,7 +26,7 @@ def velocity_work(
     width: int,
     rows: int,
     chosen: Mapping[str, Slot],
-    rank: int,
+    products: Products,
     full: bool = False,
 ) -> Work:
     """One `Flux2.__call__` on a latent [height, width], its context of `rows` rows embedded."""
@@ -37,11 +37,11 @@ def velocity_work(
     ends = Work(linear=inputs, trained=time + final)
     return add(
         ends if full else Work(once=inputs + time, linear=final),
-        _blocks(cfg, cells + rows, chosen, rank, full),
+        _blocks(cfg, cells + rows, chosen, products, full),
     )
 
 
-def _blocks(cfg: Flux2Config, tokens: int, chosen, rank: int, full: bool) -> Work:
+def _blocks(cfg: Flux2Config, tokens: int, chosen, products: Products, full: bool) -> Work:
     layers = cfg.double_layers + cfg.single_layers  # a token meets as many weights in both kinds
     weights = 4 * cfg.dim**2 + 3 * cfg.dim * cfg.hidden_dim
     linear, attention = 2 * tokens * layers * weights, 4 * tokens**2 * cfg.dim * layers
@@ -52,5 +52,5 @@ def _blocks(cfg: Flux2Config, tokens: int, chosen, rank: int, full: bool) -> Wor
         kind = slot.dense.split(".")[1] if slot.dense.startswith("double.") else "both"
         slots[kind].append(slot)
     seen = {"text": TEXT_ROWS, "image": tokens - TEXT_ROWS, "both": tokens}
-    adapters = sum(2 * seen[kind] * adapter_parameters(own, rank) for kind, own in slots.items())
+    adapters = sum(seen[kind] * adapter_work(own, products) for kind, own in slots.items())
     return Work(linear=linear, attention=attention, trained=adapters)

@@ -6,7 +6,7 @@ One multiply and add are two FLOP; only matrix products count.
 from collections.abc import Mapping
 
 from dopsd_jax.adapters.attach import Slot
-from dopsd_jax.families.work import Work, adapter_parameters, add
+from dopsd_jax.families.work import Products, Work, adapter_work, add
 from dopsd_jax.models import zimage
 from dopsd_jax.models.zimage import PAD_MULTIPLE, ZImageConfig
 
@@ -18,13 +18,13 @@ def image_tokens(cfg: ZImageConfig, height: int, width: int) -> int:
 
 
 def context_work(
-    cfg: ZImageConfig, rows: int, chosen: Mapping[str, Slot], rank: int, full: bool = False
+    cfg: ZImageConfig, rows: int, chosen: Mapping[str, Slot], products: Products, full: bool = False
 ) -> Work:
     """`ZImage.refine` on `rows` caption rows: it depends on neither time nor state."""
     embedding = 2 * rows * cfg.caption_dim * cfg.dim
     return add(
         Work(trained=embedding) if full else Work(once=embedding),  # a trained norm is before it
-        _blocks(cfg, "context_refiner", cfg.refiner_layers, rows, chosen, rank, full),
+        _blocks(cfg, "context_refiner", cfg.refiner_layers, rows, chosen, products, full),
     )
 
 
@@ -34,7 +34,7 @@ def velocity_work(
     width: int,
     rows: int,
     chosen: Mapping[str, Slot],
-    rank: int,
+    products: Products,
     full: bool = False,
 ) -> Work:
     """One `ZImage.__call__` on a latent [height, width], its caption of `rows` rows refined."""
@@ -47,12 +47,14 @@ def velocity_work(
     ends = Work(linear=inputs, trained=time + final)
     return add(
         ends if full else Work(once=inputs + time, linear=final),
-        _blocks(cfg, "noise_refiner", cfg.refiner_layers, tokens, chosen, rank, full),
-        _blocks(cfg, "layers", cfg.layers, tokens + rows, chosen, rank, full),
+        _blocks(cfg, "noise_refiner", cfg.refiner_layers, tokens, chosen, products, full),
+        _blocks(cfg, "layers", cfg.layers, tokens + rows, chosen, products, full),
     )
 
 
-def _blocks(cfg, where: str, layers: int, tokens: int, chosen, rank: int, full: bool) -> Work:
+def _blocks(
+    cfg, where: str, layers: int, tokens: int, chosen, products: Products, full: bool
+) -> Work:
     weights = 4 * cfg.dim**2 + 3 * cfg.dim * cfg.hidden_dim
     linear, attention = 2 * tokens * layers * weights, 4 * tokens**2 * cfg.dim * layers
     if full:
@@ -61,5 +63,5 @@ def _blocks(cfg, where: str, layers: int, tokens: int, chosen, rank: int, full: 
     if not slots and where != "layers":
         # A refiner that is not adapted stands before all others.
         return Work(once=linear + attention)
-    adapters = 2 * tokens * adapter_parameters(slots, rank)
+    adapters = tokens * adapter_work(slots, products)
     return Work(linear=linear, attention=attention, trained=adapters)
