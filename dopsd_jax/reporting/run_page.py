@@ -138,7 +138,11 @@ def _checkpoints(ranking: Mapping[str, Any]) -> str:
     if not names:
         return ""
     best = html.escape(str(ranking.get("best")))
-    note = f"The gap on pictures that are not trained on is lowest at step {best}."
+    by = ranking.get("ranked_by")
+    by = by if isinstance(by, dict) else {}
+    score, end = str(by.get("score")), "highest" if by.get("better") == "higher" else "lowest"
+    score = "gap" if score in (checkpoint_ranking.GAP, "None") else html.escape(score)
+    note = f"The {score} on pictures that are not trained on is {end} at step {best}."
     return f'<h2>Checkpoints</h2>{_grid(rows)}<p class="remark">{note}</p>'
 
 
