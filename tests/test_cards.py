@@ -124,7 +124,7 @@ def test_programs_may_use_what_estimates_count_unless_jax_is_told_otherwise(name
     told = {name: "0.5"} if name else {}
     code = (
         "import os, jax; from dopsd_jax.common import gpu_memory, program;"
-        "gpu_memory.allow(); print(*(os.environ.get(n, '-') for n in gpu_memory.NAMES))"
+        "program.run(lambda: print(*(os.environ.get(n, '-') for n in gpu_memory.NAMES)))"
     )
     done = subprocess.run([sys.executable, "-c", code], env=own | told, capture_output=True,
                           text=True, check=True)  # fmt: skip

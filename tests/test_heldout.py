@@ -9,6 +9,7 @@ import pytest
 from conftest import RANDOM_CONFIG, run_program
 from test_prepared import problems_of
 
+from dopsd_jax.config import schema
 from dopsd_jax.config.fields import defaults
 from dopsd_jax.data import holdout
 from dopsd_jax.data.buckets import Bucket, Shape
@@ -166,3 +167,13 @@ def test_unknown_scorers_are_told_before_anything_is_loaded():
     config.stop.scorers = "composition"
     (problem,) = problems_of(checkpoint_scores.find_scorers, config)
     assert "composition kept does not judge pictures one by one" in problem
+
+
+def test_weights_of_a_scorer_that_is_not_asked_have_no_effect():
+    config = defaults()
+    config.model = config.data.path = "somewhere"
+    config.stop.scorers, config.stop.clip = "crispness,dino", "/models/clip"
+    (problem,) = problems_of(schema.check, config, ["stop.clip", "stop.dino"])
+    assert problem.startswith("config.stop.clip: has no effect with config.stop.scorers = crisp")
+    config.stop.scorers = ["clip", "dino"]
+    schema.check(config, ["stop.clip"])

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from ml_collections import ConfigDict
 
 from dopsd_jax import families
-from dopsd_jax.common.config_fields import ALWAYS, NEVER, TRUE, Field
+from dopsd_jax.common.config_fields import ALWAYS, NEVER, TRUE, Field, Naming
 from dopsd_jax.methods import anchor
 from dopsd_jax.methods.options import OTHER_CAPTION
 from dopsd_jax.methods.registry import METHODS
@@ -78,13 +78,13 @@ _RUN = (
     Field("stop.class_word", "", "word in place of [V] in captions, for scorers that read them",
           change=ALWAYS),
     Field("stop.clip", "", "folder or hub id of CLIP; empty: that of evaluate", "path",
-          change=ALWAYS),
+          when={"stop.scorers": Naming(("clip",))}, change=ALWAYS),
     Field("stop.dino", "", "folder or hub id of DINOv3; empty: that of evaluate", "path",
-          change=ALWAYS),
+          when={"stop.scorers": Naming(("dino",))}, change=ALWAYS),
     Field("stop.vgg", "", "folder or hub id of VGG-16; empty: that of evaluate", "path",
-          change=ALWAYS),
+          when={"stop.scorers": Naming(("lpips",))}, change=ALWAYS),
     Field("stop.lpips_weights", "", "file of LPIPS's linear layers, safetensors", "path",
-          change=ALWAYS),
+          when={"stop.scorers": Naming(("lpips",))}, change=ALWAYS),
     Field("sample_rows", 4, "rows of the data set in the grids", low=1, high=1024, change=ALWAYS),
     Field("sample_prompts", "",
           "more prompts in the grids, as with the new word in another scene, or ordinary ones: "

@@ -27,13 +27,13 @@ DEVICES = (
     (r"B200|GB200", 2250e12, None),
     (r"L40S", 362e12, None),
     (r"A6000", 154.8e12, None),
-    (r"RTX 5090", 209.5e12, None),
-    (r"RTX 4090", 165.2e12, None),
-    (r"RTX 4080", 97.5e12, None),
-    (r"RTX 4070", 58.3e12, None),
-    (r"RTX 4060 Ti", 44.1e12, None),
-    (r"RTX 3090", 71e12, None),
-    (r"RTX 3060", 25.5e12, None),
+    (r"RTX 5090$", 209.5e12, None),
+    (r"RTX 4090$", 165.2e12, None),
+    (r"RTX 4080$", 97.5e12, None),
+    (r"RTX 4070$", 58.3e12, None),
+    (r"RTX 4060 Ti$", 44.1e12, None),
+    (r"RTX 3090$", 71e12, None),
+    (r"RTX 3060$", 25.5e12, None),
 )
 
 
