@@ -1,9 +1,11 @@
 """Z-Image-Turbo.
 
 `configs/zimage.py` or `:lora`: the released LoRA recipe; set config.data.path, and config.model
-and config.teacher.vlm to folders if you have them. `:full`: every parameter of the transformer, for
-several large devices. `:tiny`, `:tiny_full`: the same programs on the trained miniature, minutes on
-a laptop. `:random`, `:random_full`: on a network with random weights and drawn pictures, for tests.
+and config.teacher.vlm to folders if you have them. `:12gb`, `:16gb`, `:24gb`, `:48gb`, `:80gb`:
+the same for one GPU with so much memory (docs/gpus.md). `:full`: every parameter of the
+transformer, for several large devices. `:tiny`, `:tiny_full`: the same programs on the trained
+miniature, minutes on a laptop. `:random`, `:random_full`: on a network with random weights and
+drawn pictures, for tests.
 """
 
 from ml_collections import ConfigDict
@@ -12,12 +14,26 @@ from dopsd_jax.config.fields import defaults
 from dopsd_jax.config.find import shipped
 from dopsd_jax.config.loading import choose
 
+# What the recipe must give up on one GPU. A step is of four images, as in the recipe.
+ONE_IMAGE = {"batch_size": 1, "accumulate": 4}
+CARDS = {
+    "12gb": {
+        **ONE_IMAGE,
+        **{"base_dtype": "int8", "data.resolution": 768, "lora.rank": 32, "lora.alpha": 64.0},
+    },
+    "16gb": {**ONE_IMAGE, "base_dtype": "int8"},
+    "24gb": ONE_IMAGE,
+    "48gb": {},
+    "80gb": {},
+}
+
 
 def get_config(arg: str | None = None) -> ConfigDict:
-    name = choose(arg, ("lora", "full", "tiny", "tiny_full", "random", "random_full"))
+    name = choose(arg, ("lora", *CARDS, "full", "tiny", "tiny_full", "random", "random_full"))
     c = defaults()
     c.model = "Tongyi-MAI/Z-Image-Turbo"
     c.teacher.vlm = "Qwen/Qwen3-VL-4B-Instruct"
+    c.update_from_flattened_dict(CARDS.get(name, {}))
     if name.endswith("full"):
         full(c)
     if name.startswith("tiny"):

@@ -31,6 +31,12 @@ from dopsd_jax.data import holdout
 from dopsd_jax.data.dataset import describe
 from dopsd_jax.data.loader import Batches, prefetch
 from dopsd_jax.evaluation import run_scores
+from dopsd_jax.evaluation.checkpoint_scores import (
+    CheckpointScores,
+    check_held_out,
+    find_scorers,
+    order_of,
+)
 from dopsd_jax.parallel import multihost, sharding
 from dopsd_jax.parallel.preemption import STOPPED_EXIT, StopRequest
 from dopsd_jax.reporting.incidents import write_incident
@@ -59,14 +65,16 @@ def train(config: ConfigDict, workdir: epath.Path) -> int | None:
     # ---- Devices, model, data: everything that can be wrong is found here, by all processes.
     with multihost.together():
         mesh = sharding.make_mesh(config.mesh)
+        heldout.check(config)
+        scorers = find_scorers(config)
 
     def open_run():
         pipe, revisions = build.open_pipeline(config, workdir, mesh)
         sharding.check(mesh, pipe.config, batch_size=config.batch_size)
         build.check_method(config, pipe)
-        heldout.check(config)
         dataset = data_set.open_data(config, workdir, pipe)
         rows, held_out = holdout.split(dataset, config.data.holdout, config.seed)
+        check_held_out(config, dataset, held_out, scorers.values())
         facts = {"data": dataset.digest(), **revisions}
         open_workdir(workdir, config, facts, False, ALLOW_CHANGES.value)
         return pipe, dataset, rows, held_out, facts
@@ -94,6 +102,8 @@ def train(config: ConfigDict, workdir: epath.Path) -> int | None:
     with jax.set_mesh(mesh):
         plan = build.make_plan(config, pipe, mesh)
     multihost.say("\n".join([*plan.describe(), *features.describe()]))
+    with multihost.together():
+        judge = CheckpointScores(config, pipe, features, held_out, scorers.values())
     previews = Previews(pipe, features, rows_of(dataset, config.sample_rows), workdir)
     with multihost.together():
         write_training_pictures(features, rows, workdir)
@@ -119,7 +129,9 @@ def train(config: ConfigDict, workdir: epath.Path) -> int | None:
     if held_out:
         own = config, workdir, plan, pipe, features, held_out, mesh, first
         with multihost.together():
-            checkpoint_scores = heldout.Heldout(*own, lambda line: progress.note(line))
+            checkpoint_scores = heldout.Heldout(
+                *own, lambda line: progress.note(line), judge, order_of(config, scorers)
+            )
 
     def export(step: int) -> None:
         weights = getattr(state, config.export_weights)
@@ -242,10 +254,7 @@ def train(config: ConfigDict, workdir: epath.Path) -> int | None:
             if (stopped and not last) or ended:
                 break
     if ended:
-        progress.note(
-            f"ended at step {step}: the gap on held-out pictures has not fallen for "
-            f"{config.stop.patience} checkpoints; set config.stop.patience=0 to go on"
-        )
+        progress.note(f"ended at step {step}: {checkpoint_scores.why_ended()}")
     elif step < config.steps:
         progress.note(f"stopped after step {step}, which is saved; the same command goes on")
         return STOPPED_EXIT

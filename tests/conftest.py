@@ -35,7 +35,7 @@ check_shapes(
 import dopsd_jax
 from dopsd_jax.adapters import attach
 from dopsd_jax.common.atomic import partial_of
-from dopsd_jax.families.pipeline import lora_layers
+from dopsd_jax.families.lora import lora_layers
 from dopsd_jax.families.zimage import family
 from dopsd_jax.models import zimage
 from dopsd_jax.random_model import write_random_model

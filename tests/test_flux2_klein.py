@@ -27,7 +27,8 @@ from dopsd_jax.families.base import STUDENT, TEACHER
 from dopsd_jax.families.flux2_klein import family
 from dopsd_jax.families.flux2_klein.options import INSTRUCTIONS
 from dopsd_jax.families.flux2_klein.references import prepare_reference, reference_size
-from dopsd_jax.families.pipeline import lora_layers, pipeline
+from dopsd_jax.families.lora import lora_layers
+from dopsd_jax.families.pipeline import pipeline
 from dopsd_jax.models.flux2_config import Flux2Config
 from dopsd_jax.run import build
 from dopsd_jax.weights.lora_files import LoraModule

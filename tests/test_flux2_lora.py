@@ -13,7 +13,7 @@ from dopsd_jax.adapters import attach
 from dopsd_jax.common.errors import UserError
 from dopsd_jax.conversion.inspection import layers_for
 from dopsd_jax.families.flux2_klein import family
-from dopsd_jax.families.pipeline import lora_layers
+from dopsd_jax.families.lora import lora_layers
 from dopsd_jax.models.flux2_config import Flux2Config
 from dopsd_jax.weights.lora_dialects import WRITTEN
 from dopsd_jax.weights.lora_files import LoraModule, read_lora

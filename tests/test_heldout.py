@@ -9,9 +9,13 @@ import pytest
 from conftest import RANDOM_CONFIG, run_program
 from test_prepared import problems_of
 
+from dopsd_jax.config import schema
+from dopsd_jax.config.fields import defaults
 from dopsd_jax.data import holdout
 from dopsd_jax.data.buckets import Bucket, Shape
-from dopsd_jax.training.ranking import BEST, FILE, GAP, Ranking
+from dopsd_jax.evaluation import checkpoint_scores
+from dopsd_jax.run import heldout
+from dopsd_jax.training.ranking import BEST, FILE, GAP, Order, Ranking
 
 
 def dataset(digests):
@@ -74,6 +78,23 @@ def test_a_run_is_over_after_so_many_checkpoints_that_are_no_better(tmp_path, ga
     assert not ranked(tmp_path, gaps, patience=0).over()
 
 
+def test_a_score_of_which_more_is_better_ranks_too(tmp_path):
+    """Also one that is below zero, and one that a checkpoint lacks."""
+    order = Order("CLIP-S", higher=True)
+    ranking = Ranking(tmp_path, 2, 0.1, 0, order)
+    for step, (gap, clip) in enumerate([(1, -0.2), (2, 0.3), (0.5, 0.31), (0.1, None)], 1):
+        ranking.add(step, {GAP: gap} | ({} if clip is None else {"CLIP-S": clip}), write=True)
+    assert ranking.best == 3
+    assert ranking.over()  # 0.31 is more than 0.3, but not by a tenth
+    assert "step 3: CLIP-S 0.31, held-out gap 0.5  <- best" in ranking.lines()[0]
+    assert "step 4: CLIP-S not finite, held-out gap 0.1" in ranking.lines()[-1]
+    content = json.loads((tmp_path / FILE).read_text())
+    assert content["ranked_by"] == {"score": "CLIP-S", "better": "higher"}
+    assert not Ranking(tmp_path, 2, 0.1, 4, order).moved
+    by_gap = Ranking(tmp_path, 2, 0.1, 4)
+    assert by_gap.moved and by_gap.best == 4
+
+
 def test_a_run_that_goes_on_forgets_later_scores(tmp_path):
     ranked(tmp_path, [3, 2, 1])
     assert Ranking(tmp_path, 0, 0, 2).best == 2
@@ -83,7 +104,8 @@ def test_a_run_that_goes_on_forgets_later_scores(tmp_path):
 
 
 def test_the_best_checkpoint_is_copied_and_a_run_ends_at_the_plateau(tmp_path):
-    held = (*RANDOM_CONFIG, "--config.data.holdout=1", f"--workdir={tmp_path}")
+    scorers = "--config.stop.scorers=second_family.brightness:Brightness,crispness"
+    held = (*RANDOM_CONFIG, "--config.data.holdout=1", scorers, f"--workdir={tmp_path}")
     stopping = ("--config.stop.patience=1", "--config.stop.tolerance=1")
     first = run_program("train", *held, *stopping, "--config.checkpoint_every=1")
     assert first.returncode == 0, first.stderr
@@ -100,11 +122,15 @@ def test_the_best_checkpoint_is_copied_and_a_run_ends_at_the_plateau(tmp_path):
     assert ranking["checkpoints"][:2] == found["checkpoints"]
     gaps = {entry["step"]: entry[GAP] for entry in ranking["checkpoints"]}
     assert ranking["best"] == min(gaps, key=gaps.get) and len(set(gaps.values())) == 4
+    for name in ("brightness", "crispness"):
+        values = [entry[name] for entry in ranking["checkpoints"]]
+        assert len(set(values)) == 4 and min(values) > 0
     lora = Path(tmp_path, "lora")
     best = (lora / f"step_{ranking['best']}.safetensors").read_bytes()
     assert (lora / BEST).read_bytes() == best
     assert f"best: {lora / BEST}" in whole.stdout
-    assert f"lowest at step {ranking['best']}" in (tmp_path / "report.html").read_text()
+    report = (tmp_path / "report.html").read_text()
+    assert f"lowest at step {ranking['best']}" in report and "<th>brightness</th>" in report
     # Another run, in one go, scores the same.
     other = tmp_path / "other"
     one = run_program("train", *held[:-1], f"--workdir={other}", "--config.checkpoint_every=1")
@@ -117,3 +143,37 @@ def test_stopping_needs_pictures_to_stop_by(tmp_path):
         "train", *RANDOM_CONFIG, "--config.stop.patience=3", f"--workdir={tmp_path}"
     )
     assert result.returncode != 0 and "config.data.holdout is 0" in result.stderr
+
+
+def test_scorers_need_pictures_and_what_ranks_must_be_one_of_them():
+    config = defaults()
+    config.stop.scorers, config.stop.rank_by = "crispness", "contrast"
+    few, other = problems_of(heldout.check, config)
+    assert few.startswith("config.stop.scorers:") and "config.data.holdout is 0" in few
+    assert other.startswith("config.stop.rank_by: 'contrast' is not one of gap, crispness;")
+    config.data.holdout, config.stop.rank_by = 2, "crispness"
+    heldout.check(config)
+    found = checkpoint_scores.find_scorers(config)
+    assert checkpoint_scores.order_of(config, found) == Order("crispness", True)
+
+
+def test_unknown_scorers_are_told_before_anything_is_loaded():
+    config = defaults()
+    config.stop.scorers = "sharpness,nowhere:x,lpips,composition"
+    problems = problems_of(checkpoint_scores.find_scorers, config)
+    assert problems[0].startswith("config.stop.scorers: 'sharpness' is not one of crispness,")
+    assert problems[1].startswith("config.stop.scorers=nowhere:x: cannot be imported")
+    assert "config.stop.lpips_weights" in problems[2] and len(problems) == 3
+    config.stop.scorers = "composition"
+    (problem,) = problems_of(checkpoint_scores.find_scorers, config)
+    assert "composition kept does not judge pictures one by one" in problem
+
+
+def test_weights_of_a_scorer_that_is_not_asked_have_no_effect():
+    config = defaults()
+    config.model = config.data.path = "somewhere"
+    config.stop.scorers, config.stop.clip = "crispness,dino", "/models/clip"
+    (problem,) = problems_of(schema.check, config, ["stop.clip", "stop.dino"])
+    assert problem.startswith("config.stop.clip: has no effect with config.stop.scorers = crisp")
+    config.stop.scorers = ["clip", "dino"]
+    schema.check(config, ["stop.clip"])

@@ -21,7 +21,7 @@ from dopsd_jax.adapters.lokr import Lokr, divided, kind_of
 from dopsd_jax.common.errors import UserError
 from dopsd_jax.common.lora_options import LoraOption
 from dopsd_jax.config.fields import defaults
-from dopsd_jax.families.pipeline import attach_files
+from dopsd_jax.families.lora import attach_files
 from dopsd_jax.families.zimage import family
 from dopsd_jax.models import zimage
 from dopsd_jax.models.layers import Dense

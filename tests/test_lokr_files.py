@@ -11,7 +11,7 @@ from dopsd_jax.common.errors import UserError
 from dopsd_jax.common.lora_options import LoraOption
 from dopsd_jax.conversion.inspection import inspect, layers_for
 from dopsd_jax.families.flux2_klein import family as klein
-from dopsd_jax.families.pipeline import lora_layers
+from dopsd_jax.families.lora import lora_layers
 from dopsd_jax.random_model import write_random_model
 from dopsd_jax.weights.lora_files import read_adapter, read_lora
 from dopsd_jax.weights.lora_mix import read_changes

@@ -21,7 +21,7 @@ from dopsd_jax import convert
 from dopsd_jax.adapters import attach
 from dopsd_jax.common.errors import UserError
 from dopsd_jax.common.lora_options import LoraOption, lora_option, lora_options
-from dopsd_jax.families.pipeline import attach_files
+from dopsd_jax.families.lora import attach_files
 from dopsd_jax.families.zimage import family
 from dopsd_jax.models import zimage
 from dopsd_jax.random_model import write_random_model

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -12,8 +13,10 @@ from safetensors.torch import save_file
 from torch import nn
 
 from dopsd_jax.common.errors import UserError
-from dopsd_jax.evaluation import torch_scorers
+from dopsd_jax.config.fields import defaults
+from dopsd_jax.evaluation import checkpoint_scores, torch_scorers
 from dopsd_jax.evaluation.scorer import Case, load_scorers
+from dopsd_jax.training.ranking import Order
 
 TEXTS = ["a red circle", "a large blue star on the left"]
 
@@ -175,3 +178,25 @@ def test_without_pytorch_one_line_names_the_extra(monkeypatch):
         load_scorers(["clip", "dino", "lpips"], known)
     assert len(error.value.problems) == 3
     assert all("pip install 'dopsd_jax[eval]'" in problem for problem in error.value.problems)
+
+
+def test_a_run_has_them_by_its_configuration(clip_folder, monkeypatch):
+    config = defaults()
+    config.stop.scorers, config.stop.clip = "clip,contrast", str(clip_folder)
+    config.stop.rank_by = "clip"
+    found = checkpoint_scores.find_scorers(config)
+    assert isinstance(found["clip"], torch_scorers.ClipScore) and len(found) == 2
+    assert checkpoint_scores.order_of(config, found) == Order("CLIP-S", True)
+    rows = [SimpleNamespace(where=f"{n}.txt", captions=[("text", n)]) for n in ("a dog", "a [V]")]
+    dataset = SimpleNamespace(
+        rows=rows, infos=[SimpleNamespace(digest=i) for i in "ab"], features=None,
+        prompt_keys=["text"], caption=lambda row, keys: (row, 0),
+    )  # fmt: skip
+    held = {None: np.arange(2)}
+    with pytest.raises(UserError, match=r"a \[V\].txt: .* set config.stop.class_word"):
+        checkpoint_scores.check_held_out(config, dataset, held, found.values())
+    config.stop.class_word = "dog"
+    checkpoint_scores.check_held_out(config, dataset, held, found.values())
+    monkeypatch.setattr(torch_scorers.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(UserError, match="scorer clip: needs PyTorch"):
+        checkpoint_scores.find_scorers(config)

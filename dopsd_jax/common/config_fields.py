@@ -34,6 +34,16 @@ class _True(tuple):
 
 
 TRUE = _True(("true",))
+
+
+class Naming(tuple):
+    """As the values in `Field.when`: a list that has one of these."""
+
+    def __contains__(self, value: object) -> bool:
+        listed = as_list(value) if isinstance(value, str | list | tuple) else ()
+        return any(item in listed for item in self)
+
+
 _TRUTH = {"true": True, "1": True, "yes": True, "false": False, "0": False, "no": False}
 
 

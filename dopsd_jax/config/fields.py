@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from ml_collections import ConfigDict
 
 from dopsd_jax import families
-from dopsd_jax.common.config_fields import ALWAYS, NEVER, TRUE, Field
+from dopsd_jax.common.config_fields import ALWAYS, NEVER, TRUE, Field, Naming
 from dopsd_jax.methods import anchor
 from dopsd_jax.methods.options import OTHER_CAPTION
 from dopsd_jax.methods.registry import METHODS
@@ -64,10 +64,27 @@ _RUN = (
     Field("trackers", "", "where numbers and pictures go besides metrics.jsonl", "list",
           listed=tuple(TRACKERS), change=ALWAYS),
     Field("stop.patience", 0,
-          "so many checkpoints in a row without a lower gap on config.data.holdout end the run; 0: "
-          "none do", low=0, high=10**6, unit="checkpoints", change=ALWAYS),
-    Field("stop.tolerance", 0.01, "a gap is lower only if it is by this share", low=0, high=1,
+          "so many checkpoints in a row without a lower gap on config.data.holdout, or a better "
+          "score that ranks, end the run; 0: none do",
+          low=0, high=10**6, unit="checkpoints", change=ALWAYS),
+    Field("stop.tolerance", 0.01, "a score is better only if it is by this share", low=0, high=1,
           change=ALWAYS),
+    Field("stop.scorers", "",
+          "scorers of evaluate that judge pictures of the held-out captions at every checkpoint, "
+          "such as clip, dino, lpips, crispness or module:attribute", "list", change=ALWAYS),
+    Field("stop.rank_by", "gap",
+          "what ranks the checkpoints and ends the run: gap, or one of config.stop.scorers",
+          change=ALWAYS),
+    Field("stop.class_word", "", "word in place of [V] in captions, for scorers that read them",
+          change=ALWAYS),
+    Field("stop.clip", "", "folder or hub id of CLIP; empty: that of evaluate", "path",
+          when={"stop.scorers": Naming(("clip",))}, change=ALWAYS),
+    Field("stop.dino", "", "folder or hub id of DINOv3; empty: that of evaluate", "path",
+          when={"stop.scorers": Naming(("dino",))}, change=ALWAYS),
+    Field("stop.vgg", "", "folder or hub id of VGG-16; empty: that of evaluate", "path",
+          when={"stop.scorers": Naming(("lpips",))}, change=ALWAYS),
+    Field("stop.lpips_weights", "", "file of LPIPS's linear layers, safetensors", "path",
+          when={"stop.scorers": Naming(("lpips",))}, change=ALWAYS),
     Field("sample_rows", 4, "rows of the data set in the grids", low=1, high=1024, change=ALWAYS),
     Field("sample_prompts", "",
           "more prompts in the grids, as with the new word in another scene, or ordinary ones: "

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from jax.sharding import AbstractMesh, AxisType
 from ml_collections import ConfigDict
 
+from dopsd_jax.common import gpu_memory
 from dopsd_jax.common.errors import UserError
 from dopsd_jax.estimation import compiled_step, memory
 from dopsd_jax.estimation.abstract_step import Workload, make_program
@@ -19,8 +20,6 @@ from dopsd_jax.estimation.memory import Account
 from dopsd_jax.models import attention
 from dopsd_jax.parallel import sharding
 
-# What is left of a card's memory for arrays: the rest is the driver's, or lost between arrays.
-USABLE = 0.92
 # Vectors of the network's width, in the type of activations, that a token needs while a layer is
 # computed forwards and backwards; and gradients beside those that are counted, if all is trained.
 WIDTHS, GRADIENTS = 55, 0.65
@@ -42,7 +41,7 @@ class Gpu(NamedTuple):
     @property
     def usable(self) -> float:
         """Bytes for arrays."""
-        return USABLE * self.memory
+        return gpu_memory.SHARE * self.memory
 
 
 def find_gpu(text: str) -> Gpu:

@@ -15,7 +15,8 @@ from dopsd_jax.families.work import Products
 from dopsd_jax.methods.method import Passes
 
 # Dense bfloat16 rate of one device in FLOP/s, and its memory in bytes as the compiler sees it; by
-# a pattern in jax's `device_kind`. NVIDIA's and Google's data sheets; a TPU7x chip is two devices.
+# a pattern in jax's `device_kind`. NVIDIA's and Google's data sheets, and of GeForce cards NVIDIA's
+# rule, twice the float32 rate, with sums in float32; a TPU7x chip is two devices.
 DEVICES = (
     (r"TPU v5 lite|TPU v5e", 197e12, 15.75 * 2**30),
     (r"TPU v5", 459e12, 95.74 * 2**30),
@@ -25,6 +26,15 @@ DEVICES = (
     (r"H100.*PCIe", 756e12, None),
     (r"H100|H200|GH200", 989e12, None),
     (r"B200|GB200", 2250e12, None),
+    (r"L40S", 362e12, None),
+    (r"A6000", 154.8e12, None),
+    (r"RTX 5090$", 209.5e12, None),
+    (r"RTX 4090$", 165.2e12, None),
+    (r"RTX 4080$", 97.5e12, None),
+    (r"RTX 4070$", 58.3e12, None),
+    (r"RTX 4060 Ti$", 44.1e12, None),
+    (r"RTX 3090$", 71e12, None),
+    (r"RTX 3060$", 25.5e12, None),
 )
 
 

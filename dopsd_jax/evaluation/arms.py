@@ -21,7 +21,8 @@ from dopsd_jax.data.cache import FeatureCache
 from dopsd_jax.evaluation.drawing import Painter, Shot, without_adapters
 from dopsd_jax.evaluation.gallery import key
 from dopsd_jax.families.base import STUDENT, TEACHER
-from dopsd_jax.families.pipeline import Pipeline, lora_layers, pipeline
+from dopsd_jax.families.lora import lora_layers
+from dopsd_jax.families.pipeline import Pipeline, pipeline
 from dopsd_jax.run.workdir import CONFIG
 from dopsd_jax.training.results import Results
 from dopsd_jax.weights import lora_files

@@ -142,10 +142,13 @@ def judges(scorer: Judge, case: Case) -> bool:
     return wanted and (case.target is not None or "target" not in scorer.needs)
 
 
-def load_scorers(names: Sequence[str], known: dict[str, Callable[[], Judge]]) -> list[Judge]:
+def load_scorers(
+    names: Sequence[str], known: dict[str, Callable[[], Judge]], option: str = "--scorers"
+) -> list[Judge]:
     """The scorers that `names` are of: some of `known`, or `module:attribute` of the user's.
 
-    Raises `UserError` with every name that is of none, and every scorer that is incomplete.
+    `option`: what messages call the names. Raises `UserError` with every name that is of none, and
+    every scorer that is incomplete.
     """
     found: list[Judge] = []
     faults: list[str] = []
@@ -154,40 +157,40 @@ def load_scorers(names: Sequence[str], known: dict[str, Callable[[], Judge]]) ->
             if name in known:
                 found.append(known[name]())
             elif ":" in name:
-                found.append(_users(name))
+                found.append(_users(name, option))
             else:
                 faults.append(
-                    f"--scorers: {name!r} is not one of {', '.join(known)}, or module:attribute"
+                    f"{option}: {name!r} is not one of {', '.join(known)}, or module:attribute"
                 )
         except UserError as error:
             faults += error.problems
     doubled = {s.name for s in found if [o.name for o in found].count(s.name) > 1}
-    faults += [f"--scorers: two of them are called {name!r}" for name in sorted(doubled)]
+    faults += [f"{option}: two of them are called {name!r}" for name in sorted(doubled)]
     raise_if(faults)
     return found
 
 
-def _users(where: str) -> Judge:
+def _users(where: str, option: str) -> Judge:
     module, _, attribute = where.partition(":")
     try:
         scorer = importlib.import_module(module)
         for part in attribute.split("."):
             scorer = getattr(scorer, part)
     except (ImportError, ValueError, AttributeError) as error:
-        raise UserError(f"--scorers={where}: cannot be imported ({error})") from None
+        raise UserError(f"{option}={where}: cannot be imported ({error})") from None
     if inspect.isclass(scorer) or inspect.isfunction(scorer):
         scorer = scorer()
     lacking = [name for name in MEMBERS if not hasattr(scorer, name)]
     if not isinstance(scorer, SetScorer | PairScorer) and not callable(scorer):
         lacking.append("__call__(images, cases)")
     if lacking:
-        raise UserError(f"--scorers={where}: is no scorer, it has no {', '.join(lacking)}")
+        raise UserError(f"{option}={where}: is no scorer, it has no {', '.join(lacking)}")
     for name in ("name", "identity"):
         if not isinstance(getattr(scorer, name), str):
-            raise UserError(f"--scorers={where}: `{name}` is no text but {getattr(scorer, name)!r}")
+            raise UserError(f"{option}={where}: `{name}` is no text but {getattr(scorer, name)!r}")
     if scorer.better not in BETTER:
-        raise UserError(f"--scorers={where}: `better` is {scorer.better!r}, not higher or lower")
+        raise UserError(f"{option}={where}: `better` is {scorer.better!r}, not higher or lower")
     unknown = [need for need in scorer.needs if need not in NEEDS]
     if unknown:
-        raise UserError(f"--scorers={where}: it needs {unknown[0]!r}; it can have {NEEDS}")
+        raise UserError(f"{option}={where}: it needs {unknown[0]!r}; it can have {NEEDS}")
     return scorer

@@ -60,7 +60,7 @@ def need_torch(name: str) -> Any:
     """PyTorch. Raises `UserError` where it is not installed."""
     if importlib.util.find_spec("torch") is None:
         raise UserError(
-            f"--scorers={name}: needs PyTorch, which is not here; pip install 'dopsd_jax[eval]'"
+            f"scorer {name}: needs PyTorch, which is not here; pip install 'dopsd_jax[eval]'"
         )
     import torch
 
@@ -152,8 +152,9 @@ class Lpips:
         self.torch = need_torch("lpips")
         if not weights:
             raise UserError(
-                "--lpips_weights: is needed for the scorer lpips; docs/evaluation.md says how to "
-                "make it from the package lpips, or leave lpips out of --scorers"
+                "scorer lpips: needs --lpips_weights of evaluate, config.stop.lpips_weights of "
+                "train; docs/evaluation.md says how to make the file from the package lpips, or "
+                "leave lpips out"
             )
         folder, name = _find(vgg, _MODEL_FILES)
         layers = [i for group in VGG_GROUPS for i in group]

@@ -72,6 +72,7 @@ class Family(Protocol):
       NAME: as `FAMILIES` lists it.
       NETWORKS: the networks of a model folder by component; `transformer` is the trained one.
       PUBLISHED: configurations of the published transformers, by the end of their hub ids.
+      TEXT_ENCODERS: configurations of the text encoders beside them, by the same names.
       SCHEDULER: that of the published models.
       LATENT_FACTOR: pixels a side of one cell of the latent.
       DEPLOYED_STEPS: forwards of the released few-step sampler.
@@ -84,6 +85,7 @@ class Family(Protocol):
     NAME: str
     NETWORKS: Mapping[str, Network]
     PUBLISHED: Mapping[str, Size]
+    TEXT_ENCODERS: Mapping[str, Any]
     SCHEDULER: Any
     LATENT_FACTOR: int
     DEPLOYED_STEPS: int

@@ -15,18 +15,17 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Float, UInt8
 
 from dopsd_jax import dopsd, families
-from dopsd_jax.adapters import attach, kinds
+from dopsd_jax.adapters import attach
 from dopsd_jax.common.errors import UserError, raise_if
 from dopsd_jax.common.json_files import read_json
 from dopsd_jax.common.lora_options import LoraOption
 from dopsd_jax.families.base import STUDENT, TEACHER, Family, Features, Request, Size, Tree
+from dopsd_jax.families.lora import attach_files
 from dopsd_jax.models import quantised
 from dopsd_jax.models.autoencoder import Autoencoder, to_uint8
 from dopsd_jax.models.tiling import Tiling
 from dopsd_jax.parallel import multihost, sharding
 from dopsd_jax.weights.load import load_component
-from dopsd_jax.weights.lora_dialects import Layers, layers_of
-from dopsd_jax.weights.lora_mix import read_mix
 from dopsd_jax.weights.stored import open_stored, read_config, source_digest
 from dopsd_jax.weights.tokenizers import tokenizer_digest
 
@@ -411,38 +410,6 @@ def too_long(prompt: str, count: int, limit: int, picture: int = 0) -> UserError
         f"the prompt {start!r} makes {count} tokens with its template{share}, the model takes "
         f"{limit}; {advice}"
     )
-
-
-def attach_files(
-    model: nnx.Module, family: Family, size: Size, loras: Sequence[LoraOption]
-) -> None:
-    """Gives the transformer the adapters of LoRA files, of any dialect we read, as their sum.
-
-    Or those of one LoKr file; it has no others then. Raises `UserError` for files that must be
-    merged into the weights.
-    """
-    slots = attach.slots(family.NETWORKS["transformer"].names(size))
-    modules = read_mix(loras, lora_layers(family, size))
-    attach.detach(model)
-    if not modules:
-        return
-    chosen = {name: slots[name] for name in modules}
-    where = ", ".join(str(lora.path) for lora in loras)
-    found = kinds.of_modules(modules.values())
-    if found is None:
-        raise UserError(
-            f"{where}: is a LoKr beside others, or one whose layers have factors of several kinds; "
-            "`python -m dopsd_jax.convert merge` writes a model that has it in its weights"
-        )
-    kind, rank = found
-    attach.attach(model, chosen, rank, rank, jax.random.key(0), kind)
-    adapter = nnx.state(model, nnx.LoRAParam)
-    nnx.update(model, attach.load(adapter, chosen, modules, 1.0, where, kind))
-
-
-def lora_layers(family: Family, size: Size) -> Layers:
-    """The transformer's linear layers by every name that LoRA files call them."""
-    return layers_of(family.NETWORKS["transformer"], size)
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))

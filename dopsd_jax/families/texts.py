@@ -1,5 +1,6 @@
 """Texts through Qwen3, the text encoder of several families: on one device or on many."""
 
+import dataclasses
 import functools
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -33,6 +34,20 @@ TEXT_ENCODER = Network(
     qwen3.unused,
     _layouts,
 )
+
+QWEN3_4B = qwen3.Qwen3Config(
+    vocab_size=151936,
+    hidden_size=2560,
+    intermediate_size=9728,
+    num_layers=36,
+    num_heads=32,
+    num_kv_heads=8,
+    head_dim=128,
+    norm_eps=1e-6,
+    rope_theta=1e6,
+    tied=True,
+)
+QWEN3_8B = dataclasses.replace(QWEN3_4B, hidden_size=4096, intermediate_size=12288, tied=False)
 
 
 class TextPipeline(Pipeline):

@@ -216,8 +216,11 @@ def _checkpoints(ranking: Mapping[str, Any]) -> str:
     if not names:
         return ""
     body = [[_cell(row.get(name)) for name in names] for row in rows]
-    best = run_settings.text_of(ranking.get("best"))
-    note = f"The gap on pictures that are not trained on is lowest at step {best}."
+    best, by = run_settings.text_of(ranking.get("best")), ranking.get("ranked_by")
+    by = by if isinstance(by, dict) else {}
+    score, end = by.get("score"), "highest" if by.get("better") == "higher" else "lowest"
+    score = "gap" if score in (checkpoint_ranking.GAP, None) else run_settings.text_of(score)
+    note = f"The {score} on pictures that are not trained on is {end} at step {best}."
     return html_page.section(
         "Checkpoints", html_page.table(names, body, "scores"), html_page.remark(note)
     )

@@ -1,14 +1,15 @@
 """Which checkpoint is the best, and whether a run still gets better.
 
 A checkpoint's score is the gap on pictures that are not trained on (`heldout_gap`): how far the
-student is from its teacher where it has not been taught. The anchor gap beside it says what was
-forgotten; it does not rank.
+student is from its teacher where it has not been taught; or, where the user names one, what a
+scorer says of pictures drawn for their captions. The anchor gap beside it says what was forgotten;
+it does not rank.
 """
 
 import json
 import math
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 from etils import epath
 
@@ -20,17 +21,38 @@ FILE, BEST = "ranking.json", "best.safetensors"
 GAP, ANCHOR_GAP = "heldout_gap", "anchor_gap"
 
 
+class Order(NamedTuple):
+    """What ranks: the score's name among a checkpoint's, and whether more of it is better."""
+
+    name: str
+    higher: bool
+
+
+BY_LOWEST_GAP = Order(GAP, False)
+
+
 class Ranking:
     """The scores of a run's checkpoints; kept in `workdir`.
 
     patience: so many checkpoints in a row that are no better end the run; 0: none do. tolerance: a
-    checkpoint is better if its gap is lower by this share of the best so far. first: the step that
-    the run goes on from: what was scored after it will be scored again.
+    checkpoint is better if its score is by this share of the best so far. first: the step that
+    the run goes on from: what was scored after it will be scored again. order: what ranks.
+    moved: whether something else ranked before, so that another checkpoint may be the best.
     """
 
-    def __init__(self, workdir: epath.PathLike, patience: int, tolerance: float, first: int):
+    def __init__(
+        self,
+        workdir: epath.PathLike,
+        patience: int,
+        tolerance: float,
+        first: int,
+        order: Order = BY_LOWEST_GAP,
+    ):
         self.path, self.patience, self.tolerance = epath.Path(workdir) / FILE, patience, tolerance
-        self.entries = [entry for entry in _read(self.path) if entry["step"] <= first]
+        self.order = order
+        entries, by = _read(self.path)
+        self.entries = [entry for entry in entries if entry["step"] <= first]
+        self.moved = bool(self.entries) and by != order.name
 
     def add(self, step: int, scores: Mapping[str, float], write: bool) -> None:
         """Notes a checkpoint's scores; with `write` in the file too."""
@@ -38,34 +60,45 @@ class Ranking:
         finite = {name: value for name, value in scores.items() if math.isfinite(value)}
         self.entries = [*others, {"step": step, **finite}]
         if write:
-            content = {"best": self.best, "checkpoints": self.entries}
+            by = {"score": self.order.name, "better": "higher" if self.order.higher else "lower"}
+            content = {"best": self.best, "ranked_by": by, "checkpoints": self.entries}
             write_text(self.path, json.dumps(content, indent=1) + "\n")
+
+    def _cost(self, entry: Mapping[str, Any]) -> float:
+        """The score that ranks, less is better; infinite where it is not finite."""
+        if self.order.name not in entry:
+            return math.inf
+        return -entry[self.order.name] if self.order.higher else entry[self.order.name]
 
     @property
     def best(self) -> int | None:
-        """The step of the checkpoint with the lowest gap; step 0, which has no file, is none."""
-        scored = [entry for entry in self.entries if entry["step"] and GAP in entry]
-        return min(scored, key=lambda entry: entry[GAP])["step"] if scored else None
+        """The step of the best checkpoint; step 0, which has no file, is none."""
+        scored = [e for e in self.entries if e["step"] and self._cost(e) < math.inf]
+        return min(scored, key=self._cost)["step"] if scored else None
 
     def over(self) -> bool:
         """Whether the last `patience` checkpoints were no better than one before them."""
         best, waited = math.inf, 0
-        for entry in self.entries:
-            gap = entry.get(GAP, math.inf)
-            lower = gap < math.inf if best == math.inf else gap < (1 - self.tolerance) * best
-            waited = 0 if lower else waited + 1
-            best = min(best, gap)
+        for cost in map(self._cost, self.entries):
+            least = best - self.tolerance * abs(best) if best < math.inf else best
+            waited = 0 if cost < least else waited + 1
+            best = min(best, cost)
         return 0 < self.patience <= waited
 
     def lines(self) -> list[str]:
         """A table, the best first."""
-        scored = sorted(self.entries, key=lambda entry: entry.get(GAP, math.inf))
-        found = []
-        for entry in scored:
-            anchor = f", anchor gap {entry[ANCHOR_GAP]:.4g}" if ANCHOR_GAP in entry else ""
-            gap = f"{entry[GAP]:.4g}" if GAP in entry else "not finite"
+        found, shown = [], {GAP: "held-out gap", ANCHOR_GAP: "anchor gap"}
+        for entry in sorted(self.entries, key=self._cost):
+            names = dict.fromkeys((self.order.name, *entry))
+            scores = ", ".join(
+                f"{shown.get(name, name)} {entry[name]:.4g}"
+                if name in entry
+                else f"{shown.get(name, name)} not finite"
+                for name in names
+                if name != "step"
+            )
             mark = "  <- best" if entry["step"] == self.best else ""
-            found.append(f"  step {entry['step']}: held-out gap {gap}{anchor}{mark}")
+            found.append(f"  step {entry['step']}: {scores}{mark}")
         return found
 
 
@@ -76,17 +109,22 @@ def copy_best(path: epath.Path) -> epath.Path:
     return path.parent / BEST
 
 
-def _read(path: epath.Path) -> list[dict[str, Any]]:
-    """The entries of the file. Raises `UserError` where it is damaged."""
+def _read(path: epath.Path) -> tuple[list[dict[str, Any]], str]:
+    """The entries of the file, and the score that ranked. Raises `UserError` if it is damaged."""
     if not path.exists():
-        return []
+        return [], GAP
     found, _ = read_json(path, again="remove it: later checkpoints are ranked again")
     entries = found.get("checkpoints") if isinstance(found, dict) else None
-    number = lambda x: type(x) in (int, float) and x >= 0
+    number = lambda x: type(x) in (int, float) and math.isfinite(x)
     good = isinstance(entries, list) and all(
-        isinstance(e, dict) and type(e.get("step")) is int and all(map(number, e.values()))
+        isinstance(e, dict)
+        and type(e.get("step")) is int
+        and e["step"] >= 0
+        and all(map(number, e.values()))
         for e in entries
     )
     if not good:
         raise UserError(f"{path}: is damaged; remove it: later checkpoints are ranked again")
-    return sorted(entries, key=lambda entry: entry["step"])
+    by = found.get("ranked_by")  # younger than the file
+    name = by.get("score", GAP) if isinstance(by, dict) else GAP
+    return sorted(entries, key=lambda entry: entry["step"]), name

@@ -25,7 +25,7 @@ from dopsd_jax.common.files import local_file
 from dopsd_jax.common.progress import byte_progress
 from dopsd_jax.conversion.export import export_diffusers, export_single
 from dopsd_jax.families.base import Family, Size
-from dopsd_jax.families.pipeline import lora_layers
+from dopsd_jax.families.lora import lora_layers
 from dopsd_jax.weights import lora_files
 from dopsd_jax.weights.live import LiveTensors
 from dopsd_jax.weights.lora_files import LoraFile

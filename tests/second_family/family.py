@@ -29,6 +29,7 @@ __all__ = ["CONTEXTS", "EDITING"]
 
 NAME, LATENT_FACTOR, DEPLOYED_STEPS = "second", 8, 4
 PUBLISHED, SCHEDULER, RANDOM = {"Second": Config(64, 4, 2560)}, 1.0, Config(32, 2, 64)
+TEXT_ENCODERS = {}
 LORA_PRESETS = {"blocks": ("to_q", "to_k", "to_v", "to_out")}
 TEXT_ROWS = 64
 ROWS = (TEXT_ROWS, TEXT_ROWS)

@@ -22,6 +22,7 @@ from dopsd_jax.families.flux2_klein.options import CONTEXTS, EDITING
 from dopsd_jax.families.flux2_klein.pipeline import KleinPipeline as Pipeline
 from dopsd_jax.families.flux2_klein.random import random_size, write_random_model
 from dopsd_jax.families.pipeline import merged
+from dopsd_jax.families.texts import QWEN3_4B, QWEN3_8B
 from dopsd_jax.models.flux2 import STACKS, Flux2
 from dopsd_jax.models.flux2_config import TEXT_ROWS, Flux2Config
 
@@ -42,6 +43,7 @@ PUBLISHED = {
     "4B": Flux2Config(),
     "9B": Flux2Config(heads=32, double_layers=8, single_layers=24, text_dim=12288),
 }
+TEXT_ENCODERS = {"4B": QWEN3_4B, "9B": QWEN3_8B}
 SCHEDULER = None
 LATENT_FACTOR = 16
 DEPLOYED_STEPS = 4

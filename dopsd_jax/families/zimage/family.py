@@ -16,6 +16,7 @@ from dopsd_jax.data.padding import pad_stack
 from dopsd_jax.dopsd import Denoiser
 from dopsd_jax.families.base import TEACHER, Features, PaddedLengths
 from dopsd_jax.families.pipeline import merged
+from dopsd_jax.families.texts import QWEN3_4B
 from dopsd_jax.families.zimage.flops import context_work, image_tokens, velocity_work
 from dopsd_jax.families.zimage.networks import NETWORKS
 from dopsd_jax.families.zimage.options import CONTEXTS, EDITING
@@ -37,6 +38,7 @@ __all__ = [
 
 NAME = "zimage"
 PUBLISHED = {"Z-Image-Turbo": ZImageConfig()}
+TEXT_ENCODERS = {"Z-Image-Turbo": QWEN3_4B}
 SCHEDULER = 3.0  # the static shift of the published one
 LATENT_FACTOR = 8
 DEPLOYED_STEPS = 8
