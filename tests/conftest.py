@@ -29,7 +29,7 @@ from shape_checks import check_shapes
 check_shapes(
     *("common", "parallel", "models", "weights", "data", "adapters", "dopsd", "methods", "config"),
     *("training", "run", "reporting", "estimation", "families", "conditioning", "evaluation"),
-    *("random_model", "serving", "miniature"),
+    *("random_model", "serving.drawing", "serving.watching", "miniature"),
 )
 
 import dopsd_jax

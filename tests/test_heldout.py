@@ -104,7 +104,7 @@ def test_a_run_that_goes_on_forgets_later_scores(tmp_path):
 
 
 def test_the_best_checkpoint_is_copied_and_a_run_ends_at_the_plateau(tmp_path):
-    scorers = "--config.stop.scorers=second_family.brightness:Brightness,crispness"
+    scorers = "--config.stop.scorers=contrast,crispness"
     held = (*RANDOM_CONFIG, "--config.data.holdout=1", scorers, f"--workdir={tmp_path}")
     stopping = ("--config.stop.patience=1", "--config.stop.tolerance=1")
     first = run_program("train", *held, *stopping, "--config.checkpoint_every=1")
@@ -122,7 +122,7 @@ def test_the_best_checkpoint_is_copied_and_a_run_ends_at_the_plateau(tmp_path):
     assert ranking["checkpoints"][:2] == found["checkpoints"]
     gaps = {entry["step"]: entry[GAP] for entry in ranking["checkpoints"]}
     assert ranking["best"] == min(gaps, key=gaps.get) and len(set(gaps.values())) == 4
-    for name in ("brightness", "crispness"):
+    for name in ("contrast", "crispness"):
         values = [entry[name] for entry in ranking["checkpoints"]]
         assert len(set(values)) == 4 and min(values) > 0
     lora = Path(tmp_path, "lora")
@@ -130,7 +130,7 @@ def test_the_best_checkpoint_is_copied_and_a_run_ends_at_the_plateau(tmp_path):
     assert (lora / BEST).read_bytes() == best
     assert f"best: {lora / BEST}" in whole.stdout
     report = (tmp_path / "report.html").read_text()
-    assert f"lowest at step {ranking['best']}" in report and "<th>brightness</th>" in report
+    assert f"lowest at step {ranking['best']}" in report and "contrast</th>" in report
     # Another run, in one go, scores the same.
     other = tmp_path / "other"
     one = run_program("train", *held[:-1], f"--workdir={other}", "--config.checkpoint_every=1")

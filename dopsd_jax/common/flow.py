@@ -53,9 +53,9 @@ def x0_hat(x: Float[Array, "..."], velocity: Float[Array, "..."], sigma):
     """The clean estimate at a state.
 
     Examples:
-      >>> x0, noise, sigma = 2.0, -1.0, 0.25
+      >>> x0, noise, sigma = np.array([2.0]), np.array([-1.0]), 0.25
       >>> x = (1 - sigma) * x0 + sigma * noise
-      >>> float(x0_hat(x, noise - x0, sigma))
-      2.0
+      >>> x0_hat(x, noise - x0, sigma).tolist()
+      [2.0]
     """
     return x - sigma * velocity

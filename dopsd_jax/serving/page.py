@@ -49,8 +49,8 @@ def build(studio: Studio | None, watched: Watched | None) -> Any:
     return page
 
 
-def serve(page: Any, host: str, port: int, wait: bool = True) -> str:
-    """Serves the page; returns its address, when it is stopped or, without `wait`, at once.
+def serve(page: Any, host: str, port: int) -> None:
+    """Serves the page until it is stopped, and prints its address.
 
     port: 0: the first free one from 7860 on. Raises `UserError` for a place that cannot be had.
     """
@@ -68,9 +68,7 @@ def serve(page: Any, host: str, port: int, wait: bool = True) -> str:
     except OSError as error:
         raise UserError(f"--port {port}: is not free on {host} ({error}); take another") from None
     print(f"page: {address}", flush=True)
-    if wait:
-        page.block_thread()
-    return address
+    page.block_thread()
 
 
 def _told(ui: ModuleType, action: Callable) -> Any:
