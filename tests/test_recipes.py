@@ -75,7 +75,7 @@ CONFIG = (
 ADDED = {
     "caption": (),
     "check": CONFIG,
-    "train": (*CONFIG, "--config.sample_rows=1", "--config.sample_every=0"),
+    "train": (*CONFIG, "--config.steps=2", "--config.sample_rows=1", "--config.sample_every=0"),
     "sample": ("--height=64", "--width=64", "--steps=2"),
     "push": (),
 }
@@ -106,6 +106,7 @@ def follow(random_model, tmp_path_factory):
         for i in range(6):
             picture(here / folder / f"{i}.jpg")
             (here / folder / f"{i}.txt").write_text(f"{caption}, picture {i}")
+    (here / "prompts.txt").write_text("a [V] dog in the snow\na [V] dog, oil painting\n")
     (here / "dog-captions.txt").write_text("a [V] dog, picture 0\na [V] dog, picture 1\n")
     row = re.search(r"^```json\n(.*)\n```", RECIPES["editor"].read_text(), flags=re.M)[1]
     for name in (json.loads(row)["file_name"], json.loads(row)["reference"]):

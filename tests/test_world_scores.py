@@ -299,12 +299,11 @@ def test_the_short_table_scores_any_weights_without_compiling_anew(pipe, concept
     assert again[1].retention is None and "-" in table(again)[2]
 
 
-def test_without_adapters_only_their_second_factor_is_gone(random_model, lora_file):
-    """Which makes a model the base, bit for bit (see test_lora.py)."""
+def test_without_adapters_nothing_of_them_is_left(random_model, lora_file):
+    """Which makes a model the base, bit for bit (see test_lora.py); of whatever kind they are."""
     tuned = dopsd_jax.load_pipeline(str(random_model), lora=str(lora_file)).split[1]
     flat, off = (dict(nnx.to_flat_state(t)) for t in (tuned, without_adapters(tuned)))
     assert flat.keys() == off.keys() and {path[-1] for path in flat} == {"a", "b"}
     for path, leaf in flat.items():
-        wanted = leaf[...] * (path[-1] != "b")
-        np.testing.assert_array_equal(off[path][...], wanted)
-        assert np.asarray(leaf[...]).any()
+        assert off[path][...].shape == leaf[...].shape and off[path][...].dtype == leaf[...].dtype
+        assert np.asarray(leaf[...]).any() and not np.asarray(off[path][...]).any()
