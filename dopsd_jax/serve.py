@@ -45,7 +45,7 @@ from dopsd_jax.serving.watching import Watched
 
 
 def main() -> None:
-    page.library()  # before a model is loaded
+    page.need_gradio()  # before a model is loaded
     watched = Watched(Path(RUN.value).expanduser()) if RUN.value else None
     studio = None
     if MODEL.value:

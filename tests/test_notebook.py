@@ -64,6 +64,6 @@ def test_what_it_says_for_real_weights_can_be_said(notebook):
     scripts = [cell.source for cell in notebook.cells if tagged(cell, NOT_HERE)]
     found = [call for script in scripts for call in calls(script)]
     assert [name for name, _ in found] == ["caption", "check", "train", "sample"]
-    for name, arguments in found[1:3]:
+    for _, arguments in found[1:3]:
         fields = dict(a[9:].split("=", 1) for a in arguments if a.startswith("--config."))
-        schema.check(load(arguments[arguments.index("--config") + 1], fields), fields), name
+        schema.check(load(arguments[arguments.index("--config") + 1], fields), fields)

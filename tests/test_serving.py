@@ -173,7 +173,7 @@ def test_a_missing_library_is_said(monkeypatch):
 
     monkeypatch.setattr(builtins, "__import__", without)
     with pytest.raises(UserError, match=r"pip install 'dopsd_jax\[ui\]'"):
-        page.library()
+        page.need_gradio()
 
 
 @contextlib.contextmanager

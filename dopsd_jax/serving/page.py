@@ -22,7 +22,7 @@ KEPT = 24 * 3600  # seconds that pictures shown stay in gradio's cache, and betw
 DRAW, WATCH = "draw", "watch"  # names of the endpoints
 
 
-def library() -> ModuleType:
+def need_gradio() -> ModuleType:
     """gradio, with its statistics off. Raises `UserError` where it is not installed."""
     os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"  # read when it is imported
     try:
@@ -36,7 +36,7 @@ def library() -> ModuleType:
 
 def build(studio: Studio | None, watched: Watched | None) -> Any:
     """The page as `gradio.Blocks`: a tab for each that is given. Raises `UserError`."""
-    ui = library()
+    ui = need_gradio()
     with ui.Blocks(
         analytics_enabled=False, title="dopsd_jax", delete_cache=(KEPT, KEPT), fill_width=True
     ) as page:
