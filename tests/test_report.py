@@ -77,6 +77,15 @@ def test_the_pictures_of_a_step_are_told_apart_and_those_of_all_stand_once(tmp_p
     assert alts == ["base: a fox", *(f"tuned, step {step}: a fox" for step in (0, 5, 10))]
 
 
+@pytest.mark.parametrize(
+    ("config", "kind"),
+    [({}, "LoRA"), ({"lora.kind": "lokr"}, "LoKr"), ({"train": "full"}, "Fine-tuned model")],
+)
+def test_a_page_says_what_was_trained(tmp_path, config, kind):
+    page = run(tmp_path, 1, config={"config": config})
+    assert page.inside("p", "header")[0] == kind
+
+
 def test_each_step_is_tied_to_its_file(tmp_path):
     (tmp_path / "lora").mkdir()
     (tmp_path / "lora" / "step_011.safetensors").write_bytes(b"")  # of no run

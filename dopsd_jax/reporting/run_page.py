@@ -99,7 +99,8 @@ def write_report(workdir: str | os.PathLike) -> epath.Path:
     if not isinstance(verdict, str) or not verdict:
         verdict = run_account.sentence(records, gap)
     title = html_page.concept(config, workdir.name or workdir.resolve().name)
-    kind = "Fine-tuned model" if full else "LoRA"
+    adapters = "LoKr" if config.get("lora.kind") == "lokr" else "LoRA"
+    kind = "Fine-tuned model" if full else adapters
     write_text(workdir / REPORT, html_page.render(kind, title, about, verdict, parts))
     return workdir / REPORT
 

@@ -34,7 +34,7 @@ def command(content: Mapping[str, Any]) -> str:
 
 def sample_command(model: str, lora: epath.Path, word: str) -> str:
     """word: of the concept, for the prompt."""
-    prompt = f"{word} on a skateboard" if word else "what to draw"
+    prompt = f"a {word}" if word else "what to draw"
     options = ("--model", model, "--lora", str(lora), "--prompt", prompt, "--out", "pictures")
     return shlex.join(["python", "-m", "dopsd_jax.sample", *options])
 
