@@ -2,6 +2,7 @@
 
 import itertools
 import math
+import re
 from pathlib import Path
 
 from dopsd_jax.common import program
@@ -44,7 +45,7 @@ def seeds() -> list[int]:
     raise_if(
         f"--seed {text!r}: is no whole number from 0 to {LARGEST_SEED}"
         for text in given or [""]
-        if not (text.isascii() and text.isdecimal() and int(text[:11]) <= LARGEST_SEED)
+        if not (re.fullmatch(r"[0-9]{1,10}", text) and int(text) <= LARGEST_SEED)
     )
     first = int(given[0])
     if len(given) > 1 and COUNT.value > 1:

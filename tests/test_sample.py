@@ -125,6 +125,7 @@ def test_push_takes_the_pictures_and_leaves_the_sheets(sheets):
         (["--strengths=0,1", "--prompt=x"], "--strengths: there is nothing to weaken"),
         (["--strengths=0,strong", "--lora=a", "--prompt=x"], "--strengths 'strong'"),
         (["--seed=1,x", "--prompt=x"], "--seed 'x'"),
+        (["--seed=0000000000099999999999", "--prompt=x"], "is no whole number from 0"),
         (["--seed=1,2", "--count=2", "--prompt=x"], "--count: counts seeds from one on"),
         (["--seed=4294967295", "--count=2", "--prompt=x"], "--count 2: seeds end at"),
         ([], "--prompt: there is nothing to draw"),
