@@ -92,21 +92,33 @@ class Compared(NamedTuple):
     power: Float[Array, " 2"]
 
 
-# distance(prediction, target) of velocities [b, h, w, c]: one number, the mean over the samples.
-Distance = Callable[[Array, Array], Array]
+# How much each place of a sample counts, 1 on average; None: every place 1.
+Region = Float[Array, "b h w 1"] | None
+# distance(prediction, target, region) of velocities [b, h, w, c]: one number, the mean over the
+# samples.
+Distance = Callable[[Array, Array, Region], Array]
 
 
 def mean_square(
-    prediction: Float[Array, "b h w c"], target: Float[Array, "b h w c"]
+    prediction: Float[Array, "b h w c"], target: Float[Array, "b h w c"], region: Region = None
 ) -> Float[Array, ""]:
     """The mean squared error: the distance of the paper and of its code."""
-    return jnp.mean(jnp.square(prediction - target))
+    return mean_over(jnp.square(prediction - target), region)
 
 
-def compared(velocity: Float[Array, "b h w c"], wanted: Float[Array, "b h w c"]) -> Compared:
+def mean_over(
+    x: Float[Array, "b h w c"], region: Region, axis: tuple[int, ...] | None = None
+) -> Float[Array, "..."]:
+    """The mean of x, in which every place counts as `region` says."""
+    return jnp.mean(x if region is None else region * x, axis)
+
+
+def compared(
+    velocity: Float[Array, "b h w c"], wanted: Float[Array, "b h w c"], region: Region = None
+) -> Compared:
     """What is reported of a velocity, whatever the loss is."""
-    powers = [jnp.mean(jnp.square(v)) for v in (velocity, wanted)]
-    return Compared(mean_square(velocity, wanted), jnp.stack(powers))
+    powers = [mean_over(jnp.square(v), region) for v in (velocity, wanted)]
+    return Compared(mean_square(velocity, wanted, region), jnp.stack(powers))
 
 
 NOT_COMPARED = Compared(np.float32(np.nan), np.full(2, np.nan, np.float32))
@@ -227,13 +239,14 @@ def loss_and_gradient(
     nodes: Nodes,
     every_step: bool = True,
     distance: Distance = mean_square,
+    region: Region = None,
 ) -> tuple[Losses, Tree]:
     """One rollout of the student: its loss and the loss's gradient for the student.
 
     No gradient flows from one step's state to the step before, so the whole gradient is a sum over
     steps: it is computed inside the scan, and memory does not grow with K. `every_step`: all nodes
-    have a loss, and the program has no branch. `distance`: of the two velocities. Noise, states,
-    losses and gradients are float32.
+    have a loss, and the program has no branch. `distance`: of the two velocities. `region`: the
+    places where they are compared. Noise, states, losses and gradients are float32.
     """
     count = jnp.sum(nodes.loss_mask).astype(jnp.float32)
     ask = ask_teacher(net, teacher, base, contexts)
@@ -243,8 +256,8 @@ def loss_and_gradient(
 
     def loss(student, precomputed, x, node, target):
         v = net.velocity(student, base, x, node.sigma, contexts.student, precomputed)
-        value = node.weight * distance(v, target)
-        return value / count, (v, value, compared(v, target))
+        value = node.weight * distance(v, target, region)
+        return value / count, (v, value, compared(v, target, region))
 
     def step_with_loss(x, node):
         target = ask(x, node)

@@ -76,6 +76,7 @@ def main() -> None:
         shard, shards = own_share()
         if parts.names_prepared(config.data.path):
             raise UserError(f"config.data.path {config.data.path}: is a prepared data set already")
+        data_set.check_unmasked(config)
         needs = registry.needs(config)
         if needs.target or needs.prior:
             raise UserError(

@@ -4,9 +4,10 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
-from jaxtyping import Float
+from jaxtyping import Float, UInt8
 from ml_collections import ConfigDict
 
+from dopsd_jax.common.errors import UserError, raise_if
 from dopsd_jax.common.progress import Progress
 from dopsd_jax.conditioning.encoding import PRIOR, Encoder
 from dopsd_jax.data.cache import FeatureCache, feature_key
@@ -93,6 +94,17 @@ class CachedFeatures:
         name = view_name(self.dataset.buckets[row], self.dataset.rows[row].view)
         return self.dataset.infos[row].digest, name
 
+    def mask_key(self, row: int) -> str:
+        """Where the cache has the mask of a row."""
+        picture, view = self._picture(row)
+        return feature_key(
+            role="mask",
+            prompt="",
+            encoder="",
+            options={"cell": self.encoder.pipe.family.LATENT_FACTOR},
+            pictures=[(picture, view), (self.dataset.masks[row], "")],
+        )
+
     def compute(self) -> None:
         """Computes what the cache lacks. Raises `UserError` before with all over-long captions."""
         # What is cached has passed this check before.
@@ -117,6 +129,18 @@ class CachedFeatures:
             progress = Progress("encoding pictures to latents", len(lacking), quiet=quiet)
             for key in progress.over(lacking):
                 self.cache.put(key, {"latent": self.encoder.latent(rows[key])})
+        self._compute_masks()
+
+    def _compute_masks(self) -> None:
+        """Raises `UserError` with every mask of which nothing is left."""
+        rows = {self.mask_key(row): row for row, mask in enumerate(self.dataset.masks) if mask}
+        faults = []
+        for key in self.cache.missing(rows):
+            try:
+                self.cache.put(key, {"mask": self.encoder.mask(rows[key])})
+            except UserError as error:
+                faults += error.problems
+        raise_if(dict.fromkeys(faults))
 
     def shapes(self, kind: int, keys: Sequence[str]) -> Iterable[Mapping[str, tuple[int, ...]]]:
         """See `Store`."""
@@ -130,3 +154,7 @@ class CachedFeatures:
     def latent(self, row: int) -> Float[np.ndarray, "h w c"]:
         """See `Store`."""
         return self.cache.load(self.latent_key(row))["latent"]
+
+    def mask(self, row: int) -> UInt8[np.ndarray, "h w"]:
+        """See `Store`."""
+        return self.cache.load(self.mask_key(row))["mask"]

@@ -6,12 +6,13 @@ from collections.abc import Iterator, Mapping, Sequence
 
 import jax
 import numpy as np
-from jaxtyping import Float
+from jaxtyping import Float, UInt8
 from ml_collections import ConfigDict
 
 from dopsd_jax.common.errors import UserError, raise_if
 from dopsd_jax.data.dataset import Dataset
 from dopsd_jax.data.images import fit, open_image
+from dopsd_jax.data.masks import cut_mask, open_mask
 from dopsd_jax.data.prepared import Caption
 from dopsd_jax.data.views import cut
 from dopsd_jax.families.base import STUDENT, TEACHER, Features, Request
@@ -65,6 +66,22 @@ class Encoder:
     def latent(self, row: int) -> Float[np.ndarray, "h w c"]:
         """The picture's clean latent, float32: the mean of the posterior."""
         return np.asarray(self.pipe.encode_image(self.image(row)[None])[0])
+
+    def mask(self, row: int) -> UInt8[np.ndarray, "h w"]:
+        """The row's mask on the cells of its latent; 255 counts.
+
+        Raises `UserError` where the bucket cuts off all of the white.
+        """
+        own, bucket = self.dataset.rows[row], self.dataset.buckets[row]
+        factor = self.pipe.family.LATENT_FACTOR
+        digest = self.dataset.infos[row].digest
+        cells = cut_mask(open_mask(own), bucket, own.view, digest, factor)
+        if not own.view.crop and not cells.any():
+            raise UserError(
+                f"{own.mask or own.image}: the part that counts is cut off where its picture goes "
+                f"to the bucket {bucket}; crop the picture, or correct the mask"
+            )
+        return cells
 
     def text(self, caption: Caption, kind: int) -> str:
         """The text that is encoded for a caption."""

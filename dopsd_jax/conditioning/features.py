@@ -7,7 +7,7 @@ from typing import Protocol
 
 import jax
 import numpy as np
-from jaxtyping import Float
+from jaxtyping import Float, UInt8
 from ml_collections import ConfigDict
 
 from dopsd_jax.common.config_fields import as_list, as_numbers
@@ -20,6 +20,7 @@ from dopsd_jax.conditioning.padding import check_channels, padded_rows
 from dopsd_jax.data.dataset import Dataset
 from dopsd_jax.data.images import crop_name
 from dopsd_jax.data.loader import BatchIndex
+from dopsd_jax.data.masks import region
 from dopsd_jax.data.prepared import Caption, Prepared
 from dopsd_jax.data.varied import EMPTY
 from dopsd_jax.dopsd import Contexts
@@ -85,6 +86,9 @@ class Store(Protocol):
     def latent(self, row: int) -> Float[np.ndarray, "h w c"]:
         """The clean latent of the row's picture."""
 
+    def mask(self, row: int) -> UInt8[np.ndarray, "h w"]:
+        """The mask of a row that has one, on the cells of its latent."""
+
     def picture(self, row: int) -> np.ndarray:
         """The row's picture as training sees it: cut to its bucket."""
 
@@ -108,7 +112,7 @@ class Features:
         multiple: int = 1,
     ):
         self.pipe, self.dataset = pipe, dataset
-        self.needs = registry.needs(config)
+        self.needs, self.floor = registry.needs(config), config.data.mask_floor
         self.teacher_key = registry.teacher_key(config)
         if self.needs.prior:
             check_class_prompts(dataset, config)
@@ -189,6 +193,19 @@ class Features:
         """The clean latents of rows of one bucket."""
         return np.stack([self.store.latent(row) for row in rows])
 
+    def regions(self, rows: Iterable[int]) -> Float[np.ndarray, "b h w 1"] | None:
+        """How much each place of rows of one bucket counts; None without config.data.masks."""
+        if not self.dataset.masks:
+            return None
+        found = []
+        for row in rows:
+            width, height = self.dataset.buckets[row]
+            if self.dataset.masks[row]:
+                found.append(region(self.store.mask(row), self.floor))
+            else:
+                found.append(np.ones((*self.pipe.latent_shape(height, width)[:2], 1), np.float32))
+        return np.stack(found)
+
     def batch(self, index: BatchIndex, accumulate: int) -> Batch:
         """What the method learns from, with a leading axis of micro-batches."""
         rows = index.rows.tolist()
@@ -201,6 +218,7 @@ class Features:
             self.contexts(captions, given),
             self.latents(rows) if self.needs.target else None,
             self._context(captions, PRIOR, STUDENT) if self.needs.prior else None,
+            self.regions(rows),
         )
         return jax.tree.map(lambda x: x.reshape(accumulate, -1, *x.shape[1:]), whole)
 

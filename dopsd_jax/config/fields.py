@@ -180,6 +180,12 @@ _DATA = (
     Field("data.flip", False, "every picture is used mirrored too; part of the cache's keys"),
     Field("data.crops", 1, "crops of every picture: the centre, and others at random places in it",
           low=1, high=1000),
+    Field("data.masks", "off",
+          "which places of a picture count in the loss: off (all), files (white of a_mask.png, "
+          "a-masklabel.png or masks/a.png beside a.png), alpha (what is not transparent)",
+          choices=("off", "files", "alpha")),
+    Field("data.mask_floor", 0.0, "how much a black place of a mask counts; a white one counts 1",
+          low=0, high=0.99, when={"data.masks": ("files", "alpha")}),
     Field("data.max_pixels", 200_000_000, "larger pictures are refused before they are decoded",
           low=1, high=PIXELS, unit="pixels"),
     Field("data.cache", "", "folder of cached features; empty: in the work folder", "path",

@@ -21,7 +21,7 @@ from dopsd_jax.weights.safetensors_io import Header, TensorFiles, parse_header
 from dopsd_jax.weights.tensors import CODES
 
 # Part of every key, by role: raised when old entries must not be read.
-FORMATS = {"student": 1, "teacher": 2, "latent": 1}
+FORMATS = {"student": 1, "teacher": 2, "latent": 1, "mask": 1}
 TYPES = ("BF16", "F32", "I32", "I64", "U8")  # of arrays
 READERS = 4  # threads
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
@@ -29,7 +29,7 @@ _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 def feature_key(
     *,
-    role: Literal["student", "teacher", "latent"],
+    role: Literal["student", "teacher", "latent", "mask"],
     prompt: str,
     encoder: str,
     options: Mapping[str, object],

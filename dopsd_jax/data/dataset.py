@@ -13,7 +13,7 @@ import numpy as np
 
 from dopsd_jax.common.errors import UserError, raise_if
 from dopsd_jax.common.progress import Progress
-from dopsd_jax.data import sets
+from dopsd_jax.data import masks, sets
 from dopsd_jax.data.blobs import Blob
 from dopsd_jax.data.buckets import Bucket, Reference, Shape, nearest_at
 from dopsd_jax.data.concepts import Shown
@@ -40,7 +40,8 @@ class Dataset:
     `prompt_keys`: keys of the trained captions; rows may have others, for their teacher.
     `features`: the encoders' outputs, if `dopsd_jax.prepare` has made them. `references[i]`: what
     row i edits; empty if no row edits anything. `sets`: the rows of each data set, if there are
-    several. `others[i]`: the picture that its teacher is shown; empty: its own.
+    several. `others[i]`: the picture that its teacher is shown; empty: its own. `masks[i]`: sha256
+    of its mask, "" where all of it counts; empty: there are no masks.
     """
 
     rows: Sequence[DataRow]
@@ -52,6 +53,7 @@ class Dataset:
     references: Sequence[tuple[Reference, ...]] = ()
     sets: tuple[PartOfRows, ...] = ()
     others: Sequence[Shown] = ()
+    masks: tuple[str, ...] = ()
 
     def shape(self, row: int) -> Shape:
         """What the row has in common with the others of its batches."""
@@ -70,10 +72,9 @@ class Dataset:
         pick = lambda found: tuple(found[i] for i in numbers)
         rows, references = Chosen(self.rows, numbers), self.references and pick(self.references)
         infos, buckets = pick(self.infos), pick(self.buckets)
-        others = self.others and pick(self.others)
-        return replace(
-            self, rows=rows, infos=infos, buckets=buckets, references=references, others=others
-        )
+        others, masks = self.others and pick(self.others), self.masks and pick(self.masks)
+        own = {"references": references, "others": others, "masks": masks}
+        return replace(self, rows=rows, infos=infos, buckets=buckets, **own)
 
     def captions(self, keys: Sequence[str] | None = None) -> list[Caption]:
         """Every caption under `keys`, in order; None: under any."""
@@ -105,6 +106,8 @@ class Dataset:
             total.update(json.dumps([info.digest, bucket, captions, *view]).encode())
         if self.references:
             total.update(json.dumps(list(self.references)).encode())
+        if self.masks:
+            total.update(json.dumps(self.masks).encode())
         return total.hexdigest()
 
 
@@ -118,22 +121,31 @@ def measure(
     index: PictureIndex | None = None,
     reference_size: ReferenceSize | None = None,
     levels: Sequence[Sequence[Bucket]] = (),
+    masked: str = masks.OFF,
 ) -> Dataset:
     """Opens every picture once and chooses its bucket; raises the faults of all rows together.
 
     With `verify` every picture is decoded, so that nothing fails hours later. Pictures that `index`
     knows and that have not changed are not opened; it is updated, also after an error. `levels`:
-    the buckets of each resolution, from the lowest, for rows that are shown at several.
+    the buckets of each resolution, from the lowest, for rows that are shown at several. `masked`:
+    config.data.masks.
     """
     limits, levels = limits or ImageLimits(), levels or (buckets,)
     index = index or PictureIndex(None)
-    infos, problems, references, chosen = Infos(), [], [], []
+    infos, problems, references, chosen, regions = Infos(), [], [], [], []
     count = len(rows.rows)
     progress = Progress("looking at pictures", count, quiet=count <= _AT_ONCE)
 
     def look(picture: Path | Blob) -> ImageInfo | UserError:
         try:
             return index.look(picture, limits, verify)
+        except UserError as error:
+            return error
+
+    def look_at_mask(row: DataRow) -> ImageInfo | UserError:
+        own = lambda _, limits, verify: masks.inspect_mask(row, limits)
+        try:
+            return index.look(row.mask or row.image, limits, verify, own, f"mask {masked}")
         except UserError as error:
             return error
 
@@ -144,12 +156,18 @@ def measure(
             # Rows may share pictures, as those do that count several times.
             pictures = dict.fromkeys(p for row in some for p in (row.image, *row.references))
             seen = dict(zip(pictures, pool.map(look, pictures), strict=True))
+            with_mask = {row.mask or row.image: row for row in some if _has_mask(row, masked)}
+            looked = pool.map(look_at_mask, with_mask.values())
+            seen_masks = dict(zip(with_mask, looked, strict=True))
             for row in some:
                 found = [seen[picture] for picture in (row.image, *row.references)]
-                if faults := list(_faults(row, found)):
+                mask = seen_masks.get(row.mask or row.image) if _has_mask(row, masked) else None
+                faults = list(_faults(row, found)) or masks.faults(row, found[0], mask)
+                if faults:
                     problems += faults
                     continue
                 infos.append(found[0])
+                regions.append("" if mask is None or mask.notes else mask.digest)
                 bucket = nearest_at(found[0].width, found[0].height, levels, row.view.level)
                 chosen.append(bucket)
                 own = []
@@ -166,10 +184,14 @@ def measure(
     raise_if(dict.fromkeys(problems))
     chosen = tuple(chosen)
     notes = (*rows.notes, *_notes(rows.rows, infos, chosen))
+    regions = () if masked == masks.OFF else tuple(regions)
     references = references if any(references) else ()
-    return Dataset(
-        rows.rows, infos, chosen, rows.prompt_keys, notes, references=references, sets=rows.sets
-    )
+    own = {"references": references, "sets": rows.sets, "masks": regions}
+    return Dataset(rows.rows, infos, chosen, rows.prompt_keys, notes, **own)
+
+
+def _has_mask(row: DataRow, masked: str) -> bool:
+    return masked == masks.ALPHA or row.mask is not None
 
 
 def _faults(row: DataRow, found: Sequence[ImageInfo | UserError]) -> Iterable[str]:
@@ -228,6 +250,14 @@ def describe(dataset: Dataset, batch_size: int) -> list[str]:
         f"pictures, digest {dataset.digest()[:12]}"
     ]
     lines += sets.describe(dataset.sets)
+    if dataset.masks:
+        whole = Examples()
+        for row, mask in zip(dataset.rows, dataset.masks, strict=True):
+            if not mask:
+                whole.add(row.where)
+        count = len(dataset.masks) - whole.count
+        rest = f"; of {whole.count} without one all counts: {whole}" if whole else ""
+        lines.append(f"masks: {count} of {len(dataset.masks)} rows have one{rest}")
     for shape, rows in list(by_shape.items())[:MOST_SHAPES]:
         sizes = dataset.infos.sizes()[rows]
         enlarged = int(np.sum((sizes < np.array(shape.bucket)).any(axis=1)))

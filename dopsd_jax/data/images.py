@@ -7,7 +7,7 @@ import io
 import os
 import struct
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
@@ -20,7 +20,7 @@ from dopsd_jax.common.errors import UserError
 from dopsd_jax.common.files import open_regular
 from dopsd_jax.data import heic
 from dopsd_jax.data.blobs import Blob
-from dopsd_jax.data.rgb import UnsupportedModeError, mark_sixteen_bits, to_srgb
+from dopsd_jax.data.rgb import UnsupportedModeError, mark_sixteen_bits, opacity, to_srgb
 
 # Names of Pillow's readers.
 FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "TIFF", "GIF", "AVIF", heic.FORMAT)
@@ -74,6 +74,17 @@ def open_image(
     path = Path(path) if isinstance(path, str) else path
     with _reading(path) as file:
         image, _ = _decode(path, file, _header(path, file, limits or ImageLimits()))
+        return np.asarray(image)
+
+
+def open_alpha(
+    path: str | Path | Blob, limits: ImageLimits | None = None
+) -> UInt8[np.ndarray, "H W"]:
+    """How opaque a picture is, upright; 255 everywhere if it says nothing. Raises `UserError`."""
+    path = Path(path) if isinstance(path, str) else path
+    with _reading(path) as file:
+        header = _header(path, file, limits or ImageLimits())
+        image, _ = _decode(path, file, header, lambda image: (opacity(image), ()))
         return np.asarray(image)
 
 
@@ -169,9 +180,9 @@ def _header(path: Path | Blob, file: BinaryIO, limits: ImageLimits) -> Image.Ima
 
 
 def _decode(
-    path: Path | Blob, file: BinaryIO, image: Image.Image
+    path: Path | Blob, file: BinaryIO, image: Image.Image, convert: Callable = to_srgb
 ) -> tuple[Image.Image, tuple[str, ...]]:
-    """The pixels as upright sRGB, and what the user should know."""
+    """The pixels, upright, as sRGB or whatever `convert` makes, and what the user should know."""
     notes: tuple[str, ...] = ()
     try:
         if image.format == "PNG":  # Pillow's decoder ignores the checksums of the pixels
@@ -189,7 +200,7 @@ def _decode(
             image = _without_end_mark(file)
             notes = ("the JPEG's end mark is missing; all its pixels are there",)
         ImageOps.exif_transpose(image, in_place=True)
-        image, more = to_srgb(image)
+        image, more = convert(image)
         return image, notes + more
     except UnsupportedModeError as error:
         raise UserError(f"{path}: pixels of kind {error} have no one meaning; {CONVERT}") from error

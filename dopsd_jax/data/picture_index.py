@@ -6,7 +6,7 @@ import os
 import threading
 import time
 from array import array
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import astuple
 from pathlib import Path
 
@@ -118,23 +118,35 @@ class PictureIndex:
         # A start that was stopped has not seen all of the old pictures; they stay known.
         self._save(keep_old=kind is not None)
 
-    def look(self, picture: Path | Blob, limits: ImageLimits, verify: bool) -> ImageInfo:
-        """`inspect_image`, or what it found the last time. Raises `UserError`."""
+    def look(
+        self,
+        picture: Path | Blob,
+        limits: ImageLimits,
+        verify: bool,
+        inspect: Callable[..., ImageInfo] = inspect_image,
+        kind: str = "",
+    ) -> ImageInfo:
+        """`inspect_image`, or what it found the last time. Raises `UserError`.
+
+        `inspect`: another look at it, of this `kind`.
+        """
+        found = lambda: inspect(picture, limits, verify=verify)
         if self.cache is None:
-            return inspect_image(picture, limits, verify=verify)
+            return found()
         try:
             status = self._status(picture)
         except OSError:  # the next line reports it
-            return inspect_image(picture, limits, verify=verify)
+            return found()
         place = (picture.name, picture.place, picture.size) if isinstance(picture, Blob) else ()
         file = picture.archive if isinstance(picture, Blob) else picture
         identity = [
-            str(file), status.st_size, status.st_mtime_ns, *place, *astuple(limits), verify
+            str(file), status.st_size, status.st_mtime_ns, *place, *astuple(limits), verify,
+            *[kind] * bool(kind),
         ]  # fmt: skip
         stamp = hashlib.sha256(json.dumps(identity).encode()).digest()[:_STAMP]
         row = self._row_of.get(stamp)
         known = row is not None
-        info = self._old[row] if known else inspect_image(picture, limits, verify=verify)
+        info = self._old[row] if known else found()
         with self._lock:
             self.opened += not known
             if time.time() - status.st_mtime > SETTLED:

@@ -49,6 +49,15 @@ def to_srgb(image: Image.Image) -> tuple[Image.Image, tuple[str, ...]]:
     return image.convert("RGB"), tuple(notes)
 
 
+def opacity(image: Image.Image) -> Image.Image:
+    """How opaque a decoded picture is, as 8-bit grey."""
+    if image.mode.startswith("I") and _sixteen_bits(image):
+        image = _grey_from_16(image)
+    if not image.has_transparency_data:
+        return Image.new("L", image.size, 255)
+    return image.convert("RGBA").getchannel("A")
+
+
 def _sixteen_bits(image: Image.Image) -> bool:
     if image.mode.startswith("I;16"):
         return True

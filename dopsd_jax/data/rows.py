@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from dopsd_jax.common.errors import UserError, raise_if
+from dopsd_jax.data import masks
 from dopsd_jax.data.blobs import ARCHIVES
 from dopsd_jax.data.sets import Joined, PartOfRows, parts_of, shares_of
 from dopsd_jax.data.sources import array_record, folder, parquet, records, tar
@@ -36,6 +37,7 @@ ONLY_FOR = {
     "folder_captions": (folder.LAYOUT,),
     "folder_repeats": (folder.LAYOUT,),
     "references": (records.LAYOUT, folder.LAYOUT),
+    "masks": (records.LAYOUT, folder.LAYOUT),
 }
 
 
@@ -95,6 +97,9 @@ def load_rows(
         raise UserError(f"{collector.where}: holds no rows")
     raise_if(problems)
     rows: Sequence[DataRow] = Varied(table, variants) if variants else table
+    if chosen.masks:
+        masks.forget()
+        rows = masks.with_masks(rows, str(path))
     if len(views) > 1:
         rows = Viewed(rows, views)
     notes += _names_sides(table) if any(view.mirrored for view in views) else []

@@ -39,7 +39,8 @@ class DataRow:
 
     `where` names the row in messages. `declared_size` is the (width, height) that a record claims;
     it is only compared with the file. `references`: pictures that are edited to this one.
-    `concept`: what the table says that it shows; empty: nothing.
+    `concept`: what the table says that it shows; empty: nothing. `mask`: a file that says which
+    places count.
     """
 
     image: Image
@@ -49,6 +50,7 @@ class DataRow:
     references: tuple[Path, ...] = ()
     view: View = WHOLE
     concept: str = ""
+    mask: Path | None = None
 
     def having(self, key: str) -> tuple[int, ...]:
         """Indices into `captions` of those under `key`."""

@@ -14,6 +14,7 @@ from ml_collections import ConfigDict
 from dopsd_jax import dopsd, families
 from dopsd_jax.common.errors import UserError, raise_if
 from dopsd_jax.conditioning.cached import sees_picture
+from dopsd_jax.data.masks import OFF
 from dopsd_jax.families.base import STUDENT, TEACHER, Family, Size
 from dopsd_jax.methods import anchor, registry
 from dopsd_jax.methods.flow_matching import Batch
@@ -116,10 +117,12 @@ def _batch(config, case: Workload, features, put: Callable) -> Batch:
     student, teacher = (jax.tree.map(put, own) for own in features)
     needs = registry.needs(config)
     target = jax.ShapeDtypeStruct((*case.latent, case.size.channels), jnp.float32)
+    region = jax.ShapeDtypeStruct((*case.latent, 1), jnp.float32)
     return Batch(
         dopsd.Contexts(student, teacher if needs.teacher else None),
         put(target) if needs.target else None,
         student if needs.prior else None,
+        None if config.data.masks == OFF else put(region),
     )
 
 

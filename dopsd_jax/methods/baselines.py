@@ -21,6 +21,7 @@ from dopsd_jax.dopsd import (
     Teachers,
     ask_teacher,
     compared,
+    mean_over,
     mean_square,
     rollout,
 )
@@ -49,7 +50,7 @@ def sft(
     x0, sigma = batch.target, levels.draw(folded(draws.keys, 0))
     noise = normals(folded(draws.keys, 1), levels.samples, x0)
     points = Points(noised(x0, noise, sigma), sigma, noise - x0, jnp.ones(len(sigma)))
-    return fit(net, student, base, batch.contexts.student, points)
+    return fit(net, student, base, batch.contexts.student, points, region=batch.region)
 
 
 def sft_teacher(
@@ -82,7 +83,7 @@ def dreambooth(
 
     L = L_sft(pictures, prompts) + weight L_sft(pictures of the class, class prompts)
 
-    The pictures of the class are drawn by `start`, the network before training.
+    The pictures of the class are drawn by `start`, the network before training; all of each counts.
     """
     own, gradient = sft(net, student, base, batch, draws, levels)
     x0 = rollout(net, start, base, batch.prior, draws.start, grid)
@@ -136,7 +137,8 @@ def offpolicy(
     sigma = jnp.broadcast_to(nodes.sigma[:, None], x.shape[:2])
     points = Points(x, sigma, wanted, nodes.weight)
     loss_mask = None if every_step else nodes.loss_mask
-    return fit(net, student, base, batch.contexts.student, points, loss_mask, distance)
+    own = student, base, batch.contexts.student, points
+    return fit(net, *own, loss_mask, distance, batch.region)
 
 
 class Preference(NamedTuple):
@@ -181,7 +183,8 @@ def pso(
 
         def error(velocity, x0):
             v, wanted = velocity(noised(x0, noise, node.sigma), node.sigma), noise - x0
-            return jnp.mean(jnp.square(v - wanted), axis=(1, 2, 3)), compared(v, wanted)
+            each = mean_over(jnp.square(v - wanted), batch.region, axis=(1, 2, 3))
+            return each, compared(v, wanted, batch.region)
 
         def margin(velocity):
             (won, seen), (lost, _) = error(velocity, batch.target), error(velocity, lost_x0)

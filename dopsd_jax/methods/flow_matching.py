@@ -19,6 +19,7 @@ from dopsd_jax.dopsd import (
     Denoiser,
     Distance,
     Losses,
+    Region,
     compared,
     mean_square,
 )
@@ -31,11 +32,13 @@ class Batch(NamedTuple):
     """What a method learns from; None where it has no use for it.
 
     target: clean latents of the data set's pictures. prior: the context of the class prompts.
+    region: the places of a frame that count; without config.data.masks there is none.
     """
 
     contexts: Contexts
     target: Float[Array, "b h w c"] | None = None
     prior: Tree | None = None
+    region: Region = None
 
 
 class Draws(NamedTuple):
@@ -122,12 +125,17 @@ def fit(
     points: Points,
     loss_mask: Bool[Array, " p"] | None = None,
     distance: Distance = mean_square,
+    region: Region = None,
 ) -> tuple[Losses, Tree]:
-    """L = 1/P sum_p w_p distance( v_student(x_p), wanted_p ) over the points of `loss_mask`."""
+    """L = 1/P sum_p w_p distance( v_student(x_p), wanted_p ) over the points of `loss_mask`.
+
+    `region`: the places that count, the same at all points.
+    """
 
     def loss(velocity, point: Points):
         v = velocity(point.x, point.sigma)
-        return point.weight * distance(v, point.wanted), compared(v, point.wanted)
+        value = point.weight * distance(v, point.wanted, region)
+        return value, compared(v, point.wanted, region)
 
     return over_points(net, student, base, context, loss, points, loss_mask)
 

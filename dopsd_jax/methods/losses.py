@@ -98,7 +98,7 @@ def drop_picture(net: Denoiser, share: float, batch: Batch, draws: Draws) -> Bat
 def dopsd(setup: Setup, student, teacher, base, batch: Batch, noise, key) -> Result:
     networks, nodes = (setup.net, student, teacher, base), setup.told_nodes(key)
     return loss_and_gradient(
-        *networks, batch.contexts, noise, nodes, setup.every_step, setup.distance
+        *networks, batch.contexts, noise, nodes, setup.every_step, setup.distance, batch.region
     )
 
 

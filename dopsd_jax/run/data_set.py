@@ -16,6 +16,7 @@ from dopsd_jax.data.cache import FeatureCache
 from dopsd_jax.data.concepts import other_pictures
 from dopsd_jax.data.dataset import Dataset, ReferenceSize, measure
 from dopsd_jax.data.images import ImageLimits
+from dopsd_jax.data.masks import FILES, OFF
 from dopsd_jax.data.picture_index import PictureIndex
 from dopsd_jax.data.prepared import Prepared
 from dopsd_jax.data.prepared_parts import AGAIN, Manifest, names_prepared
@@ -48,6 +49,7 @@ def open_data(config: ConfigDict, workdir: Path, pipe: Pipeline) -> Dataset:
     buckets = data_buckets(config, pipe.size_multiple)
     levels = data_levels(config, pipe.size_multiple)
     if names_prepared(config.data.path):
+        check_unmasked(config)
         keys, other = asked_keys(config), registry.teacher_key(config)
         keys += (other,) if keys and other else ()
         prepared = Prepared(*as_paths(config.data.path), keys or None)
@@ -71,12 +73,32 @@ def open_data(config: ConfigDict, workdir: Path, pipe: Pipeline) -> Dataset:
         rows, index = open_rows(config, workdir), picture_index(config, workdir)
         size = reference_size(config, pipe)
         dataset = measure(
-            rows, buckets, limits(config), index=index, reference_size=size, levels=levels
+            rows,
+            buckets,
+            limits(config),
+            index=index,
+            reference_size=size,
+            levels=levels,
+            masked=config.data.masks,
         )
+        if dataset.masks and not any(dataset.masks):
+            raise UserError(
+                f"config.data.masks: {config.data.masks}, and no picture of {config.data.path} has "
+                f"a mask that is not white everywhere; set it to {OFF}"
+            )
         if shows_others(config, pipe.family):
             dataset = with_others(config, dataset)
     check_references(config, pipe.family, dataset)
     return dataclasses.replace(dataset, prompt_keys=trained_keys(config, dataset.prompt_keys))
+
+
+def check_unmasked(config: ConfigDict) -> None:
+    """Raises `UserError` for masks with a data set that is, or shall be, prepared."""
+    if config.data.masks != OFF:
+        raise UserError(
+            f"config.data.masks: {config.data.masks}, and a prepared data set holds no masks; set "
+            f"it to {OFF}, or train with the pictures themselves"
+        )
 
 
 def prepared_sets(config: ConfigDict, manifest: Manifest) -> tuple[PartOfRows, ...]:
@@ -195,6 +217,7 @@ def open_rows(config: ConfigDict, workdir: Path) -> Rows:
         cache=FeatureCache(cache_folder(config, workdir)),
         teacher_key=registry.teacher_key(config),
         references=as_list(config.data.references),
+        masks=data.masks == FILES,
         **{name: data[name] for name in ROW_OPTIONS},
     )
 

@@ -6,6 +6,7 @@ from pathlib import Path
 
 from dopsd_jax.common.errors import UserError
 from dopsd_jax.common.files import read_bytes
+from dopsd_jax.data import masks
 from dopsd_jax.data.sources.captions import (
     CAPTION_KEY,
     MAX_CAPTION_BYTES,
@@ -111,7 +112,11 @@ class _Reader:
                 self.masks.add(self._short(path))
             else:
                 pictures.setdefault(normal(stem), []).append(name)
+        all_stems = {*pictures}
         times, own_name = self._numbers(where) if pictures else (1, "")
+        for stem in [*pictures] if self.options.masks else ():
+            if masks.is_mask(where, str(self.top), stem, all_stems):
+                pictures.pop(stem)
         for stem, same in pictures.items():
             images = [os.path.join(where, name) for name in same]
             captions, fault = self._text_of(where, (stem, normal(same[0])), texts, beside)

@@ -24,7 +24,7 @@ class Options:
     trigger: replaces the placeholder [trigger]. folder_captions: a picture without a caption file
     takes the name of its folder. folder_repeats: a folder `10_name` counts ten times. references:
     where the pictures are that are edited: `auto` or columns of a table, or folders; empty: there
-    are none.
+    are none. masks: pictures have mask files beside them.
     """
 
     prompt_keys: Sequence[str] | None = None
@@ -38,6 +38,7 @@ class Options:
     folder_captions: bool = False
     folder_repeats: bool = False
     references: Sequence[str] = ()
+    masks: bool = False
 
     def check(self) -> None:
         """Raises `UserError` for the first option that cannot be."""
