@@ -52,6 +52,15 @@ def test_the_card_says_what_the_file_says():
     assert "num_inference_steps=8" in text and "| rank | 16 |" in text
 
 
+@pytest.mark.parametrize(
+    ("told", "kind"),
+    [('{"algo": "lokr"}', "LoKr"), ('{"algo": "lora"}', "LoRA"), ("[1]", "LoRA"), ("{", "LoRA")],
+)
+def test_the_card_calls_the_adapter_by_its_kind(told, kind):
+    assert f"A {kind} for a few-step image model" in of(HEADER | {"ss_network_args": told})
+    assert "A LoRA for" in of(HEADER)
+
+
 def test_another_licence_has_its_name_and_a_folder_is_no_base():
     found = front(
         of(HEADER | {"modelspec.license": "of the base model: FLUX Non-Commercial License"})

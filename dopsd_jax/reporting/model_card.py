@@ -86,9 +86,19 @@ def _about(header: Mapping[str, str], base: str) -> str:
     }
     rows = [f"| {name} | {_line(text)} |" for name, text in facts.items() if text]
     said = (
-        "A LoRA for a few-step image model: use it with the model's own few steps, at strength 1."
+        f"A {_kind(header)} for a few-step image model: use it with the model's own few steps, at "
+        "strength 1."
     )
     return "\n".join([said, "", "| | |", "|---|---|", *rows])
+
+
+def _kind(header: Mapping[str, str]) -> str:
+    """What the adapter is called; a file's header can hold anything."""
+    try:
+        told = json.loads(header.get("ss_network_args", "{}"))
+    except (ValueError, RecursionError):
+        told = None
+    return "LoKr" if isinstance(told, dict) and told.get("algo") == "lokr" else "LoRA"
 
 
 def _use(header: Mapping[str, str], file: str, base: str, repo: str) -> str:
