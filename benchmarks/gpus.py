@@ -31,7 +31,10 @@ PACKAGED = {12: "RTX 4070", 16: "RTX 4080", 24: "RTX 4090", 48: "L40S", 80: "H10
 REACHED = 0.4  # share of that rate
 MARGIN = 0.1  # share of the usable memory that a packaged configuration leaves
 SIDES = (1024, 768, 512)
-LORA = [{"base_dtype": kind} for kind in ("bfloat16", "int8", "nf4")]
+LORA = [
+    *({"base_dtype": kind} for kind in ("bfloat16", "int8", "nf4")),
+    {"base_dtype": "bfloat16", "offload": "base"},
+]
 FULL = [
     {},
     {"moments_dtype": "bfloat16", "offload": "teacher"},
@@ -89,7 +92,10 @@ python -m dopsd_jax.train --config configs/flux2_klein.py:9b_16gb --config.data.
 ## Any settings
 
 GiB for a step of one image (larger batches by `accumulate`), full rematerialisation, LoRA of rank
-64. *smallest card*: of {", ".join(map(str, CARDS))} GiB.
+64. *smallest card*: of {", ".join(map(str, CARDS))} GiB. `offload=base`: the frozen layers lie in
+the host's memory and are copied to the device one at a time, in every forward and backward pass
+([running.md](running.md#layers-in-the-hosts-memory)). No configuration above uses it, because it
+has not run on a GPU.
 
 | model | trained | pixels | settings | GiB | smallest card |
 |---|---|---|---|--:|---|

@@ -1,7 +1,9 @@
 """The configurations for cards: each fits, is valid, and trains on a small network."""
 
 import functools
+import itertools
 import os
+import re
 import subprocess
 import sys
 
@@ -54,6 +56,24 @@ def test_the_page_lists_every_one_of_them():
         (line,) = [line for line in page.splitlines() if f"`{one.spec}`" in line and "|" in line]
         report, _ = report_of(one)
         assert f"| {report.needed / 2**30:.1f} | {gpus.free(report):.0%} |" in line
+
+
+def test_the_short_table_of_the_readme_says_the_same():
+    """Of each card a row, of each model a column: configuration, GiB, seconds a step, hours."""
+    read = lambda *path: ROOT.joinpath(*path).read_text(encoding="utf-8").splitlines()
+    cells = lambda line: [cell.strip() for cell in line.split("|")[1:-1]]
+    expected = {}
+    for row in map(cells, filter(re.compile(r"\| \d+ GB ").match, read("docs", "gpus.md"))):
+        card, model, spec, _, gib, _, _, seconds, hours = row
+        name = spec.strip("`").partition(":")[2]
+        expected[card, model] = f"`{name}` {gib}, {seconds}, {hours}"
+    lines = read("README.md")
+    (start,) = [i for i, line in enumerate(lines) if line.startswith("| GiB, s a step, hours")]
+    models, found = cells(lines[start])[1:], {}
+    for line in itertools.takewhile(lambda line: line.startswith("|"), lines[start + 2 :]):
+        card, *own = cells(line)
+        found |= {(card, model): cell for model, cell in zip(models, own, strict=True)}
+    assert found == expected and len(found) == len(PACKAGED)
 
 
 def test_a_text_encoder_is_the_one_that_the_transformer_was_made_for():

@@ -68,7 +68,7 @@ def check(config: Mapping[str, Any], asked: Collection[str] = ()) -> None:
             f"config.moments_dtype: {given['moments_dtype']} with config.optimizer = adafactor, "
             "which keeps rows and columns only; set it to float32"
         )
-    faults += _teacher(given) + _distance(given)
+    faults += _teacher(given) + _base(given) + _distance(given)
     faults += anchor.faults(given, METHODS[given["method"]].keeps)
     if given["warmup_steps"] >= given["steps"]:
         faults.append(
@@ -152,6 +152,28 @@ def _distance(given: Mapping[str, Any]) -> list[str]:
         f"config.loss: {DECOUPLED} does not go with config.method = {method.name}, whose loss is "
         "no distance to a teacher; use x0, velocity, step or a list of weights"
     ]
+
+
+def _base(given: Mapping[str, Any]) -> list[str]:
+    """A frozen network in the host's memory where there is none, or where it would not stay."""
+    if "base" not in as_list(given["offload"]):
+        return []
+    if given["train"] == "full":
+        return [
+            "config.offload: names the base, the frozen network of adapters, which "
+            "config.train = full has not; leave it out, teacher and optimizer can be named"
+        ]
+    if given["remat"] == "none":
+        return [
+            "config.offload: names the base, but config.remat = none keeps all its layers on the "
+            "device for the backward pass; set config.remat to full or dots"
+        ]
+    if given["base_dtype"] in kinds.QUANTISED:  # the TPU compiler of jax 0.10.2 fails
+        return [
+            "config.offload: names the base, whose layers are fetched one by one only in "
+            f"{' or '.join(kinds.WHOLE)}, not in {given['base_dtype']}; set config.base_dtype"
+        ]
+    return []
 
 
 def _teacher(given: Mapping[str, Any]) -> list[str]:

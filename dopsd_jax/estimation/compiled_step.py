@@ -74,7 +74,9 @@ def compile_step(config: ConfigDict, case: Workload, devices: list[jax.Device]) 
         return dataclasses.replace(report, seconds=seconds, needed=needed, problem=problem)
     stats = compiled.memory_analysis()
     needed = stats.peak_memory_in_bytes
-    if platform != "tpu":  # there the peak leaves temporaries out, and they are one block
+    # Elsewhere the peak leaves temporaries out, and they are one block. A TPU's counts what lies in
+    # the host's memory.
+    if platform != "tpu" or stats.host_argument_size_in_bytes:
         results = stats.output_size_in_bytes - stats.alias_size_in_bytes
         needed = stats.argument_size_in_bytes + results + stats.temp_size_in_bytes
     sent = collectives(compiled.as_text())

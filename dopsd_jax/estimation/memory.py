@@ -1,18 +1,19 @@
 """Memory of one device during a step, counted from shapes: without a compiler, without arrays."""
 
 import math
+from collections import Counter
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+from flax import nnx
 from jax.sharding import AbstractMesh, Mesh
 from ml_collections import ConfigDict
 
 from dopsd_jax.estimation.abstract_step import Program
 from dopsd_jax.methods import registry
-from dopsd_jax.parallel.sharding import BATCH_AXES
+from dopsd_jax.parallel.sharding import BATCH_AXES, HOST
 
-HOST = "pinned_host"
 # Steps are counted as for a TPU: every kernel that keeps no probabilities keeps the same arrays.
 PLATFORM = "tpu"
 STUDENT = {"lora": "adapters", "full": "master"}  # what config.train's parameters are called
@@ -23,13 +24,15 @@ class Account(NamedTuple):
 
     live: what lives as long as the run, by kind. host: the same of what lies in its host's memory.
     gradient: of one micro-batch, for all that is trained. activations: kept by the student's
-    forward pass for its backward pass.
+    forward pass for its backward pass. fetched: of a base in the host's memory, what is on the
+    device at one time: a layer, and the next one on its way.
     """
 
     live: dict[str, int]
     host: dict[str, int]
     gradient: int
     activations: int
+    fetched: int = 0
 
     @property
     def lasting(self) -> int:
@@ -42,8 +45,8 @@ class Account(NamedTuple):
         The peak is the larger of two gradients and the activations, and one gradient and the state
         that the update brings from host memory.
         """
-        teach = 2 * self.gradient + self.activations
-        update = self.gradient + sum(self.host.values())
+        teach = 2 * self.gradient + self.activations + self.fetched
+        update = self.gradient + sum(held for kind, held in self.host.items() if kind != "base")
         return self.lasting + max(teach, update)
 
 
@@ -71,6 +74,7 @@ def count(config: ConfigDict, program: Program, mesh: Mesh | AbstractMesh) -> Ac
         host={kind: held for kind, tree in kinds.items() if (held := _bytes(tree, host=True))},
         gradient=_bytes(like.student),
         activations=_activations(config, program, mesh),
+        fetched=2 * _largest_layer(program.base),
     )
 
 
@@ -81,6 +85,15 @@ def _bytes(tree, host: bool = False) -> int:
         for x in jax.tree.leaves(tree)
         if (x.sharding.memory_kind == HOST) == host
     )
+
+
+def _largest_layer(base: nnx.State) -> int:
+    """Bytes on one device of a layer of the stacks that lie in the host's memory."""
+    stacks: Counter[str] = Counter()
+    for path, leaf in nnx.to_flat_state(base):
+        if held := _bytes(leaf, host=True):
+            stacks[str(path[0])] += held // leaf.shape[0]
+    return max(stacks.values(), default=0)
 
 
 def _activations(config: ConfigDict, program: Program, mesh: Mesh | AbstractMesh) -> int:

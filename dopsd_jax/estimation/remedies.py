@@ -101,7 +101,8 @@ def describe(config: ConfigDict, case: Workload, report: Report) -> list[str]:
         verdict = "" if remedy.needed > report.capacity else ": fits"
         lines.append(f"  {gib(remedy.needed)}  {remedy.flags}: {remedy.why}{verdict}")
     if len(chain) > 1:
-        flags = " ".join(remedy.flags for remedy in chain)
+        fields = {name: value for remedy in chain for name, value in remedy.fields.items()}
+        flags = Remedy(fields, "", 0).flags  # a later change of a field replaces an earlier one
         lines.append(f"  {gib(chain[-1].needed)}  together: {flags}: fits")
     if devices:
         lines.append(
@@ -141,6 +142,13 @@ def _changes(config: ConfigDict, report: Report) -> Iterator[tuple[dict[str, Any
         if not set(names) <= set(held):
             both = ",".join(dict.fromkeys((*held, *names)))
             yield {"offload": both}, "kept in the host's memory between uses"
+    if config.train == "lora" and "base" not in held:
+        fields = {"offload": ",".join((*held, "base"))}
+        if config.remat == "none":
+            fields["remat"] = "full"
+        if config.base_dtype != "float32":  # also where another change has quantised it
+            fields["base_dtype"] = "bfloat16"
+        yield fields, "the frozen layers in the host's memory, fetched in every pass"
     if config.optimizer == "adamw":
         yield {"optimizer": "adafactor"}, "no moments but rows and columns of the second"
 

@@ -24,6 +24,7 @@ UNCONSTRAINED = PartitionSpec.UNCONSTRAINED
 
 AXES = ("data", "fsdp", "context", "tensor")
 BATCH_AXES = ("data", "fsdp")
+HOST = "pinned_host"  # jax's name for the memory of a device's host
 _sample_axes = contextvars.ContextVar("sample_axes", default=BATCH_AXES)
 
 # How the large kernels [..., in, out] of a network's blocks are split, by the ends of their paths.
@@ -182,16 +183,30 @@ def parameter_spec(path: str, shape: tuple[int, ...], mesh: Mesh) -> PartitionSp
     return PartitionSpec(*(None,) * (len(shape) - 2), *split)
 
 
-def state_shardings(state: Tree, mesh: Mesh) -> Tree:
+def base_sharding(
+    path: str, shape: tuple[int, ...], mesh: Mesh, away: bool = False
+) -> NamedSharding:
+    """Where a parameter of the network lies; `away`: stacks of layers in the host's memory.
+
+    Only of kernels, [layers, in, out]: all else is small, or is used outside the loops over layers,
+    which fetch what is away.
+    """
+    place = NamedSharding(mesh, parameter_spec(path, shape, mesh))
+    stacked = len(shape) > 2 and path.endswith(".kernel")
+    return place.with_memory_kind(HOST) if away and stacked else place
+
+
+def state_shardings(state: Tree, mesh: Mesh, away: bool = False) -> Tree:
     """A sharding for every array of `state`, in its own structure; see `parameter_spec`.
 
     `state`: a `TrainState` or any tree of parameters, moments or shapes of these; an array is known
-    by the end of its path, so a moment is split as the parameter whose name it bears.
+    by the end of its path, so a moment is split as the parameter whose name it bears. `away`: see
+    `base_sharding`; only for a base.
     """
 
     def place(path, leaf):
         name = jax.tree_util.keystr(path, simple=True, separator=".").removesuffix(".value")
-        return NamedSharding(mesh, parameter_spec(name, leaf.shape, mesh))
+        return base_sharding(name, leaf.shape, mesh, away)
 
     return jax.tree_util.tree_map_with_path(place, state)
 

@@ -81,9 +81,8 @@ def open_pipeline(
     vlm = find_vlm(config, model, family, shown and not names_prepared(config.data.path))
     place = None
     if mesh is not None:
-        place = lambda path, shape: jax.NamedSharding(
-            mesh, sharding.parameter_spec(path, shape, mesh)
-        )
+        away = keeps_base_away(config)
+        place = lambda path, shape: sharding.base_sharding(path, shape, mesh, away)
     pipe = family.Pipeline(
         family,
         model.path,
@@ -98,6 +97,11 @@ def open_pipeline(
     dtype, size = jnp.dtype(config.dtype), pipe.config.head_dim
     pipe.attention = attention.resolve(config.attention, jax.default_backend(), dtype, size)
     return pipe, {"model_revision": model.revision, "vlm_revision": vlm and vlm.revision}
+
+
+def keeps_base_away(config: ConfigDict) -> bool:
+    """Whether the layers of the frozen network lie in the host's memory."""
+    return "base" in as_list(config.offload)
 
 
 def find_vlm(
@@ -176,7 +180,8 @@ def abstract_plan(
     flat = [(p, cast(v) if type(v) is nnx.Param else v) for p, v in nnx.to_flat_state(base)]
     base = nnx.from_flat_state(flat)
     plan = _plan(config, family, what, graphdef, student, family.SCHEDULER, mesh)
-    return plan, graphdef, sharding.abstract(base, sharding.state_shardings(base, mesh))
+    places = sharding.state_shardings(base, mesh, keeps_base_away(config))
+    return plan, graphdef, sharding.abstract(base, places)
 
 
 def _plan(config, family: Family, what: Trained, graphdef, student, scheduler, mesh: Mesh) -> Plan:

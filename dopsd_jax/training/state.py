@@ -9,6 +9,7 @@ import optax
 from jaxtyping import Array, Bool
 
 from dopsd_jax.methods.method import Teacher
+from dopsd_jax.parallel.sharding import HOST
 
 Tree = Any
 
@@ -43,13 +44,13 @@ def create(
 def offload(placement: TrainState, like: TrainState, names: Sequence[str]) -> TrainState:
     """`placement` with the arrays of the named parts (teacher, optimizer) in the host's memory.
 
-    The start of the student goes with the teacher.
+    The start of the student goes with the teacher. Other names are of what is not trained.
     """
 
     def move(part: str, tree: Tree, shapes: Tree) -> Tree:
         if part not in names:
             return tree
-        place = lambda s, x: s.with_memory_kind("pinned_host") if x.ndim else s
+        place = lambda s, x: s.with_memory_kind(HOST) if x.ndim else s
         return jax.tree.map(place, tree, shapes)
 
     return placement._replace(

@@ -12,6 +12,8 @@ from flax import nnx
 
 from dopsd_jax.models import quantised
 from dopsd_jax.models.names import Leaf
+from dopsd_jax.parallel.sharding import HOST
+from dopsd_jax.weights.host_stack import HostStack
 from dopsd_jax.weights.networks import Network
 from dopsd_jax.weights.stored import ConvertedTensors, Stored, host_leaf, open_stored
 
@@ -38,6 +40,7 @@ def load_component(
       scheme: quantise the large kernels while they are read (`quantised.SCHEMES`), from the stored
         type; `dtype` is for the others. Neither host nor device holds more than one whole kernel.
       sharding_for: path and whole shape of a parameter -> its sharding; None: all on one device.
+        A stack of layers may lie in the host's memory: only single layers then pass a device.
       build: makes the module from the network's config; None is `network.build`.
       room: load only the parameters below this attribute (`vision`); `build` makes what is there.
 
@@ -77,6 +80,7 @@ def load_stored(
     place = sharding_for or (lambda path, shape: one_device)
     shardings = {p: place(p.removeprefix(prefix), tuple(v.shape)) for p, v in slots.items()}
     arrays: dict[str, jax.Array] = {}
+    away: dict[str, HostStack] = {}  # unfinished
     for leaf, row in _rows(stored, leaves, shardings):
         if leaf.path in slots:
             kind = type_for(leaf.path.removeprefix(prefix)) or row.dtype
@@ -88,6 +92,11 @@ def load_stored(
             sharding, shape = shardings[path], tuple(slots[path].shape)
             if leaf.index is None:
                 arrays[path] = jax.device_put(piece, sharding)
+                continue
+            if sharding.memory_kind == HOST:
+                stack = away.setdefault(path, HostStack(shape, sharding))
+                if stack.put(piece, leaf.index):
+                    arrays[path] = away.pop(path).array()
                 continue
             if path not in arrays:
                 arrays[path] = _empty(shape, piece.dtype, sharding)()
