@@ -30,7 +30,7 @@ from dopsd_jax.data import prepared_parts as parts
 from dopsd_jax.data.cache import FeatureCache
 from dopsd_jax.data.images import ImageLimits, inspect_image, open_image
 from dopsd_jax.data.picture_index import PictureIndex
-from dopsd_jax.data.prepared import Prepared
+from dopsd_jax.data.prepared import MASKS, Prepared
 from dopsd_jax.data.rows import load_rows
 from dopsd_jax.data.sources.array_record import write_array_record
 from dopsd_jax.evaluation.arms import of_run
@@ -274,27 +274,33 @@ def data_readers(folder: Path) -> dict[str, Reader]:
 
 def prepared_readers(folder: Path) -> dict[str, Reader]:
     """The readers of a prepared data set."""
-    manifest = parts.Manifest(2, 1, ("short_en",), "f" * 64, {"dtype": "float32"})
+    manifest = parts.Manifest(2, 1, ("short_en",), "f" * 64, {MASKS: ["files", 8]})
     parts.write_manifest(epath.Path(folder), manifest)
     made = [{"text": np.ones((3, 4), np.float32)}, {"latent": np.ones((2, 2, 3), np.float32)}]
     for number in range(2):
-        content = picture()
+        content, mask = picture(), io.BytesIO()
+        Image.fromarray(np.arange(30, dtype=np.uint8).reshape(5, 6)).save(mask, "PNG")
+        mask = mask.getvalue()
         row = {
             "captions": [["short_en", "a cube"]], "picture": "a.png", "digest": "0" * 64,
             "notes": ["x"], "size": [48, 40], "bucket": [48, 40],
             "references": [["1" * 64, [48, 40]]],
             "shown": [[0, len(content), zlib.crc32(content)]] * 2,
+            "mask": ["2" * 64, len(content), len(mask), zlib.crc32(mask)],
         }  # fmt: skip
         path, order = folder / parts.part_name(number), [(0, role, made[role]) for role in (0, 1)]
         layouts = [[parts.layout_of(own) for own in made]]
-        parts.write_part(epath.Path(path), manifest.identity, layouts, order, [row], content)
+        files = content + mask
+        parts.write_part(epath.Path(path), manifest.identity, layouts, order, [row], files)
 
     def read():
         found = Prepared(str(folder))
+        found.check({MASKS: ["files", 8]}, {MASKS: "masks"})
         for number in range(len(found.rows)):
             (
                 found.shapes(0),
                 found.load((number, 0)),
+                found.mask(number),
                 [(found.picture(row), found.edited(row)) for row in found.shown],
             )
 

@@ -51,6 +51,7 @@ from dopsd_jax.data import prepared_parts as parts
 from dopsd_jax.data import sets
 from dopsd_jax.data.blobs import Blob
 from dopsd_jax.data.dataset import Dataset, describe, measure, spread
+from dopsd_jax.data.prepared import short
 from dopsd_jax.data.rows import Rows
 from dopsd_jax.data.table import WHOLE, Chosen, DataRow
 from dopsd_jax.data.varied import EMPTY
@@ -76,7 +77,6 @@ def main() -> None:
         shard, shards = own_share()
         if parts.names_prepared(config.data.path):
             raise UserError(f"config.data.path {config.data.path}: is a prepared data set already")
-        data_set.check_unmasked(config)
         needs = registry.needs(config)
         if needs.target or needs.prior:
             raise UserError(
@@ -128,11 +128,14 @@ def prepare(
                 index=index,
                 reference_size=data_set.reference_size(config, pipe),
                 levels=data_set.data_levels(config, pipe.size_multiple),
+                masked=config.data.masks,
             )
             dataset = measured(share)
             if data_set.shows_others(config, pipe.family):  # they may lie in another shard
                 whole = data_set.with_others(config, measured(rows))
                 dataset = dataclasses.replace(dataset, others=whole.part(numbers).others)
+            if len(numbers) == manifest.rows:  # else other shards may have masks
+                data_set.check_masks(config, dataset)
             data_set.check_references(config, pipe.family, dataset)
             lines = describe(dataset, config.batch_size * config.accumulate)
             print("\n".join([*sets.describe(rows.sets), *lines]), flush=True)
@@ -145,7 +148,7 @@ def prepare(
             numbers = [row for part in todo for row in of_anchors.rows_of(part)]
             encoder = Encoder(pipe, prompts.part(numbers), config)
             work.append(Work(beside, of_anchors, todo, encoder, (STUDENT,), (), set()))
-        layouts = [one.layouts() for one in work]
+        made = [(one.layouts(), one.masks()) for one in work]
 
     # ---- Part by part. Processes that finish first wait for the others.
     with multihost.together():
@@ -155,8 +158,8 @@ def prepare(
             if len(devices) > 1:
                 pipe.spread_encoders(devices)
             batch = BATCH.value * len(devices)
-            for one, sizes in zip(work, layouts, strict=True):
-                write_parts(one, sizes, batch)
+            for one, own in zip(work, made, strict=True):
+                write_parts(one, *own, batch)
     print(f"prepared: {folder}, {name}", flush=True)
 
 
@@ -187,6 +190,11 @@ class Work(NamedTuple):
             tuple(parts.layout_of(shapes.get((caption, role), {})) for role in range(parts.ROLES))
             for caption in wanted
         ]
+
+    def masks(self) -> dict[int, bytes]:
+        """PNG files by row. Raises `UserError` with every mask of which nothing is left."""
+        encoder = self.encoder
+        return {row: png(mask) for row, mask in encoder.masks(encoder.dataset.masked())}
 
 
 def undone(
@@ -239,9 +247,8 @@ def describe_source(
     config: ConfigDict, workdir: epath.Path, pipe: Pipeline, rows: Rows, roots: Sequence[Path]
 ) -> parts.Manifest:
     """What all parts have in common."""
-    buckets = data_set.data_buckets(config, pipe.size_multiple)
     memo = data_set.cache_folder(config, workdir) / DIGESTS
-    made_from = {"buckets": [list(b) for b in buckets]} | prepared_settings(config, pipe, memo)
+    made_from = data_set.data_settings(config, pipe) | prepared_settings(config, pipe, memo)
     source = source_digest(rows.rows, roots)
     several = tuple((Path(one.path).name, len(one.rows)) for one in rows.sets)
     weights = tuple(map(str, as_list(config.data.weights))) if several else ()
@@ -250,8 +257,13 @@ def describe_source(
     )
 
 
-def write_parts(work: Work, layouts: Sequence[tuple[parts.Layout, ...]], batch: int) -> None:
-    """Encodes and writes the parts of `work`; `layouts`: its own."""
+def write_parts(
+    work: Work,
+    layouts: Sequence[tuple[parts.Layout, ...]],
+    masks: Mapping[int, bytes],
+    batch: int,
+) -> None:
+    """Encodes and writes the parts of `work`; `layouts`, `masks`: its own."""
     dataset, encoder = work.encoder.dataset, work.encoder
     captions = dataset.captions()
     progress = Progress("encoding", sum(bool(one) for pair in layouts for one in pair))
@@ -261,8 +273,9 @@ def write_parts(work: Work, layouts: Sequence[tuple[parts.Layout, ...]], batch: 
         for number in work.manifest.rows_of(part):
             shown = number in work.shown
             kept = [encoder.image(row), *encoder.edited(row)] if shown else []
-            kept = [keep_picture(image, pictures) for image in kept]
-            records.append(record(dataset, row, work.roots, kept))
+            kept = [keep(png(image), pictures) for image in kept]
+            mask = keep(masks[row], pictures) if row in masks else None
+            records.append(record(dataset, row, work.roots, kept, mask))
             row += 1
         own = captions[caption : caption + sum(len(r["captions"]) for r in records)]
         sizes = layouts[caption : caption + len(own)]
@@ -306,10 +319,10 @@ def open_folder(folder: epath.Path, manifest: parts.Manifest) -> epath.Path:
             f"{folder}: was begun with other captions or names of pictures; give another --out"
         )
     faults += [
-        f"{folder}: was begun with {name} {str(old.settings.get(name))[:60]}, now "
-        f"{str(value)[:60]}; give another --out, or set it back"
-        for name, value in manifest.settings.items()
-        if old.settings.get(name) != value
+        f"{folder}: was begun with {name} {short(old.settings.get(name))}, now "
+        f"{short(manifest.settings.get(name))}; give another --out, or set it back"
+        for name in old.settings | manifest.settings
+        if old.settings.get(name) != manifest.settings.get(name)
     ]
     errors.raise_if(faults)
     return folder
@@ -341,7 +354,8 @@ def source_digest(rows: Sequence[DataRow], roots: Sequence[Path]) -> str:
     total = hashlib.sha256()
     for row in rows:
         names = [picture_name(picture, roots) for picture in (row.image, *row.references)]
-        total.update(json.dumps([*names, row.captions]).encode())
+        mask = [picture_name(row.mask, roots)] if row.mask else []
+        total.update(json.dumps([*names, row.captions, *mask]).encode())
     return total.hexdigest()
 
 
@@ -352,20 +366,31 @@ def picture_name(picture: Path | Blob, roots: Sequence[Path]) -> str:
     return name.removeprefix(next((start for start in starts if name.startswith(start)), ""))
 
 
-def keep_picture(image: np.ndarray, pictures: io.BytesIO) -> list[int]:
-    """Appends a picture as PNG; its place, size and checksum."""
-    png = io.BytesIO()
-    Image.fromarray(image).save(png, "PNG")
+def png(image: np.ndarray) -> bytes:
+    """A picture or a mask as PNG file."""
+    file = io.BytesIO()
+    Image.fromarray(image).save(file, "PNG")
+    return file.getvalue()
+
+
+def keep(content: bytes, pictures: io.BytesIO) -> list[int]:
+    """Appends a file; its place, size and checksum."""
     place = pictures.tell()
-    pictures.write(png.getvalue())
-    return [place, len(png.getvalue()), zlib.crc32(png.getvalue())]
+    pictures.write(content)
+    return [place, len(content), zlib.crc32(content)]
 
 
 def record(
-    dataset: Dataset, row: int, roots: Sequence[Path], shown: list[list[int]]
+    dataset: Dataset,
+    row: int,
+    roots: Sequence[Path],
+    shown: list[list[int]],
+    mask: list[int] | None,
 ) -> Mapping[str, Any]:
     """What a part says of a row."""
     info, view = dataset.infos[row], dataset.rows[row].view
+    further = {parts.VIEW: list(map(int, view))} if view != WHOLE else {}
+    further |= {parts.MASK: [dataset.masks[row], *mask]} if mask else {}
     return {
         "captions": [list(caption) for caption in dataset.rows[row].captions],
         "picture": picture_name(dataset.rows[row].image, roots),
@@ -375,7 +400,7 @@ def record(
         "bucket": list(dataset.buckets[row]),
         "references": dataset.references[row] if dataset.references else [],
         "shown": shown,
-    } | ({parts.VIEW: list(map(int, view))} if view != WHOLE else {})
+    } | further
 
 
 if __name__ == "__main__":

@@ -27,6 +27,7 @@ from dopsd_jax.random_model.synthetic import write_folder
 
 SETTINGS = {"buckets": [[64, 64]], "dtype": "float32"}
 CHANNELS = 6
+CELLS = np.arange(64, dtype=np.uint8).reshape(8, 8)  # of the mask of row 0
 
 
 def features(row, caption, role, dtype):
@@ -38,30 +39,36 @@ def features(row, caption, role, dtype):
     return {name: rng.normal(size=shape).astype(types[name]) for name, shape in shapes.items()}
 
 
+def png(image):
+    content = io.BytesIO()
+    image.save(content, "PNG")
+    return content.getvalue()
+
+
 def longest(prepared, role):
     return max(shapes["text"][0] for shapes in prepared.shapes(role))
 
 
 def write(
     folder, rows=5, rows_per_part=2, dtype=np.float32, keys=("short_en", "detailed_en"), wrong=None,
-    asked=None,
+    asked=None, masked=False,
 ):  # fmt: skip
     """A small prepared data set; its pictures are those of rows 0 and 3.
 
     `wrong`: a row whose captions have other keys. `asked`: the manifest's keys, if not all.
+    `masked`: row 0 has a mask.
     """
     folder = epath.Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    manifest = parts.Manifest(rows, rows_per_part, asked or keys, "f" * 64, SETTINGS)
+    settings = SETTINGS | ({"masks": ["files", 8]} if masked else {})
+    manifest = parts.Manifest(rows, rows_per_part, asked or keys, "f" * 64, settings)
     parts.write_manifest(folder, manifest)
     for number in range(manifest.parts):
         records, made, pictures = [], [], b""
         for row in manifest.rows_of(number):
             shown = []
             if row in (0, 3):
-                png = io.BytesIO()
-                Image.new("RGB", (64, 64), (row, 0, 0)).save(png, "PNG")
-                content = png.getvalue()
+                content = png(Image.new("RGB", (64, 64), (row, 0, 0)))
                 shown = [[len(pictures), len(content), zlib.crc32(content)]]
                 pictures += content
             records.append({
@@ -70,6 +77,11 @@ def write(
                 "digest": f"{row:064x}", "notes": [], "size": [64 + row, 64], "bucket": [64, 64],
                 "references": [], "shown": shown,
             })  # fmt: skip
+            if masked and row == 0:
+                content = png(Image.fromarray(CELLS))
+                place = [len(pictures), len(content), zlib.crc32(content)]
+                records[-1]["mask"] = ["a" * 64, *place]
+                pictures += content
             made += [[features(row, i, role, dtype) for role in (0, 1)] for i in (0, 1)]
         layouts = [[parts.layout_of(one) for one in pair] for pair in made]
         order = [(i, role, made[i][role]) for role in (1, 0) for i in range(len(made))]
@@ -138,10 +150,10 @@ def test_missing_and_foreign_parts_are_told(tmp_path):
 
 def test_no_damage_passes(tmp_path):
     """Every byte of a part is covered: by its header's checks, or by a checksum."""
-    folder = write(tmp_path / "set", rows=1)
+    folder = write(tmp_path / "set", rows=1, masked=True)
     path = folder / parts.part_name(0)
     whole = path.read_bytes()
-    everything = lambda p: [p.load((0, 0)), p.load((0, 1)), p.picture(0)]
+    everything = lambda p: [p.load((0, 0)), p.load((0, 1)), p.picture(0), p.mask(0)]
     expected = everything(Prepared(folder))
     rng = np.random.default_rng(0)
     for place in rng.choice(len(whole), 150, replace=False):
@@ -186,6 +198,8 @@ def test_a_part_is_not_read_before_its_sizes_are_looked_at(tmp_path, monkeypatch
         ("rows", b'"notes": []', b'"notes": [[', "a row is no row"),
         ("rows", b"short_en 0", b"\\ud800en 0", "a row is no row"),
         ("rows", b"[64, 64]", b"[64, 4e]", "a row is no row"),
+        ("rows", b'"mask": ["a', b'"mask": ["x', "a row is no row"),
+        ("rows", b'"mask"', b'"msak"', "a row is no row"),
         ("layouts", b'"F32"', b'"F99"', "a layout is none"),
         ("layouts", b"[[[", b"3,[", "a layout is none"),
         ("layouts", b"[[[", b"{[[", "a layout is none"),
@@ -193,7 +207,7 @@ def test_a_part_is_not_read_before_its_sizes_are_looked_at(tmp_path, monkeypatch
     ],
 )
 def test_what_no_checksum_tells_is_told(tmp_path, name, old, new, told):
-    folder = write(tmp_path / "set", rows=1)
+    folder = write(tmp_path / "set", rows=1, masked=True)
     forge(folder / parts.part_name(0), name, old, new)
     assert told in problems_of(Prepared, folder)[0]
 

@@ -7,7 +7,6 @@ import numpy as np
 from jaxtyping import Float, UInt8
 from ml_collections import ConfigDict
 
-from dopsd_jax.common.errors import UserError, raise_if
 from dopsd_jax.common.progress import Progress
 from dopsd_jax.conditioning.encoding import PRIOR, Encoder
 from dopsd_jax.data.cache import FeatureCache, feature_key
@@ -129,18 +128,10 @@ class CachedFeatures:
             progress = Progress("encoding pictures to latents", len(lacking), quiet=quiet)
             for key in progress.over(lacking):
                 self.cache.put(key, {"latent": self.encoder.latent(rows[key])})
-        self._compute_masks()
-
-    def _compute_masks(self) -> None:
-        """Raises `UserError` with every mask of which nothing is left."""
-        rows = {self.mask_key(row): row for row, mask in enumerate(self.dataset.masks) if mask}
-        faults = []
-        for key in self.cache.missing(rows):
-            try:
-                self.cache.put(key, {"mask": self.encoder.mask(rows[key])})
-            except UserError as error:
-                faults += error.problems
-        raise_if(dict.fromkeys(faults))
+        rows = {self.mask_key(row): row for row in self.dataset.masked()}
+        lacking = [rows[key] for key in self.cache.missing(rows)]
+        for row, mask in self.encoder.masks(lacking):
+            self.cache.put(self.mask_key(row), {"mask": mask})
 
     def shapes(self, kind: int, keys: Sequence[str]) -> Iterable[Mapping[str, tuple[int, ...]]]:
         """See `Store`."""

@@ -2,7 +2,7 @@
 
 import re
 from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 import jax
 import numpy as np
@@ -82,6 +82,16 @@ class Encoder:
                 f"to the bucket {bucket}; crop the picture, or correct the mask"
             )
         return cells
+
+    def masks(self, rows: Iterable[int]) -> Iterator[tuple[int, UInt8[np.ndarray, "h w"]]]:
+        """(row, mask) of rows that have one. Raises `UserError` with all that `mask` refuses."""
+        faults = []
+        for row in rows:
+            try:
+                yield row, self.mask(row)
+            except UserError as error:
+                faults += error.problems
+        raise_if(dict.fromkeys(faults))
 
     def text(self, caption: Caption, kind: int) -> str:
         """The text that is encoded for a caption."""

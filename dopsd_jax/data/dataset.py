@@ -76,6 +76,10 @@ class Dataset:
         own = {"references": references, "others": others, "masks": masks}
         return replace(self, rows=rows, infos=infos, buckets=buckets, **own)
 
+    def masked(self) -> list[int]:
+        """The rows of whose pictures not all counts."""
+        return [row for row, mask in enumerate(self.masks) if mask]
+
     def captions(self, keys: Sequence[str] | None = None) -> list[Caption]:
         """Every caption under `keys`, in order; None: under any."""
         return [
@@ -255,7 +259,7 @@ def describe(dataset: Dataset, batch_size: int) -> list[str]:
         for row, mask in zip(dataset.rows, dataset.masks, strict=True):
             if not mask:
                 whole.add(row.where)
-        count = len(dataset.masks) - whole.count
+        count = len(dataset.masked())
         rest = f"; of {whole.count} without one all counts: {whole}" if whole else ""
         lines.append(f"masks: {count} of {len(dataset.masks)} rows have one{rest}")
     for shape, rows in list(by_shape.items())[:MOST_SHAPES]:

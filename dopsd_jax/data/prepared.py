@@ -27,6 +27,7 @@ from dopsd_jax.weights.tensors import DTYPES
 
 THREADS = 16  # parts are opened at once, for storage that is far away
 AT_ONCE = 64  # parts
+MASKS = "masks"  # of a manifest's settings: which, and how many pixels a side of a cell has
 Caption = tuple[int, int]  # row of the data set, caption of the row
 
 
@@ -37,6 +38,7 @@ class Prepared:
       manifest: what it was made from, and how.
       rows, infos, buckets, references: what a `Dataset` holds, for the prompt keys that were asked
         for.
+      masks: of each row the sha256 of its mask, "" where all of its picture counts.
       shown: the rows whose pictures were kept.
     """
 
@@ -60,12 +62,14 @@ class Prepared:
         self.rows, self.infos = Table((*self.prompt_keys, EMPTY), str(folder)), Infos()
         self.buckets: list[Bucket] = []
         self.references: list[tuple[Reference, ...]] = []
+        self.masks: list[str] = []
         self._starts = [0] * self.manifest.parts
         self._numbers = array("i")  # of each caption that is used, within its part
         self._index: list[np.ndarray] = []
         self._layouts: list[list[parts.Layout]] = []
         self._crcs: list[np.ndarray] = []
         self._pictures: dict[int, list[tuple[int, int, int]]] = {}
+        self._masks: dict[int, tuple[int, int, int]] = {}
         known: dict = {}  # equal buckets and layouts are kept once
         with ThreadPoolExecutor(THREADS) as pool:
             read = lambda path: parts.read_part(path, self.manifest.identity)
@@ -119,9 +123,13 @@ class Prepared:
             self.buckets.append(known.setdefault(bucket, bucket))
             edited = (Reference(digest, Bucket(*sides)) for digest, sides in row["references"])
             self.references.append(tuple(edited))
+            place = lambda first, size, crc: (part.pictures + first, size, crc)
             if row["shown"]:
-                places = [(part.pictures + first, size, crc) for first, size, crc in row["shown"]]
-                self._pictures[row_number] = places
+                self._pictures[row_number] = [place(*one) for one in row["shown"]]
+            mask, *own = row.get(parts.MASK, [""])
+            self.masks.append(mask)
+            if mask:
+                self._masks[row_number] = place(*own)
 
     def check(self, settings: Mapping[str, Any], what: Mapping[str, str]) -> None:
         """Raises `UserError` for every one of `settings` under which it was not made.
@@ -130,8 +138,8 @@ class Prepared:
         """
         have = self.manifest.settings
         raise_if(
-            f"{self.folder}: was prepared with {what[name]} {_short(have.get(name))}, now it is "
-            f"{_short(value)}; set it back, or prepare the data set again"
+            f"{self.folder}: was prepared with {what[name]} {short(have.get(name))}, now it is "
+            f"{short(value)}; set it back, or prepare the data set again"
             for name, value in settings.items()
             if have.get(name) != value
         )
@@ -177,25 +185,36 @@ class Prepared:
 
     def picture(self, row: int) -> UInt8[np.ndarray, "h w 3"]:
         """The picture of one of the rows `shown`, as training saw it."""
-        return self._shown(row, 0, self.buckets[row])
+        return self._png(row, self._pictures[row][0], self.buckets[row])
 
     def edited(self, row: int) -> list[UInt8[np.ndarray, "_h _w 3"]]:
         """What one of the rows `shown` edits."""
         own = self.references[row] if self.references else ()
-        return [self._shown(row, k, one.size) for k, one in enumerate(own, 1)]
+        places = self._pictures[row][1:]
+        pairs = zip(places, own, strict=True)
+        return [self._png(row, place, reference.size) for place, reference in pairs]
 
-    def _shown(self, row: int, number: int, sides: Bucket) -> np.ndarray:
-        place, size, crc = self._pictures[row][number]
+    def mask(self, row: int) -> UInt8[np.ndarray, "h w"]:
+        """The mask of a row that has one, on the cells of its latent."""
+        _, cell = self.manifest.settings[MASKS]
+        width, height = self.buckets[row]
+        return self._png(row, self._masks[row], (width // cell, height // cell), "L")
+
+    def _png(
+        self, row: int, where: tuple[int, int, int], sides: tuple[int, int], mode: str = "RGB"
+    ) -> np.ndarray:
+        place, size, crc = where
         path = self._paths[row // self.manifest.rows_per_part]
         with parts.reading(path), path.open("rb") as file:
             file.seek(place)
             content = file.read(size)
         wrong = (OSError, ValueError, SyntaxError, Image.DecompressionBombError)
         with contextlib.suppress(*wrong), Image.open(io.BytesIO(content), formats=["PNG"]) as image:
-            right = image.size == sides and image.mode == "RGB"
+            right = image.size == sides and image.mode == mode
             if right and zlib.crc32(content) == crc:
                 return np.asarray(image)
-        raise UserError(f"{path}: the picture of row {row} is damaged; {parts.AGAIN}")
+        what = "picture" if mode == "RGB" else "mask"
+        raise UserError(f"{path}: the {what} of row {row} is damaged; {parts.AGAIN}")
 
 
 def _arrays(content: bytes, layout: parts.Layout) -> dict[str, np.ndarray]:
@@ -207,6 +226,7 @@ def _arrays(content: bytes, layout: parts.Layout) -> dict[str, np.ndarray]:
     return found
 
 
-def _short(value: object) -> str:
-    text = str(value)
+def short(value: object) -> str:
+    """A setting in a message; None: it has none."""
+    text = "none" if value is None else str(value)
     return text if len(text) <= 80 else f"{text[:12]}..."

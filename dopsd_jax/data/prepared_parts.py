@@ -13,7 +13,8 @@ A part is one safetensors file with few tensors, so that any number of rows cost
     layouts   uint8            JSON: a list of layouts, each the list of its arrays [name, type,
                                shape], which stand one behind the other
     rows      uint8            a line of JSON for each row
-    pictures  uint8            PNG files of the few rows that previews show
+    pictures  uint8            PNG files: of the few rows that previews show, and of all masks, on
+                               the cells of latents
     whole     int64 [1]        crc32 of index, crc32, layouts and rows
 
 Parts are independent of each other: any process may write any of them, and one that is there is
@@ -52,6 +53,9 @@ AGAIN = "remove it and run dopsd_jax.prepare again"
 ROLES = 2  # student, teacher
 ROW_FIELDS = {"captions", "picture", "digest", "notes", "size", "bucket", "references", "shown"}
 VIEW = "view"  # a further field of rows that do not show their whole picture
+MASK = (
+    "mask"  # and of rows of whose picture not all counts: [sha256 of the mask, place, size, crc32]
+)
 MAX_SIDE = 2**31  # pixels
 SETS = ("sets", "weights")
 SMALL = ("index", "crc32", "layouts", "rows")
@@ -295,7 +299,7 @@ def _check_shapes(path: epath.Path, infos: Mapping[str, FileInfo]) -> None:
 
 def _is_row(row: object, picture_bytes: int) -> bool:
     """Whether a line of a part holds what `prepare` writes."""
-    if not isinstance(row, dict) or row.keys() - {VIEW} != ROW_FIELDS:
+    if not isinstance(row, dict) or row.keys() - {VIEW, MASK} != ROW_FIELDS:
         return False
     counts = lambda value, number: (
         isinstance(value, list)
@@ -305,6 +309,8 @@ def _is_row(row: object, picture_bytes: int) -> bool:
     texts = lambda value: isinstance(value, list) and all(map(_is_text, value))
     size = lambda value: counts(value, 2) and 0 < min(value) <= max(value) < MAX_SIDE
     digest = lambda value: isinstance(value, str) and bool(re.fullmatch("[0-9a-f]{64}", value))
+    file = lambda value: counts(value, 3) and sum(value[:2]) <= picture_bytes
+    mask = lambda value: isinstance(value, list) and all(map(digest, value[:1])) and file(value[1:])
     shown, references = row["shown"], row["references"]
     return (
         isinstance(row["captions"], list)
@@ -320,7 +326,8 @@ def _is_row(row: object, picture_bytes: int) -> bool:
         and all(digest(name) and size(sides) for name, sides in references)
         and isinstance(shown, list)
         and len(shown) in (0, 1 + len(references))
-        and all(counts(one, 3) and sum(one[:2]) <= picture_bytes for one in shown)
+        and all(map(file, shown))
+        and (MASK not in row or mask(row[MASK]))
     )
 
 

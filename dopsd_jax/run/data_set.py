@@ -18,7 +18,7 @@ from dopsd_jax.data.dataset import Dataset, ReferenceSize, measure
 from dopsd_jax.data.images import ImageLimits
 from dopsd_jax.data.masks import FILES, OFF
 from dopsd_jax.data.picture_index import PictureIndex
-from dopsd_jax.data.prepared import Prepared
+from dopsd_jax.data.prepared import MASKS, Prepared
 from dopsd_jax.data.prepared_parts import AGAIN, Manifest, names_prepared
 from dopsd_jax.data.rows import Rows, load_sets
 from dopsd_jax.data.sets import PartOfRows, parts_of, shares_of
@@ -31,7 +31,11 @@ from dopsd_jax.methods import registry
 from dopsd_jax.methods.options import OTHER_CAPTION, OTHER_PICTURE
 from dopsd_jax.random_model.synthetic import write_folder
 
-BUCKETS = "buckets (config.data.resolution, config.data.buckets)"
+# What `data_settings` are, as messages name them.
+SETTINGS = {
+    "buckets": "buckets (config.data.resolution, config.data.buckets)",
+    MASKS: "masks (config.data.masks, pixels of a cell)",
+}
 # Fields of config.data that the readers of rows take as they are.
 ROW_OPTIONS = (
     "caption_extension",
@@ -49,11 +53,10 @@ def open_data(config: ConfigDict, workdir: Path, pipe: Pipeline) -> Dataset:
     buckets = data_buckets(config, pipe.size_multiple)
     levels = data_levels(config, pipe.size_multiple)
     if names_prepared(config.data.path):
-        check_unmasked(config)
         keys, other = asked_keys(config), registry.teacher_key(config)
         keys += (other,) if keys and other else ()
         prepared = Prepared(*as_paths(config.data.path), keys or None)
-        prepared.check({"buckets": [list(b) for b in buckets]}, {"buckets": BUCKETS})
+        prepared.check({MASKS: None} | data_settings(config, pipe), SETTINGS)
         raise_if(
             f"{config.data.path}: is damaged (a row of {bucket}, which is no bucket); {AGAIN}"
             for bucket in sorted({*prepared.buckets} - {*buckets})
@@ -68,6 +71,7 @@ def open_data(config: ConfigDict, workdir: Path, pipe: Pipeline) -> Dataset:
             prepared,
             prepared.references,
             prepared_sets(config, prepared.manifest),
+            masks=() if config.data.masks == OFF else tuple(prepared.masks),
         )
     else:
         rows, index = open_rows(config, workdir), picture_index(config, workdir)
@@ -81,23 +85,27 @@ def open_data(config: ConfigDict, workdir: Path, pipe: Pipeline) -> Dataset:
             levels=levels,
             masked=config.data.masks,
         )
-        if dataset.masks and not any(dataset.masks):
-            raise UserError(
-                f"config.data.masks: {config.data.masks}, and no picture of {config.data.path} has "
-                f"a mask that is not white everywhere; set it to {OFF}"
-            )
         if shows_others(config, pipe.family):
             dataset = with_others(config, dataset)
+    check_masks(config, dataset)
     check_references(config, pipe.family, dataset)
     return dataclasses.replace(dataset, prompt_keys=trained_keys(config, dataset.prompt_keys))
 
 
-def check_unmasked(config: ConfigDict) -> None:
-    """Raises `UserError` for masks with a data set that is, or shall be, prepared."""
-    if config.data.masks != OFF:
+def data_settings(config: ConfigDict, pipe: Pipeline) -> dict[str, object]:
+    """What a run and the prepared data set that it reads have in common besides features."""
+    buckets = [list(bucket) for bucket in data_buckets(config, pipe.size_multiple)]
+    if config.data.masks == OFF:
+        return {"buckets": buckets}
+    return {"buckets": buckets, MASKS: [config.data.masks, pipe.family.LATENT_FACTOR]}
+
+
+def check_masks(config: ConfigDict, dataset: Dataset) -> None:
+    """Raises `UserError` for masks that change nothing."""
+    if dataset.masks and not any(dataset.masks):
         raise UserError(
-            f"config.data.masks: {config.data.masks}, and a prepared data set holds no masks; set "
-            f"it to {OFF}, or train with the pictures themselves"
+            f"config.data.masks: {config.data.masks}, and no picture of {config.data.path} has "
+            f"a mask that is not white everywhere; set it to {OFF}"
         )
 
 
