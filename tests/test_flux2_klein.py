@@ -19,6 +19,7 @@ from dopsd_jax import families
 from dopsd_jax.adapters import attach
 from dopsd_jax.common.errors import UserError
 from dopsd_jax.common.lora_options import LoraOption
+from dopsd_jax.conditioning.features import Features
 from dopsd_jax.config import loading, schema
 from dopsd_jax.conversion.export import export_diffusers
 from dopsd_jax.conversion.importing import import_model
@@ -30,7 +31,7 @@ from dopsd_jax.families.flux2_klein.references import prepare_reference, referen
 from dopsd_jax.families.lora import lora_layers
 from dopsd_jax.families.pipeline import pipeline
 from dopsd_jax.models.flux2_config import Flux2Config
-from dopsd_jax.run import build
+from dopsd_jax.run import build, data_set
 from dopsd_jax.weights.lora_files import LoraModule
 from dopsd_jax.weights.lora_write import write_lora
 
@@ -208,6 +209,23 @@ def test_grids_are_those_of_diffusers_for_every_bucket():
         scheduler.set_timesteps(4, mu=mu)
         wanted = scheduler.sigmas.numpy()
         np.testing.assert_allclose(family.grid("upstream4", None, height, width), wanted, atol=2e-6)
+
+
+def test_a_mask_lies_on_the_cells_of_its_latents(pipe, tmp_path):
+    Image.fromarray(picture(64, 96)).save(tmp_path / "a.png")
+    mask = np.zeros((64, 96), np.uint8)
+    mask[:32, :48] = 255  # a quarter
+    Image.fromarray(mask).save(tmp_path / "a_mask.png")
+    (tmp_path / "a.txt").write_text(PROMPT)
+    given = {"data.path": str(tmp_path), "data.buckets": "96x64", "data.masks": "files"}
+    config = loading.load("flux2_klein:random", given)
+    features = Features(pipe, data_set.open_data(config, tmp_path, pipe), config, tmp_path)
+    features.store.compute()
+    (region,) = features.regions([0])
+    assert region.shape == (*pipe.latent_shape(64, 96)[:2], 1) == (4, 6, 1)
+    expected = np.zeros((4, 6))
+    expected[:2, :3] = 4.0
+    np.testing.assert_array_equal(region[..., 0], expected)
 
 
 def test_published_grids():

@@ -1,9 +1,12 @@
 """Masks: only what is white counts, wherever the picture goes, with every method."""
 
 import functools
+from typing import NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 from conftest import relative_error
 from methods_step import CASE, GET_CONFIG
@@ -20,14 +23,22 @@ from dopsd_jax.data.rows import load_rows
 from dopsd_jax.data.table import View
 from dopsd_jax.data.views import cut
 from dopsd_jax.estimation.abstract_step import make_program
-from dopsd_jax.methods import baselines
+from dopsd_jax.methods import baselines, flow_matching
 from dopsd_jax.methods.distance import Decoupled
+from dopsd_jax.methods.method import Teacher
 from dopsd_jax.parallel import sharding
+from dopsd_jax.training import state, train_step
 
 SIZE, DIGEST = Bucket(64, 48), "5a" * 32
 PREFERENCE = baselines.Preference(5.0, 1.0, 0.5, "student")
 HALF = np.zeros((*SHAPE[:3], 1), np.float32)
 HALF[:, :2] = 2.0  # the upper half of a frame counts
+
+
+class Draws(NamedTuple):
+    """Of D-OPSD: where a rollout starts."""
+
+    start: jax.Array
 
 
 def dopsd_loss(distance, student, teacher, base, batch, draws):
@@ -70,6 +81,29 @@ def test_what_is_black_has_no_gradient():
     equal(of_one, of_other)
     equal(one.total, other.total)
     assert relative_error(run("sft", None, target=target)[0].total, one.total) > 0.1
+
+
+def test_micro_batches_keep_their_own_masks():
+    """A step of rate 1 takes away the mean of their gradients."""
+    base, student, _, batch, _ = world()
+    own = lambda *args: dopsd_loss(dopsd.mean_square, *args)
+    loss = lambda s, t, base, batch, noise, key: own(s, t, base, batch, Draws(noise))
+    tx, teacher, start = optax.sgd(1.0), Teacher("frozen"), jax.tree.map(jnp.copy, student)
+    step = train_step.make_step(loss, tx, teacher, lambda _: 1.0, 0)
+    alone = [batch._replace(region=region) for region in (HALF, HALF[:, ::-1])]
+    stacked = jax.tree.map(lambda *own: jnp.stack(own), *alone)
+    now, metrics = step(state.create(student, teacher, tx), base, stacked, latent=SHAPE)
+    found = []
+    for number, one in enumerate(alone):
+        key = jax.random.fold_in(state.step_key(0, 0), number)
+        noise = flow_matching.start_noise(jax.random.split(key)[0], SHAPE)
+        found.append(loss(start, start, base, one, noise, None))
+    (first, of_first), (second, of_second) = found
+    assert relative_error(metrics["loss"], (first.total + second.total) / 2) < 1e-5
+    for name, old in start.items():
+        mean = (of_first[name] + of_second[name]) / 2
+        assert relative_error(old - now.student[name], mean) < 1e-4
+        assert relative_error(of_first[name], of_second[name]) > 0.1
 
 
 @pytest.mark.parametrize("distance", [dopsd.mean_square, Decoupled(), Decoupled(0.5, 0.3)])
@@ -136,6 +170,7 @@ def test_masks_are_found_and_are_no_pictures(tmp_path, name):
     data = open_folder(tmp_path)
     assert [row.mask for row in data.rows] == [file, None]
     assert data.masks[0] and not data.masks[1]
+    assert not any("masks and condition pictures" in note for note in data.notes)
     assert any("masks: 1 of 2 rows have one; of 1 without" in line for line in describe(data, 1))
     np.testing.assert_array_equal(open_mask(data.rows[0]), left_half())
 
