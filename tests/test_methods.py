@@ -260,10 +260,14 @@ RUNS = {
     "sft_teacher": {"teacher.decay": 0.9},
     "offpolicy": {"offpolicy.states": "targets", "teacher.decay": 0.999},
     "pso": {},
-    "dreambooth": {"dreambooth.concept_word": "a", "dreambooth.class_word": "the"},
+    "dreambooth": {
+        "dreambooth.concept_word": "a",
+        "dreambooth.class_word": "the",
+        "lora.kind": "lokr",
+    },
     "dopsd": {**OWN, "teacher.weights": "live"},
 }
-RESUMED = "dreambooth"
+RESUMED = "dreambooth"  # with LoKr; test_train.py has LoRA
 
 
 @pytest.fixture(scope="module")
@@ -310,13 +314,13 @@ def test_told_the_students_prompt_a_live_teacher_teaches_nothing(runs):
 
 
 @pytest.mark.slow
-def test_another_method_resumes_bit_for_bit(runs):
+def test_another_method_and_another_adapter_resume_bit_for_bit(runs):
     whole, parts = runs / RESUMED, runs / "resumed"
     clock = ("seconds", "images_per_second")
     strip = lambda rows: [{k: v for k, v in r.items() if k not in clock} for r in rows]
     assert strip(records(parts)) == strip(records(whole))
     read = lambda workdir: TensorFiles.open(workdir / "lora" / "step_4.safetensors")
     one, two = read(whole), read(parts)
-    assert one.infos.keys() == two.infos.keys()
+    assert one.infos.keys() == two.infos.keys() and all("lokr" in name for name in one.infos)
     for name in one.infos:
         np.testing.assert_array_equal(one.read(name), two.read(name), err_msg=name)
