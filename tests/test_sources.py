@@ -166,7 +166,12 @@ def test_masks_and_leftovers_are_noted(tmp_path):
     rows = load_rows(tmp_path)
     assert texts(rows) == ["a mug", "a picture of a mask"]
     masks, others, passed = rows.notes
-    assert masks.endswith("masks and condition pictures are not used: a_mask.png, mask/a.png")
+    told = "are not used (with data.masks=files masks say what counts): a_mask.png, mask/a.png"
+    assert masks.endswith(told)
+    for path in ("mask/a.png", "a_mask.png"):
+        (tmp_path / path).unlink()
+    picture(tmp_path / "control/a.png")
+    assert load_rows(tmp_path).notes[0].endswith("condition pictures are not used: control/a.png")
     assert others.endswith("are not used: a.npz, a_0120x0096_zi.safetensors")
     assert passed.endswith("are passed over: _latent_cache/, .aitk_size.json")
 

@@ -84,6 +84,7 @@ class _Reader:
         self.extension = options.caption_extension.lower()
         self.references = Folders(options.references)
         self.masks, self.lonely, self.others = Examples(), Examples(), Examples()
+        self.masks_would_do = False
         self.passed, self.numbered = Examples(), Examples()
         self.tables, self.foreign = Examples(), Examples()
         self.beside = Examples()
@@ -93,6 +94,7 @@ class _Reader:
         pictures: dict[str, list[str]] = {}
         texts: dict[str, str] = {}
         beside: dict[str, list[str]] = {}
+        companions: dict[str, str] = {}
         for name in names:
             path = os.path.join(where, name)
             suffix = os.path.splitext(name)[1].lower()
@@ -109,19 +111,22 @@ class _Reader:
                 elif suffix in FOREIGN:
                     self.foreign.add(self._short(path))
             elif stem.endswith(COMPANION_STEMS):
-                self.masks.add(self._short(path))
+                companions[path] = normal(stem)
             else:
                 pictures.setdefault(normal(stem), []).append(name)
         all_stems = {*pictures}
         times, own_name = self._numbers(where) if pictures else (1, "")
+        is_mask = lambda stem: masks.is_mask(where, str(self.top), stem, all_stems)
+        for path, stem in companions.items():
+            self._set_aside(path, is_mask(stem))
         for stem in [*pictures] if self.options.masks else ():
-            if masks.is_mask(where, str(self.top), stem, all_stems):
+            if is_mask(stem):
                 pictures.pop(stem)
         for stem, same in pictures.items():
             images = [os.path.join(where, name) for name in same]
             captions, fault = self._text_of(where, (stem, normal(same[0])), texts, beside)
             if not captions and not fault and self._is_mask(where, stem, pictures):
-                self.masks.add(self._short(images[0]))
+                self._set_aside(images[0], is_mask(stem))
             elif len(same) > 1:
                 self.into.problem(
                     f"{listing(images)} would share the caption {stem + self.extension}; "
@@ -140,6 +145,12 @@ class _Reader:
             self.lonely.add(self._short(os.path.join(where, name)))
         for path in (path for paths in beside.values() for path in paths):
             self.others.add(self._short(path))
+
+    def _set_aside(self, path: str, is_mask: bool) -> None:
+        """Notes a mask or condition picture that is not used."""
+        if not (is_mask and self.options.masks):
+            self.masks.add(self._short(path))
+            self.masks_would_do |= is_mask
 
     def _text_of(
         self,
@@ -224,12 +235,13 @@ class _Reader:
                 f"; it holds {self.foreign}, which is not read: {UNPACK}" if self.foreign else ""
             )
             raise UserError(f"data.path {top}: no pictures in this folder{hint}")
+        advice = " (with data.masks=files masks say what counts)" * self.masks_would_do
         for found, what in (
             (
                 self.beside,
                 f"captions of pictures without {self.extension} come from other files beside them",
             ),
-            (self.masks, "masks and condition pictures are not used"),
+            (self.masks, f"masks and condition pictures are not used{advice}"),
             (self.lonely, "captions without a picture are not used"),
             (self.others, "files that are neither pictures nor captions are not used"),
             (self.passed, "names that begin with a dot or an underscore are passed over"),
