@@ -1,16 +1,13 @@
 """The program `caption`: on a model that says the same few words of every picture."""
 
-import itertools
-import json
-
 import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
 import transformers
+from caption_model import SENTENCE, write_captioner
 from conftest import run_program
 from PIL import Image
-from safetensors.numpy import load_file, save_file
 from test_qwen3_vl import torch_inputs
 
 from dopsd_jax import caption
@@ -19,37 +16,11 @@ from dopsd_jax.data.rows import load_rows
 from dopsd_jax.data.sources import uncaptioned
 from dopsd_jax.families.captioner import Captioner, Settings
 from dopsd_jax.models.vlm_images import preprocess
-from dopsd_jax.random_model import Size, write_random_model
-from dopsd_jax.weights.tokenizers import read_tokenizer
-
-SENTENCE = "a red circle on the snow."
 
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory):
-    """The miniature, whose Qwen3-VL has a head of its own and continues "\\n" with `SENTENCE`.
-
-    Its layers add nothing, so what follows depends on the last token alone, by the head.
-    """
-    folder = write_random_model(tmp_path_factory.mktemp("caption") / "model", size=Size())
-    vlm = folder / "vlm"
-    config = json.loads((vlm / "config.json").read_text())
-    config["tie_word_embeddings"] = config["text_config"]["tie_word_embeddings"] = False
-    (vlm / "config.json").write_text(json.dumps(config))
-    tokenizer = read_tokenizer(vlm, config["text_config"]["vocab_size"], inside="")
-    said = [*tokenizer(f"\n{SENTENCE}")["input_ids"], tokenizer.convert_tokens_to_ids("<|im_end|>")]
-    assert len(set(said)) == len(said) > 6
-    (path,) = vlm.glob("*.safetensors")
-    tensors = load_file(path)
-    for name, tensor in tensors.items():
-        if name.endswith(("o_proj.weight", "down_proj.weight")):
-            tensors[name] = np.zeros_like(tensor)
-    embedding = tensors["model.language_model.embed_tokens.weight"]
-    head = np.zeros_like(embedding)
-    for before, after in itertools.pairwise(said):
-        head[after] = embedding[before]
-    save_file({**tensors, "lm_head.weight": head}, path, metadata={"format": "pt"})
-    return folder
+    return write_captioner(tmp_path_factory.mktemp("caption") / "model")
 
 
 def picture(path, size=(64, 64), colour=(200, 30, 30), **options):

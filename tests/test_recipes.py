@@ -85,7 +85,18 @@ MADE = {
     "sample": ("--out", "*.png"),
     "push": ("--out", "README.md"),
 }
-PLACE = re.compile(rf"(?<![a-z0-9/])({'|'.join(map(re.escape, PUT))})(?!\w)")
+
+
+def do(page, folder, put=PUT, added=ADDED):
+    """Every command of a recipe, in a folder that has what it speaks of."""
+    place = re.compile(rf"(?<![a-z0-9/])({'|'.join(map(re.escape, put))})(?!\w)")
+    for name, arguments in commands(RECIPES[page]):
+        arguments = [place.sub(lambda found: put[found[0]], a) for a in arguments]
+        done = run_program(name, *arguments, *added[name], folder=folder)
+        assert done.returncode == 0, done.stderr
+        if name in MADE:
+            option, made = MADE[name]
+            assert list((folder / arguments[arguments.index(option) + 1]).glob(made))
 
 
 def picture(path):
@@ -120,13 +131,7 @@ def follow(random_model, tmp_path_factory):
     def followed(page):
         if page in AFTER:
             followed(AFTER[page])
-        for name, arguments in commands(RECIPES[page]):
-            arguments = [PLACE.sub(lambda found: PUT[found[0]], a) for a in arguments]
-            done = run_program(name, *arguments, *ADDED[name], folder=here)
-            assert done.returncode == 0, done.stderr
-            if name in MADE:
-                option, made = MADE[name]
-                assert list((here / arguments[arguments.index(option) + 1]).glob(made))
+        do(page, here)
 
     yield followed
     shutil.rmtree(here)
