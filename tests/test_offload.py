@@ -1,5 +1,6 @@
 """A frozen network in the host's memory, fetched layer by layer: offload=base."""
 
+import dataclasses
 import functools
 
 import jax
@@ -167,6 +168,22 @@ def test_the_account_has_the_layers_on_the_host_and_two_of_them_on_the_device():
     layers = size.layers + 2 * size.refiner_layers
     assert found.account.fetched == pytest.approx(2 * moved / layers, rel=0.02)
     assert plain.needed - found.needed == moved - found.account.fetched
+
+
+def test_a_chain_of_remedies_keeps_what_is_on_the_host():
+    own = {"batch_size": 1, "remat": "full", "moments_dtype": "bfloat16", "lora.rank": 16}
+    own |= {"data.resolution": 32, "mesh.data": 1, "base_dtype": "bfloat16"}
+    config, everything = load_config("random", **own), "teacher,optimizer,base"
+    report = compiled_step.Report(
+        device_kind="cpu", mesh=dict.fromkeys(sharding.AXES, 1), attention="xla", images=1,
+        account=None, work=None, capacity=None,
+    )  # fmt: skip
+    away = remedies.Pricing(config, CASE, report).needed({"offload": everything})
+    report = dataclasses.replace(report, capacity=away)
+    _, together, _ = remedies.advise(config, CASE, report)
+    offloads = [r.fields["offload"] for r in together if "offload" in r.fields]
+    assert offloads == ["teacher", "teacher,optimizer", everything]
+    assert together[-1].needed <= away < together[-2].needed
 
 
 def test_a_report_tells_where_the_base_is():

@@ -79,15 +79,16 @@ def advise(
     for changed, why in _changes(config, report):
         try:
             alone = pricing.needed(changed)
-            together = pricing.needed({**fields, **changed}) if fields else alone
+            added = _added(fields, changed)
+            together = pricing.needed(fields | added) if fields else alone
         except UserError:  # this network or mesh cannot
             continue
         if now - alone > WORTH * now:
             single.append(Remedy(changed, why, alone))
         if best > report.capacity and best - together > WORTH * now:
-            fields |= changed
+            fields |= added
             best = together
-            chain.append(Remedy(changed, why, together))
+            chain.append(Remedy(added, why, together))
     return single, chain if best <= report.capacity else [], _devices(config, report, pricing)
 
 
@@ -151,6 +152,14 @@ def _changes(config: ConfigDict, report: Report) -> Iterator[tuple[dict[str, Any
         yield fields, "the frozen layers in the host's memory, fetched in every pass"
     if config.optimizer == "adamw":
         yield {"optimizer": "adafactor"}, "no moments but rows and columns of the second"
+
+
+def _added(fields: Mapping[str, Any], changed: Mapping[str, Any]) -> dict[str, Any]:
+    """`changed` as it follows `fields`: what these keep in the host's memory stays there."""
+    if "offload" not in fields or "offload" not in changed:
+        return dict(changed)
+    names = (*as_list(fields["offload"]), *as_list(changed["offload"]))
+    return {**changed, "offload": ",".join(dict.fromkeys(names))}
 
 
 def _rows(config: ConfigDict, report: Report) -> int:
