@@ -19,14 +19,20 @@ from dopsd_jax.miniature import (
     autoencoder,
     captions,
     configs,
-    distill,
+    endpoint,
     export,
+    few_steps,
+    gates,
+    matching,
     networks,
     optimizer,
     pool,
     pretrain,
+    probe,
+    render,
     train,
     training,
+    world,
 )
 from dopsd_jax.models.autoencoder import to_uint8
 from dopsd_jax.random_model.tokenizer import QWEN3_TEMPLATE
@@ -34,6 +40,7 @@ from dopsd_jax.random_model.tokenizer import QWEN3_TEMPLATE
 SMALL = configs.Size(
     dim=24, layers=1, heads=1, text_dim=24, text_layers=2, vision_dim=32, vision_layers=1
 )
+BIAS = "transformer.final_linear.bias"
 PROMPT = "a large dax on the left on a navy background"
 
 
@@ -126,19 +133,17 @@ def test_a_model_of_other_sizes_is_no_start(folder, monkeypatch):
 def test_a_stopped_run_goes_on_bit_for_bit(texts, tmp_path, monkeypatch):
     start = pretrain.start(SMALL, 0)
     monkeypatch.setattr(pool, "POOL", 64)
-    monkeypatch.setattr(training, "TEXTS", 8)
-    monkeypatch.setattr(training, "IMAGES", 8)
     latents = lambda images: np.repeat(
         images[:, ::4, ::4, :1].astype(np.float16) / 128 - 1, configs.LATENT_CHANNELS, axis=-1
     )
-    source, loss = training.Source(3, texts, latents), pretrain.loss(SMALL)
-    compiled = []
+    source, compiled = training.Source(3, texts, latents), []
+    stage = pretrain.stage(SMALL, start, 3)._replace(
+        tx=optax.adam(1e-3), texts=8, images=8, shown=lambda parameters: parameters
+    )
 
     def run(name, steps, lines):
-        tx = optax.adam(1e-3)
-        return training.run(
-            tmp_path / name, "x", steps, loss, tx, start, source, lambda *_: None, lines.append
-        )
+        own = stage._replace(steps=steps)
+        return training.run(tmp_path / name, own, source, lambda *_: None, lines.append)
 
     monkeypatch.setattr(training, "step_function", _once(training.step_function, compiled))
     whole = run("whole", 3, [])
@@ -173,7 +178,7 @@ def test_a_damaged_state_is_named(tmp_path, start, texts):
 
 def test_training_never_sees_the_words_kept_for_users(texts, monkeypatch):
     monkeypatch.setattr(pool, "POOL", 256)
-    scenes = pool.make_pool(0, 0, lambda images: np.zeros((len(images), 1, 1, 1)))
+    scenes = pool.make_pool(0, 0, lambda images: np.zeros((len(images), 16, 16, 1)))
     words = {thing.word for scene in scenes.scenes for thing in scene.things}
     assert not words & set(captions.NEW_WORDS)
     known = {word for word, _ in pool.bank(0)}
@@ -199,17 +204,95 @@ def test_muon_takes_kernels_as_matrices():
     assert rest == [None] * 3
 
 
-def test_distillation_asks_for_the_mean_velocity_of_the_teacher(start, texts):
-    """Where a velocity is everywhere the same, so is its mean, guided or not: a closed form."""
-    bias = "transformer.final_linear.bias"
-    still = start | {"transformer.final_linear.kernel": jnp.zeros((SMALL.dim, 32))}
-    constant = lambda seed: still | {bias: jax.random.normal(jax.random.key(seed), (32,))}
-    teacher, student = constant(1), constant(2)
+def _constant(start, seed):
+    """Weights whose velocity is everywhere the same, so that guidance changes nothing."""
+    bias = jax.random.normal(jax.random.key(seed), (32,))
+    still = {"transformer.final_linear.kernel": jnp.zeros((SMALL.dim, 32)), BIAS: bias}
+    return {**start, **still}
+
+
+def _few(texts, images):
+    """Four samples and keys, with images in context or without."""
     rng = np.random.default_rng(0)
-    latents = rng.standard_normal((4, 16, 16, configs.LATENT_CHANNELS)).astype(np.float16)
-    batch = pool.Batch(latents, *texts([PROMPT] * 4, False))
-    loss = jax.jit(distill.loss(SMALL, teacher, texts([""], False)))
-    keys = jax.random.split(jax.random.key(0), 4)
-    assert float(loss(teacher, batch, keys)) < 1e-10
-    expected = float(jnp.mean((teacher[bias] - student[bias]) ** 2))
-    assert float(loss(student, batch, keys)) == pytest.approx(expected, rel=1e-5)
+    latents, noise = rng.standard_normal((2, 4, 16, 16, configs.LATENT_CHANNELS), np.float32)
+    seen = (pool.plain_pictures(0, 0, 4), latents, np.float32([0, 0, 0.5, 0.75])) if images else ()
+    batch = pool.Batch(latents, noise, *texts([PROMPT] * 4, images), *seen)
+    return batch, jax.random.split(jax.random.key(0), 4)
+
+
+@pytest.mark.parametrize("images", [False, True])
+def test_endpoint_regression_asks_for_where_the_many_step_model_ends(start, texts, images):
+    many, student = _constant(start, 1), _constant(start, 2)
+    loss = jax.jit(endpoint.loss(SMALL, many, texts([""], False)))
+    assert float(loss(many, *_few(texts, images))) < 1e-9
+    apart = float(jnp.mean((many[BIAS] - student[BIAS]) ** 2))
+    expected = np.mean(np.square(few_steps.GRID[:-1])) * apart
+    assert float(loss(student, *_few(texts, images))) == pytest.approx(expected, rel=1e-4)
+
+
+@pytest.mark.parametrize("images", [False, True])
+def test_matching_moves_the_generator_from_fake_to_real_alone(start, texts, images):
+    many, own, fake = (_constant(start, seed) for seed in (1, 2, 3))
+    loss = matching.loss(SMALL, many, texts([""], False))
+
+    @jax.jit
+    def gradients(own, fake):
+        both = matching.stage(SMALL, own, fake, texts([""], False), 1).start
+        found = jax.grad(loss)(both, *_few(texts, images))
+        return found[matching.GENERATOR + BIAS], found[matching.FAKE + BIAS]
+
+    away, learned = gradients(own, fake)
+    wanted = fake[BIAS] - many[BIAS]
+    cosine = jnp.vdot(away, wanted) / jnp.linalg.norm(away) / jnp.linalg.norm(wanted)
+    assert float(cosine) > 0.99
+    # Where fake and real agree there is nothing to learn, however wrong both are about the fake's
+    # own loss, which goes on.
+    nothing, learned = gradients(own, many)
+    assert float(jnp.linalg.norm(nothing)) < 1e-6 * float(jnp.linalg.norm(away))
+    assert float(jnp.linalg.norm(learned)) > 0.01
+
+
+def test_matching_begins_with_the_fake_alone():
+    both = {matching.GENERATOR + "a": jnp.ones(3), matching.FAKE + "a": jnp.ones(3)}
+    tx = matching.transform(100)
+    updates, _ = tx.update(both, tx.init(both), both)
+    assert not jnp.any(updates[matching.GENERATOR + "a"]) and jnp.all(
+        updates[matching.FAKE + "a"] < 0
+    )
+
+
+def test_noise_tells_the_place_where_the_caption_does_not(texts):
+    """Dealt out anew, not drawn anew; where a caption places the thing, it stays as it was."""
+    rng = np.random.default_rng(0)
+    scenes = [world.random_scene(rng, (world.random_thing(rng),)) for _ in range(64)]
+    spoken = [captions.caption(s, rng, whole=i % 2 == 0) for i, s in enumerate(scenes)]
+    said = np.array([captions.says_place(text) for text in spoken])
+    assert said[::2].all() and (~said).sum() > 8
+    things = np.repeat(world.pictures(scenes)[:, ::4, ::4, :1] / 255.0, configs.LATENT_CHANNELS, -1)
+    found = pool.paired_noise(np.random.default_rng(1), things, spoken)
+    plain = np.random.default_rng(1).standard_normal(things.shape, np.float32)
+    np.testing.assert_array_equal(found[said], plain[said])
+    order = lambda noise: np.sort(noise.reshape(len(noise), -1), axis=0)
+    np.testing.assert_array_equal(order(found[~said]), order(plain[~said]))
+
+    def told(noise):
+        """How much more the noise has where the thing stands than elsewhere, in deviations."""
+        x, y = (16 * world.compose(scenes, None).objects.centre[:, 0] / render.SIDE).T
+        rows, columns = np.mgrid[:16, :16] + 0.5
+        near = np.hypot(rows - y[:, None, None], columns - x[:, None, None]) < 4
+        score = (noise.mean(-1) * near).sum((1, 2)) / np.sqrt(near.sum((1, 2)) / 8)
+        return score[~said].mean()
+
+    assert told(found) > told(plain) + 0.5
+
+
+def test_what_training_measures_is_what_the_pipeline_draws(folder, start, texts):
+    pipe = dopsd_jax.load_pipeline(folder)
+    images = pool.plain_pictures(0, 0, 2)
+    noise = np.random.default_rng(0).standard_normal((2, *gates.SHAPE)).astype(np.float32)
+    artist = probe.Sampler(SMALL, texts, None).artist(start, None, few_steps.STEPS)
+    context = pipe.encode_prompt_with_image([PROMPT] * 2, list(images), **gates.PIXELS)
+    drawn = pipe.sample(pipe.split[1], noise, context, pipe.deployed_grid(gates.SHAPE))
+    assert relative_error(artist.latents([PROMPT] * 2, images, noise), drawn) < 1e-4
+    first = noise - pipe.velocity(noise, 1.0, pipe.encode_prompt([PROMPT] * 2))
+    assert relative_error(artist.first([PROMPT] * 2, noise), first) < 1e-4

@@ -26,10 +26,14 @@ def crispness(images: UInt8[np.ndarray, "n H W 3"]) -> Float[np.ndarray, " n"]:
     Channels in [0, 1]. Blur lowers it and noise raises it, so it is meaningful only together with
     a score of what the pictures show.
     """
-    pixels = images.astype(np.float32) / 255
-    down = np.linalg.norm(pixels[:, 1:, :-1] - pixels[:, :-1, :-1], axis=-1)
-    right = np.linalg.norm(pixels[:, :-1, 1:] - pixels[:, :-1, :-1], axis=-1)
-    steep = np.sort(np.hypot(down, right).reshape(len(images), -1), axis=1)
+    return steepest(images.astype(np.float32) / 255)
+
+
+def steepest(values: Float[np.ndarray, "n H W c"]) -> Float[np.ndarray, " n"]:
+    """The same of pictures in any units, or of latents."""
+    down = np.linalg.norm(values[:, 1:, :-1] - values[:, :-1, :-1], axis=-1)
+    right = np.linalg.norm(values[:, :-1, 1:] - values[:, :-1, :-1], axis=-1)
+    steep = np.sort(np.hypot(down, right).reshape(len(values), -1), axis=1)
     return steep[:, -round(EDGE_SHARE * steep.shape[1]) :].mean(1)
 
 

@@ -9,8 +9,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jaxtyping import Array, Float, Int, UInt8
+from jaxtyping import Array, Float, Int, Key, UInt8
 
+from dopsd_jax.families.zimage.family import Context, drop_picture
 from dopsd_jax.miniature import configs
 from dopsd_jax.miniature.configs import Size
 from dopsd_jax.miniature.render import SIDE
@@ -77,6 +78,22 @@ def latent_patches(latents: Float[Array, "b h w c"]) -> Float[Array, "b p d"]:
     (b, _, _, c), k = latents.shape, configs.PATCH
     x = latents.reshape(b, GRID[0], k, GRID[1], k, c).transpose(0, 1, 3, 2, 4, 5)
     return x.reshape(b, GRID[0] * GRID[1], k * k * c)
+
+
+def contexts(net: Networks, batch, keys: Key[Array, " b"]):
+    """Features of a batch's token rows; and features and lengths as the transformer is told them:
+    without the share of an image's tokens that `batch.dropped` says."""
+    if batch.images is None:
+        features = net.context(batch.ids, batch.lengths)
+        return features, (features, batch.lengths)
+    features = net.context(batch.ids, batch.lengths, patches_of(batch.images))
+    first = jnp.argmax(batch.ids == configs.IDS["<|image_pad|>"], axis=1)
+    picture = jnp.stack([first, jnp.full_like(first, GRID[0] * GRID[1])], axis=1)
+    drop = lambda f, n, p, key, share: drop_picture(
+        Context(f[None], n[None], p[None]), key[None], share
+    )[:2]
+    left, lengths = jax.vmap(drop)(features, batch.lengths, picture, keys, batch.dropped)
+    return features, (left[:, 0], lengths[:, 0])
 
 
 def at_image(features: Float[Array, "b n c"], ids: Int[Array, "b n"]) -> Float[Array, "b p c"]:

@@ -9,6 +9,7 @@ from typing import NamedTuple
 
 import numpy as np
 from jaxtyping import Float, Int, UInt8
+from scipy.optimize import linear_sum_assignment
 
 from dopsd_jax.families.zimage.templates import student_text, teacher_text
 from dopsd_jax.miniature import captions, configs, render, world
@@ -20,7 +21,8 @@ BANK = 96  # words with a fixed concept each, which the model learns by heart
 KNOWN = 0.4  # share of a text-only batch's concepts that are of the bank
 NAMED_TEXT = 0.8  # share of named shapes in a text-only batch
 NAMED_IMAGE = 0.3  # and in a batch with images
-SAME = 0.6  # share of images in context that are the target itself
+SAME = 0.2  # share of images in context that are the target itself
+DROPPED = (0.0, 0.0, 0.0, 0.5, 0.75)  # shares of an image's tokens that are left out, each as often
 EMPTY = 0.08  # share of empty captions, for guidance
 
 STUDENT_ROWS = 32
@@ -41,21 +43,26 @@ def plain_pictures(seed: int, number: int, count: int) -> UInt8[np.ndarray, "m s
 
 
 class Batch(NamedTuple):
-    """Targets with their contexts; without `images` and their latents it is text alone."""
+    """Targets with their noise and contexts; without the rest it is text alone.
+
+    images, shown: what is in context, and its latents. dropped: share of its tokens left out.
+    """
 
     latents: Float[np.ndarray, "b h w c"]
+    noise: Float[np.ndarray, "b h w c"]
     ids: Int[np.ndarray, "b n"]
     lengths: Int[np.ndarray, " b"]
     images: UInt8[np.ndarray, "b s s 3"] | None = None
     shown: Float[np.ndarray, "b h w c"] | None = None
+    dropped: Float[np.ndarray, " b"] | None = None
 
 
 @dataclasses.dataclass(frozen=True)
 class Pool:
     """Scenes with their pictures and latents.
 
-    First half: named shapes. Second half: concepts, entries 2k and 2k + 1 the same one arranged
-    twice; those from `bank` on are of the bank, the others never seen before.
+    First half: named shapes. Second half: concepts; those from `bank` on are of the bank, the
+    others never seen before. Entries 2k and 2k + 1 are the same thing arranged twice.
     """
 
     scenes: list[Scene]
@@ -73,7 +80,7 @@ def bank(seed: int) -> list[tuple[str, world.Concept]]:
 def make_pool(seed: int, number: int, encode: Callable) -> Pool:
     """Pool `number`; `encode` gives the latents of pictures."""
     rng = np.random.default_rng([seed, 1, number])
-    scenes = [world.random_scene(rng) for _ in range(POOL // 2)]
+    scenes = [s for _ in range(POOL // 4) for s in _arranged_twice(rng)]
     known, free = bank(seed), captions.nonce_words()[BANK:]
     fresh = POOL // 4  # concepts seen here only; as many entries are of the bank as text needs
     for i in range(POOL // 4):
@@ -87,6 +94,17 @@ def make_pool(seed: int, number: int, encode: Callable) -> Pool:
     images = world.pictures(scenes, rng)
     first_known = POOL // 2 + 2 * int(np.ceil(fresh * (1 - KNOWN)))
     return Pool(scenes, images, encode(images), first_known)
+
+
+def _arranged_twice(rng: np.random.Generator) -> tuple[Scene, Scene]:
+    """A scene, and its thing in another arrangement; two things stay as they are."""
+    scene = world.random_scene(rng)
+    if len(scene.things) > 1:
+        return scene, scene
+    thing, other = scene.things[0], world.random_thing(rng)
+    return scene, world.random_scene(
+        rng, (dataclasses.replace(thing, size=other.size, place=other.place),)
+    )
 
 
 class Texts:
@@ -131,21 +149,49 @@ def text_batch(pool: Pool, texts: Texts, rng: np.random.Generator, count: int) -
     )
     prompts = [texts.caption(pool.scenes[i], rng) for i in index]
     prompts = ["" if rng.random() < EMPTY else p for p in prompts]
-    return Batch(pool.latents[index], *texts(prompts, image=False))
+    latents = pool.latents[index]
+    return Batch(latents, paired_noise(rng, latents, prompts), *texts(prompts, image=False))
 
 
 def image_batch(pool: Pool, texts: Texts, rng: np.random.Generator, count: int) -> Batch:
-    """Targets with a caption and an image: themselves, or their concept in another arrangement.
+    """Targets with a caption and an image: the same thing, mostly in another arrangement.
 
-    In the second case the caption describes the arrangement, so that there is no contradiction:
-    what the caption describes is followed, the rest is copied.
+    So the caption is followed where it says something, the image tells what the thing is, and the
+    noise decides the rest, as it does without an image.
     """
     named = rng.random(count) < NAMED_IMAGE
     half = POOL // 2
     index = np.where(named, rng.integers(half, size=count), rng.integers(half, pool.bank, count))
-    same = named | (rng.random(count) < SAME)
-    shown = np.where(same, index, index ^ 1)
-    pairs = zip(index, same, strict=True)
-    prompts = [texts.caption(pool.scenes[i], rng, whole=not s) for i, s in pairs]
-    seen = pool.images[shown], pool.latents[shown]
-    return Batch(pool.latents[index], *texts(prompts, image=True), *seen)
+    shown = np.where(rng.random(count) < SAME, index, index ^ 1)
+    prompts = [texts.caption(pool.scenes[i], rng) for i in index]
+    latents, dropped = pool.latents[index], rng.choice(np.float32(DROPPED), count)
+    noise = paired_noise(rng, latents, prompts)
+    seen = pool.images[shown], pool.latents[shown], dropped
+    return Batch(latents, noise, *texts(prompts, image=True), *seen)
+
+
+def paired_noise(
+    rng: np.random.Generator, latents: Float[np.ndarray, "b h w c"], prompts: list[str]
+) -> Float[np.ndarray, "b h w c"]:
+    """Noise for each target; where captions leave the place open, the noise tells it.
+
+    Among targets without a place in the caption the noise is dealt out so that its mean over the
+    channels is high where something stands. Captions do not know that place, so to every caption
+    the noise is as random as before. But what a sample's noise was, decides where its thing
+    stands, with an image in context as without one.
+    """
+    noise = rng.standard_normal(latents.shape, np.float32)
+    free = np.flatnonzero([not captions.says_place(prompt) for prompt in prompts])
+    away = np.linalg.norm(latents - np.median(latents, axis=(1, 2), keepdims=True), axis=-1)
+    there = _cells(np.float32(away))[free]
+    there /= np.linalg.norm(there, axis=1, keepdims=True) + 1e-6
+    order = linear_sum_assignment(there @ _cells(noise.mean(-1))[free].T, maximize=True)[1]
+    noise[free] = noise[free[order]]
+    return noise
+
+
+def _cells(maps: Float[np.ndarray, "b h w"], side: int = 4) -> Float[np.ndarray, "b n"]:
+    """Means over cells, less the map's own mean."""
+    b, h, w = maps.shape
+    means = maps.reshape(b, h // side, side, w // side, side).mean((2, 4)).reshape(b, -1)
+    return means - means.mean(1, keepdims=True)

@@ -8,15 +8,15 @@ Dimension names: b batch, h w c latent, p image tokens, d width.
 
 import jax
 import jax.numpy as jnp
-import optax
 from jaxtyping import Array, Float
 
 from dopsd_jax.miniature import configs, networks, optimizer, pool
 from dopsd_jax.miniature.configs import Size
 from dopsd_jax.miniature.optimizer import Parameters
-from dopsd_jax.miniature.training import Loss
+from dopsd_jax.miniature.training import Loss, Stage
 
-MUON_RATE, ADAM_RATE, DECAY, COOLDOWN = 0.015, 2e-3, 0.1, 0.75
+MUON_RATE, ADAM_RATE, DECAY, COOLDOWN = 0.01, 1.5e-3, 0.1, 0.6
+TEXTS, IMAGES = 16, 32
 SHIFT = 3.0  # of the noise levels, as in the scheduler
 LOW = 0.5  # noise level
 READING = 0.5  # weight of what a head cannot read
@@ -31,9 +31,10 @@ def start(size: Size, seed: int) -> Parameters:
     return parameters | dict(zip(HEADS, heads, strict=True))
 
 
-def transform(steps: int) -> optax.GradientTransformation:
-    """The optimizer of a training of so many steps."""
-    return optimizer.muon(MUON_RATE, ADAM_RATE, steps, cooldown=COOLDOWN, decay=DECAY)
+def stage(size: Size, start: Parameters, steps: int) -> Stage:
+    """Flow matching from `start`, which has the heads."""
+    tx = optimizer.muon(MUON_RATE, ADAM_RATE, steps, cooldown=COOLDOWN, decay=DECAY)
+    return Stage("flow matching", steps, loss(size), tx, start, TEXTS, IMAGES, without_heads)
 
 
 def without_heads(parameters: Parameters) -> Parameters:
@@ -41,15 +42,13 @@ def without_heads(parameters: Parameters) -> Parameters:
     return {name: value for name, value in parameters.items() if name not in HEADS}
 
 
-def draw(keys: Array, latents: Float[Array, "b h w c"]):
+def draw(keys: Array, latents: Float[Array, "b h w c"], noise: Float[Array, "b h w c"]):
     """Noise levels, noised states, and the velocities there; a key for each sample.
 
     The levels are spread evenly over the batch.
     """
-    level, noise = jnp.moveaxis(jax.vmap(jax.random.split)(keys), 1, 0)
-    u = (jnp.arange(len(keys)) + jax.vmap(jax.random.uniform)(level)) / len(keys)
+    u = (jnp.arange(len(keys)) + jax.vmap(jax.random.uniform)(keys)) / len(keys)
     sigma = SHIFT * u / (1 + (SHIFT - 1) * u)
-    noise = jax.vmap(lambda key: jax.random.normal(key, latents.shape[1:]))(noise)
     s = sigma[:, None, None, None]
     return sigma, (1 - s) * latents + s * noise, noise - latents
 
@@ -71,10 +70,10 @@ def loss(size: Size) -> Loss:
 
     def evaluate(parameters: Parameters, batch: pool.Batch, keys: Array):
         net = optimizer.merge(module, parameters)
-        sigma, x, velocity = draw(keys, batch.latents.astype(jnp.float32))
-        patches = None if batch.images is None else networks.patches_of(batch.images)
-        features = net.context(batch.ids, batch.lengths, patches)
-        found, states = net.velocity_and_states(x, sigma, features, batch.lengths)
+        level, drop = jnp.moveaxis(jax.vmap(jax.random.split)(keys), 1, 0)
+        sigma, x, velocity = draw(level, batch.latents.astype(jnp.float32), batch.noise)
+        features, told = networks.contexts(net, batch, drop)
+        found, states = net.velocity_and_states(x, sigma, *told)
         where = [_unread(parameters[WHERE], tokens, places) for tokens in states]
         error = _mismatch(found, velocity, sigma) + READING * sum(where) / len(where)
         if batch.images is None:

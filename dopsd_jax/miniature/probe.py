@@ -6,12 +6,21 @@ from pathlib import Path
 
 import jax
 import numpy as np
+from jaxtyping import Array, Float
 from PIL import Image
 
 from dopsd_jax.common.flow import shifted_grid
-from dopsd_jax.conditioning.encoding import TEACHER
-from dopsd_jax.evaluation.scorer import Case
-from dopsd_jax.miniature import captions, judge, networks, optimizer, pool, render, world
+from dopsd_jax.miniature import (
+    captions,
+    few_steps,
+    gates,
+    judge,
+    networks,
+    optimizer,
+    pool,
+    render,
+    world,
+)
 from dopsd_jax.miniature.configs import FACTOR, LATENT_CHANNELS, Size
 
 SIDE = render.SIDE // FACTOR
@@ -40,22 +49,39 @@ class Sampler:
         guidance: float = 1.0,
         seed: int = 0,
     ) -> np.ndarray:
-        ids, lengths = self.texts(prompts, image=images is not None)
+        shape = (len(prompts), SIDE, SIDE, LATENT_CHANNELS)
+        noise = jax.random.normal(jax.random.key(seed), shape)
+        return self.decode(self.latents(parameters, prompts, images, noise, grid, guidance))
+
+    def latents(
+        self,
+        parameters: optimizer.Parameters,
+        prompts: Sequence[str],
+        images: np.ndarray | None,
+        noise: Float[Array, "b h w c"],
+        grid: tuple[float, ...],
+        guidance: float,
+    ) -> Float[Array, "b h w c"]:
+        """The same from given noise, not decoded."""
+        ids, lengths = self.texts(list(prompts), image=images is not None)
         empty = self.texts([""] * len(prompts), image=False) if guidance != 1 else None
-        noise = jax.random.normal(jax.random.key(seed), (len(prompts), SIDE, SIDE, LATENT_CHANNELS))
-        found = self.run(parameters, noise, ids, lengths, images, empty, guidance, grid=grid)
-        return self.decode(found)
+        return self.run(parameters, noise, ids, lengths, images, empty, guidance, grid=grid)
 
-    def drawing(self, parameters: optimizer.Parameters, steps: int, guidance: float = 1.0):
-        """The weights with so many steps, as `gates.Trial` draws."""
-        grid = shifted_grid(steps, 3.0)
-
-        def draw(cases: Sequence[Case], role: int) -> np.ndarray:
-            images = np.stack([case.target for case in cases]) if role == TEACHER else None
-            prompts = [case.prompt for case in cases]
-            return self(parameters, prompts, images, grid=grid, guidance=guidance)
-
-        return draw
+    def artist(
+        self, parameters: optimizer.Parameters, encode: Callable, steps: int, guidance: float = 1.0
+    ) -> gates.Artist:
+        """The weights with so many steps, for `gates.Trial`."""
+        draw = lambda prompts, images, noise, grid: self.latents(
+            parameters, prompts, images, noise, grid, guidance
+        )
+        return gates.Artist(
+            lambda prompts, images, noise: draw(
+                prompts, images, noise, shifted_grid(steps, few_steps.SHIFT)
+            ),
+            lambda prompts, noise: np.asarray(draw(prompts, None, noise, (1.0, 0.0))),
+            lambda images: np.float32(encode(images)),
+            self.decode,
+        )
 
 
 def _sample(module, parameters, noise, ids, lengths, images, empty, guidance, *, grid):
@@ -106,7 +132,7 @@ class Probe:
         self, parameters: optimizer.Parameters, name: str, steps: int = 8, guidance: float = 1.0
     ) -> dict[str, float]:
         """The scores; a grid of the pictures goes to `folder`/`name`.png."""
-        grid = shifted_grid(steps, 3.0)
+        grid = shifted_grid(steps, few_steps.SHIFT)
         sample = functools.partial(self.sampler, parameters, grid=grid, guidance=guidance)
         text = sample(self.prompts, None)
         seen = judge.see(text)

@@ -1,7 +1,8 @@
 """Makes the miniature from nothing: python -m dopsd_jax.miniature.train --out DIR
 
-Autoencoder, then encoder and transformer by flow matching, then the few-step model by segment
-distillation, then the model folder. A second call goes on where the first was stopped.
+Autoencoder, then encoder and transformer by flow matching, then the few-step model by endpoint
+regression and distribution matching, then the model folder. A second call goes on where the first
+was stopped.
 """
 
 import json
@@ -19,9 +20,11 @@ from dopsd_jax.common.errors import UserError
 from dopsd_jax.miniature import (
     autoencoder,
     configs,
-    distill,
+    endpoint,
     export,
+    few_steps,
     gates,
+    matching,
     optimizer,
     pool,
     pretrain,
@@ -41,9 +44,10 @@ START = OPTIONS.path(
 SEED = OPTIONS.integer("seed", 0, "of the whole training", lower_bound=0)
 AUTOENCODER_STEPS = OPTIONS.integer("autoencoder_steps", 2600, "of 8 pictures", lower_bound=1)
 PRETRAIN_STEPS = OPTIONS.integer("pretrain_steps", 12000, "of 48 samples", lower_bound=1)
-DISTILL_STEPS = OPTIONS.integer("distill_steps", 700, "of 48 samples", lower_bound=1)
+ENDPOINT_STEPS = OPTIONS.integer("endpoint_steps", 120, "of 32 samples", lower_bound=1)
+MATCHING_STEPS = OPTIONS.integer("matching_steps", 400, "of 48 samples", lower_bound=1)
 
-MANY_STEPS = 40  # of the sampler before distillation, which has distillation's guidance
+MANY_STEPS = 40  # of the sampler before distillation, which has the guidance that is distilled
 PROBE_STEPS = 10  # of its probes during training
 
 
@@ -80,33 +84,21 @@ def main() -> None:
 
         return write
 
-    many = training.run(
-        out / "pretrain.safetensors",
-        "flow matching",
-        PRETRAIN_STEPS.value,
-        pretrain.loss(size),
-        pretrain.transform(PRETRAIN_STEPS.value),
-        initial,
-        source,
-        report("pretrain", steps=PROBE_STEPS, guidance=distill.GUIDANCE),
-        log,
-    )
-    many = pretrain.without_heads(many)
-    few = training.run(
-        out / "distill.safetensors",
-        "distillation",
-        DISTILL_STEPS.value,
-        distill.loss(size, many, texts([""], image=False)),
-        optimizer.muon(distill.MUON_RATE, distill.ADAM_RATE, DISTILL_STEPS.value),
-        many,
-        source,
-        report("distill", steps=distill.STEPS),
-        log,
-    )
+    def trained(stage: training.Stage, file: str, **sampler) -> optimizer.Parameters:
+        path = out / f"{file}.safetensors"
+        return training.run(path, stage, source, report(file, **sampler), log)
+
+    many = pretrain.stage(size, initial, PRETRAIN_STEPS.value)
+    many = trained(many, "pretrain", steps=PROBE_STEPS, guidance=few_steps.GUIDANCE)
+    empty = texts([""], image=False)
+    few = endpoint.stage(size, many, empty, ENDPOINT_STEPS.value)
+    few = trained(few, "endpoint", steps=few_steps.STEPS)
+    few = matching.stage(size, few, many, empty, MATCHING_STEPS.value)
+    few = trained(few, "matching", steps=few_steps.STEPS)
     if not (out / "model").exists():
         export.write_model(out / "model", size, few, vae)
     log(f"the model: {out / 'model'}")
-    _scores(out, many, measure.sampler, lambda x: decode(encode(x)), log)
+    _scores(out, many, measure.sampler, encode, log)
 
 
 def _check_sizes(size: configs.Size, initial, learned: optimizer.Parameters, vae: Autoencoder):
@@ -121,18 +113,18 @@ def _check_sizes(size: configs.Size, initial, learned: optimizer.Parameters, vae
         )
 
 
-def _scores(out: Path, many: optimizer.Parameters, sampler: probe.Sampler, reconstruct, log):
+def _scores(out: Path, many: optimizer.Parameters, sampler: probe.Sampler, encode, log):
     """Writes what the gates need to know of the model before distillation, and all scores."""
     trial, pipe = gates.Trial(), dopsd_jax.load_pipeline(out / "model")
-    few_steps = {"steps": distill.STEPS}
-    many_steps = {"steps": MANY_STEPS, "guidance": distill.GUIDANCE}
+    few = sampler.artist(many, encode, few_steps.STEPS)
+    fine = sampler.artist(many, encode, MANY_STEPS, few_steps.GUIDANCE)
     found = {
         gates.SHIPPED: gates.of_folder(pipe, trial),
-        gates.UNDISTILLED_FEW: trial(sampler.drawing(many, **few_steps), reconstruct),
-        gates.UNDISTILLED_MANY: trial(sampler.drawing(many, **many_steps), reconstruct),
+        gates.UNDISTILLED_FEW: trial(few),
+        gates.UNDISTILLED_MANY: trial(fine),
     }
     write_text(out / gates.SCORES, json.dumps(found, indent=1) + "\n")
-    rows = gates.verdicts(found[gates.SHIPPED], found[gates.UNDISTILLED_MANY]["crispness"])
+    rows = gates.verdicts(found[gates.SHIPPED], found[gates.UNDISTILLED_MANY])
     for line in gates.lines(rows):
         log(line)
 

@@ -1,4 +1,4 @@
-"""The training loop that pretraining and distillation share: gradients, average, saving, resuming.
+"""The training loop that all stages share: gradients, average, saving, resuming.
 
 A loss is a function of (parameters, batch, a key for each sample). Every step takes samples of
 captions alone and samples with images, the two kinds with equal weight, in micro-batches that are
@@ -22,7 +22,6 @@ from dopsd_jax.miniature import optimizer, pool
 from dopsd_jax.miniature.optimizer import Parameters
 from dopsd_jax.miniature.saved import load_tree, save_tree
 
-TEXTS, IMAGES = 48, 8  # samples of a step: captions alone, and with images
 MICRO = 8  # samples that a device computes at once: more do not fit the caches of a CPU
 AVERAGE = 0.998  # decay of the moving average of the weights
 SAVE_SECONDS = 240
@@ -37,6 +36,22 @@ class State(NamedTuple):
     parameters: Parameters
     average: Parameters
     moments: optax.OptState
+
+
+class Stage(NamedTuple):
+    """One part of the training: `steps` steps of `texts` captions alone and `images` with images.
+
+    start: what it begins with. shown: what is measured and handed on of the averaged parameters.
+    """
+
+    name: str
+    steps: int
+    loss: Loss
+    tx: optax.GradientTransformation
+    start: Parameters
+    texts: int
+    images: int
+    shown: Callable[[Parameters], Parameters] = lambda parameters: parameters
 
 
 class Source(NamedTuple):
@@ -100,33 +115,28 @@ def step_function(loss: Loss, tx: optax.GradientTransformation, mesh: Mesh):
 
 def run(
     path: Path,
-    name: str,
-    steps: int,
-    loss: Loss,
-    tx: optax.GradientTransformation,
-    start: Parameters,
+    stage: Stage,
     source: Source,
     probe: Callable[[Parameters, int], None],
     log: Callable[[str], None],
 ) -> Parameters:
-    """Trains to `steps`, from the state in the file `path` if it is there; returns the average.
+    """Trains a stage, from the state in the file `path` if it is there; returns the average.
 
-    `start` is what it begins with otherwise. `probe` is called with the averaged weights now and
-    then, and at the end.
+    `probe` is called with what is shown of it now and then, and at the end.
     """
-    state, begin = first_state(start, tx), 0
+    state, begin, steps = first_state(stage.start, stage.tx), 0, stage.steps
     if path.exists():
         state, about = load_tree(path, state)
         begin = about["step"]
     mesh = jax.make_mesh((len(jax.devices()),), ("data",), axis_types=(AxisType.Auto,))
     state = jax.device_put(state, NamedSharding(mesh, P()))  # as the step returns it
-    step, scenes, losses, saves = step_function(loss, tx, mesh), None, [], 0
+    step, scenes, losses, saves = step_function(stage.loss, stage.tx, mesh), None, [], 0
     saved = started = time.monotonic()
     for number in range(begin, steps):
         if scenes is None or number % pool.POOL_STEPS == 0:
             scenes = pool.make_pool(source.seed, number // pool.POOL_STEPS, source.encode)
         key = jax.random.fold_in(jax.random.key(source.seed), number)
-        state, found = step(state, number, *_batches(scenes, source, number), key)
+        state, found = step(state, number, *_batches(scenes, source, stage, number), key)
         losses.append(found)
         last = number + 1 == steps
         if time.monotonic() - saved > SAVE_SECONDS or last:
@@ -134,14 +144,14 @@ def run(
             text_loss, image_loss = np.mean(losses, axis=0)
             seconds = (time.monotonic() - started) / (number + 1 - begin)
             log(
-                f"{name} {number + 1}/{steps}: loss {text_loss:.4f} with text, "
+                f"{stage.name} {number + 1}/{steps}: loss {text_loss:.4f} with text, "
                 f"{image_loss:.4f} with an image; {seconds:.2f} s a step, "
                 f"{seconds * (steps - number - 1) / 60:.0f} min left"
             )
             if saves % PROBE_SAVES == 0 or last:
-                probe(_unbound(state.average), number + 1)
+                probe(stage.shown(_unbound(state.average)), number + 1)
             losses, saved, saves = [], time.monotonic(), saves + 1
-    return _unbound(state.average)
+    return stage.shown(_unbound(state.average))
 
 
 def _unbound(parameters: Parameters) -> Parameters:
@@ -149,7 +159,9 @@ def _unbound(parameters: Parameters) -> Parameters:
     return jax.tree.map(lambda a: jnp.asarray(np.asarray(a)), parameters)
 
 
-def _batches(scenes: pool.Pool, source: Source, number: int) -> tuple[pool.Batch, pool.Batch]:
+def _batches(
+    scenes: pool.Pool, source: Source, stage: Stage, number: int
+) -> tuple[pool.Batch, pool.Batch]:
     rng = np.random.default_rng([source.seed, 2, number])
-    text = pool.text_batch(scenes, source.texts, rng, TEXTS)
-    return text, pool.image_batch(scenes, source.texts, rng, IMAGES)
+    text = pool.text_batch(scenes, source.texts, rng, stage.texts)
+    return text, pool.image_batch(scenes, source.texts, rng, stage.images)

@@ -1,0 +1,53 @@
+"""Endpoint regression: at every node the student points at where the many-step model ends.
+
+The velocity at a node becomes (x - end) / sigma on the guided many-step model's own path, so that
+the first clean estimate is no longer a mean over pictures but nearly one of them.
+"""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array
+
+from dopsd_jax.miniature import few_steps, networks, optimizer, pool
+from dopsd_jax.miniature.configs import Size
+from dopsd_jax.miniature.optimizer import Parameters
+from dopsd_jax.miniature.training import Loss, Stage
+
+MUON_RATE, ADAM_RATE = 0.002, 3e-4  # more makes it forget what the image in context shows
+TEXTS, IMAGES = 16, 16
+BETWEEN = 2  # steps of the many-step model from node to node
+
+
+def stage(size: Size, many: Parameters, empty: tuple[Array, Array], steps: int) -> Stage:
+    """Regression from the many-step model's weights; `empty`: see `loss`."""
+    tx = optimizer.muon(MUON_RATE, ADAM_RATE, steps, warmup=10)
+    return Stage("endpoints", steps, loss(size, many, empty), tx, many, TEXTS, IMAGES)
+
+
+def loss(size: Size, many: Parameters, empty: tuple[Array, Array]) -> Loss:
+    """Squared error of the clean estimates at all nodes; `many`: the many-step model's weights.
+
+    `empty`: token row [1, n] and length [1] of the empty prompt.
+    """
+    module = networks.abstract(size)
+    at = np.arange(few_steps.STEPS * BETWEEN + 1) / BETWEEN
+    fine = tuple(np.interp(at, np.arange(few_steps.STEPS + 1), few_steps.GRID))
+
+    def evaluate(parameters: Parameters, batch: pool.Batch, keys: Array):
+        drop, draw = jnp.moveaxis(jax.vmap(jax.random.split)(keys), 1, 0)
+        noise = few_steps.normal(draw, batch.latents.shape[1:])
+        teacher = few_steps.guided(optimizer.merge(module, many), batch, drop, empty)
+        states = jax.lax.stop_gradient(few_steps.path(teacher, noise, fine))
+        nodes, end = states[:-1:BETWEEN], states[-1]
+        student = few_steps.told(optimizer.merge(module, parameters), batch, drop)
+
+        def error(total, node):
+            x, sigma = node
+            found = x - sigma * student(x, jnp.full(len(x), sigma))
+            return total + jnp.mean((found - end) ** 2), None
+
+        sigmas = jnp.asarray(few_steps.GRID[:-1], jnp.float32)
+        return jax.lax.scan(error, jnp.zeros(()), (nodes, sigmas))[0] / few_steps.STEPS
+
+    return evaluate
