@@ -61,6 +61,7 @@ def test_headers_title_and_captions_are_drawn():
     assert ink(grid(["tuned"], [GridRow("", row)], cell=100)) > 20
     assert ink(grid([""], [GridRow("a red square", row)], cell=100)) > 20
     assert ink(grid([""], [GridRow("", row)], title="step 5", cell=100)) > 20
+    assert ink(grid([""], [GridRow("", row)], notes=["identity 0.8"], cell=100)) > 20
 
 
 def test_captions_take_two_lines_at_most_and_stay_inside():

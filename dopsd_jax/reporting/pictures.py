@@ -93,18 +93,25 @@ def filled(references: Sequence, count: int) -> list:
     return [*references, *[None] * (count - len(references))]
 
 
-def grid(columns: Sequence[str], rows: Sequence[GridRow], *, title: str = "", cell: int = CELL):
-    """Draws a grid as a `PIL.Image`.
+def grid(
+    columns: Sequence[str],
+    rows: Sequence[GridRow],
+    *,
+    title: str = "",
+    notes: Sequence[str] = (),
+    cell: int = CELL,
+):
+    """Draws a grid as a `PIL.Image`; `notes` stand under the columns, in lines.
 
     Every picture is resized to `cell` pixels on its longer side, keeping its aspect and never
     cropped, and centred in its cell. Cells are as wide as the widest picture, and as high as the
     highest of their row.
     """
-    return _drawn(columns, rows, title, cell)[0]
+    return _drawn(columns, rows, title, notes, cell)[0]
 
 
 def _drawn(
-    columns: Sequence[str], rows: Sequence[GridRow], title: str, cell: int
+    columns: Sequence[str], rows: Sequence[GridRow], title: str, notes: Sequence[str], cell: int
 ) -> tuple[Image.Image, list[list[Cell | None]]]:
     """A grid, and where its pictures are."""
     _check(columns, rows)
@@ -119,6 +126,8 @@ def _drawn(
     top = MARGIN + (round(line * 1.5) if title else 0) + line + GAP
     total = top + sum(heights) + MARGIN * len(rows)
     total += sum(line * len(lines) + GAP // 2 for lines in captions if lines)
+    below = [note.split("\n") for note in notes]
+    total += line * max(map(len, below), default=0)
     sheet = Image.new("RGB", (inner + 2 * MARGIN, total), BACKGROUND)
     draw = ImageDraw.Draw(sheet)
 
@@ -149,6 +158,10 @@ def _drawn(
             draw.text((MARGIN, y), text, FAINT, _font(text, small))
             y += line
         y += MARGIN
+    for i, lines in enumerate(below):
+        centre = MARGIN + i * (width + GAP) + width // 2
+        for k, text in enumerate(_cut(text, width, small) for text in lines):
+            draw.text((centre, y + k * line), text, INK, _font(text, small), anchor="ma")
     return sheet, cells
 
 
@@ -158,11 +171,12 @@ def save_grid(
     rows: Sequence[GridRow],
     *,
     title: str = "",
+    notes: Sequence[str] = (),
     cell: int = CELL,
 ) -> None:
     """Writes a grid as a PNG file, whole or not at all; its labels can be had by `read_labels`."""
     path = epath.Path(path)
-    sheet, cells = _drawn(columns, rows, title, cell)
+    sheet, cells = _drawn(columns, rows, title, notes, cell)
     captions = [row.caption for row in rows]
     labels = {"title": title, "columns": list(columns), "captions": captions, "cells": cells}
     info = PngImagePlugin.PngInfo()
