@@ -26,8 +26,8 @@ def found(trial):
 
 @pytest.mark.parametrize("gate", gates.GATES, ids=lambda gate: gate.name)
 def test_the_shipped_model_passes(gate, found):
-    many = gates.many_step_scores(SHIPPED / gates.SCORES)
-    values = {g.name: value for g, value, _ in gates.verdicts(found, many)}
+    before = gates.undistilled(SHIPPED / gates.SCORES)
+    values = {g.name: value for g, value, _ in gates.verdicts(found, before)}
     assert gate.holds(values[gate.name]), f"{gate.meaning}: {values[gate.name]:.3f}"
 
 
@@ -111,10 +111,10 @@ def test_the_data_set_teaches_a_word_that_the_training_never_said():
 def test_scores_that_are_missing_are_named(tmp_path):
     path = tmp_path / gates.SCORES
     with pytest.raises(UserError, match=r"scores\.json: no such file"):
-        gates.many_step_scores(path)
+        gates.undistilled(path)
     path.write_text('{"undistilled_many": {}}', encoding="utf-8")
     with pytest.raises(UserError, match=r"undistilled_many\.crispness"):
-        gates.many_step_scores(path)
+        gates.undistilled(path)
 
 
 def test_a_gate_holds_on_its_own_side_alone():

@@ -189,14 +189,33 @@ def of_folder(pipe: Pipeline, trial: Trial) -> dict[str, float]:
     )
 
 
-def verdicts(
-    found: Mapping[str, float], undistilled: Mapping[str, float]
-) -> list[tuple[Gate, float, bool]]:
-    """Every gate with its value. `undistilled`: scores of the undistilled many-step sampler."""
+class Undistilled(NamedTuple):
+    """Of the network before distillation: crispness of its many-step pictures with guidance, and
+    of its own first clean estimate, without."""
+
+    crispness: float
+    first: float
+
+
+def undistilled(path: Path) -> Undistilled:
+    """From the scores beside a model."""
+    stored = read_json(path)[0]
+    try:
+        many, few = stored[UNDISTILLED_MANY], stored[UNDISTILLED_FEW]
+        return Undistilled(float(many["crispness"]), float(few["first"]))
+    except (KeyError, TypeError, ValueError):
+        raise UserError(
+            f"{path}: has no numbers {UNDISTILLED_MANY}.crispness and {UNDISTILLED_FEW}.first; "
+            "miniature.train writes them"
+        ) from None
+
+
+def verdicts(found: Mapping[str, float], before: Undistilled) -> list[tuple[Gate, float, bool]]:
+    """Every gate with its value."""
     values = {
         **found,
-        "few to many": found["crispness"] / undistilled["crispness"],
-        "undistilled first": undistilled["first"],
+        "few to many": found["crispness"] / before.crispness,
+        "undistilled first": before.first,
     }
     return [(gate, values[gate.name], gate.holds(values[gate.name])) for gate in GATES]
 
@@ -210,22 +229,10 @@ def lines(rows: Sequence[tuple[Gate, float, bool]]) -> list[str]:
     ]
 
 
-def many_step_scores(path: Path) -> dict[str, float]:
-    """What gates need of the undistilled many-step sampler, from the scores beside a model."""
-    stored = read_json(path)[0]
-    try:
-        return {name: float(stored[UNDISTILLED_MANY][name]) for name in ("crispness", "first")}
-    except (KeyError, TypeError, ValueError):
-        raise UserError(
-            f"{path}: has no numbers {UNDISTILLED_MANY}.crispness and .first; miniature.train "
-            "writes them"
-        ) from None
-
-
 def main() -> int:
     folder = Path(flags.FLAGS.model).expanduser()
-    many = many_step_scores(folder.parent / SCORES)
-    rows = verdicts(of_folder(dopsd_jax.load_pipeline(folder), Trial()), many)
+    before = undistilled(folder.parent / SCORES)
+    rows = verdicts(of_folder(dopsd_jax.load_pipeline(folder), Trial()), before)
     print("\n".join(lines(rows)))
     return 0 if all(held for *_, held in rows) else 1
 

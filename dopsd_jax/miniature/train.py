@@ -47,7 +47,7 @@ PRETRAIN_STEPS = OPTIONS.integer("pretrain_steps", 12000, "of 48 samples", lower
 ENDPOINT_STEPS = OPTIONS.integer("endpoint_steps", 120, "of 32 samples", lower_bound=1)
 MATCHING_STEPS = OPTIONS.integer("matching_steps", 400, "of 48 samples", lower_bound=1)
 
-MANY_STEPS = 40  # of the sampler before distillation, which has the guidance that is distilled
+MANY_STEPS = 20  # of the sampler before distillation, which has the guidance that is distilled
 PROBE_STEPS = 10  # of its probes during training
 
 
@@ -124,7 +124,7 @@ def _scores(out: Path, many: optimizer.Parameters, sampler: probe.Sampler, encod
         gates.UNDISTILLED_MANY: trial(fine),
     }
     write_text(out / gates.SCORES, json.dumps(found, indent=1) + "\n")
-    rows = gates.verdicts(found[gates.SHIPPED], found[gates.UNDISTILLED_MANY])
+    rows = gates.verdicts(found[gates.SHIPPED], gates.undistilled(out / gates.SCORES))
     for line in gates.lines(rows):
         log(line)
 
