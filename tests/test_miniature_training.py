@@ -216,14 +216,15 @@ def _few(texts, images):
     rng = np.random.default_rng(0)
     latents, noise = rng.standard_normal((2, 4, 16, 16, configs.LATENT_CHANNELS), np.float32)
     seen = (pool.plain_pictures(0, 0, 4), latents, np.float32([0, 0, 0.5, 0.75])) if images else ()
-    batch = pool.Batch(latents, noise, *texts([PROMPT] * 4, images), *seen)
+    away = texts([""] * 4, False)
+    batch = pool.Batch(latents, noise, *texts([PROMPT] * 4, images), *away, *seen)
     return batch, jax.random.split(jax.random.key(0), 4)
 
 
 @pytest.mark.parametrize("images", [False, True])
 def test_endpoint_regression_asks_for_where_the_many_step_model_ends(start, texts, images):
     many, student = _constant(start, 1), _constant(start, 2)
-    loss = jax.jit(endpoint.loss(SMALL, many, texts([""], False)))
+    loss = jax.jit(endpoint.loss(SMALL, many))
     assert float(loss(many, *_few(texts, images))) < 1e-9
     apart = float(jnp.mean((many[BIAS] - student[BIAS]) ** 2))
     expected = np.mean(np.square(few_steps.GRID[:-1])) * apart
@@ -233,11 +234,11 @@ def test_endpoint_regression_asks_for_where_the_many_step_model_ends(start, text
 @pytest.mark.parametrize("images", [False, True])
 def test_matching_moves_the_generator_from_fake_to_real_alone(start, texts, images):
     many, own, fake = (_constant(start, seed) for seed in (1, 2, 3))
-    loss = matching.loss(SMALL, many, texts([""], False))
+    loss = matching.loss(SMALL, many)
 
     @jax.jit
     def gradients(own, fake):
-        both = matching.stage(SMALL, own, fake, texts([""], False), 1).start
+        both = matching.stage(SMALL, own, fake, 1).start
         found = jax.grad(loss)(both, *_few(texts, images))
         return found[matching.GENERATOR + BIAS], found[matching.FAKE + BIAS]
 

@@ -19,17 +19,14 @@ TEXTS, IMAGES = 16, 16
 BETWEEN = 2  # steps of the many-step model from node to node
 
 
-def stage(size: Size, many: Parameters, empty: tuple[Array, Array], steps: int) -> Stage:
-    """Regression from the many-step model's weights; `empty`: see `loss`."""
+def stage(size: Size, many: Parameters, steps: int) -> Stage:
+    """Regression from the many-step model's weights."""
     tx = optimizer.muon(MUON_RATE, ADAM_RATE, steps, warmup=10)
-    return Stage("endpoints", steps, loss(size, many, empty), tx, many, TEXTS, IMAGES)
+    return Stage("endpoints", steps, loss(size, many), tx, many, TEXTS, IMAGES)
 
 
-def loss(size: Size, many: Parameters, empty: tuple[Array, Array]) -> Loss:
-    """Squared error of the clean estimates at all nodes; `many`: the many-step model's weights.
-
-    `empty`: token row [1, n] and length [1] of the empty prompt.
-    """
+def loss(size: Size, many: Parameters) -> Loss:
+    """Squared error of the clean estimates at all nodes; `many`: the many-step model's weights."""
     module = networks.abstract(size)
     at = np.arange(few_steps.STEPS * BETWEEN + 1) / BETWEEN
     fine = tuple(np.interp(at, np.arange(few_steps.STEPS + 1), few_steps.GRID))
@@ -37,7 +34,7 @@ def loss(size: Size, many: Parameters, empty: tuple[Array, Array]) -> Loss:
     def evaluate(parameters: Parameters, batch: pool.Batch, keys: Array):
         drop, draw = jnp.moveaxis(jax.vmap(jax.random.split)(keys), 1, 0)
         noise = few_steps.normal(draw, batch.latents.shape[1:])
-        teacher = few_steps.guided(optimizer.merge(module, many), batch, drop, empty)
+        teacher = few_steps.guided(optimizer.merge(module, many), batch, drop)
         states = jax.lax.stop_gradient(few_steps.path(teacher, noise, fine))
         nodes, end = states[:-1:BETWEEN], states[-1]
         student = few_steps.told(optimizer.merge(module, parameters), batch, drop)

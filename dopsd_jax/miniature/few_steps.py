@@ -26,21 +26,15 @@ def told(net: networks.Networks, batch: pool.Batch, keys: Key[Array, " b"]) -> V
     return lambda x, sigma: -net.transformer(x, 1.0 - sigma, caption, lengths)
 
 
-def guided(
-    net: networks.Networks,
-    batch: pool.Batch,
-    keys: Key[Array, " b"],
-    empty: tuple[Array, Array],
-) -> Velocity:
-    """The same with guidance. `empty`: token row [1, n] and length [1] of the empty prompt."""
-    count = len(batch.ids)
-    lengths = jnp.repeat(empty[1], count)
-    caption = net.transformer.refine(jnp.repeat(net.context(*empty), count, 0), lengths)
+def guided(net: networks.Networks, batch: pool.Batch, keys: Key[Array, " b"]) -> Velocity:
+    """The same, with guidance away from what `batch` names."""
+    away = net.context(batch.away_ids, batch.away_lengths)
+    away, lengths = net.transformer.refine(away, batch.away_lengths), batch.away_lengths
     full = told(net, batch, keys)
 
     def velocity(x, sigma):
-        none = -net.transformer(x, 1.0 - sigma, caption, lengths)
-        return none + GUIDANCE * (full(x, sigma) - none)
+        less = -net.transformer(x, 1.0 - sigma, away, lengths)
+        return less + GUIDANCE * (full(x, sigma) - less)
 
     return velocity
 

@@ -24,16 +24,11 @@ LEAST, SHIFT = 0.02, 2.0  # of the judged noise levels
 FLOOR = 0.02  # of a distance that is divided by
 
 
-def stage(
-    size: Size, few: Parameters, many: Parameters, empty: tuple[Array, Array], steps: int
-) -> Stage:
-    """The generator begins as the regressed model `few`, the fake as the many-step model.
-
-    `empty`: see `loss`.
-    """
+def stage(size: Size, few: Parameters, many: Parameters, steps: int) -> Stage:
+    """The generator begins as the regressed model `few`, the fake as the many-step model."""
     begin = {GENERATOR + name: value for name, value in few.items()}
     begin |= {FAKE + name: value for name, value in many.items()}
-    both, tx = loss(size, many, empty), transform(steps)
+    both, tx = loss(size, many), transform(steps)
     generator = lambda parameters: _part(GENERATOR, parameters)
     return Stage("matching", steps, both, tx, begin, TEXTS, IMAGES, generator)
 
@@ -55,9 +50,9 @@ def transform(steps: int) -> optax.GradientTransformation:
     return optax.multi_transform(rates, owner)
 
 
-def loss(size: Size, many: Parameters, empty: tuple[Array, Array]) -> Loss:
+def loss(size: Size, many: Parameters) -> Loss:
     """What both networks descend: the fake's flow matching, and for the generator a product whose
-    gradient is the difference of the judges. `many`, `empty`: as `endpoint.loss` takes them."""
+    gradient is the difference of the judges. `many`: the many-step model's weights."""
     module = networks.abstract(size)
     grid = jnp.asarray(few_steps.GRID, jnp.float32)
 
@@ -80,7 +75,7 @@ def loss(size: Size, many: Parameters, empty: tuple[Array, Array]) -> Loss:
         of_fake = sum(error(_renoised(fixed, key)) for key in learned) / FAKE_LEVELS
 
         noised, sigma, _ = _renoised(fixed, judged)
-        real = few_steps.guided(optimizer.merge(module, many), batch, drop, empty)
+        real = few_steps.guided(optimizer.merge(module, many), batch, drop)
         wanted = noised - few_steps.wide(sigma) * real(noised, sigma)
         thought = noised - few_steps.wide(sigma) * of(jax.lax.stop_gradient(fake))(noised, sigma)
         distance = jnp.mean(jnp.abs(fixed - wanted), axis=(1, 2, 3), keepdims=True) + FLOOR

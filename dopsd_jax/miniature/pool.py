@@ -45,13 +45,17 @@ def plain_pictures(seed: int, number: int, count: int) -> UInt8[np.ndarray, "m s
 class Batch(NamedTuple):
     """Targets with their noise and contexts; without the rest it is text alone.
 
-    images, shown: what is in context, and its latents. dropped: share of its tokens left out.
+    away_ids, away_lengths: the context that guidance leads away from: without images the empty
+    prompt, with images the prompt alone. images, shown: what is in context, and its latents.
+    dropped: share of its tokens left out.
     """
 
     latents: Float[np.ndarray, "b h w c"]
     noise: Float[np.ndarray, "b h w c"]
     ids: Int[np.ndarray, "b n"]
     lengths: Int[np.ndarray, " b"]
+    away_ids: Int[np.ndarray, "b m"]
+    away_lengths: Int[np.ndarray, " b"]
     images: UInt8[np.ndarray, "b s s 3"] | None = None
     shown: Float[np.ndarray, "b h w c"] | None = None
     dropped: Float[np.ndarray, " b"] | None = None
@@ -149,8 +153,8 @@ def text_batch(pool: Pool, texts: Texts, rng: np.random.Generator, count: int) -
     )
     prompts = [texts.caption(pool.scenes[i], rng) for i in index]
     prompts = ["" if rng.random() < EMPTY else p for p in prompts]
-    latents = pool.latents[index]
-    return Batch(latents, paired_noise(rng, latents, prompts), *texts(prompts, image=False))
+    latents, away = pool.latents[index], texts([""] * count, image=False)
+    return Batch(latents, paired_noise(rng, latents, prompts), *texts(prompts, image=False), *away)
 
 
 def image_batch(pool: Pool, texts: Texts, rng: np.random.Generator, count: int) -> Batch:
@@ -167,7 +171,8 @@ def image_batch(pool: Pool, texts: Texts, rng: np.random.Generator, count: int) 
     latents, dropped = pool.latents[index], rng.choice(np.float32(DROPPED), count)
     noise = paired_noise(rng, latents, prompts)
     seen = pool.images[shown], pool.latents[shown], dropped
-    return Batch(latents, noise, *texts(prompts, image=True), *seen)
+    told, away = texts(prompts, image=True), texts(prompts, image=False)
+    return Batch(latents, noise, *told, *away, *seen)
 
 
 def paired_noise(

@@ -30,7 +30,7 @@ class Sampler:
     """Pictures from averaged weights; compiled once for each number of pictures.
 
     Args:
-      guidance: 1 is none.
+      guidance: 1 is none; away from the empty prompt, with images from the prompt alone.
     """
 
     def __init__(self, size: Size, texts: pool.Texts, decode: Callable):
@@ -64,8 +64,9 @@ class Sampler:
     ) -> Float[Array, "b h w c"]:
         """The same from given noise, not decoded."""
         ids, lengths = self.texts(list(prompts), image=images is not None)
-        empty = self.texts([""] * len(prompts), image=False) if guidance != 1 else None
-        return self.run(parameters, noise, ids, lengths, images, empty, guidance, grid=grid)
+        away = [""] * len(prompts) if images is None else list(prompts)
+        away = self.texts(away, image=False) if guidance != 1 else None
+        return self.run(parameters, noise, ids, lengths, images, away, guidance, grid=grid)
 
     def artist(
         self, parameters: optimizer.Parameters, encode: Callable, steps: int, guidance: float = 1.0
@@ -84,12 +85,12 @@ class Sampler:
         )
 
 
-def _sample(module, parameters, noise, ids, lengths, images, empty, guidance, *, grid):
+def _sample(module, parameters, noise, ids, lengths, images, away, guidance, *, grid):
     net = optimizer.merge(module, parameters)
     patches = None if images is None else networks.patches_of(images)
     contexts = [(net.context(ids, lengths, patches), lengths)]
-    if empty is not None:
-        contexts.append((net.context(*empty), empty[1]))
+    if away is not None:
+        contexts.append((net.context(*away), away[1]))
     refined = [(net.transformer.refine(*c), c[1]) for c in contexts]
 
     def velocity(x, sigma):

@@ -90,10 +90,9 @@ def main() -> None:
 
     many = pretrain.stage(size, initial, PRETRAIN_STEPS.value)
     many = trained(many, "pretrain", steps=PROBE_STEPS, guidance=few_steps.GUIDANCE)
-    empty = texts([""], image=False)
-    few = endpoint.stage(size, many, empty, ENDPOINT_STEPS.value)
+    few = endpoint.stage(size, many, ENDPOINT_STEPS.value)
     few = trained(few, "endpoint", steps=few_steps.STEPS)
-    few = matching.stage(size, few, many, empty, MATCHING_STEPS.value)
+    few = matching.stage(size, few, many, MATCHING_STEPS.value)
     few = trained(few, "matching", steps=few_steps.STEPS)
     if not (out / "model").exists():
         export.write_model(out / "model", size, few, vae)
