@@ -16,7 +16,7 @@ from dopsd_jax.miniature.optimizer import Parameters
 from dopsd_jax.miniature.training import Loss, Stage
 
 GENERATOR, FAKE = "generator.", "fake."
-RATES = {GENERATOR: 1e-4, FAKE: 4e-4}
+RATES = {GENERATOR: 4e-4, FAKE: 1e-3}
 TEXTS, IMAGES = 16, 32
 ALONE = 12  # steps in which the fake learns alone, until it knows what the generator draws
 FAKE_LEVELS = 2  # noise levels at which the fake learns each estimate
