@@ -68,6 +68,9 @@ def tiny(c: ConfigDict) -> ConfigDict:
     c.data.path = str(miniature / "dax")
     c.data.resolution = 64
     c.data.buckets = "64x64"
+    c.anchor.share = 0.25
+    c.anchor.prompts = str(miniature / "ordinary.txt")
+    c.anchor.concept_word = "dax"
     c.steps = 100
     c.batch_size = 6  # all of them
     c.checkpoint_every = 50

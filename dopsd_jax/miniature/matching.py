@@ -18,6 +18,7 @@ from dopsd_jax.miniature.training import Loss, Stage
 GENERATOR, FAKE = "generator.", "fake."
 RATES = {GENERATOR: 4e-4, FAKE: 1e-3}
 TEXTS, IMAGES = 16, 32
+AVERAGE = 0.0  # an average of weights that are still on their way lags far behind
 ALONE = 12  # steps in which the fake learns alone, until it knows what the generator draws
 FAKE_LEVELS = 2  # noise levels at which the fake learns each estimate
 LEAST, SHIFT = 0.02, 2.0  # of the judged noise levels
@@ -30,7 +31,7 @@ def stage(size: Size, few: Parameters, many: Parameters, steps: int) -> Stage:
     begin |= {FAKE + name: value for name, value in many.items()}
     both, tx = loss(size, many), transform(steps)
     generator = lambda parameters: _part(GENERATOR, parameters)
-    return Stage("matching", steps, both, tx, begin, TEXTS, IMAGES, generator)
+    return Stage("matching", steps, both, tx, begin, TEXTS, IMAGES, generator, AVERAGE)
 
 
 def transform(steps: int) -> optax.GradientTransformation:

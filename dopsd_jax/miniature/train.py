@@ -45,7 +45,7 @@ SEED = OPTIONS.integer("seed", 0, "of the whole training", lower_bound=0)
 AUTOENCODER_STEPS = OPTIONS.integer("autoencoder_steps", 2600, "of 8 pictures", lower_bound=1)
 PRETRAIN_STEPS = OPTIONS.integer("pretrain_steps", 12000, "of 48 samples", lower_bound=1)
 ENDPOINT_STEPS = OPTIONS.integer("endpoint_steps", 120, "of 32 samples", lower_bound=1)
-MATCHING_STEPS = OPTIONS.integer("matching_steps", 400, "of 48 samples", lower_bound=1)
+MATCHING_STEPS = OPTIONS.integer("matching_steps", 480, "of 48 samples", lower_bound=1)
 
 MANY_STEPS = 20  # of the sampler before distillation, which has the guidance that is distilled
 PROBE_STEPS = 10  # of its probes during training

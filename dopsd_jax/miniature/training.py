@@ -42,6 +42,7 @@ class Stage(NamedTuple):
     """One part of the training: `steps` steps of `texts` captions alone and `images` with images.
 
     start: what it begins with. shown: what is measured and handed on of the averaged parameters.
+    average: decay of the average; 0: the last parameters.
     """
 
     name: str
@@ -52,6 +53,7 @@ class Stage(NamedTuple):
     texts: int
     images: int
     shown: Callable[[Parameters], Parameters] = lambda parameters: parameters
+    average: float = AVERAGE
 
 
 class Source(NamedTuple):
@@ -68,7 +70,7 @@ def first_state(parameters: Parameters, tx: optax.GradientTransformation) -> Sta
     return State(copy(), copy(), tx.init(parameters))
 
 
-def step_function(loss: Loss, tx: optax.GradientTransformation, mesh: Mesh):
+def step_function(loss: Loss, tx: optax.GradientTransformation, mesh: Mesh, decay: float = AVERAGE):
     """(state, step number, batch of captions, batch with images, key) -> state, losses.
 
     What it computes does not depend on the number of devices, but for rounding.
@@ -106,8 +108,8 @@ def step_function(loss: Loss, tx: optax.GradientTransformation, mesh: Mesh):
         gradient = jax.tree.map(lambda a, b: 0.5 * (a + b), of_text, of_image)
         updates, moments = tx.update(gradient, state.moments, state.parameters)
         parameters = optax.apply_updates(state.parameters, updates)
-        decay = optimizer.decay_at(number, AVERAGE)
-        average = optimizer.averaged(state.average, parameters, decay)
+        rate = optimizer.decay_at(number, decay)
+        average = optimizer.averaged(state.average, parameters, rate)
         return State(parameters, average, moments), (text_loss, image_loss)
 
     return step
@@ -130,7 +132,12 @@ def run(
         begin = about["step"]
     mesh = jax.make_mesh((len(jax.devices()),), ("data",), axis_types=(AxisType.Auto,))
     state = jax.device_put(state, NamedSharding(mesh, P()))  # as the step returns it
-    step, scenes, losses, saves = step_function(stage.loss, stage.tx, mesh), None, [], 0
+    step, scenes, losses, saves = (
+        step_function(stage.loss, stage.tx, mesh, stage.average),
+        None,
+        [],
+        0,
+    )
     saved = started = time.monotonic()
     for number in range(begin, steps):
         if scenes is None or number % pool.POOL_STEPS == 0:
