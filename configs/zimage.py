@@ -75,7 +75,7 @@ def tiny(c: ConfigDict) -> ConfigDict:
     c.batch_size = 6  # all of them
     c.checkpoint_every = 50
     c.sample_every = 50
-    c.learning_rate = 3e-4
+    c.learning_rate = 1e-3
     c.warmup_steps = 0
     c.loss = "velocity"
     c.lora.rank = 16
