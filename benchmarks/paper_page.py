@@ -42,8 +42,8 @@ Made by `python benchmarks/paper.py` from `docs/results.jsonl`; do not edit. The
 *first* trained miniature (examples/miniature of version 85cf58e): everything here is about a small
 network in a drawn world, and says nothing about Z-Image-Turbo's 6 billion parameters. It lacks
 three things that make a model like the real one: its first clean estimate is no picture, its
-captions leave nothing open, its teacher copies pixels. The miniature that replaced it has them, and
-there SFT does lose its few steps (README.md). These runs were not repeated on it.
+captions leave nothing open, its teacher copies pixels. The miniature that replaced it has them
+(README.md shows one run of it). These runs were not repeated on it.
 
 Every run, except those of a style, teaches a new concept (a sequence: three) from six pictures, as
 the quickstart does: the data, the method and the step are those of `dopsd_jax.train` with

@@ -138,6 +138,10 @@ def test_the_table_of_a_run_has_a_verdict():
     assert of(0.75, 0.7, 0.88, 0.98, 1.0).startswith("Learned the concept (identity 0.75")
     assert of(0.75, 0.7, 0.5, 0.6, 0.5).startswith("Blurred, hazy and forgot: learned the concept")
     assert "contrast 0.98 of the teacher's" in of(0.75, 0.7, 0.88, 0.98, 1.0)
+    # A teacher beyond the true pictures is no measure: who is like them has lost nothing.
+    glaring = teacher._replace(contrast=1.2)
+    said = sentence(of_run(base, glaring, ModelScores("tuned", 0.75, 0.7, 0.88, 0.98, 1.0)))
+    assert "contrast 0.98 of the true pictures'" in said and "azy" not in said
 
 
 def test_differences_are_marked_where_the_interval_leaves_out_zero():
