@@ -24,9 +24,9 @@ from dopsd_jax.run import data_set
 ROOT = Path(__file__).parents[1]
 DATA = ROOT / "examples" / "miniature" / "dax"
 ARMS = {
-    "SFT": {"method": "sft", "anchor.share": 0.0},
-    "D-OPSD": {"anchor.share": 0.0},
-    "D-OPSD + anchor": {},  # the quickstart
+    "SFT": {"method": "sft"},
+    "D-OPSD": {},
+    "D-OPSD + anchor": {"anchor.share": 0.25},  # the quickstart
 }
 PROMPTS, SEED = 12, 5
 OUT = flags.DEFINE_string("out", str(ROOT / "docs" / "front.png"), "the picture")
