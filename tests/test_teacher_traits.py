@@ -1,7 +1,9 @@
 """What `check` says of a teacher: likeness, sharpness, and the advice that follows."""
 
 import re
+from types import SimpleNamespace
 
+import jax
 import numpy as np
 import pytest
 from PIL import Image
@@ -24,6 +26,16 @@ def test_likeness_is_one_for_equal_pictures_and_nothing_for_strangers():
     # Finer details than those of a small version do not count, nor does another size.
     larger = np.asarray(Image.fromarray(coarse[0]).resize((256, 192), Image.Resampling.NEAREST))
     assert traits.likeness(larger, coarse[0]) == pytest.approx(1)
+
+
+def test_another_caption_may_be_longer_than_all_of_the_data_set():
+    """Rows that a model takes are whole multiples, however long a caption is."""
+    limit = jax.ShapeDtypeStruct((1504, 8), np.float32)
+    pipe = SimpleNamespace(limits=lambda role: {"features": limit})
+    rows = lambda count: traits._at_least(
+        {"features": 64}, {"features": np.zeros((count, 8), np.float32)}, pipe, 0
+    )
+    assert [rows(count)["features"] for count in (12, 64, 76)] == [64, 64, 128]
 
 
 def test_one_colour_is_like_nothing():

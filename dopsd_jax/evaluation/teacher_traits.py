@@ -22,6 +22,7 @@ from dopsd_jax.common.flow import euler
 from dopsd_jax.conditioning.anchors import GENERAL, lines_of
 from dopsd_jax.conditioning.cached import sees_picture
 from dopsd_jax.conditioning.encoding import Encoder
+from dopsd_jax.conditioning.padding import padded_rows
 from dopsd_jax.data.dataset import Dataset
 from dopsd_jax.dopsd import Denoiser
 from dopsd_jax.evaluation.scorer import Picture
@@ -149,7 +150,9 @@ class Measurement:
         found = []
         for role in (STUDENT, TEACHER):
             features = (other.student, other.teacher)[role]
-            context = self.pipe.family.collate([features], _at_least(self.rows[role], features))
+            context = self.pipe.family.collate(
+                [features], _at_least(self.rows[role], features, self.pipe, role)
+            )
             found.append(distance(self._draw(role, context, noise), before[role]))
         return found
 
@@ -178,9 +181,11 @@ def _walk(net: Denoiser, student, teacher, base, contexts, noise, sigma):
     return gaps, jnp.moveaxis(estimates, 1, 0)
 
 
-def _at_least(rows: PaddedLengths, features: Features) -> PaddedLengths:
+def _at_least(rows: PaddedLengths, features: Features, pipe: Pipeline, role: int) -> PaddedLengths:
     """The padded lengths, or more where a caption needs more."""
-    return {name: max(count, len(features[name])) for name, count in rows.items()}
+    shapes = {name: np.shape(array) for name, array in features.items()}
+    own = padded_rows([shapes], pipe, role)
+    return {name: max(count, own[name]) for name, count in rows.items()}
 
 
 # --- pictures
