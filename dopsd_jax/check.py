@@ -21,7 +21,7 @@ from dopsd_jax.common.progress import Progress
 from dopsd_jax.conditioning.encoding import class_prompt
 from dopsd_jax.conditioning.features import Features
 from dopsd_jax.data.dataset import describe
-from dopsd_jax.estimation import flops
+from dopsd_jax.estimation import flops, remat
 from dopsd_jax.evaluation import teacher_traits
 from dopsd_jax.methods import registry
 from dopsd_jax.parallel import sharding
@@ -51,8 +51,9 @@ def main() -> None:
     features.prepare()
     lengths = zip(("student", "teacher"), positions(features), strict=True)
     print("features: " + ", ".join(f"{role} {count} rows" for role, count in lengths if count))
+    chosen = remat.settle(config, pipe, features, mesh)
     plan = build.make_plan(config, pipe, mesh)
-    print("\n".join([*plan.describe(), *features.describe()]), flush=True)
+    print("\n".join([*plan.describe(), *features.describe(), *chosen.describe()]), flush=True)
     print("\n".join(budget(config, pipe, plan, features)), flush=True)
 
     previews = Previews(pipe, features, rows, workdir)
@@ -124,7 +125,7 @@ def budget(config, pipe, plan, features) -> list[str]:
         chosen=plan.trained.chosen,
         products=plan.trained.products,
         full=config.train == "full",
-        remat=config.remat,
+        remat=pipe.remat,
         flash=pipe.attention != "xla",
     )
     images = config.batch_size * config.accumulate
@@ -136,7 +137,7 @@ def budget(config, pipe, plan, features) -> list[str]:
         + f"; in all {gib(sum(memory.values()))}",
         f"work a step of {images} images at {width}x{height}: {work.model * images / 1e12:.4g} "
         f"TFLOP, executed {work.executed * images / 1e12:.4g}; attention {pipe.attention}, remat "
-        f"{config.remat}",
+        f"{pipe.remat}",
     ]
 
 

@@ -44,6 +44,7 @@ from dopsd_jax.estimation import (
     counted_step,
     encoders,
     flops,
+    remat,
     remedies,
     tpu_topologies,
 )
@@ -51,6 +52,7 @@ from dopsd_jax.estimation.abstract_step import Workload
 from dopsd_jax.estimation.compiled_step import Report
 from dopsd_jax.families.base import STUDENT, TEACHER
 from dopsd_jax.methods import anchor
+from dopsd_jax.models import kinds
 from dopsd_jax.parallel.sharding import BATCH_AXES
 
 
@@ -77,6 +79,12 @@ def main() -> int:
     )
     how = "counting" if gpu else "compiling"
     print(f"network: {origin}, {flops.parameters(family, size):,} parameters; {how}", flush=True)
+    if config.remat == kinds.AUTO:
+        mesh = abstract_step.abstract_mesh(config, len(devices) or 1)
+        told = ("gpu", gpu.name, gpu.usable) if gpu else _told(devices[0])
+        chosen = remat.choose(config, case, mesh, *told)
+        print(chosen.why, flush=True)
+        config.remat = chosen.remat
     if gpu:
         report = counted_step.count_step(config, case, gpu)
     else:
@@ -85,6 +93,10 @@ def main() -> int:
     if not report.fits:
         print("\n".join(remedies.describe(config, case, report)))
     return 0 if report.fits else 1
+
+
+def _told(device: jax.Device) -> tuple[str, str, float | None]:
+    return device.platform, device.device_kind, compiled_step.device_memory(device)
 
 
 def describe(report: Report, config: ConfigDict, case: Workload) -> list[str]:

@@ -30,6 +30,7 @@ from dopsd_jax.conditioning.features import Features
 from dopsd_jax.data import holdout
 from dopsd_jax.data.dataset import describe
 from dopsd_jax.data.loader import Batches, prefetch
+from dopsd_jax.estimation import remat
 from dopsd_jax.evaluation import run_scores
 from dopsd_jax.evaluation.checkpoint_scores import (
     CheckpointScores,
@@ -95,13 +96,15 @@ def train(config: ConfigDict, workdir: epath.Path) -> int | None:
         )
     )
     with multihost.together():  # only now is nothing left that a change can be refused for
+        memory = remat.settle(config, pipe, features, mesh)
+        chosen = build.chosen(pipe)
         own = multihost.is_first(), ALLOW_CHANGES.value, program.typed("train")
-        open_workdir(workdir, config, facts, *own)
+        open_workdir(workdir, config, facts, *own, chosen)
 
     # ---- State and step.
     with jax.set_mesh(mesh):
         plan = build.make_plan(config, pipe, mesh)
-    multihost.say("\n".join([*plan.describe(), *features.describe()]))
+    multihost.say("\n".join([*plan.describe(), *features.describe(), *memory.describe()]))
     with multihost.together():
         judge = CheckpointScores(config, pipe, features, held_out, scorers.values())
     previews = Previews(pipe, features, rows_of(dataset, config.sample_rows), workdir)

@@ -95,7 +95,11 @@ def lora_file(random_model, tmp_path_factory):
 
 # What is looked at beside a run changes nothing of it.
 OWN_PROMPT = "a large green circle in another scene"
-WATCHED = (f"--config.sample_prompts={OWN_PROMPT}", "--config.trackers=tensorboard")
+WATCHED = (
+    f"--config.sample_prompts={OWN_PROMPT}",
+    "--config.trackers=tensorboard",
+    "--config.remat=auto",
+)
 
 
 @pytest.fixture(scope="session")

@@ -60,6 +60,10 @@ def test_a_run_leaves_what_is_promised(random_run):
     assert config["config"].keys() == declared().keys()
     assert config["config"]["steps"] == 4 and len(config["facts"]["data"]) == 64
     assert "jax" in config["versions"]
+    # The fixture's remat is auto, and here is memory enough.
+    assert config["config"]["remat"] == "auto"
+    assert config["chosen"]["remat"] == "none" and config["chosen"]["attention"] == "xla"
+    assert "remat: none, chosen by auto" in (random_run / "stdout.txt").read_text()
     for step in (0, 4):
         with Image.open(random_run / f"samples/step_{step:06d}.png") as picture:
             labels = read_labels(picture)

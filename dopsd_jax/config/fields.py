@@ -101,10 +101,11 @@ _MODEL = (
     Field("dtype", "bfloat16", "type of activations; states, losses and adapters stay float32",
           choices=kinds.WHOLE),
     Field("attention", "auto", "attention kernel; auto: the best one for the platform",
-          choices=("auto", *kinds.ATTENTION), change=ALWAYS),
+          choices=(kinds.AUTO, *kinds.ATTENTION), change=ALWAYS),
     Field("remat", "full",
-          "activations recomputed to save memory: none is fastest, full needs the least memory",
-          choices=("none", "dots", "full"), change=ALWAYS),
+          "activations recomputed to save memory: none is fastest, full needs the least memory; "
+          "auto: the fastest that leaves a tenth of the device's memory free (docs/running.md)",
+          choices=("none", "dots", "full", kinds.AUTO), change=ALWAYS),
 )
 _GRID = (Field("grid", "nodes4", "noise levels of a rollout: a name, or a list", "name or list"),)
 _ADAPTERS = (

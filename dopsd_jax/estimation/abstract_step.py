@@ -1,14 +1,14 @@
 """The step of a configuration in shapes only: nothing is loaded, allocated or compiled."""
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jax.sharding import AbstractMesh, Mesh
+from jax.sharding import AbstractMesh, AxisType, Mesh
 from ml_collections import ConfigDict
 
 from dopsd_jax import dopsd, families
@@ -87,16 +87,27 @@ def find_network(config: ConfigDict, full_size: bool) -> tuple[Family, Size, str
     return family, read_config(path, family.NETWORKS["transformer"])[0], str(path)
 
 
+def abstract_mesh(config: ConfigDict, devices: int) -> AbstractMesh:
+    """config.mesh, of so many devices that are not here."""
+    shape = sharding.mesh_shape(config.mesh, devices)
+    return AbstractMesh(shape, sharding.AXES, axis_types=(AxisType.Auto,) * len(shape))
+
+
 def make_program(
-    config: ConfigDict, case: Workload, mesh: Mesh | AbstractMesh, platform: str
+    config: ConfigDict,
+    case: Workload,
+    mesh: Mesh | AbstractMesh,
+    platform: str,
+    contexts: Sequence | None = None,
 ) -> Program:
     """The step of `config` on the network of `case`, in shapes only.
 
+    `contexts`: one sample's of student and teacher, instead of those with the rows of `case`.
     Raises `UserError` for what the configuration asks and the network or the mesh cannot do.
     """
     size = case.size
     sharding.check(mesh, size, batch_size=config.batch_size)
-    features = _features(config, case)
+    features = contexts or _features(config, case)
     kernel = attention.resolve(config.attention, platform, config.dtype, size.head_dim)
     plan, graphdef, base = build.abstract_plan(config, case.family, size, kernel, mesh)
     latent = (config.batch_size, *case.latent, size.channels)

@@ -101,7 +101,7 @@ def prepare(
     mesh = sharding.make_mesh(config.mesh, devices)
     program = make_program(config, case, mesh, platform)
     held = memory.count(config, program, mesh)
-    capacity = flops.device_memory(kind) or _local_memory(devices[0])
+    capacity = device_memory(devices[0])
     problem = None
     if capacity and held.lasting > capacity:
         problem = f"what lives through the run takes {held.lasting / 2**30:.2f} GiB by itself"
@@ -154,11 +154,16 @@ def _parameter_sizes(program: Program) -> set[int]:
     return layers | {leaf.size for leaf in leaves}
 
 
-def _local_memory(device: jax.Device) -> float | None:
-    """Bytes that a device of this machine lets programs use; None if it does not tell."""
+def device_memory(device: jax.Device) -> float | None:
+    """Bytes that a device lets programs use; None if it does not tell.
+
+    Of a TPU by its kind, also of one that is not here; a CPU's devices share the machine's memory.
+    """
+    if known := flops.device_memory(device.device_kind):
+        return known
     if device.platform == "cpu":
         host = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-        return host / jax.local_device_count()  # virtual devices share it
+        return host / jax.local_device_count()
     return (device.memory_stats() or {}).get("bytes_limit")
 
 

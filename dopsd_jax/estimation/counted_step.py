@@ -5,16 +5,17 @@ compiled (docs/scaling.jsonl), so the sum is an estimate: tests/test_counted.py 
 """
 
 import re
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import jax.numpy as jnp
-from jax.sharding import AbstractMesh, AxisType
+from jax.sharding import AbstractMesh, Mesh
 from ml_collections import ConfigDict
 
 from dopsd_jax.common import gpu_memory
 from dopsd_jax.common.errors import UserError
-from dopsd_jax.estimation import compiled_step, memory
-from dopsd_jax.estimation.abstract_step import Workload, make_program
+from dopsd_jax.estimation import abstract_step, compiled_step, memory
+from dopsd_jax.estimation.abstract_step import Program, Workload, make_program
 from dopsd_jax.estimation.compiled_step import Report
 from dopsd_jax.estimation.memory import Account
 from dopsd_jax.models import attention
@@ -64,13 +65,8 @@ def count_step(config: ConfigDict, case: Workload, gpu: Gpu, devices: int = 1) -
 
     Raises `UserError`: see `make_program`.
     """
-    shape = sharding.mesh_shape(config.mesh, devices)
-    mesh = AbstractMesh(shape, sharding.AXES, axis_types=(AxisType.Auto,) * len(shape))
-    counted = memory.countable(config)
-    program = make_program(counted, case, mesh, memory.PLATFORM)
-    held = memory.count(counted, program, mesh)
-    tokens = case.family.image_tokens(case.size, *case.latent) + program.positions[0]
-    images = max(program.latent[0] // sharding.sample_devices(mesh), 1)
+    mesh = abstract_step.abstract_mesh(config, devices)
+    program, held, needed = need(config, case, mesh)
     return Report(
         device_kind=gpu.name,
         mesh=dict(mesh.shape),
@@ -79,8 +75,27 @@ def count_step(config: ConfigDict, case: Workload, gpu: Gpu, devices: int = 1) -
         account=held,
         work=compiled_step.work(config, case, program),
         capacity=gpu.usable,
-        needed=held.total + rest(config, held, tokens * images, case.size.dim),
+        needed=needed,
     )
+
+
+def need(
+    config: ConfigDict,
+    case: Workload,
+    mesh: Mesh | AbstractMesh,
+    platform: str = memory.PLATFORM,
+    contexts: Sequence | None = None,
+) -> tuple[Program, Account, int]:
+    """The step, what is counted of it, and about how many bytes of a device it needs.
+
+    `contexts`: see `make_program`.
+    """
+    counted = memory.countable(config)
+    program = make_program(counted, case, mesh, platform, contexts)
+    held = memory.count(counted, program, mesh)
+    tokens = case.family.image_tokens(case.size, *case.latent) + program.positions[0]
+    images = max(program.latent[0] // sharding.sample_devices(mesh), 1)
+    return program, held, held.total + rest(config, held, tokens * images, case.size.dim)
 
 
 def rest(config: ConfigDict, held: Account, tokens: int, dim: int) -> int:

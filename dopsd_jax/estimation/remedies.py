@@ -8,16 +8,14 @@ import math
 from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
-from jax.sharding import AbstractMesh, AxisType
 from ml_collections import ConfigDict
 
 from dopsd_jax.common.config_fields import as_list
 from dopsd_jax.common.errors import UserError
-from dopsd_jax.estimation import memory
+from dopsd_jax.estimation import abstract_step, memory
 from dopsd_jax.estimation.abstract_step import Workload, make_program
 from dopsd_jax.estimation.compiled_step import Report
 from dopsd_jax.methods import registry
-from dopsd_jax.parallel import sharding
 
 LARGEST = 1024  # devices; more are not asked for
 WORTH = 0.01  # share of the memory that a remedy must save to be named
@@ -57,9 +55,7 @@ class Pricing:
     def _count(self, fields: Mapping[str, Any], devices: int) -> int:
         config = self.config.copy_and_resolve_references()
         config.update_from_flattened_dict(fields)
-        shape = sharding.mesh_shape(config.mesh, devices)
-        types = (AxisType.Auto,) * len(shape)
-        mesh = AbstractMesh(shape, sharding.AXES, axis_types=types)
+        mesh = abstract_step.abstract_mesh(config, devices)
         program = make_program(config, self.case, mesh, self.platform)
         return memory.count(config, program, mesh).total
 

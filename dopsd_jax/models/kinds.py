@@ -1,9 +1,10 @@
-"""Names of weight types and attention kernels, for configurations: imports no JAX."""
+"""Names of weight types, attention kernels and the like, for configurations: imports no JAX."""
 
 import importlib.util
 
 WHOLE = ("bfloat16", "float32")
 QUANTISED = ("int8", "fp8", "nf4")  # schemes of `models.quantised`
+AUTO = "auto"  # of attention and remat: chosen at the start
 ATTENTION = ("xla", "cudnn", "splash")  # kernels of `models.attention`
 
 

@@ -1,5 +1,6 @@
 """Makes what a configuration describes: model and step. Shared by all programs."""
 
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -22,7 +23,7 @@ from dopsd_jax.families.pipeline import Pipeline
 from dopsd_jax.methods import registry
 from dopsd_jax.methods.losses import Schedule
 from dopsd_jax.methods.options import OTHER_CAPTION
-from dopsd_jax.models import attention, quantised
+from dopsd_jax.models import attention, kinds, quantised
 from dopsd_jax.parallel import sharding
 from dopsd_jax.run.data_set import RANDOM
 from dopsd_jax.training import optimizers, state, train_step
@@ -61,7 +62,8 @@ def open_pipeline(
 ) -> tuple[Pipeline, dict]:
     """The model of config.model and what to record of its origin; nothing is loaded yet.
 
-    `shown`: whether a teacher is shown pictures; None: as config.method says.
+    `shown`: whether a teacher is shown pictures; None: as config.method says. Its `remat` is none
+    with config.remat = auto: a program that trains asks `estimation.remat`.
     """
     if config.model == RANDOM:
         folder = workdir / "random_model"
@@ -90,13 +92,19 @@ def open_pipeline(
         dtype=config.dtype,
         base_dtype=config.base_dtype,
         attention="xla",
-        remat=config.remat,
+        remat="none" if config.remat == kinds.AUTO else config.remat,
         sharding_for=place,
         trained=VARIABLES[config.train],
     )
     dtype, size = jnp.dtype(config.dtype), pipe.config.head_dim
     pipe.attention = attention.resolve(config.attention, jax.default_backend(), dtype, size)
     return pipe, {"model_revision": model.revision, "vlm_revision": vlm and vlm.revision}
+
+
+def chosen(pipe: Pipeline) -> dict[str, str]:
+    """What was settled at the start, for the record of a run."""
+    flags = os.environ.get("XLA_FLAGS", "")
+    return {"attention": pipe.attention, "remat": pipe.remat, "xla_flags": flags}
 
 
 def keeps_base_away(config: ConfigDict) -> bool:

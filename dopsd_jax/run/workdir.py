@@ -63,14 +63,15 @@ def open_workdir(
     write: bool = True,
     allowed: Sequence[str] = (),
     command: str = "",
+    chosen: Mapping[str, Any] = {},
 ) -> None:
     """Makes the folder, or checks that it belongs to this configuration; writes config.json.
 
     facts: what else decides what is trained (digest of the data, revision of the model). write:
     False for a process that leaves writing to another. allowed: fields that may change now; every
     such change is kept in config.json with the step after which it takes effect. command: what was
-    typed; kept too, with the day on which the run began. Raises
-    `UserError` naming every other field that differs.
+    typed; kept too, with the day on which the run began, and `chosen`, what the program has
+    settled by itself. Raises `UserError` naming every other field that differs.
     """
     path, folder = workdir / CONFIG, workdir / "checkpoints"
     started = datetime.date.today().isoformat()
@@ -91,6 +92,7 @@ def open_workdir(
         if kept := [*(before if isinstance(before, list) else []), *changes]:
             new["changes"] = kept
     new |= {"started": started} | ({"command": command} if command else {})
+    new |= {"chosen": dict(chosen)} if chosen else {}
     try:
         workdir.mkdir(parents=True, exist_ok=True)
     except OSError as error:
