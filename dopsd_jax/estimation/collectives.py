@@ -5,6 +5,8 @@ import re
 from collections.abc import Collection
 from typing import NamedTuple
 
+from dopsd_jax.estimation import program_text
+
 KINDS = (
     "all-gather",
     "all-reduce",
@@ -14,17 +16,10 @@ KINDS = (
     "collective-permute",
 )
 _BITS = {"pred": 8, "bf16": 16, "c64": 64, "c128": 128}  # the others end in their width
-_COMPUTATION = re.compile(r"^(ENTRY )?%?([\w.-]+) \(.*\{$")
-_OPERATION = re.compile(r"^\s+(?:ROOT )?%?[\w.-]+ = (.*?) ([a-z][\w-]*)\((.*)$")
-_ARRAY = re.compile(r"([a-z]+\d*(?:e\d+m\d+\w*)?)\[([\d,]*)\]")
-_CALLED = re.compile(r"(?:calls|to_apply|true_computation|false_computation)=%?([\w.-]+)")
-_BRANCHES = re.compile(r"branch_computations=\{([^}]*)\}")
 # A TPU's reduce-scatter: a fusion of an all-reduce, which is never done whole, and a slice of it.
 _SCATTER = re.compile(r"calls=%?all-reduce-scatter")
 # A TPU's collective that runs beside other work: it is named once for every step of that work.
 _CHAINED = re.compile(r'channel_id=(\d+),.*chain_id="(\d+)"')
-_LOOP = re.compile(r"condition=%?([\w.-]+), body=%?([\w.-]+)")
-_TRIPS = re.compile(r'known_trip_count"?\W+n"?\W+(\d+)')
 
 
 class Traffic(NamedTuple):
@@ -56,7 +51,7 @@ class Collectives(NamedTuple):
 
 def collectives(text: str) -> Collectives:
     """The collectives of one device, from `compiled.as_text()`."""
-    entry, bodies = _computations(text)
+    program = _chains_once(program_text.read(text))
     totals: dict[str, tuple[dict, int]] = {}
 
     def total(name: str) -> tuple[dict, int]:
@@ -64,24 +59,24 @@ def collectives(text: str) -> Collectives:
             return totals[name]
         found: dict[str | Carried, Traffic] = {}
         unknown = 0
-        for result, operation, rest in bodies[name]:
-            kind = operation.removesuffix("-start")
-            if operation == "fusion" and _SCATTER.search(rest):
+        for line in program.bodies[name]:
+            kind = line.operation.removesuffix("-start")
+            if line.operation == "fusion" and _SCATTER.search(line.rest):
                 kind = "reduce-scatter"
             if kind in KINDS:
-                arrays = _arrays(result, operation)
+                arrays = _arrays(line.result, line.operation)
                 _count(found, {kind: Traffic(1, sum(map(_bytes, arrays)))}, 1)
                 for array in arrays:
                     _count(found, {Carried(kind, *array): Traffic(1, _bytes(array))}, 1)
                 continue
-            for callee, trips in _callees(operation, rest, bodies):
+            for callee, trips in program_text.callees(line, program):
                 inner, inner_unknown = total(callee)
                 unknown += inner_unknown + (trips is None and bool(inner))
                 _count(found, inner, trips or 1)
         totals[name] = found, unknown
         return totals[name]
 
-    found, unknown = total(entry)
+    found, unknown = total(program.entry)
     traffic = {key: value for key, value in found.items() if isinstance(key, str)}
     arrays = {key: value for key, value in found.items() if isinstance(key, Carried)}
     return Collectives(traffic, unknown, arrays)
@@ -102,54 +97,25 @@ def activations(
     return found
 
 
-def _computations(text: str) -> tuple[str, dict[str, list[tuple[str, str, str]]]]:
-    """The entry's name; by computation: result type, operation and the rest of each line."""
-    entry, bodies, current, chained = "", {}, [], set()
-    for line in text.splitlines():
-        if head := _COMPUTATION.match(line):
-            current = bodies.setdefault(head[2], [])
-            entry = head[2] if head[1] else entry
-        elif operation := _OPERATION.match(line):
-            if chain := _CHAINED.search(line):
-                if chain.groups() in chained:
-                    continue
-                chained.add(chain.groups())
-            current.append(operation.groups())
-    if not entry:
-        raise ValueError("this is not the text of a compiled program: it has no entry")
-    return entry, bodies
+def _chains_once(program: program_text.Program) -> program_text.Program:
+    """The program with the first line only of each collective that is named several times."""
+    seen = set()
 
+    def first(line: program_text.Line) -> bool:
+        chain = _CHAINED.search(line.rest)
+        known = chain is not None and chain.groups() in seen
+        seen.update([chain.groups()] if chain else [])
+        return not known
 
-def _callees(operation: str, rest: str, bodies) -> list[tuple[str, int | None]]:
-    """What a line runs, and how often; None: not told."""
-    if operation.endswith(("-done", "-update")):
-        return []
-    if operation == "while":
-        condition, body = _LOOP.search(rest).groups()
-        known = _TRIPS.search(rest)
-        return [(body, int(known[1]) if known else _limit(condition, bodies))]
-    branches = _BRANCHES.search(rest)
-    names = _CALLED.findall(rest) + (re.findall(r"[\w.-]+", branches[1]) if branches else [])
-    return [(name, 1) for name in names if name in bodies]
-
-
-def _limit(condition: str, bodies) -> int | None:
-    """The constant that a scan's counter, from 0, is compared with."""
-    limits = [
-        int(rest.partition(")")[0])
-        for result, operation, rest in bodies[condition]
-        if operation == "constant" and result.startswith("s32[]")
-    ]
-    less = any("direction=LT" in rest for _, _, rest in bodies[condition])
-    return limits[0] if less and len(limits) == 1 else None
+    return program._replace(bodies={k: list(filter(first, v)) for k, v in program.bodies.items()})
 
 
 def _arrays(result: str, operation: str) -> list[tuple[str, tuple[int, ...]]]:
     """Types and shapes of what an operation results in, without its counters."""
-    found = [a for a in _ARRAY.findall(result) if a not in (("u32", ""), ("s32", ""))]
+    found = [a for a in program_text.arrays(result) if a not in (("u32", ()), ("s32", ()))]
     if operation.endswith("-start") and not operation.startswith("all-reduce"):
-        found = found[len(found) // 2 :]  # operands stand before results
-    return [(kind, tuple(map(int, filter(None, dims.split(","))))) for kind, dims in found]
+        return found[len(found) // 2 :]  # operands stand before results
+    return found
 
 
 def _bytes(array: tuple[str, tuple[int, ...]]) -> int:

@@ -73,7 +73,11 @@ def all_finite(tree: Tree) -> Bool[Array, ""]:
     """Whether no number of `tree` is NaN or infinite; integers always are finite."""
     numbers = [x for x in jax.tree.leaves(tree) if jnp.issubdtype(x.dtype, jnp.floating)]
     checks = [jnp.all(jnp.isfinite(x)) for x in numbers]
-    return jnp.all(jnp.stack(checks)) if checks else jnp.asarray(True)
+    if not checks:
+        return jnp.asarray(True)
+    # One array for the compiler too: it would copy a chain of all checks into the loop of every
+    # array that is chosen by them.
+    return jnp.all(jax.lax.optimization_barrier(jnp.stack(checks)))
 
 
 def step_key(seed: int | jax.Array, step) -> jax.Array:
