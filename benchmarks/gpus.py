@@ -49,7 +49,8 @@ MODELS = (
 HEAD = f"""# What fits on which GPU
 
 Made by `python benchmarks/gpus.py`; do not edit. **Estimates, counted from shapes; none was
-measured on a GPU.** What the arrays take is exact; for what a compiler needs beside them stands a
+measured on a GPU**; what was measured: [on_gpu.md](on_gpu.md). What the arrays take is exact; for
+what a compiler needs beside them stands a
 rule that is within 4 % of the steps that were compiled for TPUs ([scaling.md](scaling.md),
 tests/test_counted.py). The programs let JAX use {100 * gpu_memory.SHARE:.0f} % of a card's memory,
 unless `XLA_CLIENT_MEM_FRACTION` says otherwise (JAX alone stops at 75 %). Lower it where the screen

@@ -1,12 +1,13 @@
-"""Times the compiled D-OPSD step of a configuration on the devices here.
+"""Times the compiled D-OPSD step of a configuration on the devices here, or PyTorch's.
 
-    python benchmarks/step.py --config configs/zimage.py:random --torch
-    python benchmarks/step.py --config configs/zimage.py --config.batch_size=1 --repeats=20
+    python benchmarks/step.py --config configs/zimage.py:random
+    python benchmarks/step.py --config configs/flux2_klein.py:4b --config.batch_size=1 --repeats=20
+    python benchmarks/step.py --config configs/zimage.py:lora --torch=checkpointing,per_step
 
 Weights, captions and noise are random: the time does not depend on them, and nothing is read. The
-sizes are those of config.model: `random`, a folder, or the published Z-Image-Turbo. With --torch,
-the PyTorch loop (diffusers, peft, one backward over all K steps) is timed first, in a process of
-its own.
+sizes are those of config.model: `random`, a folder, or a published one by its name on the hub. With
+--torch the loop of PyTorch (diffusers, peft) is timed instead, on the same sizes; the words are
+those of `torch_step.py`, or `plain`. The last line is the result as JSON.
 """
 
 import json
@@ -16,228 +17,133 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
+import random_arrays
 from absl import flags
-from flax import nnx
 
-from dopsd_jax import dopsd
 from dopsd_jax.common import program
 from dopsd_jax.common.config_fields import highest, name_or_list
 from dopsd_jax.common.errors import UserError, raise_if
 from dopsd_jax.config.flags import CONFIG, parse
-from dopsd_jax.estimation import flops
-from dopsd_jax.families.zimage import family
-from dopsd_jax.methods import registry
-from dopsd_jax.methods.flow_matching import Batch
-from dopsd_jax.models import attention, zimage
+from dopsd_jax.estimation import abstract_step, compiled_step, counted_step, remat
+from dopsd_jax.estimation.abstract_step import Workload
+from dopsd_jax.families.base import STUDENT, TEACHER
+from dopsd_jax.models import kinds
 from dopsd_jax.parallel import sharding
-from dopsd_jax.random_model import Size, configs
 from dopsd_jax.run import build
-from dopsd_jax.training.trainable import trained
 
-PUBLISHED = "Tongyi-MAI/Z-Image-Turbo"
-
-SIDES = [
-    flags.DEFINE_integer(
-        side, None, f"{side} in pixels; else config.data.resolution", lower_bound=1
-    )
-    for side in ("height", "width")
-]
-STUDENT = flags.DEFINE_integer("student_tokens", 128, "caption length of the student")
-TEACHER = flags.DEFINE_integer("teacher_tokens", 704, "caption length of the teacher")
+SIDE = flags.DEFINE_integer("side", None, "pixels; else config.data.resolution", lower_bound=1)
+TOKENS = flags.DEFINE_list(
+    "tokens", None, "rows of the student's and the teacher's captions; else those of long ones"
+)
 REPEATS = flags.DEFINE_integer("repeats", 10, "timed steps", lower_bound=1)
 WARMUP = flags.DEFINE_integer("warmup", 2, "steps before them", lower_bound=1)
-TORCH = flags.DEFINE_boolean("torch", False, "time the PyTorch loop as well")
+TORCH = flags.DEFINE_list("torch", None, "time PyTorch instead: plain, or words of torch_step.py")
 
 
 def main() -> None:
     config = CONFIG.value
     config.data.path = config.data.path or build.RANDOM  # no data are read here
-    sizes = transformer_sizes(config.model)
-    latent = latent_shape(config, sizes)
-    theirs = time_torch(config, sizes, latent) if TORCH.value else None
-
-    mesh = sharding.make_mesh(config.mesh)
-    sharding.check(mesh, sizes, batch_size=config.batch_size)
-    kernel = attention.resolve(
-        config.attention, jax.default_backend(), jnp.dtype(config.dtype), sizes.head_dim
+    family, size, origin = abstract_step.find_network(config, full_size=False)
+    side = SIDE.value or highest(config.data.resolution)
+    rows = [*map(int, TOKENS.value)] if TOKENS.value else family.ROWS
+    case = Workload(
+        family, size, side, side, rows_student=rows[STUDENT], rows_teacher=rows[TEACHER]
     )
-    grid = family.grid(name_or_list(config.grid), family.SCHEDULER)
-    device = jax.devices()[0]
-    trains = "full" if config.train == "full" else f"LoRA rank {config.lora.rank}"
-    facts = {
-        "device": f"{mesh.size} x {device.device_kind} ({device.platform}), jax {jax.__version__}",
-        "image": "height {}, width {},".format(*(n * family.LATENT_FACTOR for n in latent[1:3]))
-        + f" batch {latent[0]} x {config.accumulate}",
-        "captions": f"{STUDENT.value} (student), {TEACHER.value} (teacher)",
-        "step": f"K = {len(grid) - 1}, {trains}, remat {config.remat},"
-        f" attention {kernel}, weights {config.base_dtype}, activations {config.dtype}",
-    }
-    for name, value in facts.items():
-        print(f"{name:9} {value}", flush=True)
-    with jax.set_mesh(mesh):
-        ours = time_jax(config, sizes, latent, grid, kernel, mesh)
-    images = latent[0] * config.accumulate
-    report("jax", ours, images)
-    work = image_work(config, sizes, latent, grid, kernel)
-    rate = work.model * images / statistics.median(ours)
-    peak = flops.peak_rate(device.device_kind)
-    share = f", {rate / mesh.size / peak:.1%} of the devices' bfloat16 peak" if peak else ""
+    print(f"{'network':9} {origin}, {side} x {side} pixels, captions {rows}", flush=True)
+    found = time_torch(config, case, TORCH.value) if TORCH.value else time_jax(config, case)
+    images, seconds = config.batch_size * config.accumulate, found["seconds"]
+    median = statistics.median(seconds)
     print(
-        f"{'work':9} {work.model / 1e12:.4g} TFLOP an image ({work.executed / 1e12:.4g} executed),"
-        f" {rate / 1e12:.4g} TFLOP/s{share}"
+        f"{'time':9} {median:.4g} s a step (median of {len(seconds)}, {min(seconds):.4g} to"
+        f" {max(seconds):.4g}), {images / median:.4g} images/s, on {found['device']}"
     )
-    if theirs is not None:
-        report("pytorch", theirs["seconds"], images, theirs["device"])
-        ratio = statistics.median(theirs["seconds"]) / statistics.median(ours)
-        print(f"{'ratio':9} pytorch takes {ratio:.2f} times as long")
+    print("result: " + json.dumps(found | {"median": median, "images": images}))
 
 
-def transformer_sizes(model: str) -> zimage.ZImageConfig:
-    """The architecture that config.model names. Raises `UserError` if that takes a download."""
-    if model == build.RANDOM:
-        return zimage.ZImageConfig.from_dict(configs.transformer(Size()), "random")
-    if model.partition("@")[0] == PUBLISHED:
-        return zimage.ZImageConfig()
-    path = Path(model) / "transformer" / "config.json"
-    if not path.is_file():
-        raise UserError(
-            f"config.model: {model!r} is not random, {PUBLISHED} or a folder with "
-            "transformer/config.json; the benchmark downloads nothing"
+def time_jax(config, case: Workload) -> dict[str, Any]:
+    """Seconds of each timed step, memory and work."""
+    mesh, device = sharding.make_mesh(config.mesh), jax.devices()[0]
+    limit = (device.memory_stats() or {}).get("bytes_limit")
+    facts: dict[str, Any] = {"device": device.device_kind, "limit": limit}
+    if config.remat == kinds.AUTO:
+        told = device.platform, device.device_kind, compiled_step.device_memory(device)
+        chosen = remat.choose(config, case, mesh, *told)
+        config.remat = chosen.remat
+        print(chosen.why, flush=True)
+    count = counted_step.need(config, case, abstract_step.abstract_mesh(config, mesh.size))[2]
+    program = abstract_step.make_program(config, case, mesh, device.platform)
+    work = compiled_step.work(config, case, program)
+    images = config.batch_size * config.accumulate
+    facts |= {
+        "remat": config.remat,
+        "attention": program.attention,
+        "counted_bytes": count,
+        "model_flop": work.model * images / mesh.size,
+        "executed_flop": work.executed * images / mesh.size,
+    }
+    print(f"{'step':9} {json.dumps(facts)}", flush=True)
+    with jax.set_mesh(mesh):
+        base = random_arrays.weights(program.base)
+        state = program.plan.initial_state(
+            random_arrays.weights(program.plan.abstract_state.student)
         )
-    try:
-        return zimage.ZImageConfig.from_dict(json.loads(path.read_text("utf-8")), str(path))
-    except ValueError as error:
-        raise UserError(f"{path}: is not JSON ({error})") from None
-
-
-def latent_shape(config, sizes: zimage.ZImageConfig) -> tuple[int, int, int, int]:
-    """[b, h, w, c] of one micro-batch's noise."""
-    height, width = (flag.value or highest(config.data.resolution) for flag in SIDES)
-    multiple = family.LATENT_FACTOR * sizes.patch
-    raise_if(
-        f"--{name} {side}: must be a positive multiple of {multiple}"
-        for name, side in (("height", height), ("width", width))
-        if side < 1 or side % multiple
-    )
-    raise_if(
-        f"--{flag.name} {flag.value}: must be from 1 to {sizes.max_caption}"
-        for flag in (STUDENT, TEACHER)
-        if not 1 <= flag.value <= sizes.max_caption
-    )
-    return (
-        config.batch_size,
-        height // family.LATENT_FACTOR,
-        width // family.LATENT_FACTOR,
-        sizes.channels,
-    )
-
-
-def image_work(config, sizes, latent, grid, kernel) -> flops.StepWork:
-    """FLOP of one image's share of a step."""
-    what = trained(config, family, sizes)
-    pad = lambda rows: -(-rows // zimage.PAD_MULTIPLE) * zimage.PAD_MULTIPLE
-    return flops.step_work(
-        family,
-        sizes,
-        registry.passes(config, grid),
-        height=latent[1],
-        width=latent[2],
-        rows_student=pad(STUDENT.value),
-        rows_teacher=pad(TEACHER.value),
-        chosen=what.chosen,
-        products=what.products,
-        full=config.train == "full",
-        remat=config.remat,
-        flash=kernel != "xla",
-    )
-
-
-def time_jax(config, sizes, latent, grid, kernel, mesh) -> list[float]:
-    """Seconds of each timed step."""
-    plan, _, base = build.abstract_plan(config, family, sizes, kernel, mesh)
-    base, student = random_weights(base), random_weights(plan.abstract_state.student)
-    start, step = plan.initial_state(student), plan.step
-    batch = sharding.put_batch(random_batch(config, sizes, latent), mesh)
-
-    begin = time.perf_counter()
-    step = step.lower(start, base, batch, latent=latent).compile()
-    print(f"{'compile':9} {time.perf_counter() - begin:.1f} s", flush=True)
-    seconds = []
-    for _ in range(WARMUP.value + REPEATS.value):
+        batch = random_arrays.batch(program.batch)
         begin = time.perf_counter()
-        start, metrics = jax.block_until_ready(step(start, base, batch))
-        seconds.append(time.perf_counter() - begin)
+        lowered = program.plan.step.lower(state, base, batch, latent=program.latent)
+        traced = time.perf_counter()
+        step = lowered.compile()
+        facts |= {"trace": traced - begin, "compile": time.perf_counter() - traced}
+        print(f"{'compile':9} {facts['compile']:.1f} s", flush=True)
+        stats = step.memory_analysis()
+        facts["temporary_bytes"] = stats.temp_size_in_bytes if stats else None
+        seconds = []
+        for _ in range(WARMUP.value + REPEATS.value):
+            begin = time.perf_counter()
+            state, metrics = jax.block_until_ready(step(state, base, batch))
+            seconds.append(time.perf_counter() - begin)
     if not math.isfinite(float(metrics["loss"])):
         raise UserError(f"the loss is {float(metrics['loss'])}: these times mean nothing")
-    return seconds[WARMUP.value :]
+    peak = (device.memory_stats() or {}).get("peak_bytes_in_use")
+    return facts | {"seconds": seconds[WARMUP.value :], "peak_bytes": peak}
 
 
-def random_weights(like: nnx.State) -> nnx.State:
-    """Weights of unit gain for an abstract state, made where they will lie."""
-    flat = {}
-    for number, (path, leaf) in enumerate(nnx.to_flat_state(like)):
-        shape, dtype = leaf.shape, leaf.dtype
-
-        def draw(kind=path[-1], shape=shape, dtype=dtype, number=number):
-            if kind == "scale":
-                return jnp.ones(shape, dtype)
-            gain = 0.5 if kind == "bias" else shape[-2] ** -0.5
-            return gain * jax.random.normal(jax.random.key(number), shape, dtype)
-
-        flat[path] = leaf.replace(jax.jit(draw, out_shardings=leaf.sharding)())
-    return nnx.from_flat_state(flat)
-
-
-def random_batch(config, sizes: zimage.ZImageConfig, latent) -> Batch:
-    """Random captions of both roles, [micro-batches, samples, tokens, width]."""
-    rng = np.random.default_rng(0)
-
-    def role(tokens):
-        draw = lambda: rng.standard_normal((tokens, sizes.caption_dim), np.float32)
-        groups = [
-            family.collate([{"features": draw()} for _ in range(config.batch_size)])
-            for _ in range(config.accumulate)
-        ]
-        padded = jax.tree.map(lambda *parts: np.stack(parts), *groups)
-        return padded._replace(features=padded.features.astype(jnp.dtype(config.dtype)))
-
-    needs, student = registry.needs(config), role(STUDENT.value)
-    target = rng.standard_normal((config.accumulate, *latent), np.float32)
-    return Batch(
-        dopsd.Contexts(student, role(TEACHER.value) if needs.teacher else None),
-        target if needs.target else None,
-        student if needs.prior else None,
-    )
-
-
-def time_torch(config, sizes: zimage.ZImageConfig, latent) -> dict:
+def time_torch(config, case: Workload, words: list[str]) -> dict[str, Any]:
     """What `torch_step.py` measures, in a process of its own: it has all of the device's memory."""
     loss, loss_steps = name_or_list(config.loss), name_or_list(config.loss_steps)
     others = {
         "method": "dopsd" if config.method != "dopsd" else "",
         "train": "lora" if config.train == "full" else "",
         "lora.targets": "" if config.lora.targets == "blocks" else "blocks",
-        "loss": "x0, velocity or a list" if loss == "step" else "",
+        "loss": "" if loss in ("x0", "velocity") or not isinstance(loss, str) else "x0 or a list",
         "loss_steps": "all or a list"
         if isinstance(loss_steps, str) and loss_steps != "all"
         else "",
+        "base_dtype": "" if config.base_dtype in kinds.WHOLE else "bfloat16",
     }
     raise_if(
         f"--torch: the PyTorch loop has not this config.{field}; use {other}"
         for field, other in others.items()
         if other
     )
+    jax.config.update("jax_platforms", "cpu")  # the device is for PyTorch
+    family, size = case.family, case.size
+    mesh = abstract_step.abstract_mesh(config, 1)
+    program = abstract_step.make_program(config, case, mesh, "cpu")
     job = {
-        "transformer": {k: v for k, v in sizes.to_dict().items() if not k.startswith("_")},
-        "latent": latent,
+        "family": family.NAME,
+        "transformer": {k: v for k, v in size.to_dict().items() if not k.startswith("_")},
+        "latent": program.latent,
         "accumulate": config.accumulate,
-        "student_tokens": STUDENT.value,
-        "teacher_tokens": TEACHER.value,
-        "sigmas": family.grid(name_or_list(config.grid), family.SCHEDULER)[:-1],
+        # One sample's arrays by role: the rows of text, then clean references, if any.
+        "contexts": [
+            [x.shape[2:] for x in jax.tree.leaves(context) if jnp.issubdtype(x.dtype, jnp.floating)]
+            for context in program.batch.contexts
+        ],
+        "sigmas": program.plan.schedule.grid(*case.latent)[:-1],
         "loss": loss,
         "loss_steps": None if loss_steps == "all" else loss_steps,
         "teacher": config.teacher.weights,
@@ -245,7 +151,7 @@ def time_torch(config, sizes: zimage.ZImageConfig, latent) -> dict:
         "alpha": config.lora.alpha,
         "base_dtype": config.base_dtype,
         "dtype": config.dtype,
-        "checkpointing": config.remat != "none",
+        "words": [word for word in words if word != "plain"],
         "warmup": WARMUP.value,
         "repeats": REPEATS.value,
     }
@@ -255,17 +161,7 @@ def time_torch(config, sizes: zimage.ZImageConfig, latent) -> dict:
     )
     if done.returncode:
         raise UserError(f"--torch: {script.name} failed; its own message stands above")
-    return json.loads(done.stdout)
-
-
-def report(name: str, seconds: list[float], images: int, device: str = "") -> None:
-    """One line: median, range, images a second."""
-    median = statistics.median(seconds)
-    print(
-        f"{name:9} {median:.4g} s a step (median of {len(seconds)}, {min(seconds):.4g} to"
-        f" {max(seconds):.4g}), {images / median:.4g} images/s{f', on {device}' if device else ''}",
-        flush=True,
-    )
+    return json.loads(done.stdout.splitlines()[-1])
 
 
 if __name__ == "__main__":

@@ -33,4 +33,6 @@ def load_pipeline(
     loras = lora_options(lora)
     folder = hub.resolve(path).path
     beside = {"vlm": hub.resolve(vlm, patterns=hub.ROOT).path} if vlm else None
-    return pipeline(folder, beside=beside, dtype=dtype, base_dtype=base_dtype, loras=loras)
+    pipe = pipeline(folder, beside=beside, dtype=dtype, base_dtype=base_dtype, loras=loras)
+    pipe.use_attention("auto")
+    return pipe

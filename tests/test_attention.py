@@ -2,13 +2,16 @@
 
 import functools
 import re
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
 import pytest
 from conftest import relative_error
 
+import dopsd_jax
 from dopsd_jax.common.errors import UserError
+from dopsd_jax.families.pipeline import Pipeline
 from dopsd_jax.models import attention as attention_module
 from dopsd_jax.models.attention import attention, cudnn_attention, resolve, splash_attention
 
@@ -154,3 +157,14 @@ def test_an_unknown_name_is_refused():
     with pytest.raises(ValueError, match="xla, cudnn, splash"):
         attention(q, k, v, implementation="flash")
     assert set(attention_module.IMPLEMENTATIONS) == {"xla", "cudnn", "splash"}
+
+
+@pytest.mark.parametrize("platform, kernel", [("cpu", "xla"), ("gpu", "cudnn"), ("tpu", "splash")])
+def test_a_loaded_pipeline_has_the_kernel_of_the_platform(monkeypatch, platform, kernel):
+    made = Pipeline.__new__(Pipeline)
+    made.dtype = jnp.dtype("bfloat16")
+    made.__dict__["config"] = SimpleNamespace(head_dim=128)
+    monkeypatch.setattr("dopsd_jax.families.pipeline.pipeline", lambda *_, **__: made)
+    monkeypatch.setattr("dopsd_jax.weights.hub.resolve", lambda path: SimpleNamespace(path=path))
+    monkeypatch.setattr(jax, "default_backend", lambda: platform)
+    assert dopsd_jax.load_pipeline("model").attention == kernel

@@ -247,20 +247,22 @@ def rollout_losses(
             with torch.no_grad():
                 teacher = "student" if s.teacher == "live" else "teacher"
                 target = predict(model, teacher, x, sigma, batch.teacher)
-            velocity = torch.mean((raw - target) ** 2)
-            if s.loss == "x0":
-                clean, clean_target = x + sigma * raw, x + sigma * target
-                nodes.append(torch.mean((clean - clean_target) ** 2))
-            else:
-                weight = 1.0 if s.loss == "velocity" else s.loss[k]
-                nodes.append(weight * velocity)
-            velocities.append(velocity.detach())
+            nodes.append(node_loss(s, k, sigma, x, raw, target))
+            velocities.append(torch.mean((raw - target) ** 2).detach())
         else:
             nodes.append(x.new_tensor(torch.nan))
             velocities.append(x.new_tensor(torch.nan))
         x = (x - (end - sigma) * raw).detach()  # velocity = -raw
         states.append(x)
     return torch.stack(nodes), torch.stack(velocities), torch.stack(states)
+
+
+def node_loss(s: Settings, k: int, sigma: float, x, raw, target) -> torch.Tensor:
+    """Of node k: of the student's and the teacher's predictions at a state."""
+    if s.loss == "x0":
+        return torch.mean(((x + sigma * raw) - (x + sigma * target)) ** 2)
+    weight = 1.0 if s.loss == "velocity" else s.loss[k]
+    return weight * torch.mean((raw - target) ** 2)
 
 
 def predict(
@@ -278,7 +280,7 @@ def predict(
     if isinstance(model, Flux2Transformer2DModel):
         return -_predict_flux2(model, x, sigma, captions)
     t = x.new_full((len(x),), sigma)
-    features = [torch.tensor(c, device=x.device) for c in captions]
+    features = [torch.as_tensor(c, device=x.device) for c in captions]
     out = model([image[:, None] for image in x], 1 - t, features, return_dict=False)[0]
     return torch.stack(out)[:, :, 0]
 
@@ -291,16 +293,16 @@ def _predict_flux2(model, x, sigma: float, captions) -> torch.Tensor:
     b, c, h, w = x.shape
     tokens, places = [x.flatten(2).transpose(1, 2)], [ids(0, h, w, 1)]
     for k, same in enumerate(zip(*references, strict=True), 1):
-        shown = torch.tensor(np.stack(same))
+        shown = torch.stack([torch.as_tensor(one, device=x.device) for one in same])
         tokens.append(shown.reshape(b, -1, c))
         places.append(ids(10 * k, *shown.shape[1:3], 1))
-    text = torch.tensor(np.stack(texts))
+    text = torch.stack([torch.as_tensor(one, device=x.device) for one in texts])
     out = model(
         hidden_states=torch.cat(tokens, dim=1),
         encoder_hidden_states=text,
         timestep=x.new_full((b,), sigma),
-        img_ids=torch.cat(places)[None].expand(b, -1, -1),
-        txt_ids=ids(0, 1, 1, text.shape[1])[None].expand(b, -1, -1),
+        img_ids=torch.cat(places)[None].expand(b, -1, -1).to(x.device),
+        txt_ids=ids(0, 1, 1, text.shape[1])[None].expand(b, -1, -1).to(x.device),
         return_dict=False,
     )[0]
     return out[:, : h * w].transpose(1, 2).reshape(x.shape)

@@ -21,6 +21,7 @@ from dopsd_jax.common.json_files import read_json
 from dopsd_jax.common.lora_options import LoraOption
 from dopsd_jax.families.base import STUDENT, TEACHER, Family, Features, Request, Size, Tree
 from dopsd_jax.families.lora import attach_files
+from dopsd_jax.models import attention as kernels
 from dopsd_jax.models import quantised
 from dopsd_jax.models.autoencoder import Autoencoder, to_uint8
 from dopsd_jax.models.tiling import Tiling
@@ -87,6 +88,14 @@ class Pipeline:
         To be called before they are loaded. Batches must be multiples of the number of devices.
         """
         self.encoder_mesh = sharding.make_mesh({"data": -1}, devices)
+
+    def use_attention(self, name: str) -> None:
+        """Attention as config.attention names it, for the devices here.
+
+        To be called before the transformer is loaded. Raises `UserError` for what does not run.
+        """
+        platform, size = jax.default_backend(), self.config.head_dim
+        self.attention = kernels.resolve(name, platform, self.dtype, size)
 
     def encoder_place(self) -> Callable | None:
         """The `sharding_for` of an encoder: whole on every device that encodes."""

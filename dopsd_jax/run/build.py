@@ -23,7 +23,7 @@ from dopsd_jax.families.pipeline import Pipeline
 from dopsd_jax.methods import registry
 from dopsd_jax.methods.losses import Schedule
 from dopsd_jax.methods.options import OTHER_CAPTION
-from dopsd_jax.models import attention, kinds, quantised
+from dopsd_jax.models import kinds, quantised
 from dopsd_jax.parallel import sharding
 from dopsd_jax.run.data_set import RANDOM
 from dopsd_jax.training import optimizers, state, train_step
@@ -96,8 +96,7 @@ def open_pipeline(
         sharding_for=place,
         trained=VARIABLES[config.train],
     )
-    dtype, size = jnp.dtype(config.dtype), pipe.config.head_dim
-    pipe.attention = attention.resolve(config.attention, jax.default_backend(), dtype, size)
+    pipe.use_attention(config.attention)
     return pipe, {"model_revision": model.revision, "vlm_revision": vlm and vlm.revision}
 
 
