@@ -26,6 +26,7 @@ from ml_collections import ConfigDict
 
 from dopsd_jax.common.errors import UserError
 from dopsd_jax.common.progress import Progress, size
+from dopsd_jax.common.start_parts import StartParts, Waits, process_age
 from dopsd_jax.conditioning.features import Features
 from dopsd_jax.data import holdout
 from dopsd_jax.data.dataset import describe
@@ -52,6 +53,8 @@ from dopsd_jax.training.checkpoint import Checkpoints
 from dopsd_jax.training.nonfinite import Guard
 from dopsd_jax.training.results import Results
 
+WAIT_TOLD = 0.05  # seconds that a step waits for its batch; less is not worth a word
+
 
 def main() -> int | None:
     config = CONFIG.value
@@ -63,6 +66,7 @@ def main() -> int | None:
 
 def train(config: ConfigDict, workdir: epath.Path) -> int | None:
     """Trains in `workdir`, which no other process uses; returns the exit status."""
+    parts = StartParts(process_age())
     # ---- Devices, model, data: everything that can be wrong is found here, by all processes.
     with multihost.together():
         mesh = sharding.make_mesh(config.mesh)
@@ -83,6 +87,7 @@ def train(config: ConfigDict, workdir: epath.Path) -> int | None:
     pipe, dataset, rows, held_out, facts = multihost.first_alone(open_run)
     effective_batch = config.batch_size * config.accumulate
     multihost.say("\n".join([*build.notes(config, pipe), *describe(dataset, effective_batch)]))
+    parts.end("model and data")
 
     # ---- What the method learns from: computed once, then the encoders are freed.
     with multihost.together():
@@ -100,10 +105,12 @@ def train(config: ConfigDict, workdir: epath.Path) -> int | None:
         chosen = build.chosen(pipe)
         own = multihost.is_first(), ALLOW_CHANGES.value, program.typed("train")
         open_workdir(workdir, config, facts, *own, chosen)
+    parts.end("encoding")
 
     # ---- State and step.
     with jax.set_mesh(mesh):
         plan = build.make_plan(config, pipe, mesh)
+    parts.end("weights")
     multihost.say("\n".join([*plan.describe(), *features.describe(), *memory.describe()]))
     with multihost.together():
         judge = CheckpointScores(config, pipe, features, held_out, scorers.values())
@@ -112,6 +119,7 @@ def train(config: ConfigDict, workdir: epath.Path) -> int | None:
         write_training_pictures(features, rows, workdir)
     scores = run_scores.begin(config, workdir, pipe, dataset)
     initial = pipe.hand_over()
+    parts.end("base model's pictures")
 
     # ---- Restore.
     checkpoints = Checkpoints(workdir / "checkpoints", config.keep_checkpoints, config.keep_every)
@@ -193,15 +201,19 @@ def train(config: ConfigDict, workdir: epath.Path) -> int | None:
     quiet = not multihost.is_first()
     progress = Progress("step", config.steps, done=first, rate=rate, quiet=quiet)
     pending = None
+    parts.end("state and resuming")
 
-    def finish(step: int, metrics) -> None:
+    def finish(step: int, metrics, waited: float) -> None:
         metrics = jax.device_get(metrics)
         shown = {"loss": "loss", "gap": "gap", "anchor_gap": "anchor gap"}
         numbers = [f"{text} {metrics[name]:.5g}" for name, text in shown.items() if name in metrics]
         memory = device_memory()
         numbers += [f"{size(memory)} of memory"] if memory else []
+        if step > first + 1 and waited > WAIT_TOLD:
+            numbers.append(f"{waited:.2g} s waited for input")
         seconds = progress.advance(text="  ".join(numbers))
         speed = {"seconds": seconds, "images_per_second": effective_batch / seconds}
+        speed |= {"input_seconds": waited}
         speed |= {"peak_bytes": memory} if memory else {}
         verdict = guard.look(metrics)
         del metrics["finite"]  # the verdict names the parts
@@ -228,18 +240,27 @@ def train(config: ConfigDict, workdir: epath.Path) -> int | None:
     with writer, trackers, checkpoints, StopRequest() as stop:
         if first == 0:
             show(0)
+        parts.end("first pictures")
         progress.skip()
         ended = checkpoint_scores and checkpoint_scores.ranking.over()
         steps = first if ended else config.steps
-        for n, (bucket, batch, held) in prefetch(batches, load, first, steps):
+        inputs = Waits(prefetch(batches, load, first, steps))
+        for n, (bucket, batch, held) in inputs:
             latent = (config.batch_size, *pipe.latent_shape(bucket.height, bucket.width))
             with jax.set_mesh(mesh):
                 batch = sharding.put_batch(batch, mesh, config.batch_size)
                 held = anchors and sharding.put_batch(held, mesh, anchors.micro.size)
                 state, metrics = train_step(state, pipe.split[2], batch, n, held, latent=latent)
+            if n == first:
+                parts.end("compiling")
+                jax.block_until_ready(metrics)
+                parts.end("first step")
+                progress.note(parts.describe())
+                if multihost.is_first():
+                    parts.write(workdir)
             if pending:
                 finish(*pending)
-            pending = step, _ = n + 1, metrics
+            pending = step, _, _ = n + 1, metrics, inputs.seconds
             stopped, last = stop.reached(step), step == config.steps
             save_now = last or stopped or is_due(step, config.checkpoint_every)
             show_now = last or (is_due(step, config.sample_every) and not stopped)

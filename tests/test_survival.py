@@ -18,7 +18,7 @@ from dopsd_jax.training.checkpoint import Checkpoints
 from dopsd_jax.weights.safetensors_io import TensorFiles
 
 pytestmark = [pytest.mark.slow, pytest.mark.multiprocess]
-CLOCK = ("seconds", "images_per_second")
+CLOCK = ("seconds", "images_per_second", "input_seconds")
 
 
 def launch(workdir, *options):

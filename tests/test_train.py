@@ -42,7 +42,7 @@ def records(workdir):
 
 def same_numbers(a, b):
     """Equal records but for what a clock measured."""
-    clock = ("seconds", "images_per_second")
+    clock = ("seconds", "images_per_second", "input_seconds")
     strip = lambda rows: [{k: v for k, v in r.items() if k not in clock} for r in rows]
     assert strip(a) == strip(b)
 
@@ -51,7 +51,7 @@ def test_a_run_leaves_what_is_promised(random_run):
     rows = records(random_run)
     assert [r["step"] for r in rows] == [1, 2, 3, 4]
     wanted = {"step", "loss", "loss_per_step", "gap", "norm_ratio", "grad_norm", "lr"}
-    wanted |= {"seconds"}
+    wanted |= {"seconds", "input_seconds"}
     assert all(
         wanted | {"images_per_second"} <= r.keys() and len(r["loss_per_step"]) == 2 for r in rows
     )
@@ -69,6 +69,9 @@ def test_a_run_leaves_what_is_promised(random_run):
             labels = read_labels(picture)
         assert labels.columns == ("target", "base", "teacher", "tuned")
         assert len(labels.captions) == 2 and labels.captions[-1] == OWN_PROMPT
+    start = json.loads((random_run / "start.json").read_text())
+    assert {"imports", "encoding", "weights", "compiling", "first step"} < start.keys()
+    assert "start: " in (random_run / "stdout.txt").read_text()
     assert any((random_run / "tensorboard").iterdir())
     assert {p.name for p in (random_run / "lora").iterdir()} == {
         "step_2.safetensors",
