@@ -81,7 +81,8 @@ sheet of {{examples}}; what they do reach has not been measured. Smaller picture
 save most.
 
 Where the text encoder does not fit, let the CPU encode, once, in the host's memory. Training then
-needs no encoder; leave out `sample_prompts` and `anchor.share`, which do:
+needs no encoder; the prompts of anchors are encoded with the rest. Leave out `sample_prompts`,
+which needs one:
 
 ```sh
 JAX_PLATFORMS=cpu python -m dopsd_jax.prepare --config configs/flux2_klein.py:9b_16gb \\

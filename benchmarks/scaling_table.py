@@ -10,7 +10,7 @@ TPU**. Z-Image-Turbo, 6.15 billion parameters, with captions of 512 and 1024 tok
 FLUX.2-klein, 3.88 and 9.08 billion parameters, texts of 512 tokens and the teacher's reference.
 All at 1024 x 1024, four rollout steps, one image per chip, full rematerialisation; LoRA of rank 64,
 or full fine-tuning with float32 weights, an EMA teacher and AdamW, unless the name says otherwise.
-One micro-batch per step.
+One micro-batch per step, and no anchors.
 
 Names count **chips**. Google's own names do too for v5e and v6e; for v5p they count TensorCores,
 two per chip: v5p-4 here is its v5p-8, and v5p-64 here its v5p-128.

@@ -4,7 +4,9 @@
 SIZE: `4b`, `9b`. TASK: `identity`, the teacher is shown the picture as the reference of the editing
 branch; `edit`, rows with pictures to edit, and the teacher is shown the result as its last
 reference; `prompt`, the teacher has another caption, under the key detailed_en. TRAIN: `lora`;
-`full`, every parameter, for several large devices. `4b_12gb`, `9b_24gb` and so on: `4b` and `9b`
+`full`, every parameter, for several large devices. SIZE_identity_lora has anchors, which hold
+ordinary prompts where they were (docs/results.md); `4b_released`, `9b_released`: the same as
+released, without them. `4b_12gb`, `9b_24gb` and so on: `4b` and `9b`
 for one GPU with 12, 16, 24, 48 or 80 GB (docs/gpus.md). Set config.data.path, and config.model to a
 folder if you have one. `:random`, `:random_full`: the same programs on a network with random
 weights and drawn pictures, for tests.
@@ -20,6 +22,8 @@ from dopsd_jax.config.loading import choose
 SIZES, TASKS, TRAIN = ("4b", "9b"), ("identity", "edit", "prompt"), ("lora", "full")
 PRESETS = tuple("_".join(parts) for parts in itertools.product(SIZES, TASKS, TRAIN))
 
+RELEASED = tuple(f"{size}_released" for size in SIZES)
+ANCHORS = 0.125  # as in configs/zimage.py
 # What the recipe must give up on one GPU. A step is of four images, as in the recipe.
 ONE_IMAGE = {"batch_size": 1, "accumulate": 4}
 SMALLER = {"data.resolution": 768, "lora.rank": 32, "lora.alpha": 64.0}
@@ -39,7 +43,7 @@ CARDS = {
 
 
 def get_config(arg: str | None = None) -> ConfigDict:
-    name = choose(arg, (*SIZES, *PRESETS, *CARDS, "random", "random_full"))
+    name = choose(arg, (*SIZES, *PRESETS, *RELEASED, *CARDS, "random", "random_full"))
     size, *rest = name.split("_")
     c = defaults()
     c.family = "flux2_klein"
@@ -47,6 +51,8 @@ def get_config(arg: str | None = None) -> ConfigDict:
     c.teacher.context = "edit_ref"
     c.learning_rate = 2e-5  # the released recipes'
     c.steps = 3001
+    if name in (*SIZES, *CARDS) or rest == ["identity", "lora"]:
+        c.anchor.share = ANCHORS
     c.update_from_flattened_dict(CARDS.get(name, {}))
     if "edit" in rest:
         edit(c)

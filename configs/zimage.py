@@ -1,8 +1,9 @@
 """Z-Image-Turbo.
 
-`configs/zimage.py` or `:lora`: the released LoRA recipe; set config.data.path, and config.model
-and config.teacher.vlm to folders if you have them. `:12gb`, `:16gb`, `:24gb`, `:48gb`, `:80gb`:
-the same for one GPU with so much memory (docs/gpus.md). `:full`: every parameter of the
+`configs/zimage.py` or `:lora`: the released LoRA recipe with anchors, which hold ordinary prompts
+where they were (docs/results.md); set config.data.path, and config.model and config.teacher.vlm to
+folders if you have them. `:released`: the recipe as released, without anchors. `:12gb`, `:16gb`,
+`:24gb`, `:48gb`, `:80gb`: `:lora` for one GPU with so much memory (docs/gpus.md). `:full`: every parameter of the
 transformer, for several large devices. `:tiny`, `:tiny_full`: the same programs on the trained
 miniature, minutes on a laptop. `:random`, `:random_full`: on a network with random weights and
 drawn pictures, for tests.
@@ -14,6 +15,7 @@ from dopsd_jax.config.fields import defaults
 from dopsd_jax.config.find import shipped
 from dopsd_jax.config.loading import choose
 
+ANCHORS = 0.125  # the least share that kept ordinary prompts: docs/results.md
 # What the recipe must give up on one GPU. A step is of four images, as in the recipe.
 ONE_IMAGE = {"batch_size": 1, "accumulate": 4}
 CARDS = {
@@ -29,10 +31,12 @@ CARDS = {
 
 
 def get_config(arg: str | None = None) -> ConfigDict:
-    name = choose(arg, ("lora", *CARDS, "full", "tiny", "tiny_full", "random", "random_full"))
+    name = choose(arg, ("lora", "released", *CARDS, "full", "tiny", "tiny_full", "random", "random_full"))
     c = defaults()
     c.model = "Tongyi-MAI/Z-Image-Turbo"
     c.teacher.vlm = "Qwen/Qwen3-VL-4B-Instruct"
+    if name in ("lora", *CARDS):
+        c.anchor.share = ANCHORS
     c.update_from_flattened_dict(CARDS.get(name, {}))
     if name.endswith("full"):
         full(c)
