@@ -61,7 +61,7 @@ def main(_) -> None:
     word, concept = concepts.read_concept(DATA / concepts.FILE)
     bench = paper_run.bench(Path(FOLDER.value))
     config = bench.config(DATA, {})
-    pipe, start = bench.pipe("lora", config.lora.rank), bench.start(config, 0)
+    pipe, start = bench.pipe_of(config), bench.start(config, 0)
     exam, cases = exam_of(pipe, config, concept, word), five(concept, word)
     for _ in exam.painter.encode(cases, STUDENT):
         pass

@@ -2,84 +2,143 @@
 
 import dataclasses
 import itertools
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 
 CONCEPTS, SEEDS = 4, 5
-STEPS, BATCH = 40, 2
-LOOKS = (10, 20, STEPS)  # steps at which the student is scored
-RATES = {"lora": (5e-4, 2e-3), "full": (1e-4, 3e-4)}
+PICTURES, STEPS, BATCH = 8, 60, 8
+LOOKS = (15, 30, STEPS)  # steps at which the student is scored
+RATES = {"lora": (1e-3, 3e-4), "full": (1e-4, 3e-4)}
 CLASS = "circle"  # what DreamBooth's class prompts say instead of the new word
+ANCHOR = {"anchor.share": 0.25}  # the quickstart's, on its ordinary prompts
 
-METHODS = ("dopsd", "sft", "sft_teacher", "offpolicy", "pso", "dreambooth")
-# Ablations, with adapters and the first rate alone: fields that differ from `dopsd`'s.
+# Every method at both rates: fields that differ from the quickstart's.
+METHODS = {
+    "dopsd": {},
+    "sft": {"method": "sft"},
+    "dopsd + anchor": ANCHOR,
+    "sft + anchor": {"method": "sft", **ANCHOR},
+    "sft at the grid's levels": {"method": "sft", "sft.sigma": "nodes"},
+    "sft on teacher samples": {"method": "sft_teacher"},
+    "off-policy": {"method": "offpolicy"},
+    "off-policy, noised pictures": {"method": "offpolicy", "offpolicy.states": "targets"},
+    "pso": {"method": "pso"},
+    "dreambooth": {"method": "dreambooth"},
+}
+FULL = ("dopsd", "sft", "dopsd + anchor", "sft + anchor", "off-policy", "pso")
+# With adapters, the first rate and `ABLATION_SEEDS`.
 ABLATIONS = {
-    "teacher live": {"teacher.weights": "live"},
-    "teacher EMA 0.9": {"teacher.decay": 0.9},
-    "teacher EMA 0.999": {"teacher.decay": 0.999},
-    "teacher frozen": {"teacher.weights": "frozen"},
     "loss x0": {"loss": "x0"},
     "one random step": {"loss_steps": "random:1"},
     "all eight nodes": {"grid": "nodes8"},
-    "off-policy on noised pictures": {"method": "offpolicy", "offpolicy.states": "targets"},
-    "SFT at the grid's noise levels": {"method": "sft", "sft.sigma": "nodes"},
+    "half of the picture's tokens": {"teacher.vision_dropout": 0.5},
+    "a quarter of them": {"teacher.vision_dropout": 0.75},
 }
-SEQUENCE = (0, 1, 2)  # concepts that are learned one after another
-SEQUENTIAL = ("dopsd", "sft")
-ABLATION_SEEDS = 3
-# Full fine-tuning on many pictures of a style; see paper_styles.py.
-STYLE_METHODS = ("dopsd", "sft", "offpolicy", "pso")
-STYLE_CAPTIONS = ("whole", "short")
-STYLE_COUNT, STYLE_STEPS, STYLE_BATCH, STYLE_RATE = 4, 60, 4, 3e-4
-STYLE_LOOKS = (15, 30, STYLE_STEPS)
+# How many anchors, and which; `new_words` besides the ordinary ones.
+SHARES = {
+    "1/8 anchors": {"anchor.share": 0.125},
+    "1/2 anchors": {"anchor.share": 0.5},
+    "1/4 anchors, half of them new words": {"anchor.share": 0.25, "anchor.prompts": "new_words"},
+    "1/2 anchors, half of them new words": {"anchor.share": 0.5, "anchor.prompts": "new_words"},
+}
+ABLATION_SEEDS = 2
+# What the student was before: the shipped miniature is distilled by distribution matching.
+SHIPPED, STUDENTS = "shipped", ("not distilled", "endpoint")
+COMPARED = ("dopsd", "sft")  # of another student
+DROPPED = ("half of the picture's tokens", "a quarter of them")
+# The teacher over many steps.
+LONG_STEPS, LONG_LOOKS = 600, (60, 150, 300, 600)
+LONG = {
+    "long, teacher live": {"teacher.weights": "live"},
+    "long, EMA 0.9": {"teacher.decay": 0.9},
+    "long, EMA 0.999": {"teacher.decay": 0.999},
+    "long, EMA 0.9999": {"teacher.decay": 0.9999},
+    "long, teacher frozen": {"teacher.weights": "frozen"},
+}
+SEQUENCE = (0, 1, 2, 3, 4)  # concepts that are learned one after another
+SEQUENTIAL = ("dopsd + anchor", "dopsd", "sft")
+OPEN, WHOLE = "open", "whole"  # captions: the word alone, or the whole arrangement
 
 
 @dataclasses.dataclass(frozen=True)
 class Arm:
     """Runs that share a program: they differ in concept and seed.
 
-    kind: `alone`, one concept a run; `sequence`, one after another; of `STYLE_CAPTIONS`, a style;
-      `states`: nothing is trained, see paper_states.py.
+    kind: `alone`, one concept a run; `sequence`, one after another; `states`: nothing is trained,
+      see paper_states.py.
+    captions: `OPEN` or `WHOLE`. student: `SHIPPED`, or one of `STUDENTS`.
     """
 
     name: str
     train: str
     rate: float
     kind: str = "alone"
+    captions: str = OPEN
+    student: str = SHIPPED
 
-    def fields(self, word: str) -> dict[str, object]:
-        """What the configuration has besides the quickstart's."""
-        own = ABLATIONS.get(self.name, {"method": self.name})
-        if self.name == "dreambooth":
+    @property
+    def own(self) -> Mapping[str, object]:
+        """The fields that make it what it is."""
+        return (METHODS | ABLATIONS | SHARES | LONG)[self.name]
+
+    @property
+    def steps(self) -> int:
+        return LONG_STEPS if self.name in LONG else STEPS
+
+    @property
+    def looks(self) -> tuple[int, ...]:
+        return LONG_LOOKS if self.name in LONG else LOOKS
+
+    def fields(self, word: str, ordinary: str) -> dict[str, object]:
+        """What the configuration has besides the quickstart's; `ordinary`: a file of prompts."""
+        own = dict(self.own)
+        if own.get("method") == "dreambooth":
             own |= {"dreambooth.concept_word": word, "dreambooth.class_word": CLASS}
-        run = {"train": self.train, "learning_rate": self.rate, "steps": STEPS, "batch_size": BATCH}
-        return run | own
+        if "anchor.share" in own:
+            more = [own["anchor.prompts"]] if "anchor.prompts" in own else []
+            own |= {"anchor.concept_word": word, "anchor.prompts": ",".join([ordinary, *more])}
+        run = {"train": self.train, "learning_rate": self.rate, "steps": self.steps}
+        return {"batch_size": BATCH, **run, **own}
 
     @property
     def runs(self) -> list[tuple[int, int]]:
-        """Concept (of a sequence the first; or the style) and seed of every run."""
-        if self.kind in STYLE_CAPTIONS:
-            return [(style, 0) for style in range(STYLE_COUNT)]
+        """Concept (of a sequence the first) and seed of every run; one seed after another."""
         if self.kind == "states":
             return [(concept, 0) for concept in range(CONCEPTS)]
-        seeds = ABLATION_SEEDS if self.name in ABLATIONS else SEEDS
-        count = 1 if self.kind == "sequence" else CONCEPTS
-        return list(itertools.product(range(count), range(seeds)))
+        if self.name in LONG:
+            return [(0, 0), (1, 0)]
+        if self.kind == "sequence":
+            return [(0, seed) for seed in range(ABLATION_SEEDS)]
+        usual = self.name in METHODS and (self.captions, self.student) == (OPEN, SHIPPED)
+        seeds = SEEDS if usual else ABLATION_SEEDS
+        return [
+            (concept, seed) for seed, concept in itertools.product(range(seeds), range(CONCEPTS))
+        ]
 
     def key(self, concept: int, seed: int) -> str:
         """A run's name in the table of results."""
-        return f"{self.name}|{self.train}|{self.rate:g}|{self.kind}|{concept}|{seed}"
+        where = f"{self.kind}|{self.captions}|{self.student}"
+        return f"{self.name}|{self.train}|{self.rate:g}|{where}|{concept}|{seed}"
 
 
 def arms() -> Iterator[Arm]:
     """Every arm, the most wanted first."""
-    for train in RATES:
-        for method in METHODS:
-            for rate in RATES[train]:
-                yield Arm(method, train, rate)
-    for train, method in itertools.product(RATES, SEQUENTIAL):
-        yield Arm(method, train, RATES[train][0], kind="sequence")
+    rate, other = RATES["lora"]
+    for name in METHODS:
+        yield Arm(name, "lora", rate)
+    for name in SEQUENTIAL:
+        yield Arm(name, "lora", rate, kind="sequence", captions=WHOLE)
+    for name in SHARES:
+        yield Arm(name, "lora", rate)
+    for name in METHODS:
+        yield Arm(name, "lora", other)
+    for name in (*COMPARED, *DROPPED):
+        yield Arm(name, "lora", rate, captions=WHOLE)
     for name in ABLATIONS:
-        yield Arm(name, "lora", RATES["lora"][0])
-    for name, kind in itertools.product(STYLE_METHODS, STYLE_CAPTIONS):
-        yield Arm(name, "full", STYLE_RATE, kind)
+        yield Arm(name, "lora", rate)
     yield Arm("dopsd", "lora", 0.0, kind="states")
+    for name, student in itertools.product(COMPARED, STUDENTS):
+        yield Arm(name, "lora", rate, student=student)
+    for name in LONG:
+        yield Arm(name, "lora", rate)
+    for name, rate in itertools.product(FULL, RATES["full"]):
+        yield Arm(name, "full", rate)

@@ -1,221 +1,301 @@
 """The page docs/results.md: figures from the records of paper.py, and our reading of them."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
+import numpy as np
 import paper_claims
 from paper_arms import (
-    ABLATION_SEEDS,
     ABLATIONS,
-    BATCH,
     CONCEPTS,
+    DROPPED,
+    FULL,
+    LONG,
+    LONG_STEPS,
     LOOKS,
     METHODS,
+    OPEN,
+    PICTURES,
     RATES,
     SEEDS,
     SEQUENCE,
-    STYLE_BATCH,
-    STYLE_CAPTIONS,
-    STYLE_METHODS,
-    STYLE_RATE,
-    STYLE_STEPS,
+    SHARES,
+    SHIPPED,
+    STUDENTS,
+    WHOLE,
 )
+from paper_arms import BATCH as SIZE
+from paper_claims import signed
 from paper_records import (
-    CONCEPT,
+    COMPOSITION,
+    CONTRAST,
     CRISP,
+    IDENTITY,
+    LEAK,
     MEASURES,
     ORDINARY_CRISP,
     RETENTION,
-    STYLE_MEASURES,
     Records,
+    Runs,
     read,
 )
 
+from dopsd_jax.evaluation import statistics
 from dopsd_jax.evaluation.statistics import Estimate
 
 READING = Path(__file__).parent / "paper_reading.md"  # ours, of the tables; not of the records
-LEVEL = 0.6  # concept score at which methods are compared: more than half of them reach it
+LEVELS = (0.5, 0.7)  # identities at which methods are compared
+NAMES = {
+    IDENTITY: "identity",
+    CRISP: "crispness",
+    CONTRAST: "contrast",
+    ORDINARY_CRISP: "ordinary crispness",
+    COMPOSITION: "composition",
+    RETENTION: "retention",
+    LEAK: "leak",
+}
 
-HEAD = f"""# The paper's experiment at small scale
+HEAD = """# When D-OPSD keeps the few steps, and when it does not
 
 Made by `python benchmarks/paper.py` from `docs/results.jsonl`; do not edit. The model is the
-*first* trained miniature (examples/miniature of version 85cf58e): everything here is about a small
-network in a drawn world, and says nothing about Z-Image-Turbo's 6 billion parameters. It lacks
-three things that make a model like the real one: its first clean estimate is no picture, its
-captions leave nothing open, its teacher copies pixels. The miniature that replaced it has them
-(README.md shows one run of it). These runs were not repeated on it.
+trained miniature (examples/miniature): everything here is about a small network in a drawn world.
+It has what makes a model like the real one: distilled by distribution matching, captions that leave
+much open, a teacher that takes from its picture what is shown and not the pixels.
+"""
 
-Every run, except those of a style, teaches a new concept (a sequence: three) from six pictures, as
-the quickstart does: the data, the method and the step are those of `dopsd_jax.train` with
-`configs/zimage.py:tiny`, but {LOOKS[-1]} steps of
-{BATCH} pictures.
-{CONCEPTS} concepts, {SEEDS} seeds each ({ABLATION_SEEDS} in the ablations): the seed draws the
-initial adapters and the training's noise; prompts and noise of the scores depend on the concept
-alone, so they are the same for all methods.
-* **concept**: IoU of shape and colours with the target, in arrangements that were not shown;
-* **crispness**: of the edges in the concept's pictures, relative to the base model's;
-* **shape**, **retention**: share of ordinary prompts with the right shape; with the right shape and
-  colour;
-* **crispness, ordinary**: of the edges in those prompts' pictures, relative to the base model's.
+SETTING = f"""## What was run
 
-Steps, batch and the adapters' rates were chosen after single runs of `dopsd` and `sft` on the first
-two of these concepts, so that both methods learn within the steps; the rates of full fine-tuning
-after one run of each of the two on the first at 0.0001, 0.0003 and 0.001.
+A new concept is taught from {PICTURES} pictures, by the data, the method and the step of
+`dopsd_jax.train` with `configs/zimage.py:tiny`, in {LOOKS[-1]} steps of {SIZE} pictures. Captions
+are *open*: the new word alone; place, size and ground differ from picture to picture and are not
+said. Up to {CONCEPTS} concepts and {SEEDS} seeds; each table says how many runs there are. The seed
+draws the first adapters and the noise of training; the prompts and noise of the scores depend on
+the concept alone, so they are the same for all methods. Intervals are Student's t at 95 % over the
+concepts, seeds averaged: they cover other concepts.
 
-Intervals are Student's t at 95 % over the {CONCEPTS} concepts, seeds averaged: they cover other
-concepts.
+* **identity**: likeness of outline and colours to the concept, its arrangement factored out, in
+  pictures of the word alone;
+* **crispness**, **contrast**: of these pictures, relative to true pictures of the concept where the
+  picture has it. Before training they are those of other objects, and no measure;
+* **ordinary crispness**: the same of prompts with named shapes;
+* **composition**: how much of the base's picture from the same noise is kept in prompts without the
+  word (1: all; 0: as far from it as another noise);
+* **retention**: share of these prompts whose shape and colour are both right;
+* **leak**: IoU with the concept under other new words, which should stay the base's.
 """
 
 
-def write(results: Path, page: Path) -> None:
-    """Writes the page and its figures beside it."""
+def write(results: Path, page: Path, folder: Path) -> None:
+    """Writes the page and its figures beside it; folder: of the runs, with their pictures."""
     import paper_figures  # needs matplotlib
 
     records = Records(read(results))
-    names = paper_figures.draw(records, page.parent)
-    parts = [
-        HEAD,
-        "## The paper's claims\n\n" + "\n".join(paper_claims.table(records)) + "\n",
-        "## The goals\n\n" + "\n".join(paper_claims.goals(records)) + "\n",
-    ]
-    parts += ["## Why\n\n" + READING.read_text(encoding="utf-8")]
-    for train, title in (("lora", "LoRA"), ("full", "Full fine-tuning")):
-        parts += [f"## {title}\n\n" + "\n".join(_methods(records, train)) + "\n"]
-        parts += [f"![{title}]({names[train]})\n"] if train in names else []
-        parts += ["### At equal concept score\n\n" + "\n".join(_equal(records, train)) + "\n"]
-    parts += ["## Beside the paper's tables\n\n" + "\n".join(paper_claims.beside(records)) + "\n"]
-    parts += ["## Ablations\n\n" + "\n".join(_ablations(records)) + "\n"]
-    parts += [f"![Ablations]({names['ablations']})\n"] if "ablations" in names else []
-    parts += ["## What the student is taught\n\n" + "\n".join(_targets(records)) + "\n"]
-    parts += ["## Many pictures of a style\n\n" + "\n".join(_styles(records)) + "\n"]
-    parts += ["## One concept after another\n\n" + "\n".join(_sequences(records)) + "\n"]
+    names = paper_figures.draw(records, page.parent, folder)
+    figure = lambda key, title: [f"![{title}]({names[key]})\n"] if key in names else []
+    part = lambda title, lines: [f"## {title}\n\n" + "\n".join(lines) + "\n"]
+    parts = [HEAD, READING.read_text(encoding="utf-8")]
+    parts += figure("pictures", "Pictures of the word alone, before and after training")
+    parts += figure("map", "Open captions and copying teachers")
+    parts += [SETTING]
+    parts += part("The goals", paper_claims.goals(records))
+    parts += part("The paper's claims", paper_claims.table(records))
+    parts += part("LoRA", methods(records, "lora", METHODS))
+    parts += figure("lora", "Methods along their steps")
+    parts += part("At equal identity", equal(records))
+    parts += part("Full fine-tuning", methods(records, "full", FULL))
+    parts += part("Captions and teachers", worlds(records))
+    parts += part("Other students", students(records))
+    parts += part("Ablations", ablations(records))
+    parts += part("How many anchors, and which", anchors(records))
+    parts += part("Many steps", long(records))
+    parts += part("One concept after another", sequences(records))
+    parts += part("What the student is taught", targets(records))
     page.write_text("\n".join(parts), encoding="utf-8")
 
 
 def shown(found: Estimate | None) -> str:
     """A number with its interval."""
     if found is None:
-        return "not run"
+        return ""
     return f"{found.value:.3f}" + ("" if found.half is None else f" ± {found.half:.3f}")
 
 
-def _methods(records: Records, train: str) -> list[str]:
-    head = [
-        "| method | rate | runs | concept | crispness | shape | retention | crispness, ordinary "
-        "| CPU s a run |",
+def head(first: Sequence[str], last: Sequence[str] = ()) -> list[str]:
+    columns = [*first, *NAMES.values(), *last]
+    return [f"| {' | '.join(columns)} |", "|---" * len(columns) + "|"]
+
+
+def row(first: Sequence[object], found: Iterable[Estimate | None], last: Sequence[object] = ()):
+    return f"| {' | '.join([*map(str, first), *map(shown, found), *map(str, last)])} |"
+
+
+def final(arm: Runs | None) -> list[Estimate | None]:
+    return [arm.final(m) if arm else None for m in MEASURES]
+
+
+def count(arm: Runs | None) -> str:
+    return str(arm.count) if arm else "not run"
+
+
+def before(records: Records, train: str = "lora", student: str = SHIPPED) -> list[str]:
+    """The rows of base and teacher."""
+    if records.any(train, student) is None:
+        return []
+    base = [records.base(m, train, student) for m in MEASURES]
+    base[1] = base[2] = None  # of other objects
+    teacher = [records.teacher(m, student) for m in MEASURES] if train == "lora" else []
+    rows = [row(["*base*", "", ""], base, [""])]
+    return rows + (
+        [row(["*teacher, shown the picture*", "", ""], teacher, [""])] if teacher else []
+    )
+
+
+def methods(records: Records, train: str, names: Iterable[str]) -> list[str]:
+    lines = head(["method", "rate", "runs"], ["CPU s a run"]) + before(records, train)
+    for name in names:
+        for rate in RATES[train]:
+            arm = records.arm(name, train, rate)
+            cost = f"{arm.cost:.0f}" if arm else ""
+            lines.append(row([name, f"{rate:g}", count(arm)], final(arm), [cost]))
+    return lines
+
+
+def equal(records: Records) -> list[str]:
+    lines = ["Where a method's mean identity first reaches a level, on straight lines between the",
+             f"steps that were scored ({', '.join(map(str, LOOKS))}).", ""]  # fmt: skip
+    compared = CRISP, CONTRAST, ORDINARY_CRISP, COMPOSITION, RETENTION, LEAK
+    columns = ["identity", "method", "rate", *(NAMES[m] for m in compared)]
+    lines += [f"| {' | '.join(columns)} |", "|---" * len(columns) + "|"]
+    for level in LEVELS:
+        for name in METHODS:
+            for rate in RATES["lora"]:
+                arm = records.arm(name, rate=rate)
+                if arm is None:
+                    continue
+                found = [arm.when(level, m) for m in compared]
+                cells = ["not reached" if v is None else f"{v:.3f}" for v in found]
+                lines.append(f"| {level:g} | {name} | {rate:g} | {' | '.join(cells)} |")
+    return lines
+
+
+def worlds(records: Records) -> list[str]:
+    """Openness of the captions, and how much of the picture the teacher is shown."""
+    lines = ["`teacher.vision_dropout` leaves out a share of the picture's tokens at random.", ""]
+    lines += head(["captions", "run", "runs"])
+    for captions in (OPEN, WHOLE):
+        for name in ("dopsd", *DROPPED, "sft"):
+            arm = records.arm(name, captions=captions)
+            lines.append(row([captions, name, count(arm)], final(arm)))
+    return lines
+
+
+def students(records: Records) -> list[str]:
+    lines = [
+        "The same training on the miniature before its last stages: *not distilled*, the many-step",
+        "model; *endpoint*, after the regression; and as shipped.",
+        "",
+        *head(["student", "run", "runs"]),
+    ]
+    for student in (*STUDENTS, SHIPPED):
+        if records.any("lora", student):
+            base = [records.base(m, "lora", student) for m in MEASURES]
+            base[1] = base[2] = None  # of other objects
+            lines.append(row([student, "*base*", ""], base))
+            teacher = [records.teacher(m, student) for m in MEASURES]
+            lines.append(row([student, "*teacher*", ""], teacher))
+        for name in ("dopsd", "sft"):
+            arm = records.arm(name, student=student)
+            lines.append(row([student, name, count(arm)], final(arm)))
+    return lines
+
+
+def ablations(records: Records) -> list[str]:
+    lines = ["The second row of each is the difference from `dopsd`, same concepts and seeds.", ""]
+    lines += head(["run", "runs"])
+    own = records.arm("dopsd")
+    lines.append(row(["dopsd", count(own)], final(own)))
+    for name in ABLATIONS:
+        arm = records.arm(name)
+        lines.append(row([name, count(arm)], final(arm)))
+        if arm and own:
+            cells = [signed(arm.less(own, m)) for m in MEASURES]
+            lines.append(f"| | | {' | '.join(cells)} |")
+    return lines
+
+
+def anchors(records: Records) -> list[str]:
+    lines = [
+        "Ordinary prompts (examples/miniature/ordinary.txt), beside the rows of the data set; *new",
+        "words*: the captions with words that mean nothing.",
+        "",
+        *head(["anchors", "runs"]),
+    ]
+    names = {"none": "dopsd", "1/4 anchors": "dopsd + anchor"} | dict.fromkeys(SHARES, "")
+    for title, name in names.items():
+        arm = records.arm(name or title)
+        lines.append(row([title, count(arm)], final(arm)))
+    return lines
+
+
+def long(records: Records) -> list[str]:
+    lines = [f"D-OPSD for {LONG_STEPS} steps, with other weights of the teacher.", ""]
+    lines += head(["teacher", "steps", "runs"])
+    for name in LONG:
+        arm = records.arm(name)
+        title = name.removeprefix("long, ")
+        if arm is None:
+            lines.append(row([title, "", "not run"], []) + " |" * len(MEASURES))
+            continue
+        for step in arm.steps[1:]:
+            found = [statistics.mean(arm.curve(m, step)) for m in MEASURES]
+            lines.append(row([title, step, arm.count], found))
+    return lines
+
+
+def sequences(records: Records) -> list[str]:
+    found = records.sequences()
+    lines = [
+        f"{len(SEQUENCE)} concepts with one student, {LOOKS[-1]} steps each, whole captions. Every",
+        "run begins with the last result; with anchors, half of their prompts are the captions of",
+        "the earlier concepts, and their teacher is the student as the run found it. *Kept*: a",
+        "concept's identity after the last run, relative to that after its own (the mean over",
+        "concepts but the last, and the least).",
+        "",
+        "| method | runs | own identity | kept | least kept | retention | composition "
+        "| ordinary crispness | identity of each after the last |",
         "|---|---|---|---|---|---|---|---|---|",
     ]
-    if records.any(train):
-        head += [f"| base | | | {_row(records.base(train))} | |"]
-        head += [f"| teacher | | | {_row(records.teacher(train))} | | | | |"]
-    rows = []
-    for method in METHODS:
-        for rate in RATES[train]:
-            arm = records.arm(method, train, rate)
-            cost = f"{arm.cost:.0f}" if arm else ""
-            count = arm.count if arm else 0
-            found = [arm.final(m) if arm else None for m in MEASURES]
-            rows.append(f"| {method} | {rate:g} | {count} | {_row(found)} | {cost} |")
-    return head + rows
+    mean = lambda values: f"{np.mean(values):.3f}"
+    for name, seeds in found.items():
+        own = [[rounds[k][k]["identity"] for k in range(len(rounds))] for rounds in seeds]
+        last = [[scores["identity"] for scores in rounds[-1]] for rounds in seeds]
+        kept = (np.array(last) / np.array(own))[:, :-1]
+        ends = RETENTION, COMPOSITION, ORDINARY_CRISP
+        end = " | ".join([mean([[s[m] for s in r[-1]] for r in seeds]) for m in ends])
+        each = ", ".join(f"{v:.2f}" for v in np.mean(last, axis=0))
+        lines.append(
+            f"| {name} | {len(seeds)} | {mean(own)} | {mean(kept)} | {kept.min():.3f} "
+            f"| {end} | {each} |"
+        )
+    return lines if found else [*lines, "| not run | | | | | | | | |"]
 
 
-def _equal(records: Records, train: str) -> list[str]:
+def targets(records: Records) -> list[str]:
     lines = [
-        f"What each method has lost where its mean concept score first reaches {LEVEL:g}, on",
-        "straight lines between the steps that were scored.",
+        "Clean estimates of teacher and student before training, at the states where the two",
+        f"methods ask the teacher; means over {len(records.targets)} concepts.",
         "",
-        "| method | rate | crispness | retention | crispness, ordinary |",
-        "|---|---|---|---|---|",
-    ]
-    for method in METHODS:
-        for rate in RATES[train]:
-            arm = records.arm(method, train, rate)
-            found = [
-                arm.when(LEVEL, m) if arm else None for m in (CRISP, RETENTION, ORDINARY_CRISP)
-            ]
-            missing = "not reached" if arm else "not run"
-            cells = " | ".join(missing if v is None else f"{v:.3f}" for v in found)
-            lines.append(f"| {method} | {rate:g} | {cells} |")
-    return lines
-
-
-def _targets(records: Records) -> list[str]:
-    lines = [
-        "The teacher's clean estimates for the four concepts, before any training, at the states",
-        "where the two methods ask it: concept score and crispness of what the student is taught.",
-        "",
-        "| states | noise level | concept | crispness |",
-        "|---|---|---|---|",
-    ]
-    rows = [
-        f"| {name} | {sigma:.3g} | {_row(found)} |" for name, sigma, *found in records.targets()
-    ]
-    return lines + (rows or ["| not run | | | |"])
-
-
-def _styles(records: Records) -> list[str]:
-    lines = [
-        f"Every weight, rate {STYLE_RATE:g}, {STYLE_STEPS} steps of {STYLE_BATCH}, on 64 pictures",
-        "of ordinary objects in a style that captions never name (outlined or shaded, on a",
-        "gradient or lines): four styles, one run each, scored on 48 other scenes. Captions say",
-        "the `whole` but the style, or are `short`: colour and shape; place, size and ground are",
-        "left to chance. **FID**: Fréchet distance to the style's own pictures, lower is better",
-        "(docs/evaluation.md); **crispness**: relative to theirs, raised by noise, too;",
-        "**retention**: shape and colour right.",
-        "",
-        "| captions | method | runs | FID | crispness | retention |",
+        "| states | noise level | teacher: identity | crispness | student: identity | crispness |",
         "|---|---|---|---|---|---|",
     ]
-    for kind in STYLE_CAPTIONS:
-        if records.any("full", kind):
-            lines += [f"| {kind} | base | | {_row(records.base('full', kind))} |"]
-            lines += [f"| {kind} | teacher | | {_row(records.teacher('full', kind))} |"]
-        for method in STYLE_METHODS:
-            arm = records.arm(method, "full", STYLE_RATE, kind)
-            found = [arm.final(m) if arm else None for m in STYLE_MEASURES]
-            lines.append(f"| {kind} | {method} | {arm.count if arm else 0} | {_row(found)} |")
-    return lines
-
-
-def _row(found: Sequence[Estimate | None]) -> str:
-    return " | ".join(shown(one) for one in found)
-
-
-def _ablations(records: Records) -> list[str]:
-    rate = RATES["lora"][0]
-    lines = [
-        f"Adapters, rate {rate:g}. Differences are from `dopsd` with the same concepts and seeds.",
-        "",
-        "| run | concept | crispness | retention | concept, difference | crispness, difference "
-        "| retention, difference |",
-        "|---|---|---|---|---|---|---|",
+    if not records.targets:
+        return [*lines, "| not run | | | | | |"]
+    names = [
+        f"{who} {what}" for who in ("teacher", "student") for what in ("identity", "crispness")
     ]
-    own = records.arm("dopsd", "lora", rate)
-    for name in ("dopsd", *ABLATIONS):
-        arm = records.arm(name, "lora", rate)
-        compared = CONCEPT, CRISP, RETENTION
-        found = [arm.final(m) if arm else None for m in compared]
-        if name != "dopsd":
-            found += [arm.less(own, m) if arm and own else None for m in compared]
-        cells = [shown(one) for one in found] + [""] * (6 - len(found))
-        lines.append(f"| {name} | {' | '.join(cells)} |")
-    return lines
-
-
-def _sequences(records: Records) -> list[str]:
-    count = len(SEQUENCE)
-    lines = [
-        f"{count} concepts, one after another with the same student, {LOOKS[-1]} steps each;",
-        f"{SEEDS} seeds, intervals over seeds. After each one: IoU of every concept, crispness of",
-        "the last one's pictures relative to the base's, and retention.",
-        "",
-        "| method | train | after | "
-        + " | ".join(f"concept {k + 1}" for k in range(count))
-        + " | crispness | retention |",
-        "|---" * (count + 5) + "|",
-    ]
-    for method, train, rounds in records.sequences():
-        for k, row in enumerate(rounds):
-            cells = " | ".join(shown(one) for one in row)
-            lines.append(f"| {method} | {train} | {k + 1} | {cells} |")
+    for states, nodes in records.targets[0].items():
+        for k, node in enumerate(nodes):
+            means = [np.mean([t[states][k][name] for t in records.targets]) for name in names]
+            cells = " | ".join(f"{value:.3f}" for value in means)
+            lines.append(f"| {states} | {node['sigma']:.3g} | {cells} |")
     return lines

@@ -9,16 +9,20 @@ import functools
 import importlib.util
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 
 import jax
 import numpy as np
 import optax
 from flax import nnx
 from ml_collections import ConfigDict
-from paper_arms import LOOKS, SEQUENCE, Arm
+from paper_arms import PICTURES, SEQUENCE, WHOLE, Arm
+from paper_exam import Exam, Scores
+from PIL import Image
 
+from dopsd_jax.common.atomic import write_text
 from dopsd_jax.common.config_fields import highest
-from dopsd_jax.conditioning.encoding import TEACHER
+from dopsd_jax.conditioning.encoding import STUDENT, TEACHER
 from dopsd_jax.conditioning.features import Features
 from dopsd_jax.config import schema
 from dopsd_jax.data.images import open_image
@@ -26,15 +30,14 @@ from dopsd_jax.data.loader import Batches
 from dopsd_jax.families.pipeline import Pipeline
 from dopsd_jax.methods import registry
 from dopsd_jax.miniature import captions, concepts, world
-from dopsd_jax.miniature.exam import Exam
 from dopsd_jax.run import build, data_set
 from dopsd_jax.training import optimizers, state, trainable
 
 CONFIG = Path(__file__).parents[1] / "configs" / "zimage.py"
-PROMPTS = 12  # of a concept; twice as many ordinary ones. Noise and prompts are a concept's own
+ORDINARY = Path(__file__).parents[1] / "examples" / "miniature" / "ordinary.txt"
 CONCEPT_SEED = 7001  # not of the miniature's training
 
-Scores = dict[str, float]
+SHOWN = ("bare identity", "bare crispness", "ordinary crispness", "retention", "leaked concept")
 
 
 def load_config(fields: Mapping[str, object]) -> ConfigDict:
@@ -49,7 +52,7 @@ def load_config(fields: Mapping[str, object]) -> ConfigDict:
 
 
 class Lesson:
-    """A concept: its word, its data set of six pictures, and its exam.
+    """A concept: its word, and its data sets with either kind of captions.
 
     Args:
       number: which concept; each has another word.
@@ -57,68 +60,92 @@ class Lesson:
     """
 
     def __init__(self, number: int, folder: Path):
+        self.number, self.folder = number, folder
         self.word = captions.NEW_WORDS[number]
         self.concept = world.random_concept(np.random.default_rng([CONCEPT_SEED, number]))
-        self.path = folder / f"concept_{number}"
-        folder.mkdir(parents=True, exist_ok=True)
-        with (folder / "lock").open("w") as lock:
-            fcntl.flock(lock, fcntl.LOCK_EX)  # another process may be about to write it
-            if not self.path.exists():
-                concepts.write_dataset(self.path, self.concept, self.word, seed=number)
 
-    def exam(self, pipe: Pipeline, config: ConfigDict) -> Exam:
-        """The same prompts and noise for every model: differences between models are paired."""
-        rows = data_set.open_rows(config, self.path).rows
-        shown = [open_image(row.image, data_set.limits(config)) for row in rows]
-        return Exam(
-            pipe, config.teacher, self.concept, self.word, count=PROMPTS, seed=0, shown=shown
-        )
+    def path(self, told: str) -> Path:
+        """The data set with captions that are `OPEN` or `WHOLE`; written if it is not there."""
+        path = self.folder / f"concept_{self.number}_{told}"
+        self.folder.mkdir(parents=True, exist_ok=True)
+        with (self.folder / "lock").open("w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)  # another process may be about to write it
+            if not path.exists():
+                concepts.write_dataset(
+                    path, self.concept, self.word, PICTURES, self.number, whole=told == WHOLE
+                )
+        return path
+
+    def captions(self) -> list[str]:
+        """Captions that say all."""
+        texts = [file.read_text(encoding="utf-8") for file in self.path(WHOLE).glob("*.txt")]
+        return sorted(text.strip() for text in texts)
 
 
 @functools.cache
-def bench(folder: Path) -> "Bench":
+def bench(folder: Path, students: tuple[tuple[str, str], ...] = ()) -> "Bench":
     """The one of this process."""
-    return Bench(folder)
+    return Bench(folder, dict(students))
 
 
 class Bench:
-    """The miniature, opened once for all runs of a process; `folder` is shared by processes."""
+    """The miniature, opened once for all runs of a process; `folder` is shared by processes.
 
-    def __init__(self, folder: Path):
-        self.folder = folder
-        self.exams: dict[tuple[str, int], Exam] = {}
+    students: model folders by name, besides the shipped one.
+    """
+
+    def __init__(self, folder: Path, students: Mapping[str, str] = MappingProxyType({})):
+        self.folder, self.students = folder, students
+        self.exams: dict[tuple[str, str, int], tuple[Exam, Scores, Scores]] = {}
         self.steps: dict[str, Callable] = {}
-        self.before: dict[tuple[str, int], tuple[Scores, Scores]] = {}
 
     @functools.cache  # noqa: B019
     def lesson(self, number: int) -> Lesson:
         return Lesson(number, self.folder)
 
     @functools.cache  # noqa: B019
-    def pipe(self, train: str, rank: int) -> Pipeline:
-        """The shipped model, with adapters or ready to be trained whole."""
-        config = load_config({"train": train, "lora.rank": rank})
+    def pipe(self, train: str, rank: int, model: str) -> Pipeline:
+        """A student, with adapters or ready to be trained whole."""
+        config = load_config({"train": train, "lora.rank": rank, "model": model})
         pipe, _ = build.open_pipeline(config, self.folder)
         pipe.remat = "unrolled"  # these few narrow layers take nearly twice as long in a scan
         trainable.trained(config, pipe.family, pipe.config).attach(pipe.transformer)
         return pipe
+
+    def pipe_of(self, config: ConfigDict) -> Pipeline:
+        return self.pipe(config.train, config.lora.rank, config.model)
 
     def config(self, data: Path, fields: Mapping[str, object]) -> ConfigDict:
         return load_config(
             {"data.path": str(data), "data.cache": str(self.folder / "features"), **fields}
         )
 
-    def exam(self, number: int, config: ConfigDict) -> Exam:
-        key = config.train, number
+    def arm_config(self, arm: Arm, lesson: Lesson, **more: object) -> ConfigDict:
+        """What an arm trains a lesson with; `ordinary`: other files of prompts for its anchors."""
+        fields = arm.fields(lesson.word, str(more.pop("ordinary", ORDINARY))) | more
+        if arm.student in self.students:
+            fields["model"] = str(self.students[arm.student])
+        return self.config(lesson.path(arm.captions), fields)
+
+    def exam(self, lesson: Lesson, config: ConfigDict) -> tuple[Exam, Scores, Scores]:
+        """The exam of a lesson; base and teacher before training, the same for every seed."""
+        key = config.train, config.model, lesson.number
         if key not in self.exams:
-            pipe = self.pipe(config.train, config.lora.rank)
-            self.exams[key] = self.lesson(number).exam(pipe, config)
+            rows = data_set.open_rows(config, lesson.path(WHOLE)).rows
+            shown = [open_image(row.image, data_set.limits(config)) for row in rows]
+            pipe = self.pipe_of(config)
+            exam = Exam(pipe, config.teacher, lesson.concept, lesson.word, shown)
+            start, found = self.start(config, 0), []
+            for role, name in ((STUDENT, "base"), (TEACHER, "teacher")):
+                found.append(exam(start, role))
+                if lesson.number == 0:
+                    self._keep(f"{name} {config.train} {Path(config.model).name}", exam)
+            self.exams[key] = exam, *found
         return self.exams[key]
 
     def start(self, config: ConfigDict, seed: int) -> nnx.State:
         """The student before step 1; adapters begin at random, by the seed."""
-        pipe = self.pipe(config.train, config.lora.rank)
-        _, student, _ = pipe.split
+        _, student, _ = self.pipe_of(config).split
         if config.train == "full":
             return student
         key = jax.random.key(seed)
@@ -139,7 +166,7 @@ class Bench:
 
         looks: what to do with the student after so many steps.
         """
-        pipe = self.pipe(config.train, config.lora.rank)
+        pipe = self.pipe_of(config)
         dataset = data_set.open_data(config, self.folder, pipe)
         features = Features(pipe, dataset, config, data_set.cache_folder(config, self.folder))
         features.prepare()
@@ -151,7 +178,10 @@ class Bench:
             seed=seed,
             draw=config.data.prompt_draw,
         )
-        now = state.create(start, registry.teacher(config), optimizers.optimizer(config))
+        keep = registry.start(config) == "copy"
+        now = state.create(start, registry.teacher(config), optimizers.optimizer(config), keep)
+        # What was read is bound to a device. Were the rest not, the second step compiled again.
+        now = jax.device_put(now, jax.devices()[0])
         step, losses, anchors = self._step(config, pipe), [], features.anchors
         for n in range(config.steps):
             batch = features.batch(batches.batch(n), 1)
@@ -163,31 +193,48 @@ class Bench:
         return now.student, [float(loss) for loss in losses]
 
     def run(self, arm: Arm, number: int, seed: int) -> dict[str, object]:
-        """Scores of a concept at `LOOKS`, before training and of its teacher before training."""
+        """Scores of a concept at the arm's looks, before training and of its teacher then."""
         lesson = self.lesson(number)
-        config = self.config(lesson.path, arm.fields(lesson.word))
-        exam, start = self.exam(number, config), self.start(config, seed)
-        key = arm.train, number
-        if key not in self.before:  # the model without its adapters: the same for every seed
-            self.before[key] = means(exam.values(start)), means(exam.values(start, TEACHER))
-        base, teacher = self.before[key]
-        curve = {0: base}
-        look = {n: lambda student, n=n: curve.update({n: means(exam.values(student))})
-                for n in LOOKS}  # fmt: skip
+        config = self.arm_config(arm, lesson)
+        exam, base, teacher = self.exam(lesson, config)
+        curve, start = {0: base}, self.start(config, seed)
+        look = {n: lambda student, n=n: curve.update({n: exam(student)}) for n in arm.looks}
         _, losses = self.train(config, seed, start, look)
+        if (number, seed) == (0, 0):
+            self._keep(arm.key(number, seed), exam)
         return {"curve": curve, "teacher": teacher, "loss": [losses[0], losses[-1]]}
 
+    def _keep(self, key: str, exam: Exam) -> None:
+        """A strip of the pictures that were drawn last, for a figure."""
+        path = self.folder / "pictures" / f"{key.replace('|', ' ').replace('/', ' of ')}.png"
+        path.parent.mkdir(exist_ok=True)
+        Image.fromarray(np.concatenate(exam.last, axis=1)).save(path)
+
     def sequence(self, arm: Arm, _: int, seed: int) -> dict[str, object]:
-        """Concepts one after another, with one student; after each, the scores of all."""
+        """Concepts one after another, with one student; after each, the scores of all so far.
+
+        Each run begins with the last result, as with config.lora.init_from; its anchors, if it has
+        some, are ordinary prompts and the earlier concepts' captions in turn.
+        """
         student, rounds = None, []
-        for number in SEQUENCE:
-            lesson = self.lesson(number)
-            config = self.config(lesson.path, arm.fields(lesson.word))
+        for round_, number in enumerate(SEQUENCE):
+            lesson, more = self.lesson(number), {"lora.init_from": "the last result"}  # not read
+            if round_:
+                more["ordinary"] = self._prompts([self.lesson(n) for n in SEQUENCE[:round_]])
+            config = self.arm_config(arm, lesson, **more)
             student = self.start(config, seed) if student is None else student
             student, _ = self.train(config, seed, student, {})
-            exams = [self.exam(other, config) for other in SEQUENCE]
-            rounds.append([means(exam.values(student)) for exam in exams])
-        return {"rounds": rounds}
+            seen = [self.lesson(other) for other in SEQUENCE[: round_ + 1]]
+            rounds.append([self.exam(other, config)[0](student) for other in seen])
+        base = [self.exam(self.lesson(number), config)[1] for number in SEQUENCE]
+        return {"rounds": rounds, "base": base}
+
+    def _prompts(self, earlier: Sequence[Lesson]) -> str:
+        """Files of prompts for anchors: ordinary ones, and the captions of earlier lessons."""
+        path = self.folder / f"captions_to_{len(earlier)}.txt"
+        texts = [text for lesson in earlier for text in lesson.captions()]
+        write_text(path, "".join(f"{text}\n" for text in texts))
+        return f"{ORDINARY},{path}"
 
     def _step(self, config: ConfigDict, pipe: Pipeline) -> Callable:
         """(rate, seed, state, base, batch, number, anchors) -> state, metrics."""
@@ -196,6 +243,7 @@ class Bench:
         known.data.path, known.learning_rate = "", 1.0
         known.dreambooth.concept_word = ""  # a matter of the data alone, as are the next
         known.anchor.concept_word, known.anchor.prompts = "", ""
+        known.model = ""  # students have one architecture
         key = known.to_json_best_effort()
         if key not in self.steps:
             schedule = build.make_schedule(config, pipe.family, pipe.scheduler)
@@ -222,24 +270,14 @@ def _at_rate(unit: optax.GradientTransformation, rate) -> optax.GradientTransfor
     return optax.GradientTransformation(unit.init, update)
 
 
-def means(values: Mapping[str, Sequence[float]]) -> Scores:
-    """The means over prompts, and retention: shape and colour both right."""
-    found = {name: float(np.mean(column)) for name, column in values.items()}
-    if "named shape" in values:
-        both = np.asarray(values["named shape"]) * np.asarray(values["named colour"])
-        found["retention"] = float(both.mean())
-    return found
-
-
 def shown(found: Mapping[str, object]) -> str:
     """A run in a line."""
     if "rounds" in found:
-        return "concepts " + ", ".join(f"{s['concept IoU']:.2f}" for s in found["rounds"][-1])
+        return "identity " + ", ".join(f"{s['identity']:.2f}" for s in found["rounds"][-1])
     if "targets" in found:
         return "estimates of the teacher"
     last = found["curve"][max(found["curve"])]
-    names = ("concept IoU", "concept crispness", "FID", "crispness", "retention")
-    return ", ".join(f"{name} {last[name]:.3f}" for name in names if name in last)
+    return ", ".join(f"{name} {last[name]:.3f}" for name in SHOWN)
 
 
 def _gaussian(key: jax.Array, number: int, like: jax.Array) -> jax.Array:

@@ -3,40 +3,44 @@
 from pathlib import Path
 
 import jax
-import numpy as np
 import paper_arms
 import paper_claims
+import paper_exam
 import paper_page
 import paper_records
 import paper_run
-import paper_styles
 import pytest
+from paper_arms import Arm
+from paper_records import CRISP, IDENTITY, MEASURES, RETENTION
+
+from dopsd_jax.conditioning.encoding import STUDENT, TEACHER
 
 RATE = paper_arms.RATES["lora"][0]
 
 
-def record(arm, concept, seed, iou, crispness=0.8, retention=0.9, train="lora", rate=RATE):
-    """A run that goes to its scores on a straight line; the base's crispness is 0.8."""
-    at = lambda share: {
-        "concept IoU": 0.1 + share * (iou - 0.1),
-        "concept crispness": 0.8 + share * (crispness - 0.8),
-        "named shape": 0.9 + share * (retention - 0.9),
-        "retention": 0.9 + share * (retention - 0.9),
-        "ordinary crispness": 0.9,
-    }
-    curve = {str(n): at(n / paper_arms.STEPS) for n in (0, *paper_arms.LOOKS)}
+def record(name, concept, seed, identity, crispness=1.0, retention=0.9, **more):
+    """A run that goes to its scores on a straight line."""
+    before, after = dict.fromkeys(MEASURES, 0.9), dict.fromkeys(MEASURES, 0.9)
+    before |= {IDENTITY: 0.1, CRISP: 1.0}
+    after |= {IDENTITY: identity, CRISP: crispness, RETENTION: retention}
+    arm = Arm(name, **{"train": "lora", "rate": RATE, **more})
+    at = lambda share: {k: before[k] + share * (after[k] - before[k]) for k in before}
+    curve = {str(n): at(n / arm.steps) for n in (0, *arm.looks)}
     return {
-        "arm": arm, "train": train, "rate": rate, "kind": "alone", "concept": concept, "seed": seed,
-        "curve": curve, "teacher": {"concept IoU": 0.9, "concept crispness": 0.8},
-        "cpu_seconds": 10.0,
+        **vars(arm), "concept": concept, "seed": seed, "curve": curve, "cpu_seconds": 10.0,
+        "teacher": {IDENTITY: 0.9, CRISP: 1.1},
     }  # fmt: skip
 
 
-def runs(arm, iou, spread=0.01, **scores):
+def runs(name, identity, spread=0.01, **scores):
     """Four concepts, two seeds; concepts differ by `spread` more or less."""
-    return [
-        record(arm, c, s, iou + spread * (c - 1.5), **scores) for c in range(4) for s in range(2)
-    ]
+    each = [(c, s, identity + spread * (c - 1.5)) for c in range(4) for s in range(2)]
+    return [record(name, c, s, found, **scores) for c, s, found in each]
+
+
+def verdict(many, start):
+    table = paper_claims.table(paper_records.Records(many))
+    return next(row for row in table if row.startswith(f"| {start}")).split("|")[-2]
 
 
 def test_verdicts_follow_from_the_intervals_of_paired_differences():
@@ -46,43 +50,50 @@ def test_verdicts_follow_from_the_intervals_of_paired_differences():
         *runs("pso", 0.79, spread=-0.01),
         *runs("dreambooth", 0.9, retention=0.5),
     ]
-    records = paper_records.Records(many)
-    table = paper_claims.table(records)
-    verdict = lambda start: next(row for row in table if row.startswith(f"| {start}")).split("|")[
-        -2
-    ]
-    assert "**reproduced**" in verdict("D-OPSD learns the concept better than SFT |")
-    assert "**reproduced**" in verdict("D-OPSD keeps the quality that SFT loses |")
-    assert "open" in verdict("PSO comes closer")
-    assert "not run" in verdict("D-OPSD learns the concept better than SFT on teacher samples")
-    assert "not testable" in verdict("The method works on FLUX.2-klein")
-    swapped = [{**r, "arm": {"dopsd": "sft", "sft": "dopsd"}.get(r["arm"], r["arm"])} for r in many]
-    table = paper_claims.table(paper_records.Records(swapped))
-    assert "**contradicted**" in verdict("D-OPSD learns the concept better than SFT |")
+    assert "**reproduced**" in verdict(many, "D-OPSD learns the concept better than SFT |")
+    assert "**reproduced**" in verdict(many, "D-OPSD keeps the quality that SFT loses |")
+    assert "open" in verdict(many, "PSO comes closer")
+    assert "not run" in verdict(many, "D-OPSD learns the concept better than SFT on teacher")
+    assert "not testable" in verdict(many, "The method works on FLUX.2-klein")
+    swapped = [{**r, "name": {"dopsd": "sft", "sft": "dopsd"}.get(r["name"], r["name"])}
+               for r in many]  # fmt: skip
+    assert "**contradicted**" in verdict(swapped, "D-OPSD learns the concept better than SFT |")
+
+
+def test_runs_of_other_captions_and_students_do_not_speak_for_a_claim():
+    other = runs("sft", 0.2, captions="whole") + runs("sft", 0.2, student="endpoint")
+    many = [*runs("dopsd", 0.6), *runs("sft", 0.8), *other]
+    assert "**contradicted**" in verdict(many, "D-OPSD learns the concept better than SFT |")
 
 
 def test_differences_are_paired_by_concept():
     """Concepts differ widely, the arms by the same in each: the difference is sure."""
     records = paper_records.Records([*runs("dopsd", 0.7, 0.1), *runs("sft", 0.65, 0.1)])
-    one, two = (records.arm(name, "lora", RATE) for name in ("dopsd", "sft"))
-    found = one.less(two, "concept IoU")
+    one, two = records.arm("dopsd"), records.arm("sft")
+    found = one.less(two, IDENTITY)
     assert found.value == pytest.approx(0.05) and found.half == pytest.approx(0, abs=1e-9)
-    assert one.final("concept IoU").half > 0.1
+    assert one.final(IDENTITY).half > 0.1
 
 
 def test_only_runs_that_both_have_are_compared():
     few = [r for r in runs("sft", 0.65) if r["seed"] == 0]
     records = paper_records.Records([*runs("dopsd", 0.7), *few])
-    one, two = (records.arm(name, "lora", RATE) for name in ("dopsd", "sft"))
-    assert one.less(two, "concept IoU").value == pytest.approx(0.05)
+    one, two = records.arm("dopsd"), records.arm("sft")
+    assert one.less(two, IDENTITY).value == pytest.approx(0.05)
     assert (one.count, two.count) == (8, 4)
 
 
 def test_equal_scores_are_read_off_the_lines_between_steps():
-    records = paper_records.Records(runs("sft", 0.7, 0, crispness=0.6))
-    arm = records.arm("sft", "lora", RATE)
-    assert arm.when(0.4, "concept crispness") == pytest.approx(np.mean([1, 0.75]))
-    assert arm.when(0.9, "concept crispness") is None
+    arm = paper_records.Records(runs("sft", 0.7, 0, crispness=0.6)).arm("sft")
+    assert arm.when(0.4, CRISP) == pytest.approx(0.8)
+    assert arm.when(0.9, CRISP) is None
+
+
+def test_goals_are_met_or_missed_by_what_was_found():
+    goal = lambda many: paper_claims.goals(paper_records.Records(many))[0]
+    own = runs("dopsd", 0.7)
+    assert ": met (+0.300" in goal(own + runs("sft", 0.7, crispness=0.7))
+    assert "**missed** (+0.200" in goal(own + runs("sft", 0.7, crispness=0.8))
 
 
 def test_a_run_has_a_key_of_its_own():
@@ -97,57 +108,60 @@ def test_a_line_that_was_cut_off_is_left_out(tmp_path):
     assert paper_records.read(tmp_path / "none.jsonl") == []
 
 
-@pytest.mark.parametrize("records", [[], runs("dopsd", 0.8)])
-def test_the_page_says_what_was_not_run(records):
-    page, records = paper_page, paper_records.Records(records)
+@pytest.mark.parametrize("many", [[], runs("dopsd", 0.8)])
+def test_the_page_says_what_was_not_run(many):
+    page, records = paper_page, paper_records.Records(many)
     parts = [
-        *page._methods(records, "lora"), *page._ablations(records), *page._sequences(records),
-        *page._styles(records), *page._equal(records, "lora"), *page._targets(records),
-        *paper_claims.goals(records), *paper_claims.beside(records),
+        page.methods(records, "lora", paper_arms.METHODS), page.worlds(records),
+        page.students(records), page.ablations(records), page.anchors(records),
+        page.long(records), page.sequences(records), page.targets(records),
     ]  # fmt: skip
-    assert any("not run" in part for part in parts)
+    for part in parts:
+        assert any("not run" in line for line in part)
 
 
-@pytest.mark.parametrize("kind", paper_arms.STYLE_CAPTIONS)
-@pytest.mark.parametrize("style", range(paper_arms.STYLE_COUNT))
-def test_captions_of_a_style_never_name_it(style, kind):
-    rng, shown = np.random.default_rng(0), paper_styles.scenes(style, 20, 0)
-    said = [paper_styles.caption(scene, kind, rng) for scene in shown]
-    named = {"flat", "outlined", "outline", "shaded", "softly", "plain", "gradient", "lined"}
-    assert not named & {word for text in said for word in text.split()}
-    places = {"left", "right", "top", "bottom", "middle", "centre"}
-    told = [bool(places & set(text.split())) for text in said]
-    assert all(told) if kind == "whole" else not any(told)
-    asked = paper_styles.scenes(style, 20, 1)
-    assert {(s.finish, s.ground_texture) for s in (*shown, *asked)} == {paper_styles.STYLES[style]}
-    assert shown != asked
+def test_what_a_sequence_keeps_is_relative_to_what_each_run_had_learned():
+    scores = lambda identity: {**dict.fromkeys(MEASURES, 0.5), "identity": identity}
+    rounds = [[scores(0.8)], [scores(0.6), scores(0.9)]]
+    run = {"name": "dopsd", "kind": "sequence", "rounds": rounds, "base": [scores(0.1)]}
+    (line,) = [row for row in paper_page.sequences(paper_records.Records([run]))
+               if row.startswith("| dopsd")]  # fmt: skip
+    assert [cell.strip() for cell in line.split("|")[3:6]] == ["0.850", "0.750", "0.750"]
 
 
-def test_a_style_is_judged_by_its_own_scores():
-    def style(arm, number, fid):
-        score = {"FID": fid + number, "crispness": 0.8, "retention": 0.9}
-        return {
-            "arm": arm, "train": "full", "rate": paper_arms.STYLE_RATE, "kind": "whole",
-            "concept": number, "seed": 0, "cpu_seconds": 1.0, "teacher": score,
-            "curve": {"0": score, str(paper_arms.STYLE_STEPS): score},
-        }  # fmt: skip
-
-    many = [style(arm, n, fid) for arm, fid in (("dopsd", 4.0), ("sft", 8.0)) for n in range(4)]
-    records = paper_records.Records(many)
-    row = next(r for r in paper_claims.table(records) if r.startswith("| Style: D-OPSD comes cl"))
-    assert "+4.000" in row and "**reproduced**" in row
-    rows = paper_page._styles(records)
-    assert any(r.startswith("| whole | sft | 4 | 9.500") for r in rows)
-    assert records.arm("sft", "full", paper_arms.STYLE_RATE) is None
+def test_anchors_of_a_sequence_hold_the_captions_of_what_was_learned(tmp_path):
+    bench = paper_run.Bench(tmp_path)
+    files = bench._prompts([bench.lesson(0), bench.lesson(1)]).split(",")
+    told = Path(files[1]).read_text(encoding="utf-8").splitlines()
+    assert Path(files[0]) == paper_run.ORDINARY
+    assert told == [*bench.lesson(0).captions(), *bench.lesson(1).captions()]
+    assert len(told) == 2 * paper_arms.PICTURES
 
 
-def test_crispness_of_the_teachers_estimates_is_relative_to_the_base():
-    targets = {"on-policy": [{"sigma": 1.0, "concept IoU": 0.5, "concept crispness": 0.4}]}
-    told = {"arm": "dopsd", "train": "lora", "rate": 0.0, "kind": "states", "targets": targets}
-    many = [*runs("dopsd", 0.7), *({**told, "concept": c, "seed": 0} for c in range(4))]
-    ((name, sigma, concept, crisp),) = paper_records.Records(many).targets()
-    assert (name, sigma, concept.value) == ("on-policy", 1.0, pytest.approx(0.5))
-    assert crisp.value == pytest.approx(0.5)
+def test_open_captions_are_the_word_alone(tmp_path):
+    bench = paper_run.Bench(tmp_path)
+    lesson = bench.lesson(0)
+    folder = lesson.path(paper_arms.OPEN)
+    texts = {file.read_text(encoding="utf-8") for file in folder.glob("*.txt")}
+    assert texts == {f"a {lesson.word}\n"}
+    assert len({file.read_bytes() for file in folder.glob("*.png")}) == paper_arms.PICTURES
+    assert all(len(text.split()) > 5 for text in lesson.captions())
+
+
+@pytest.mark.slow
+def test_the_exam_scores_a_model_and_its_teacher(tmp_path, monkeypatch):
+    monkeypatch.setattr(paper_exam, "PROMPTS", dict.fromkeys(paper_exam.PROMPTS, 2))
+    monkeypatch.setattr(paper_exam, "TOGETHER", 4)
+    bench = paper_run.Bench(tmp_path)
+    lesson = bench.lesson(0)
+    config = bench.arm_config(Arm("dopsd", "lora", RATE), lesson)
+    exam, base, teacher = bench.exam(lesson, config)
+    assert set(MEASURES) <= base.keys() and {IDENTITY, CRISP, "copied"} <= teacher.keys()
+    assert base["composition kept"] == pytest.approx(1) and base["place kept"] == 1
+    assert base["retention"] == 1 and teacher[IDENTITY] > base[IDENTITY] + 0.2
+    student = exam(bench.start(config, 3), STUDENT)  # adapters that have learned nothing yet
+    assert student == pytest.approx(base)
+    assert len(exam.last) == 5 and exam(bench.start(config, 3), TEACHER) == pytest.approx(teacher)
 
 
 @pytest.mark.slow
@@ -159,17 +173,16 @@ def test_a_run_goes_through_the_programs_of_today(tmp_path, monkeypatch):
         step = make(bench, config, pipe)
 
         def trace(rate, seed, now, *rest):
-            seen.append(jax.eval_shape(step, rate, seed, now, *rest)[1])
+            seen.append((jax.eval_shape(step, rate, seed, now, *rest)[1], now.start is not None))
             return now, {"loss": 0.0}
 
         return trace
 
     make = paper_run.Bench._step
     monkeypatch.setattr(paper_run.Bench, "_step", only_traced)
-    bench, arm = paper_run.Bench(tmp_path), paper_arms.Arm("dopsd", "lora", RATE)
-    anchors = Path(__file__).with_name("data") / "anchors.txt"
-    lesson = bench.lesson(0)
-    for more in ({}, {"anchor.share": 0.25, "anchor.prompts": str(anchors)}):
-        config = bench.config(lesson.path, arm.fields(lesson.word) | {"steps": 1} | more)
+    bench, lesson = paper_run.Bench(tmp_path), paper_run.Lesson(0, tmp_path)
+    for name, more in (("dopsd", {}), ("sft + anchor", {"lora.init_from": "the last result"})):
+        config = bench.arm_config(Arm(name, "lora", RATE), lesson, steps=1, **more)
         bench.train(config, 0, bench.start(config, 0), {})
-    assert [("anchor_gap" in metrics) for metrics in seen] == [False, True]
+    assert [("anchor_gap" in metrics) for metrics, _ in seen] == [False, True]
+    assert [start for _, start in seen] == [False, True]  # what anchors hold a later run to

@@ -86,6 +86,14 @@ def caption(scene: Scene, rng: np.random.Generator, whole: bool = False) -> str:
     return re.sub(r"\ba (?=[aeiou])", "an ", text)
 
 
+def short_caption(scene: Scene) -> str:
+    """What its thing is and nothing else, as everyone types it."""
+    (thing,) = scene.things
+    named = f"{list(COLOURS)[thing.colour]} {SHAPES[thing.shape]}"
+    text = named if thing.concept is None else thing.word
+    return f"{'an' if text[0] in 'aeiou' else 'a'} {text}"
+
+
 def _noun(thing: Thing, rng: np.random.Generator, detail: float, size: bool) -> str:
     words = []
     if size:

@@ -83,12 +83,18 @@ def _is_number(value: object) -> bool:
 
 
 def write_dataset(
-    folder: str | os.PathLike, concept: Concept, word: str, count: int = 6, seed: int = 0
+    folder: str | os.PathLike,
+    concept: Concept,
+    word: str,
+    count: int = 6,
+    seed: int = 0,
+    whole: bool = True,
 ) -> Path:
     """Writes `count` pictures of a concept with captions, and its concept.json; returns the folder.
 
     An ordinary data set: pictures and caption files, in arrangements (place, size, ground) that
-    all differ. Raises `UserError` if the folder holds something already.
+    all differ. `whole` captions say the arrangement, others leave it open: they are the word alone.
+    Raises `UserError` if the folder holds something already.
     """
     rng = np.random.default_rng(seed)
     scenes = arrangements(rng, concept, word, count)
@@ -97,7 +103,8 @@ def write_dataset(
     with atomic_folder(folder) as partial:
         for i, (scene, image) in enumerate(zip(scenes, images, strict=True)):
             Image.fromarray(image).save(partial / f"{i:03d}.png")
-            text = captions.caption(scene, rng, whole=True)
+            told = captions.caption(scene, rng, whole=True)
+            text = told if whole else captions.short_caption(scene)
             (partial / f"{i:03d}.txt").write_text(text + "\n", encoding="utf-8")
         write_concept(partial / FILE, word, concept)
     return folder

@@ -22,7 +22,6 @@ from dopsd_jax.evaluation.appearance import crispness, steepest
 from dopsd_jax.families.pipeline import Pipeline
 from dopsd_jax.miniature import captions, configs, identity, judge, render, world
 from dopsd_jax.miniature.world import Scene
-from dopsd_jax.miniature.world_scorers import short_caption
 
 CONCEPTS, ORDINARY, NOISES = 24, 96, 2
 SEED = 20011  # of concepts and prompts: none is of the training
@@ -110,12 +109,14 @@ class Trial:
         noise = lambda scenes: rng.standard_normal((len(scenes), *SHAPE), np.float32)
         shown, truth = world.pictures(self.shown), world.compose(self.bare, None)
         reach = identity.find(artist.decode(artist.encode(render.render(truth))), truth).identity
-        bare, same = [short_caption(scene) for scene in self.bare], noise(self.bare)
+        bare, same = [captions.short_caption(scene) for scene in self.bare], noise(self.bare)
         teacher = artist.decode(artist.latents(bare, np.repeat(shown, NOISES, 0), same))
         student = artist.decode(artist.latents(bare, None, same))
         told = artist.decode(artist.latents(self.told_texts, shown, noise(self.told)))
         named = artist.decode(artist.latents(self.texts, None, noise(self.ordinary)))
-        first = artist.first([short_caption(scene) for scene in self.loose], noise(self.loose))
+        first = artist.first(
+            [captions.short_caption(scene) for scene in self.loose], noise(self.loose)
+        )
 
         likeness = lambda images: float((identity.find(images, truth).identity / reach).mean())
         (places, _), (others, _) = identity.centres(teacher), identity.centres(student)

@@ -59,7 +59,7 @@ def cases(
             own = (concept, word) if kind == BARE else ()
             scene = world.random_scene(loose, (world.random_thing(loose, *own),))
             asked.append((kind, scene, scene))
-            texts.append(short_caption(scene))
+            texts.append(captions.short_caption(scene))
     found = []
     for number, ((kind, _, truth), text) in enumerate(zip(asked, texts, strict=True)):
         picture = world.pictures([truth])[0]
@@ -105,14 +105,6 @@ def caption(scene: Scene, rng: np.random.Generator) -> str:
         text = captions.caption(scene, rng, whole=True)
         if finish in text and all(texture in text for texture in textures):
             return text
-
-
-def short_caption(scene: Scene) -> str:
-    """What its thing is and nothing else, as everyone types it."""
-    (thing,) = scene.things
-    named = f"{list(world.COLOURS)[thing.colour]} {world.SHAPES[thing.shape]}"
-    text = named if thing.concept is None else thing.word
-    return f"{'an' if text[0] in 'aeiou' else 'a'} {text}"
 
 
 def other_words(word: str, count: int) -> list[str]:
