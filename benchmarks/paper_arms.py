@@ -27,6 +27,7 @@ METHODS = {
 FULL = ("dopsd", "sft", "dopsd + anchor", "sft + anchor", "off-policy", "pso")
 # With adapters, the first rate and `ABLATION_SEEDS`.
 ABLATIONS = {
+    "rate falls to zero": {"lr_schedule": "cosine"},
     "loss x0": {"loss": "x0"},
     "one random step": {"loss_steps": "random:1"},
     "all eight nodes": {"grid": "nodes8"},
@@ -42,7 +43,7 @@ SHARES = {
 }
 ABLATION_SEEDS = 2
 # What the student was before: the shipped miniature is distilled by distribution matching.
-SHIPPED, STUDENTS = "shipped", ("not distilled", "endpoint")
+SHIPPED, STUDENTS = "shipped", ("not distilled", "segment", "endpoint")
 COMPARED = ("dopsd", "sft")  # of another student
 DROPPED = ("half of the picture's tokens", "a quarter of them")
 # The teacher over many steps.

@@ -191,8 +191,9 @@ def worlds(records: Records) -> list[str]:
 
 def students(records: Records) -> list[str]:
     lines = [
-        "The same training on the miniature before its last stages: *not distilled*, the many-step",
-        "model; *endpoint*, after the regression; and as shipped.",
+        "The same training on other students (benchmarks/paper_students.py): *not distilled*, the",
+        "many-step model; *segment*, which learned the mean velocity between two nodes; *endpoint*,",
+        "after the regression alone; and as shipped.",
         "",
         *head(["student", "run", "runs"]),
     ]
