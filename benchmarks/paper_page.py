@@ -44,7 +44,8 @@ from dopsd_jax.evaluation import statistics
 from dopsd_jax.evaluation.statistics import Estimate
 
 READING = Path(__file__).parent / "paper_reading.md"  # ours, of the tables; not of the records
-LEVELS = (0.5, 0.7)  # identities at which methods are compared
+LEVELS = (0.7, 0.8)  # identities at which methods are compared
+LEAST = 3  # concepts of which an interval says something
 NAMES = {
     IDENTITY: "identity",
     CRISP: "crispness",
@@ -71,7 +72,7 @@ are *open*: the new word alone; place, size and ground differ from picture to pi
 said. Up to {CONCEPTS} concepts and {SEEDS} seeds; each table says how many runs there are. The seed
 draws the first adapters and the noise of training; the prompts and noise of the scores depend on
 the concept alone, so they are the same for all methods. Intervals are Student's t at 95 % over the
-concepts, seeds averaged: they cover other concepts.
+concepts, seeds averaged: they cover other concepts. Of two concepts the means stand alone.
 
 * **identity**: likeness of outline and colours to the concept, its arrangement factored out, in
   pictures of the word alone;
@@ -114,10 +115,10 @@ def write(results: Path, page: Path, folder: Path) -> None:
 
 
 def shown(found: Estimate | None) -> str:
-    """A number with its interval."""
+    """A number; with its interval, if it is of enough concepts."""
     if found is None:
         return ""
-    return f"{found.value:.3f}" + ("" if found.half is None else f" ± {found.half:.3f}")
+    return f"{found.value:.3f}" + (f" ± {found.half:.3f}" if found.prompts >= LEAST else "")
 
 
 def head(first: Sequence[str], last: Sequence[str] = ()) -> list[str]:
@@ -161,8 +162,9 @@ def methods(records: Records, train: str, names: Iterable[str]) -> list[str]:
 
 
 def equal(records: Records) -> list[str]:
+    looks = ", ".join(map(str, LOOKS))
     lines = ["Where a method's mean identity first reaches a level, on straight lines between the",
-             f"steps that were scored ({', '.join(map(str, LOOKS))}).", ""]  # fmt: skip
+             f"steps that were scored ({looks}), or at the first of them.", ""]  # fmt: skip
     compared = CRISP, CONTRAST, ORDINARY_CRISP, COMPOSITION, RETENTION, LEAK
     columns = ["identity", "method", "rate", *(NAMES[m] for m in compared)]
     lines += [f"| {' | '.join(columns)} |", "|---" * len(columns) + "|"]
@@ -192,7 +194,7 @@ def worlds(records: Records) -> list[str]:
 def students(records: Records) -> list[str]:
     lines = [
         "The same training on other students (benchmarks/paper_students.py): *not distilled*, the",
-        "many-step model; *segment*, which learned the mean velocity between two nodes; *endpoint*,",
+        "many-step model; *segment*, which learned the mean velocity between nodes; *endpoint*,",
         "after the regression alone; and as shipped.",
         "",
         *head(["student", "run", "runs"]),

@@ -71,9 +71,15 @@ class Runs:
 
     def when(self, level: float, measure: str) -> float | None:
         """The mean of a measure where the mean identity first reaches `level`, on straight lines
-        between the steps that were scored; None if it never does."""
-        score = [self.curve(IDENTITY, n).mean() for n in self.steps]
-        other = [self.curve(measure, n).mean() for n in self.steps]
+        between the steps that were scored; None if it never does.
+
+        Pictures before training are of other objects: a level that the first step that was scored
+        has passed is read there.
+        """
+        score = [self.curve(IDENTITY, n).mean() for n in self.steps[1:]]
+        other = [self.curve(measure, n).mean() for n in self.steps[1:]]
+        if score[0] >= level:
+            return float(other[0])
         for i in range(1, len(score)):
             if score[i - 1] <= level <= score[i]:
                 share = (level - score[i - 1]) / max(score[i] - score[i - 1], 1e-9)

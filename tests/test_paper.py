@@ -85,7 +85,10 @@ def test_only_runs_that_both_have_are_compared():
 
 def test_equal_scores_are_read_off_the_lines_between_steps():
     arm = paper_records.Records(runs("sft", 0.7, 0, crispness=0.6)).arm("sft")
-    assert arm.when(0.4, CRISP) == pytest.approx(0.8)
+    first, last = (paper_arms.LOOKS[i] / paper_arms.STEPS for i in (0, -1))
+    level = 0.1 + 0.6 * (first + last) / 2  # halfway between the first look and the last
+    assert arm.when(level, CRISP) == pytest.approx(1 - 0.4 * (first + last) / 2)
+    assert arm.when(0.11, CRISP) == pytest.approx(1 - 0.4 * first)  # passed before the first
     assert arm.when(0.9, CRISP) is None
 
 
