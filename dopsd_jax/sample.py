@@ -3,6 +3,7 @@
 import itertools
 import math
 import re
+from collections.abc import Iterator
 from pathlib import Path
 
 from dopsd_jax.common import program
@@ -37,6 +38,7 @@ DTYPE = OPTIONS.enum(
     "type of activations; auto: float32 on CPU only",
 )
 LARGEST_SEED = 2**32 - 1
+PIXELS, MOST_TOGETHER = 1 << 20, 8  # of pictures that are drawn together: one at 1024 x 1024
 
 
 def seeds() -> list[int]:
@@ -83,14 +85,17 @@ if __name__ == "__main__":
     program.parse(required=("model", "out"), check=check)
 
 import jax
+import numpy as np
 
 import dopsd_jax
 from dopsd_jax.common.atomic import disk_error, remove_leftovers
 from dopsd_jax.common.progress import Progress
 from dopsd_jax.conditioning.anchors import lines_of
+from dopsd_jax.conditioning.padding import padded_rows
 from dopsd_jax.data.images import open_image
 from dopsd_jax.families.base import STUDENT
 from dopsd_jax.families.pipeline import start_noise
+from dopsd_jax.families.prompts import prompt_features
 from dopsd_jax.reporting import parameters, pictures
 from dopsd_jax.reporting.parameters import Parameters
 
@@ -134,36 +139,41 @@ def main() -> None:
         f"{jax.default_backend()}; the first takes longer: the sampler is compiled",
         flush=True,
     )
-    steps = len(pipe.deployed_grid(shape, STEPS.value)) - 1
+    grid = pipe.deployed_grid(shape, STEPS.value)
+    steps = len(grid) - 1
     about = Parameters("", steps, 0, width, height, Path(MODEL.value).name)
     progress = Progress("picture", todo, every=0)
-    contexts = {}
-    for seed in seeds():
-        rows = []
-        for number, prompt in enumerate(asked):
-            if prompt not in contexts:
-                contexts[prompt] = pipe.encode_prompt([prompt], references)
-            row = []
-            for factor in factors:
-                image = pipe(
-                    [prompt],
-                    height=height,
-                    width=width,
-                    steps=STEPS.value,
-                    latents=start_noise(seed, 1, shape),
-                    context=contexts[prompt],
-                    strength=factor,
-                )[0]
-                name = f"{number:03d}_seed{seed}"
-                name += f"_strength{factor:g}" if STRENGTHS.value else ""
-                path = unused(out / f"{name}.png")
-                own = tuple(lora._replace(strength=lora.strength * factor) for lora in loras)
-                made = about._replace(prompt=prompt, seed=seed, loras=own)
-                pictures.save_picture(path, image, parameters.chunks(made))
-                progress.advance(text=str(path))
-                row.append(pictures.shrunk(image))
-            rows.append(pictures.GridRow(prompt, row))
-        if STRENGTHS.value:
+    features = prompt_features(pipe, asked, references)
+    # One length for all prompts, so that one program draws them.
+    lengths = [{name: array.shape for name, array in own.items()} for own in features]
+    padded = padded_rows(lengths, pipe, STUDENT, "--prompt")
+    shots = [(seed, number) for seed in seeds() for number in range(len(asked))]
+    batches = -(-len(shots) // min(MOST_TOGETHER, max(1, PIXELS // (height * width))))
+    together, trained = -(-len(shots) // batches), pipe.split[1]
+
+    def draw(factor: float) -> Iterator[np.ndarray]:
+        """The pictures of `shots`; a last batch that is not full is filled up by repetition."""
+        for first in range(0, len(shots), together):
+            some = shots[first : first + together]
+            filled = some + [some[-1]] * (together - len(some))
+            noise = np.concatenate([start_noise(seed, 1, shape) for seed, _ in filled])
+            context = pipe.family.collate([features[number] for _, number in filled], padded)
+            latents = pipe.sample(trained, noise, context, grid, factor)
+            yield from pipe.decode(latents)[: len(some)]
+
+    sheets = {seed: [pictures.GridRow(prompt, []) for prompt in asked] for seed in seeds()}
+    for factor in factors:
+        own = tuple(lora._replace(strength=lora.strength * factor) for lora in loras)
+        for (seed, number), image in zip(shots, draw(factor), strict=True):
+            name = f"{number:03d}_seed{seed}"
+            name += f"_strength{factor:g}" if STRENGTHS.value else ""
+            path = unused(out / f"{name}.png")
+            made = about._replace(prompt=asked[number], seed=seed, loras=own)
+            pictures.save_picture(path, image, parameters.chunks(made))
+            progress.advance(text=str(path))
+            sheets[seed][number].images.append(pictures.shrunk(image))
+    if STRENGTHS.value:
+        for seed, rows in sheets.items():
             path, title = unused(out / f"sheet_seed{seed}.png"), f"seed {seed}, {steps} forwards"
             pictures.save_grid(path, [f"{factor:g}" for factor in factors], rows, title=title)
             progress.note(f"sheet: {path}")

@@ -147,3 +147,15 @@ def test_pictures_to_edit_and_prompts_that_cannot_be_had_are_said(random_model, 
     empty = run_program(*command, f"--prompts={tmp_path / 'empty.txt'}")
     assert empty.returncode == 2 and "empty.txt: is empty" in empty.stderr
     assert not (tmp_path / "out").exists()
+
+
+def test_one_program_draws_prompts_of_all_lengths(random_model, tmp_path):
+    """Whatever the prompts, seeds and strengths; five pictures are a batch of 3 and one of 2."""
+    many = [f"--prompt={'a red circle ' * count}" for count in (1, 12, 25, 40, 60)]
+    out = ("--height=512", "--width=512", "--steps=1", f"--out={tmp_path}")
+    result = run_program("sample", f"--model={random_model}", *many, *out, JAX_LOG_COMPILES="1")
+    assert result.returncode == 0, result.stderr
+    compiled = re.findall(r"Finished XLA compilation of jit\((\w+)\)", result.stderr)
+    assert compiled.count("_sample") == compiled.count("decode") == 1
+    assert compiled.count("hidden_states") == 5  # of 32, 64, ... tokens
+    assert len(list(tmp_path.glob("*.png"))) == 5

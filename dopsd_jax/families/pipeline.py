@@ -21,6 +21,7 @@ from dopsd_jax.common.json_files import read_json
 from dopsd_jax.common.lora_options import LoraOption
 from dopsd_jax.families.base import STUDENT, TEACHER, Family, Features, Request, Size, Tree
 from dopsd_jax.families.lora import attach_files
+from dopsd_jax.families.prompts import prompt_features
 from dopsd_jax.models import attention as kernels
 from dopsd_jax.models import quantised
 from dopsd_jax.models.autoencoder import Autoencoder, to_uint8
@@ -271,9 +272,7 @@ class Pipeline:
 
         Raises `UserError` for references that the model cannot take.
         """
-        for number, picture in enumerate(references, 1):
-            self.reference_size(*np.shape(picture)[:2], f"reference {number}")
-        return self.family.collate([self.features(STUDENT, p, references) for p in prompts])
+        return self.family.collate(prompt_features(self, prompts, references))
 
     def encode_prompt_with_image(
         self,
