@@ -3,10 +3,10 @@
 `configs/zimage.py` or `:lora`: the released LoRA recipe with anchors, which hold ordinary prompts
 where they were (docs/results.md); set config.data.path, and config.model and config.teacher.vlm to
 folders if you have them. `:released`: the recipe as released, without anchors. `:12gb`, `:16gb`,
-`:24gb`, `:48gb`, `:80gb`: `:lora` for one GPU with so much memory (docs/gpus.md). `:full`: every parameter of the
-transformer, for several large devices. `:tiny`, `:tiny_full`: the same programs on the trained
-miniature, minutes on a laptop. `:random`, `:random_full`: on a network with random weights and
-drawn pictures, for tests.
+`:24gb`, `:48gb`, `:80gb`: `:lora` for one GPU with so much memory (docs/gpus.md). `:full`: every
+parameter of the transformer, for several large devices. `:tiny`, `:tiny_full`: the same programs on
+the trained miniature, minutes on a laptop. `:random`, `:random_full`: on a network with random
+weights and drawn pictures, for tests.
 """
 
 from ml_collections import ConfigDict
@@ -31,7 +31,8 @@ CARDS = {
 
 
 def get_config(arg: str | None = None) -> ConfigDict:
-    name = choose(arg, ("lora", "released", *CARDS, "full", "tiny", "tiny_full", "random", "random_full"))
+    small = "tiny", "tiny_full", "random", "random_full"
+    name = choose(arg, ("lora", "released", *CARDS, "full", *small))
     c = defaults()
     c.model = "Tongyi-MAI/Z-Image-Turbo"
     c.teacher.vlm = "Qwen/Qwen3-VL-4B-Instruct"
