@@ -63,7 +63,7 @@ def _average(path: Path, like: Parameters) -> Parameters:
     """What a stage handed on: its average."""
     if not path.is_file():
         raise UserError(f"--states: {path} is missing; train the miniature first")
-    return load_tree(path, Kept(like))[0].average
+    return jax.tree.map(jnp.asarray, load_tree(path, Kept(like))[0].average)
 
 
 def loss(size: configs.Size, many: Parameters) -> Loss:
