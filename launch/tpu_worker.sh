@@ -41,13 +41,14 @@ _run)
   shift 2
   "$PYTHON" -m "dopsd_jax.$program" "$@" &
   child=$!
-  trap 'kill -TERM "$child" 2>/dev/null || true' TERM
+  trap 'signalled=yes; kill -TERM "$child" 2>/dev/null || true' TERM
   while sleep "${UPLOAD_SECONDS:-60}"; do upload; done &
   uploader=$!
   while true; do
-    status=0
+    signalled='' status=0
     wait "$child" || status=$?
-    kill -0 "$child" 2>/dev/null || break # a signal ended the wait, not the process
+    # A wait that a signal ended says 143, even where the process has ended by now.
+    [[ -n $signalled ]] || break
   done
   kill "$uploader" 2>/dev/null || true
   echo "ended with status $status"
