@@ -21,7 +21,7 @@ def trial():
 
 @pytest.fixture(scope="module")
 def found(trial):
-    return gates.of_folder(dopsd_jax.load_pipeline(SHIPPED / "model"), trial)
+    return trial(gates.of_folder(dopsd_jax.load_pipeline(SHIPPED / "model")))
 
 
 @pytest.mark.parametrize("gate", gates.GATES, ids=lambda gate: gate.name)
@@ -74,7 +74,8 @@ class Cheat:
         turns = iter(self.turns)
         first = lambda prompts, noise: np.float32(world.pictures(self.loose))
         draw = lambda *_: np.float32(next(turns))
-        return gates.Artist(draw, first, np.float32, lambda latents: latents.astype(np.uint8))
+        decode = lambda latents: latents.astype(np.uint8)
+        return gates.Artist((1, 1, 1), draw, first, np.float32, decode)
 
 
 def test_who_draws_what_is_asked_passes_and_who_does_not_fails(trial):

@@ -16,15 +16,9 @@ from torch_reference import sample_with_diffusers
 import dopsd_jax
 from dopsd_jax.common import errors
 from dopsd_jax.miniature import (
-    autoencoder,
     captions,
-    configs,
     endpoint,
-    export,
-    few_steps,
-    gates,
     matching,
-    networks,
     optimizer,
     pool,
     pretrain,
@@ -34,11 +28,15 @@ from dopsd_jax.miniature import (
     training,
     world,
 )
+from dopsd_jax.miniature.families import Batch, Told
+from dopsd_jax.miniature.zimage import configs
+from dopsd_jax.miniature.zimage.family import IMAGE_TOKENS, TEACHER_ROWS, Miniature
 from dopsd_jax.models.autoencoder import to_uint8
-from dopsd_jax.random_model.tokenizer import QWEN3_TEMPLATE
 
-SMALL = configs.Size(
-    dim=24, layers=1, heads=1, text_dim=24, text_layers=2, vision_dim=32, vision_layers=1
+SMALL = Miniature(
+    configs.Size(
+        dim=24, layers=1, heads=1, text_dim=24, text_layers=2, vision_dim=32, vision_layers=1
+    )
 )
 BIAS = "transformer.final_linear.bias"
 PROMPT = "a large dax on the left on a navy background"
@@ -47,14 +45,14 @@ PROMPT = "a large dax on the left on a navy background"
 @pytest.fixture(scope="module")
 def texts(tmp_path_factory):
     folder = tmp_path_factory.mktemp("words") / "tokenizer"
-    export.write_words(folder, QWEN3_TEMPLATE, 131072)
-    return pool.Texts(transformers.AutoTokenizer.from_pretrained(folder))
+    SMALL.write_words(folder)
+    return SMALL.texts(transformers.AutoTokenizer.from_pretrained(folder))
 
 
 @pytest.fixture(scope="module")
 def start():
     """Parameters whose velocity is not zero; those of the encoders as they will be stored."""
-    _, parameters = optimizer.flat(networks.start(SMALL, 0))
+    _, parameters = optimizer.flat(SMALL.start(0))
     key = jax.random.key(1)
     kernel = parameters["transformer.final_linear.kernel"]
     parameters["transformer.final_linear.kernel"] = 0.1 * jax.random.normal(key, kernel.shape)
@@ -64,13 +62,13 @@ def start():
 
 @pytest.fixture(scope="module")
 def vae():
-    return autoencoder.normalized(autoencoder.build(), seed=0)
+    return SMALL.normalized(SMALL.autoencoder(), seed=0)
 
 
 @pytest.fixture(scope="module")
 def folder(start, vae, tmp_path_factory):
     out = tmp_path_factory.mktemp("miniature") / "model"
-    export.write_model(out, SMALL, start, vae)
+    SMALL.write(out, start, vae)
     return out
 
 
@@ -78,11 +76,11 @@ def test_the_exported_model_predicts_what_was_trained(folder, start, texts, vae)
     pipe = dopsd_jax.load_pipeline(folder)
     images = pool.plain_pictures(0, 0, 2)
     x = jax.random.normal(jax.random.key(2), (2, 16, 16, configs.LATENT_CHANNELS))
-    net = optimizer.merge(networks.abstract(SMALL), start)
+    net = optimizer.merge(SMALL.abstract(), start)
 
     @nnx.jit
-    def velocity(net, ids, lengths, patches):
-        return net.velocity(x, jnp.full(2, 0.7), net.context(ids, lengths, patches), lengths)
+    def velocity(net, told):
+        return net.velocity(x, jnp.full(2, 0.7), net.context(told))
 
     contexts = {
         False: pipe.encode_prompt([PROMPT] * 2),
@@ -92,9 +90,8 @@ def test_the_exported_model_predicts_what_was_trained(folder, start, texts, vae)
     }
     seen = {}
     for image, context in contexts.items():
-        ids, lengths = texts([PROMPT] * 2, image)
-        patches = networks.patches_of(images) if image else None
-        seen[image] = np.asarray(velocity(net, ids, lengths, patches))
+        told = SMALL.told(texts, [PROMPT] * 2, images if image else None, None)
+        seen[image] = np.asarray(velocity(net, told))
         assert relative_error(pipe.velocity(x, 0.7, context), seen[image]) < 1e-4
     assert relative_error(seen[True], seen[False]) > 1e-3
     again = nnx.jit(lambda vae, x: to_uint8(vae.decode_images(vae.encode_images(x))))
@@ -114,7 +111,7 @@ def test_diffusers_draws_the_same_pictures(folder):
 
 
 def test_a_written_model_is_read_back(folder, start, vae):
-    learned, again = export.read_model(folder)
+    learned, again = SMALL.read(folder)
     assert learned.keys() == start.keys()
     for name, value in learned.items():  # those of the encoders fit the type they are stored in
         np.testing.assert_array_equal(value, start[name], err_msg=name)
@@ -122,12 +119,12 @@ def test_a_written_model_is_read_back(folder, start, vae):
 
 
 def test_a_model_of_other_sizes_is_no_start(folder, monkeypatch):
-    learned, vae = export.read_model(folder)
+    learned, vae = SMALL.read(folder)
     start = pretrain.start(SMALL, 0)
     monkeypatch.setattr(train, "START", SimpleNamespace(value=str(folder)))
     train._check_sizes(SMALL, start, learned, vae)
     with pytest.raises(errors.UserError, match=r"--start .*other sizes"):
-        train._check_sizes(SMALL, pretrain.start(configs.Size(), 0), learned, vae)
+        train._check_sizes(SMALL, pretrain.start(Miniature(), 0), learned, vae)
 
 
 def test_a_stopped_run_goes_on_bit_for_bit(texts, tmp_path, monkeypatch):
@@ -136,7 +133,7 @@ def test_a_stopped_run_goes_on_bit_for_bit(texts, tmp_path, monkeypatch):
     latents = lambda images: np.repeat(
         images[:, ::4, ::4, :1].astype(np.float16) / 128 - 1, configs.LATENT_CHANNELS, axis=-1
     )
-    source, compiled = training.Source(3, texts, latents), []
+    source, compiled = training.Source(SMALL, 3, texts, latents), []
     stage = pretrain.stage(SMALL, start, 3)._replace(
         tx=optax.adam(1e-3), texts=8, images=8, shown=lambda parameters: parameters
     )
@@ -185,8 +182,8 @@ def test_training_never_sees_the_words_kept_for_users(texts, monkeypatch):
     fresh = [scene.things[0] for scene in scenes.scenes[len(scenes.scenes) // 2 : scenes.bank]]
     assert fresh and not {thing.word for thing in fresh} & known
     rng = np.random.default_rng(0)
-    batch = pool.image_batch(scenes, texts, rng, 64)
-    assert (batch.lengths <= pool.TEACHER_ROWS).all() and (batch.lengths > pool.IMAGE_TOKENS).all()
+    lengths = SMALL.batches(scenes, texts, rng, 8, 64)[1].told.lengths
+    assert (lengths <= TEACHER_ROWS).all() and (lengths > IMAGE_TOKENS).all()
 
 
 def test_muon_takes_kernels_as_matrices():
@@ -207,7 +204,7 @@ def test_muon_takes_kernels_as_matrices():
 def _constant(start, seed):
     """Weights whose velocity is everywhere the same, so that guidance changes nothing."""
     bias = jax.random.normal(jax.random.key(seed), (32,))
-    still = {"transformer.final_linear.kernel": jnp.zeros((SMALL.dim, 32)), BIAS: bias}
+    still = {"transformer.final_linear.kernel": jnp.zeros((SMALL.size.dim, 32)), BIAS: bias}
     return {**start, **still}
 
 
@@ -215,9 +212,11 @@ def _few(texts, images):
     """Four samples and keys, with images in context or without."""
     rng = np.random.default_rng(0)
     latents, noise = rng.standard_normal((2, 4, 16, 16, configs.LATENT_CHANNELS), np.float32)
-    seen = (pool.plain_pictures(0, 0, 4), latents, np.float32([0, 0, 0.5, 0.75])) if images else ()
-    away = texts([""] * 4, False)
-    batch = pool.Batch(latents, noise, *texts([PROMPT] * 4, images), *away, *seen)
+    told = Told(*texts([PROMPT] * 4, images))
+    if images:
+        seen = pool.plain_pictures(0, 0, 4), np.float32([0, 0, 0.5, 0.75])
+        told = Told(*told[:2], *seen, (latents,))
+    batch = Batch(latents, noise, told, Told(*texts([""] * 4, False)))
     return batch, jax.random.split(jax.random.key(0), 4)
 
 
@@ -227,7 +226,7 @@ def test_endpoint_regression_asks_for_where_the_many_step_model_ends(start, text
     loss = jax.jit(endpoint.loss(SMALL, many))
     assert float(loss(many, *_few(texts, images))) < 1e-9
     apart = float(jnp.mean((many[BIAS] - student[BIAS]) ** 2))
-    expected = np.mean(np.square(few_steps.GRID[:-1])) * apart
+    expected = np.mean(np.square(SMALL.grid[:-1])) * apart
     assert float(loss(student, *_few(texts, images))) == pytest.approx(expected, rel=1e-4)
 
 
@@ -290,10 +289,10 @@ def test_noise_tells_the_place_where_the_caption_does_not(texts):
 def test_what_training_measures_is_what_the_pipeline_draws(folder, start, texts):
     pipe = dopsd_jax.load_pipeline(folder)
     images = pool.plain_pictures(0, 0, 2)
-    noise = np.random.default_rng(0).standard_normal((2, *gates.SHAPE)).astype(np.float32)
-    artist = probe.Sampler(SMALL, texts, None).artist(start, None, few_steps.STEPS)
-    context = pipe.encode_prompt_with_image([PROMPT] * 2, list(images), **gates.PIXELS)
-    drawn = pipe.sample(pipe.split[1], noise, context, pipe.deployed_grid(gates.SHAPE))
+    noise = np.random.default_rng(0).standard_normal((2, *SMALL.latent)).astype(np.float32)
+    artist = probe.Sampler(SMALL, texts, None, None).artist(start, SMALL.grid)
+    context = pipe.encode_prompt_with_image([PROMPT] * 2, list(images), **SMALL.teacher)
+    drawn = pipe.sample(pipe.split[1], noise, context, pipe.deployed_grid(SMALL.latent))
     assert relative_error(artist.latents([PROMPT] * 2, images, noise), drawn) < 1e-4
     first = noise - pipe.velocity(noise, 1.0, pipe.encode_prompt([PROMPT] * 2))
     assert relative_error(artist.first([PROMPT] * 2, noise), first) < 1e-4

@@ -1,4 +1,4 @@
-"""Trains the miniature's autoencoder: a small network, three quarters of an hour of a CPU core."""
+"""Trains a miniature's autoencoder: a small network, three quarters of an hour of a CPU core."""
 
 import functools
 import time
@@ -12,22 +12,15 @@ import optax
 from flax import nnx
 from jaxtyping import Array, Float, UInt8
 
-from dopsd_jax.miniature import configs, optimizer, pool
+from dopsd_jax.miniature import optimizer, pool
 from dopsd_jax.miniature.saved import load_tree, save_tree
 from dopsd_jax.models.autoencoder import Autoencoder, from_uint8
-from dopsd_jax.models.autoencoder_config import AutoencoderConfig
 
 BATCH = 8
 MUON_RATE, ADAM_RATE = 0.015, 2e-3
 EDGES = 0.5  # weight of the error of differences between neighbours: without it edges are soft
 KL = 1e-4  # weight of the divergence of the posterior: latents stay of unit size and smooth
 SAVE_SECONDS = 120
-
-
-def build(scaling: float = 1.0, shift: float = 0.0) -> Autoencoder:
-    """The network, at random."""
-    cfg = AutoencoderConfig.from_dict(configs.autoencoder(scaling, shift), "miniature")
-    return Autoencoder(cfg, rngs=nnx.Rngs(0))
 
 
 def loss(
@@ -44,12 +37,19 @@ def loss(
     return squared + jnp.mean(jnp.abs(error)) + EDGES * edges + KL * divergence, squared
 
 
-def train(folder: Path, seed: int, steps: int, log: Callable[[str], None]) -> Autoencoder:
-    """Trains to `steps`, from the last state saved in `folder` if there is one.
+def train(
+    folder: Path,
+    build: Callable[[], Autoencoder],
+    seed: int,
+    steps: int,
+    log: Callable[[str], None],
+) -> Autoencoder:
+    """Trains what `build` makes to `steps`, from the last state saved in `folder` if there is one.
 
-    Returns the averaged network with its latents scaled to zero mean and unit deviation.
+    Returns the averaged network.
     """
     _, parameters = optimizer.flat(build())
+    module = nnx.eval_shape(build)
     tx = optimizer.muon(MUON_RATE, ADAM_RATE, steps, cooldown=0.4)
     state = (parameters, jax.tree.map(jnp.copy, parameters), tx.init(parameters))
     path, start = folder / "autoencoder.safetensors", 0
@@ -60,7 +60,7 @@ def train(folder: Path, seed: int, steps: int, log: Callable[[str], None]) -> Au
     @functools.partial(jax.jit, donate_argnums=0)
     def step(state, images, key, number):
         parameters, average, moments = state
-        value = lambda p: loss(optimizer.merge(build_abstract(), p), images, key)
+        value = lambda p: loss(optimizer.merge(module, p), images, key)
         (_, squared), gradient = jax.value_and_grad(value, has_aux=True)(parameters)
         updates, moments = tx.update(gradient, moments, parameters)
         parameters = optax.apply_updates(parameters, updates)
@@ -80,18 +80,10 @@ def train(folder: Path, seed: int, steps: int, log: Callable[[str], None]) -> Au
             log(f"autoencoder {i + 1}/{steps}: squared error {error:.5f}, {left / 60:.0f} min left")
             save_tree(path, state, {"step": i + 1})
             saved, recent = time.monotonic(), []
-    return normalized(optimizer.merge(build_abstract(), state[1]), seed)
+    return optimizer.merge(module, state[1])
 
 
-def build_abstract() -> Autoencoder:
-    """The network without weights, for `optimizer.merge`."""
-    return nnx.eval_shape(build)
-
-
-def normalized(model: Autoencoder, seed: int) -> Autoencoder:
-    """The same network whose latents have mean 0 and deviation 1 over the world."""
+def posterior_means(model: Autoencoder, seed: int) -> Float[Array, "b h w z"]:
+    """What the network encodes pictures of the world as, before they are normalized."""
     images = pool.plain_pictures(seed, -1 % 2**31, 256)
-    mean, _ = jax.jit(lambda m, x: m.encode(from_uint8(x)))(model, images)
-    shift, deviation = float(jnp.mean(mean)), float(jnp.std(mean))
-    graphdef, _ = nnx.split(build(1 / deviation, shift))
-    return nnx.merge(graphdef, nnx.state(model))
+    return jax.jit(lambda m, x: m.encode(from_uint8(x))[0])(model, images)

@@ -12,7 +12,7 @@ from dopsd_jax.miniature.render import FINISHES, GROUND_TEXTURES, TEXTURES
 from dopsd_jax.miniature.world import COLOURS, GROUNDS, PLACES, SHAPES, SIZES, Scene, Thing
 
 _SIZE_WORDS = {"small": ("small", "little", "tiny"), "large": ("large", "big")}
-_PLACE_WORDS = {
+PLACE_WORDS = {
     "middle": ("in the middle", "in the centre"),
     "left": ("on the left", "at the left"),
     "right": ("on the right", "at the right"),
@@ -52,7 +52,7 @@ def vocabulary(nonce: bool = True) -> list[str]:
     said = [*COLOURS, *SHAPES, *GROUNDS, *TEXTURES, *FINISHES, *GROUND_TEXTURES]
     said += ["a", "an", "one", "picture", "of", "and", "on", "background", "against"]
     said += ["user", "assistant"]  # of the chat template
-    for table in (_SIZE_WORDS, _PLACE_WORDS, _FINISH_WORDS):
+    for table in (_SIZE_WORDS, PLACE_WORDS, _FINISH_WORDS):
         said += [word for wordings in table.values() for text in wordings for word in text.split()]
     words = list(dict.fromkeys(said))
     return words + (_HEADS + _TAILS if nonce else [])
@@ -60,7 +60,7 @@ def vocabulary(nonce: bool = True) -> list[str]:
 
 def says_place(text: str) -> bool:
     """Whether a caption says where its first thing stands."""
-    return any(words in text for wordings in _PLACE_WORDS.values() for words in wordings)
+    return any(words in text for wordings in PLACE_WORDS.values() for words in wordings)
 
 
 def caption(scene: Scene, rng: np.random.Generator, whole: bool = False) -> str:
@@ -73,7 +73,7 @@ def caption(scene: Scene, rng: np.random.Generator, whole: bool = False) -> str:
     for thing in scene.things:
         part = _noun(thing, rng, detail, size=not several and say(detail))
         if several or say(detail):
-            part += " " + pick(_PLACE_WORDS[list(PLACES)[thing.place]])
+            part += " " + pick(PLACE_WORDS[list(PLACES)[thing.place]])
         parts.append(part)
     text = pick(_OPENINGS) + " " + " and a ".join(parts)
     if say(detail):
@@ -83,6 +83,11 @@ def caption(scene: Scene, rng: np.random.Generator, whole: bool = False) -> str:
         text += f" on a {ground} background" if rng.random() < 0.75 else f" against {ground}"
     if not several and rng.random() < (detail if scene.finish else 0.2 * detail):
         text += " " + pick(_FINISH_WORDS[FINISHES[scene.finish]])
+    return with_articles(text)
+
+
+def with_articles(text: str) -> str:
+    """An for a where a vowel follows."""
     return re.sub(r"\ba (?=[aeiou])", "an ", text)
 
 
@@ -92,6 +97,11 @@ def short_caption(scene: Scene) -> str:
     named = f"{list(COLOURS)[thing.colour]} {SHAPES[thing.shape]}"
     text = named if thing.concept is None else thing.word
     return f"{'an' if text[0] in 'aeiou' else 'a'} {text}"
+
+
+def noun(thing: Thing, rng: np.random.Generator) -> str:
+    """A thing by its name, with all that can be said of its surface."""
+    return _noun(thing, rng, 1.0, size=False)
 
 
 def _noun(thing: Thing, rng: np.random.Generator, detail: float, size: bool) -> str:

@@ -1,4 +1,4 @@
-"""What both stages of distillation share: the deployed grid, guidance, and whole paths.
+"""What both stages of distillation share: guidance, and whole paths.
 
 Dimension names: b batch, h w c of a latent, n nodes of a grid.
 """
@@ -10,30 +10,32 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Key
 
 from dopsd_jax.common.flow import shifted_grid
-from dopsd_jax.miniature import networks, pool
+from dopsd_jax.miniature.families import Batch, Networks
 
-STEPS, SHIFT = 8, 3.0  # of the deployed sampler
-GRID = shifted_grid(STEPS, SHIFT)
+SHIFT = 3.0  # of the many-step model's noise levels
 GUIDANCE = 2.0  # of the many-step model; what is distilled has it built in
 
 Velocity = Callable[[Float[Array, "b h w c"], Float[Array, " b"]], Float[Array, "b h w c"]]
 
 
-def told(net: networks.Networks, batch: pool.Batch, keys: Key[Array, " b"]) -> Velocity:
+def many(steps: int) -> tuple[float, ...]:
+    """The many-step model's noise levels."""
+    return shifted_grid(steps, SHIFT)
+
+
+def told(net: Networks, batch: Batch, keys: Key[Array, " b"]) -> Velocity:
     """The velocity (x, sigma) with the batch's contexts; `keys` draw the image tokens left out."""
-    _, (features, lengths) = networks.contexts(net, batch, keys)
-    caption = net.transformer.refine(features, lengths)
-    return lambda x, sigma: -net.transformer(x, 1.0 - sigma, caption, lengths)
+    context = net.context(batch.told, keys)
+    return lambda x, sigma: net.velocity(x, sigma, context)
 
 
-def guided(net: networks.Networks, batch: pool.Batch, keys: Key[Array, " b"]) -> Velocity:
+def guided(net: Networks, batch: Batch, keys: Key[Array, " b"]) -> Velocity:
     """The same, with guidance away from what `batch` names."""
-    away = net.context(batch.away_ids, batch.away_lengths)
-    away, lengths = net.transformer.refine(away, batch.away_lengths), batch.away_lengths
+    away = net.context(batch.away)
     full = told(net, batch, keys)
 
     def velocity(x, sigma):
-        less = -net.transformer(x, 1.0 - sigma, away, lengths)
+        less = net.velocity(x, sigma, away)
         return less + GUIDANCE * (full(x, sigma) - less)
 
     return velocity
@@ -52,6 +54,19 @@ def path(
 
     _, later = jax.lax.scan(step, noise, (nodes[:-1], nodes[1:]))
     return jnp.concatenate([noise[None], later])
+
+
+def rollout(
+    velocity: Velocity, noise: Float[Array, "b h w c"], grid: tuple[float, ...]
+) -> Float[Array, "b h w c"]:
+    """The last state alone."""
+    nodes = jnp.asarray(grid, jnp.float32)
+
+    def step(x, pair):
+        sigma, following = pair
+        return x + (following - sigma) * velocity(x, jnp.full(len(x), sigma)), None
+
+    return jax.lax.scan(step, noise, (nodes[:-1], nodes[1:]))[0]
 
 
 def normal(keys: Key[Array, " b"], shape: tuple[int, ...]) -> Float[Array, "b h w c"]:

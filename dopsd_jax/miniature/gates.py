@@ -19,15 +19,14 @@ from dopsd_jax.common import program
 from dopsd_jax.common.errors import UserError
 from dopsd_jax.common.json_files import read_json
 from dopsd_jax.evaluation.appearance import crispness, steepest
+from dopsd_jax.families.base import STUDENT
 from dopsd_jax.families.pipeline import Pipeline
-from dopsd_jax.miniature import captions, configs, identity, judge, render, world
+from dopsd_jax.miniature import captions, edit_trial, families, identity, judge, render, world
 from dopsd_jax.miniature.world import Scene
 
 CONCEPTS, ORDINARY, NOISES = 24, 96, 2
 SEED = 20011  # of concepts and prompts: none is of the training
 BATCH = 24
-SHAPE = (render.SIDE // configs.FACTOR,) * 2 + (configs.LATENT_CHANNELS,)
-PIXELS = {"min_pixels": render.SIDE**2, "max_pixels": render.SIDE**2}
 
 SCORES = "scores.json"
 SHIPPED, UNDISTILLED_FEW, UNDISTILLED_MANY = "shipped", "undistilled_few", "undistilled_many"
@@ -39,13 +38,16 @@ Pictures = UInt8[np.ndarray, "n s s 3"]
 class Artist(NamedTuple):
     """What draws: latents of prompts from noise, with a picture each in context or None.
 
-    first: the first clean estimate, from the prompt alone.
+    shape: of a latent. first: the first clean estimate, from the prompt alone. edited: latents of
+    instructions with pictures, the first of which is edited; None: it edits none.
     """
 
+    shape: tuple[int, ...]
     latents: Callable[[Sequence[str], Pictures | None, Latents], Latents]
     first: Callable[[Sequence[str], Latents], Latents]
     encode: Callable[[Pictures], Latents]
     decode: Callable[[Latents], Pictures]
+    edited: Callable[[Sequence[str], Sequence[Pictures], Latents], Latents] | None = None
 
 
 class Gate(NamedTuple):
@@ -77,6 +79,16 @@ GATES = (
          "leave the arrangement open; relative to true latents"),
     Gate("undistilled first", 0.3, False, "the same before distillation"),
 )  # fmt: skip
+EDITING = (
+    Gate("edited", 0.9, True, "grounds, places, sizes and things that an instruction names: as it "
+         "says"),
+    Gate("left alone", 0.9, True, "grounds, places and sizes that it does not name: as before"),
+    Gate("edited identity", 0.8, True, "of unseen concepts whose picture is edited; relative to "
+         "the autoencoder's own"),
+    Gate("result", 0.8, True, "identity of unseen concepts that take a thing's place, with a "
+         "picture of the concept as the last reference"),
+    Gate("result unseen", 0.4, False, "the same without that picture"),
+)  # fmt: skip
 
 
 class Trial:
@@ -106,7 +118,8 @@ class Trial:
     def __call__(self, artist: Artist) -> dict[str, float]:
         """Scores of what draws."""
         rng = np.random.default_rng(self.rng_state)
-        noise = lambda scenes: rng.standard_normal((len(scenes), *SHAPE), np.float32)
+        shape = artist.shape
+        noise = lambda scenes: rng.standard_normal((len(scenes), *shape), np.float32)
         shown, truth = world.pictures(self.shown), world.compose(self.bare, None)
         reach = identity.find(artist.decode(artist.encode(render.render(truth))), truth).identity
         bare, same = [captions.short_caption(scene) for scene in self.bare], noise(self.bare)
@@ -126,7 +139,8 @@ class Trial:
         )
         true = np.concatenate([render.render(truth), world.pictures(self.ordinary)])
         latents = artist.encode(world.pictures(self.loose))
-        return {
+        edits = {} if artist.edited is None else edit_trial.scores(artist, rng)
+        return edits | {
             "identity": likeness(teacher),
             "blind": likeness(student),
             "spread": identity.spread(places) / identity.spread(world.CENTRES),
@@ -164,13 +178,21 @@ def _share(right) -> float:
     return float(np.mean(list(right)))
 
 
-def of_folder(pipe: Pipeline, trial: Trial) -> dict[str, float]:
-    """Scores of the model as it is used: the deployed steps, without guidance."""
+def of_folder(pipe: Pipeline) -> Artist:
+    """The model as it is used: the deployed steps, without guidance."""
+    family = families.family(pipe.family.NAME)
 
     def context(prompts, images):
         if images is None:
             return pipe.encode_prompt(prompts)
-        return pipe.encode_prompt_with_image(prompts, list(images), **PIXELS)
+        return pipe.encode_prompt_with_image(prompts, list(images), **family.teacher)
+
+    def editing(prompts, images):
+        each = [
+            pipe.features(STUDENT, *one)
+            for one in zip(prompts, zip(*images, strict=True), strict=True)
+        ]
+        return pipe.family.collate(each)
 
     def batches(draw: Callable, told, noise: Latents) -> Latents:
         some = (slice(i, i + BATCH) for i in range(0, len(noise), BATCH))
@@ -178,15 +200,17 @@ def of_folder(pipe: Pipeline, trial: Trial) -> dict[str, float]:
             [np.asarray(draw(noise[s], jax.tree.map(lambda a, s=s: a[s], told))) for s in some]
         )
 
-    rollout = lambda x, told: pipe.sample(pipe.split[1], x, told, pipe.deployed_grid(SHAPE))
+    grid = pipe.deployed_grid(family.latent)
+    rollout = lambda x, told: pipe.sample(pipe.split[1], x, told, grid)
     estimate = lambda x, told: x - pipe.velocity(x, 1.0, told)
-    return trial(
-        Artist(
-            lambda prompts, images, noise: batches(rollout, context(prompts, images), noise),
-            lambda prompts, noise: batches(estimate, context(prompts, None), noise),
-            lambda images: np.asarray(pipe.encode_image(images)),
-            pipe.decode,
-        )
+    edited = lambda prompts, images, noise: batches(rollout, editing(prompts, images), noise)
+    return Artist(
+        family.latent,
+        lambda prompts, images, noise: batches(rollout, context(prompts, images), noise),
+        lambda prompts, noise: batches(estimate, context(prompts, None), noise),
+        lambda images: np.asarray(pipe.encode_image(images)),
+        pipe.decode,
+        edited if family.editor else None,
     )
 
 
@@ -218,7 +242,8 @@ def verdicts(found: Mapping[str, float], before: Undistilled) -> list[tuple[Gate
         "few to many": found["crispness"] / before.crispness,
         "undistilled first": before.first,
     }
-    return [(gate, values[gate.name], gate.holds(values[gate.name])) for gate in GATES]
+    gates = [gate for gate in (*GATES, *EDITING) if gate in GATES or gate.name in found]
+    return [(gate, values[gate.name], gate.holds(values[gate.name])) for gate in gates]
 
 
 def lines(rows: Sequence[tuple[Gate, float, bool]]) -> list[str]:
@@ -233,7 +258,7 @@ def lines(rows: Sequence[tuple[Gate, float, bool]]) -> list[str]:
 def main() -> int:
     folder = Path(flags.FLAGS.model).expanduser()
     before = undistilled(folder.parent / SCORES)
-    rows = verdicts(of_folder(dopsd_jax.load_pipeline(folder), Trial()), before)
+    rows = verdicts(Trial()(of_folder(dopsd_jax.load_pipeline(folder))), before)
     print("\n".join(lines(rows)))
     return 0 if all(held for *_, held in rows) else 1
 

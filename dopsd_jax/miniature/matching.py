@@ -10,8 +10,8 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Float
 
-from dopsd_jax.miniature import few_steps, networks, optimizer, pool
-from dopsd_jax.miniature.configs import Size
+from dopsd_jax.miniature import few_steps, optimizer
+from dopsd_jax.miniature.families import Batch, Family
 from dopsd_jax.miniature.optimizer import Parameters
 from dopsd_jax.miniature.training import Loss, Stage
 
@@ -25,11 +25,11 @@ LEAST, SHIFT = 0.02, 2.0  # of the judged noise levels
 FLOOR = 0.02  # of a distance that is divided by
 
 
-def stage(size: Size, few: Parameters, many: Parameters, steps: int) -> Stage:
+def stage(family: Family, few: Parameters, many: Parameters, steps: int) -> Stage:
     """The generator begins as the regressed model `few`, the fake as the many-step model."""
     begin = {GENERATOR + name: value for name, value in few.items()}
     begin |= {FAKE + name: value for name, value in many.items()}
-    both, tx = loss(size, many), transform(steps)
+    both, tx = loss(family, many), transform(steps)
     generator = lambda parameters: _part(GENERATOR, parameters)
     return Stage("matching", steps, both, tx, begin, TEXTS, IMAGES, generator, AVERAGE)
 
@@ -51,13 +51,12 @@ def transform(steps: int) -> optax.GradientTransformation:
     return optax.multi_transform(rates, owner)
 
 
-def loss(size: Size, many: Parameters) -> Loss:
+def loss(family: Family, many: Parameters) -> Loss:
     """What both networks descend: the fake's flow matching, and for the generator a product whose
     gradient is the difference of the judges. `many`: the many-step model's weights."""
-    module = networks.abstract(size)
-    grid = jnp.asarray(few_steps.GRID, jnp.float32)
+    module, grid = family.abstract(), jnp.asarray(family.grid, jnp.float32)
 
-    def evaluate(parameters: Parameters, batch: pool.Batch, keys: Array):
+    def evaluate(parameters: Parameters, batch: Batch, keys: Array):
         keys = jax.vmap(lambda key: jax.random.split(key, 4 + FAKE_LEVELS))(keys)
         drop, draw, pick, judged, *learned = jnp.moveaxis(keys, 1, 0)
         of = lambda weights: few_steps.told(optimizer.merge(module, weights), batch, drop)
@@ -65,8 +64,8 @@ def loss(size: Size, many: Parameters) -> Loss:
         draws = of(own)
 
         noise = few_steps.normal(draw, batch.latents.shape[1:])
-        states = jax.lax.stop_gradient(few_steps.path(draws, noise, few_steps.GRID))
-        node = jax.vmap(lambda key: jax.random.randint(key, (), 0, few_steps.STEPS))(pick)
+        states = jax.lax.stop_gradient(few_steps.path(draws, noise, family.grid))
+        node = jax.vmap(lambda key: jax.random.randint(key, (), 0, len(grid) - 1))(pick)
         x = states[node, jnp.arange(len(node))]
         estimate = x - few_steps.wide(grid[node]) * draws(x, grid[node])
         fixed = jax.lax.stop_gradient(estimate)

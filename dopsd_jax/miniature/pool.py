@@ -5,14 +5,13 @@ Dimension names: m pictures, s side of a picture, h w c of a latent, b batch, n 
 
 import dataclasses
 from collections.abc import Callable
-from typing import NamedTuple
 
 import numpy as np
 from jaxtyping import Float, Int, UInt8
 from scipy.optimize import linear_sum_assignment
 
-from dopsd_jax.families.zimage.templates import student_text, teacher_text
-from dopsd_jax.miniature import captions, configs, render, world
+from dopsd_jax.miniature import captions, world
+from dopsd_jax.miniature.families import Batch, Told
 from dopsd_jax.miniature.world import Scene
 
 POOL = 1024  # pictures that are drawn and encoded together
@@ -22,12 +21,7 @@ KNOWN = 0.4  # share of a text-only batch's concepts that are of the bank
 NAMED_TEXT = 0.8  # share of named shapes in a text-only batch
 NAMED_IMAGE = 0.3  # and in a batch with images
 SAME = 0.2  # share of images in context that are the target itself
-DROPPED = (0.0, 0.0, 0.0, 0.5, 0.75)  # shares of an image's tokens that are left out, each as often
 EMPTY = 0.08  # share of empty captions, for guidance
-
-STUDENT_ROWS = 32
-TEACHER_ROWS = 96
-IMAGE_TOKENS = (render.SIDE // configs.IMAGE_PATCH) ** 2
 
 
 def plain_pictures(seed: int, number: int, count: int) -> UInt8[np.ndarray, "m s s 3"]:
@@ -40,25 +34,6 @@ def plain_pictures(seed: int, number: int, count: int) -> UInt8[np.ndarray, "m s
             things = (world.random_thing(rng, world.random_concept(rng)),)
         scenes.append(world.random_scene(rng, things))
     return world.pictures(scenes, rng)
-
-
-class Batch(NamedTuple):
-    """Targets with their noise and contexts; without the rest it is text alone.
-
-    away_ids, away_lengths: the context that guidance leads away from: without images the empty
-    prompt, with images the prompt alone. images, shown: what is in context, and its latents.
-    dropped: share of its tokens left out.
-    """
-
-    latents: Float[np.ndarray, "b h w c"]
-    noise: Float[np.ndarray, "b h w c"]
-    ids: Int[np.ndarray, "b n"]
-    lengths: Int[np.ndarray, " b"]
-    away_ids: Int[np.ndarray, "b m"]
-    away_lengths: Int[np.ndarray, " b"]
-    images: UInt8[np.ndarray, "b s s 3"] | None = None
-    shown: Float[np.ndarray, "b h w c"] | None = None
-    dropped: Float[np.ndarray, " b"] | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -112,20 +87,24 @@ def _arranged_twice(rng: np.random.Generator) -> tuple[Scene, Scene]:
 
 
 class Texts:
-    """Prompts to token rows of fixed length."""
+    """Prompts to token rows of fixed length.
 
-    def __init__(self, tokenizer):
-        self.tokenizer = tokenizer
+    Args:
+      template: (prompt, whether an image is shown) -> text.
+      rows: of a prompt alone, and of one with an image.
+    """
+
+    def __init__(self, tokenizer, template: Callable[[str, bool], str], rows: tuple[int, int]):
+        self.tokenizer, self.template, self.rows = tokenizer, template, rows
 
     def tokens(self, prompts: list[str], image: bool) -> list[list[int]]:
         """Token ids of templated prompts."""
-        texts = [teacher_text(p, IMAGE_TOKENS) if image else student_text(p) for p in prompts]
+        texts = [self.template(prompt, image) for prompt in prompts]
         return self.tokenizer(texts, add_special_tokens=False)["input_ids"]
 
     def fit(self, prompt: str) -> bool:
         """Whether the prompt's tokens fit, also beside an image."""
-        lengths = [len(self.tokens([prompt], image)[0]) for image in (False, True)]
-        return lengths[0] <= STUDENT_ROWS and lengths[1] <= TEACHER_ROWS
+        return all(len(self.tokens([prompt], image)[0]) <= self.rows[image] for image in (0, 1))
 
     def caption(self, scene: Scene, rng: np.random.Generator, whole: bool = False) -> str:
         """A caption whose tokens fit."""
@@ -135,7 +114,7 @@ class Texts:
 
     def __call__(self, prompts: list[str], image: bool) -> tuple[np.ndarray, np.ndarray]:
         """Token ids, padded on the right, and lengths; with the places of an image or without."""
-        limit = TEACHER_ROWS if image else STUDENT_ROWS
+        limit = self.rows[image]
         found = self.tokens(prompts, image)
         ids = np.zeros((len(found), limit), np.int32)
         for row, tokens in zip(ids, found, strict=True):
@@ -153,26 +132,25 @@ def text_batch(pool: Pool, texts: Texts, rng: np.random.Generator, count: int) -
     )
     prompts = [texts.caption(pool.scenes[i], rng) for i in index]
     prompts = ["" if rng.random() < EMPTY else p for p in prompts]
-    latents, away = pool.latents[index], texts([""] * count, image=False)
-    return Batch(latents, paired_noise(rng, latents, prompts), *texts(prompts, image=False), *away)
+    latents, away = pool.latents[index], Told(*texts([""] * count, image=False))
+    noise = paired_noise(rng, latents, prompts)
+    return Batch(latents, noise, Told(*texts(prompts, image=False)), away)
 
 
-def image_batch(pool: Pool, texts: Texts, rng: np.random.Generator, count: int) -> Batch:
-    """Targets with a caption and an image: the same thing, mostly in another arrangement.
+def shown_again(
+    pool: Pool, texts: Texts, rng: np.random.Generator, count: int
+) -> tuple[Int[np.ndarray, " b"], Int[np.ndarray, " b"], list[str]]:
+    """Targets, pictures to be shown with them, as entries of the pool, and captions.
 
-    So the caption is followed where it says something, the image tells what the thing is, and the
-    noise decides the rest, as it does without an image.
+    Both are the same thing, mostly in another arrangement. So the caption is followed where it says
+    something, the picture tells what the thing is, and the noise decides the rest, as it does
+    without a picture.
     """
     named = rng.random(count) < NAMED_IMAGE
     half = POOL // 2
     index = np.where(named, rng.integers(half, size=count), rng.integers(half, pool.bank, count))
     shown = np.where(rng.random(count) < SAME, index, index ^ 1)
-    prompts = [texts.caption(pool.scenes[i], rng) for i in index]
-    latents, dropped = pool.latents[index], rng.choice(np.float32(DROPPED), count)
-    noise = paired_noise(rng, latents, prompts)
-    seen = pool.images[shown], pool.latents[shown], dropped
-    told, away = texts(prompts, image=True), texts(prompts, image=False)
-    return Batch(latents, noise, *told, *away, *seen)
+    return index, shown, [texts.caption(pool.scenes[i], rng) for i in index]
 
 
 def paired_noise(

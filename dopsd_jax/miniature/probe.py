@@ -9,21 +9,17 @@ import numpy as np
 from jaxtyping import Array, Float
 from PIL import Image
 
-from dopsd_jax.common.flow import shifted_grid
 from dopsd_jax.miniature import (
     captions,
+    families,
     few_steps,
     gates,
     judge,
-    networks,
     optimizer,
     pool,
     render,
     world,
 )
-from dopsd_jax.miniature.configs import FACTOR, LATENT_CHANNELS, Size
-
-SIDE = render.SIDE // FACTOR
 
 
 class Sampler:
@@ -33,11 +29,12 @@ class Sampler:
       guidance: 1 is none; away from the empty prompt, with images from the prompt alone.
     """
 
-    def __init__(self, size: Size, texts: pool.Texts, decode: Callable):
-        self.texts, self.decode = texts, decode
-        self.run = jax.jit(
-            functools.partial(_sample, networks.abstract(size)), static_argnames="grid"
-        )
+    def __init__(
+        self, family: families.Family, texts: pool.Texts, encode: Callable, decode: Callable
+    ):
+        self.family, self.texts, self.encode, self.decode = family, texts, encode, decode
+        run = functools.partial(_sample, family.abstract())
+        self.run = jax.jit(run, static_argnames="grid")
 
     def __call__(
         self,
@@ -49,7 +46,7 @@ class Sampler:
         guidance: float = 1.0,
         seed: int = 0,
     ) -> np.ndarray:
-        shape = (len(prompts), SIDE, SIDE, LATENT_CHANNELS)
+        shape = (len(prompts), *self.family.latent)
         noise = jax.random.normal(jax.random.key(seed), shape)
         return self.decode(self.latents(parameters, prompts, images, noise, grid, guidance))
 
@@ -63,41 +60,52 @@ class Sampler:
         guidance: float,
     ) -> Float[Array, "b h w c"]:
         """The same from given noise, not decoded."""
-        ids, lengths = self.texts(list(prompts), image=images is not None)
-        away = [""] * len(prompts) if images is None else list(prompts)
-        away = self.texts(away, image=False) if guidance != 1 else None
-        return self.run(parameters, noise, ids, lengths, images, away, guidance, grid=grid)
+        told = self.family.told(self.texts, prompts, images, self.encode)
+        away = [""] * len(prompts) if images is None else prompts
+        return self._run(parameters, noise, told, away, guidance, grid)
+
+    def edited(
+        self,
+        parameters: optimizer.Parameters,
+        prompts: Sequence[str],
+        images: Sequence[np.ndarray],
+        noise: Float[Array, "b h w c"],
+        grid: tuple[float, ...],
+        guidance: float,
+    ) -> Float[Array, "b h w c"]:
+        """Edited pictures; see `families.Family.asked_to_edit`."""
+        told = self.family.asked_to_edit(self.texts, prompts, images, self.encode)
+        return self._run(parameters, noise, told, [""] * len(prompts), guidance, grid)
+
+    def _run(self, parameters, noise, told, away, guidance, grid):
+        away = None if guidance == 1 else self.family.told(self.texts, away, None, self.encode)
+        return self.run(parameters, noise, told, away, guidance, grid=grid)
 
     def artist(
-        self, parameters: optimizer.Parameters, encode: Callable, steps: int, guidance: float = 1.0
+        self, parameters: optimizer.Parameters, grid: tuple[float, ...], guidance: float = 1.0
     ) -> gates.Artist:
-        """The weights with so many steps, for `gates.Trial`."""
-        draw = lambda prompts, images, noise, grid: self.latents(
-            parameters, prompts, images, noise, grid, guidance
-        )
+        """The weights with these noise levels, for `gates.Trial`."""
+        end = (grid, guidance)
+        draw = functools.partial(self.latents, parameters)
         return gates.Artist(
-            lambda prompts, images, noise: draw(
-                prompts, images, noise, shifted_grid(steps, few_steps.SHIFT)
-            ),
-            lambda prompts, noise: np.asarray(draw(prompts, None, noise, (1.0, 0.0))),
-            lambda images: np.float32(encode(images)),
+            self.family.latent,
+            lambda prompts, images, noise: draw(prompts, images, noise, *end),
+            lambda prompts, noise: np.asarray(draw(prompts, None, noise, (1.0, 0.0), guidance)),
+            lambda images: np.float32(self.encode(images)),
             self.decode,
+            (lambda *asked: self.edited(parameters, *asked, *end)) if self.family.editor else None,
         )
 
 
-def _sample(module, parameters, noise, ids, lengths, images, away, guidance, *, grid):
+def _sample(module, parameters, noise, told, away, guidance, *, grid):
     net = optimizer.merge(module, parameters)
-    patches = None if images is None else networks.patches_of(images)
-    contexts = [(net.context(ids, lengths, patches), lengths)]
-    if away is not None:
-        contexts.append((net.context(*away), away[1]))
-    refined = [(net.transformer.refine(*c), c[1]) for c in contexts]
+    contexts = [net.context(one) for one in (told, away) if one is not None]
 
     def velocity(x, sigma):
-        each = [-net.transformer(x, 1 - sigma, caption, n) for caption, n in refined]
+        each = [net.velocity(x, sigma, context) for context in contexts]
         return each[0] if len(each) == 1 else each[1] + guidance * (each[0] - each[1])
 
-    return networks.rollout(velocity, noise, grid)
+    return few_steps.rollout(velocity, noise, grid)
 
 
 def concept_scenes(rng: np.random.Generator, count: int) -> list[world.Scene]:
@@ -118,7 +126,7 @@ class Probe:
     of the autoencoder's own reconstruction.
     """
 
-    def __init__(self, sampler: Sampler, reconstruct: Callable, folder: Path, count: int = 16):
+    def __init__(self, sampler: Sampler, folder: Path, count: int = 16):
         rng = np.random.default_rng(12345)
         self.sampler, self.folder, self.count = sampler, folder, count
         self.named = [world.random_scene(rng, (world.random_thing(rng),)) for _ in range(2 * count)]
@@ -127,13 +135,16 @@ class Probe:
         self.concepts = [sampler.texts.caption(s, rng, whole=True) for s in scenes]
         self.truth = world.compose(scenes, rng)
         self.images = render.render(self.truth)
-        self.reach = judge.iou(reconstruct(self.images), self.truth)
+        self.reach = judge.iou(sampler.decode(sampler.encode(self.images)), self.truth)
 
     def __call__(
-        self, parameters: optimizer.Parameters, name: str, steps: int = 8, guidance: float = 1.0
+        self,
+        parameters: optimizer.Parameters,
+        name: str,
+        grid: tuple[float, ...],
+        guidance: float = 1.0,
     ) -> dict[str, float]:
         """The scores; a grid of the pictures goes to `folder`/`name`.png."""
-        grid = shifted_grid(steps, few_steps.SHIFT)
         sample = functools.partial(self.sampler, parameters, grid=grid, guidance=guidance)
         text = sample(self.prompts, None)
         seen = judge.see(text)

@@ -1,10 +1,11 @@
-"""Makes the miniature from nothing: python -m dopsd_jax.miniature.train --out DIR
+"""Makes a miniature from nothing: python -m dopsd_jax.miniature.train --family NAME --out DIR
 
-Autoencoder, then encoder and transformer by flow matching, then the few-step model by endpoint
+Autoencoder, then encoders and transformer by flow matching, then the few-step model by endpoint
 regression and distribution matching, then the model folder. A second call goes on where the first
 was stopped.
 """
 
+import dataclasses
 import json
 import time
 from pathlib import Path
@@ -19,27 +20,26 @@ from dopsd_jax.common.atomic import disk_error, write_text
 from dopsd_jax.common.errors import UserError
 from dopsd_jax.miniature import (
     autoencoder,
-    configs,
     endpoint,
-    export,
+    families,
     few_steps,
     gates,
     matching,
     optimizer,
-    pool,
     pretrain,
     probe,
     training,
 )
 from dopsd_jax.models.autoencoder import Autoencoder, to_uint8
-from dopsd_jax.random_model.tokenizer import QWEN3_TEMPLATE
 
 OPTIONS = program.options(__name__)
 OUT = OPTIONS.path("out", None, "folder for states, logs, pictures and the model")
+FAMILY = OPTIONS.enum("family", "zimage", list(families.NAMES), "architecture")
 START = OPTIONS.path(
     "start",
     None,
-    "model folder to go on from: its autoencoder is kept, flow matching begins with it",
+    "model folder to go on from, for flux2_klein also one of zimage: its autoencoder is kept, "
+    "flow matching begins with what fits",
 )
 SEED = OPTIONS.integer("seed", 0, "of the whole training", lower_bound=0)
 AUTOENCODER_STEPS = OPTIONS.integer("autoencoder_steps", 2600, "of 8 pictures", lower_bound=1)
@@ -60,22 +60,22 @@ def main() -> None:
     except OSError as error:
         raise disk_error(error, out) from error
     log = _logger(out / "log.txt")
-    size = configs.Size()
-    initial = pretrain.start(size, SEED.value)
+    family = families.family(FAMILY.value)
+    initial = pretrain.start(family, SEED.value)
     if START.value is None:
-        vae = autoencoder.train(out, SEED.value, AUTOENCODER_STEPS.value, log)
+        vae = autoencoder.train(out, family.autoencoder, SEED.value, AUTOENCODER_STEPS.value, log)
+        vae = family.normalized(vae, SEED.value)
     else:
-        learned, vae = export.read_model(Path(START.value).expanduser())
-        _check_sizes(size, initial, learned, vae)
+        learned, vae = family.read(Path(START.value).expanduser())
+        _check_sizes(family, initial, learned, vae)
         initial |= learned
     encode, decode = _coders(vae)
 
-    export.write_words(out / "tokenizer", QWEN3_TEMPLATE, 131072)
-    texts = pool.Texts(transformers.AutoTokenizer.from_pretrained(out / "tokenizer"))
-    source = training.Source(SEED.value, texts, encode)
-    measure = probe.Probe(
-        probe.Sampler(size, texts, decode), lambda x: decode(encode(x)), out / "probes"
-    )
+    family.write_words(out / "tokenizer")
+    texts = family.texts(transformers.AutoTokenizer.from_pretrained(out / "tokenizer"))
+    source = training.Source(family, SEED.value, texts, encode)
+    sampler = probe.Sampler(family, texts, encode, decode)
+    measure = probe.Probe(sampler, out / "probes")
 
     def report(name: str, **sampler):
         def write(parameters: optimizer.Parameters, step: int) -> None:
@@ -88,37 +88,43 @@ def main() -> None:
         path = out / f"{file}.safetensors"
         return training.run(path, stage, source, report(file, **sampler), log)
 
-    many = pretrain.stage(size, initial, PRETRAIN_STEPS.value)
-    many = trained(many, "pretrain", steps=PROBE_STEPS, guidance=few_steps.GUIDANCE)
-    few = endpoint.stage(size, many, ENDPOINT_STEPS.value)
-    few = trained(few, "endpoint", steps=few_steps.STEPS)
-    few = matching.stage(size, few, many, MATCHING_STEPS.value)
-    few = trained(few, "matching", steps=few_steps.STEPS)
+    many = pretrain.stage(family, initial, PRETRAIN_STEPS.value)
+    probed = {"grid": few_steps.many(PROBE_STEPS), "guidance": few_steps.GUIDANCE}
+    many = trained(many, "pretrain", **probed)
+    few = endpoint.stage(family, many, ENDPOINT_STEPS.value)
+    few = trained(few, "endpoint", grid=family.grid)
+    few = matching.stage(family, few, many, MATCHING_STEPS.value)
+    few = trained(few, "matching", grid=family.grid)
     if not (out / "model").exists():
-        export.write_model(out / "model", size, few, vae)
+        family.write(out / "model", few, vae)
     log(f"the model: {out / 'model'}")
-    _scores(out, many, measure.sampler, encode, log)
+    _scores(out, many, sampler, log)
 
 
-def _check_sizes(size: configs.Size, initial, learned: optimizer.Parameters, vae: Autoencoder):
+def _check_sizes(
+    family: families.Family, initial: optimizer.Parameters, learned: optimizer.Parameters, vae
+) -> None:
     """Raises `UserError` unless the model of --start has the sizes that are trained here."""
-    shapes = lambda parameters: {name: value.shape for name, value in parameters.items()}
-    wanted = shapes(pretrain.without_heads(initial))
-    cfg = configs.parsed(size, vae.cfg.scaling_factor, vae.cfg.shift_factor)[-1]
-    if shapes(learned) != wanted or vae.cfg != cfg:
+    cfg = dataclasses.replace(
+        family.autoencoder().cfg,
+        scaling_factor=vae.cfg.scaling_factor,
+        shift_factor=vae.cfg.shift_factor,
+    )
+    fits = lambda name, value: name in initial and initial[name].shape == value.shape
+    if vae.cfg != cfg or not all(fits(*item) for item in learned.items()):
         raise UserError(
-            f"--start {START.value}: is a model of other sizes than miniature/configs.py has; name "
-            "a folder that miniature.train wrote"
+            f"--start {START.value}: is a model of other sizes than are trained here; name a "
+            "folder that miniature.train wrote"
         )
 
 
-def _scores(out: Path, many: optimizer.Parameters, sampler: probe.Sampler, encode, log):
+def _scores(out: Path, many: optimizer.Parameters, sampler: probe.Sampler, log):
     """Writes what the gates need to know of the model before distillation, and all scores."""
     trial, pipe = gates.Trial(), dopsd_jax.load_pipeline(out / "model")
-    few = sampler.artist(many, encode, few_steps.STEPS)
-    fine = sampler.artist(many, encode, MANY_STEPS, few_steps.GUIDANCE)
+    few = sampler.artist(many, sampler.family.grid)
+    fine = sampler.artist(many, few_steps.many(MANY_STEPS), few_steps.GUIDANCE)
     found = {
-        gates.SHIPPED: gates.of_folder(pipe, trial),
+        gates.SHIPPED: trial(gates.of_folder(pipe)),
         gates.UNDISTILLED_FEW: trial(few),
         gates.UNDISTILLED_MANY: trial(fine),
     }

@@ -1,13 +1,12 @@
 """The training loop that all stages share: gradients, average, saving, resuming.
 
-A loss is a function of (parameters, batch, a key for each sample). Every step takes samples of
-captions alone and samples with images, the two kinds with equal weight, in micro-batches that are
-spread over the devices.
+A loss is a function of (parameters, batch, a key for each sample). Every step takes a batch of each
+kind that the family has, in micro-batches that are spread over the devices.
 """
 
 import functools
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -19,6 +18,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from dopsd_jax.miniature import optimizer, pool
+from dopsd_jax.miniature.families import Batch, Family
 from dopsd_jax.miniature.optimizer import Parameters
 from dopsd_jax.miniature.saved import load_tree, save_tree
 
@@ -27,7 +27,7 @@ AVERAGE = 0.998  # decay of the moving average of the weights
 SAVE_SECONDS = 240
 PROBE_SAVES = 3  # saves between measurements
 
-Loss = Callable[[Parameters, pool.Batch, jax.Array], jax.Array]
+Loss = Callable[[Parameters, Batch, jax.Array], jax.Array]
 
 
 class State(NamedTuple):
@@ -57,8 +57,9 @@ class Stage(NamedTuple):
 
 
 class Source(NamedTuple):
-    """Where batches come from: a seed, the tokenizer's rows, and pictures -> latents."""
+    """Where batches come from: a family, a seed, the tokenizer's rows, and pictures -> latents."""
 
+    family: Family
     seed: int
     texts: pool.Texts
     encode: Callable
@@ -70,8 +71,14 @@ def first_state(parameters: Parameters, tx: optax.GradientTransformation) -> Sta
     return State(copy(), copy(), tx.init(parameters))
 
 
-def step_function(loss: Loss, tx: optax.GradientTransformation, mesh: Mesh, decay: float = AVERAGE):
-    """(state, step number, batch of captions, batch with images, key) -> state, losses.
+def step_function(
+    loss: Loss,
+    tx: optax.GradientTransformation,
+    mesh: Mesh,
+    weights: Sequence[float],
+    decay: float = AVERAGE,
+):
+    """(state, step number, a batch for each of `weights`, key) -> state, losses.
 
     What it computes does not depend on the number of devices, but for rounding.
     """
@@ -90,27 +97,28 @@ def step_function(loss: Loss, tx: optax.GradientTransformation, mesh: Mesh, deca
     @functools.partial(
         jax.shard_map,
         mesh=mesh,
-        in_specs=(P(), P("data"), P("data")),
+        in_specs=(P(), P("data")),
         out_specs=P(),
         check_vma=False,
     )
-    def mean_gradients(parameters, text, image):
-        found = accumulated(parameters, *text), accumulated(parameters, *image)
-        return jax.lax.pmean(found, "data")
+    def mean_gradients(parameters, pairs):
+        return jax.lax.pmean([accumulated(parameters, *pair) for pair in pairs], "data")
 
     @functools.partial(jax.jit, donate_argnums=0)
-    def step(state: State, number, text, image, key):
+    def step(state: State, number, batches, key):
+        keys = jax.random.split(key, len(weights))
         pairs = [
-            (batch, jax.random.split(k, len(batch.ids)))
-            for batch, k in zip((text, image), jax.random.split(key), strict=True)
+            (batch, jax.random.split(k, len(batch.latents)))
+            for batch, k in zip(batches, keys, strict=True)
         ]
-        (text_loss, of_text), (image_loss, of_image) = mean_gradients(state.parameters, *pairs)
-        gradient = jax.tree.map(lambda a, b: 0.5 * (a + b), of_text, of_image)
+        losses, gradients = zip(*mean_gradients(state.parameters, pairs), strict=True)
+        weighted = lambda *parts: sum(w * part for w, part in zip(weights, parts, strict=True))
+        gradient = jax.tree.map(weighted, *gradients)
         updates, moments = tx.update(gradient, state.moments, state.parameters)
         parameters = optax.apply_updates(state.parameters, updates)
         rate = optimizer.decay_at(number, decay)
         average = optimizer.averaged(state.average, parameters, rate)
-        return State(parameters, average, moments), (text_loss, image_loss)
+        return State(parameters, average, moments), losses
 
     return step
 
@@ -132,28 +140,27 @@ def run(
         begin = about["step"]
     mesh = jax.make_mesh((len(jax.devices()),), ("data",), axis_types=(AxisType.Auto,))
     state = jax.device_put(state, NamedSharding(mesh, P()))  # as the step returns it
-    step, scenes, losses, saves = (
-        step_function(stage.loss, stage.tx, mesh, stage.average),
-        None,
-        [],
-        0,
-    )
+    family, scenes, losses, saves = source.family, None, [], 0
+    weights = tuple(family.kinds.values())
+    step = step_function(stage.loss, stage.tx, mesh, weights, stage.average)
     saved = started = time.monotonic()
     for number in range(begin, steps):
         if scenes is None or number % pool.POOL_STEPS == 0:
-            scenes = pool.make_pool(source.seed, number // pool.POOL_STEPS, source.encode)
+            scenes = family.scenes(source.seed, number // pool.POOL_STEPS, source.encode)
         key = jax.random.fold_in(jax.random.key(source.seed), number)
-        state, found = step(state, number, *_batches(scenes, source, stage, number), key)
+        rng = np.random.default_rng([source.seed, 2, number])
+        batches = family.batches(scenes, source.texts, rng, stage.texts, stage.images)
+        state, found = step(state, number, batches, key)
         losses.append(found)
         last = number + 1 == steps
         if time.monotonic() - saved > SAVE_SECONDS or last:
             save_tree(path, state, {"step": number + 1})
-            text_loss, image_loss = np.mean(losses, axis=0)
+            means = zip(np.mean(losses, axis=0), family.kinds, strict=True)
             seconds = (time.monotonic() - started) / (number + 1 - begin)
             log(
-                f"{stage.name} {number + 1}/{steps}: loss {text_loss:.4f} with text, "
-                f"{image_loss:.4f} with an image; {seconds:.2f} s a step, "
-                f"{seconds * (steps - number - 1) / 60:.0f} min left"
+                f"{stage.name} {number + 1}/{steps}: loss "
+                + ", ".join(f"{value:.4f} {kind}" for value, kind in means)
+                + f"; {seconds:.2f} s a step, {seconds * (steps - number - 1) / 60:.0f} min left"
             )
             if saves % PROBE_SAVES == 0 or last:
                 probe(stage.shown(_unbound(state.average)), number + 1)
@@ -164,11 +171,3 @@ def run(
 def _unbound(parameters: Parameters) -> Parameters:
     """The same arrays, of no mesh: what uses them need not run on all devices."""
     return jax.tree.map(lambda a: jnp.asarray(np.asarray(a)), parameters)
-
-
-def _batches(
-    scenes: pool.Pool, source: Source, stage: Stage, number: int
-) -> tuple[pool.Batch, pool.Batch]:
-    rng = np.random.default_rng([source.seed, 2, number])
-    text = pool.text_batch(scenes, source.texts, rng, stage.texts)
-    return text, pool.image_batch(scenes, source.texts, rng, stage.images)

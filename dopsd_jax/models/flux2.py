@@ -5,7 +5,7 @@ r reference tokens, d width. Facts: the published checkpoints and diffusers 0.42
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import jax
@@ -163,6 +163,24 @@ def _heads(x: Float[Array, "b n d"], cfg: Flux2Config) -> Float[Array, "b n h f"
     return constrain_batch(x, "context", "tensor", None)
 
 
+class Begin(NamedTuple):
+    """What the blocks begin with: tokens of the image with its references, and of the text.
+
+    double, single: (block, tokens) -> tokens; those of the single blocks are one row, `joined`.
+    """
+
+    tokens: tuple[Float[Array, "b n d"], Float[Array, "b l d"]]
+    double: Callable
+    single: Callable
+    row: Row
+    c: Float[Array, "b d"]
+
+    def joined(self, tokens: tuple[Array, Array]) -> Float[Array, "b m d"]:
+        """Text and image as one row."""
+        image, text = tokens
+        return self.row.order.join([text, image], axis=1)
+
+
 class Flux2(nnx.Module):
     """The transformer: `embed` takes what does not depend on the time, `__call__` is one forward.
 
@@ -223,6 +241,13 @@ class Flux2(nnx.Module):
         `text`, `references`, `kept`: see `embed`; `sizes`: rows and columns of each reference's
         latent.
         """
+        begin = self.enter(x, sigma, text, references, sizes, kept)
+        tokens = scan_blocks(begin.double, self.double, begin.tokens, self.remat)
+        tokens = scan_blocks(begin.single, self.single, begin.joined(tokens), self.remat)
+        return self.leave(begin.row.order.split(tokens, axis=1)[1], begin.c, x.shape)
+
+    def enter(self, x, sigma, text, references=(), sizes=(), kept=None) -> Begin:
+        """What the blocks begin with; arguments: see `__call__`."""
         h, w = x.shape[1:3]
         image = jnp.concatenate([self._tokens(x), *references], axis=1)
         row, pads = self._row(text.shape[1], [(h, w), *sizes], len(x), kept)
@@ -233,23 +258,20 @@ class Flux2(nnx.Module):
         image_modulation = self._modulation(self.image_modulation, c, 6)
         text_modulation = self._modulation(self.text_modulation, c, 6)
         single_modulation = self._modulation(self.single_modulation, c, 3)
-
-        image, text = scan_blocks(
-            lambda block, tokens: block(tokens, row, image_modulation, text_modulation),
-            self.double,
+        return Begin(
             (image, text.astype(self.dtype)),
-            self.remat,
-        )
-        tokens = scan_blocks(
+            lambda block, tokens: block(tokens, row, image_modulation, text_modulation),
             lambda block, tokens: block(tokens, row, single_modulation),
-            self.single,
-            row.order.join([text, image], axis=1),
-            self.remat,
+            row,
+            c,
         )
-        tokens = constrain_batch(row.order.split(tokens, axis=1)[1])[:, : h * w]
+
+    def leave(self, image: Float[Array, "b _n d"], c, shape: tuple[int, ...]) -> Array:
+        """The output for a latent of that shape, from the image's tokens; `c`: the time."""
+        tokens = constrain_batch(image)[:, : shape[1] * shape[2]]
         scale, shift = self._modulation(self.final_modulation, c, 2)
         y = self.final_linear(modulated(tokens, shift, scale, self.cfg.eps))
-        return y.astype(jnp.float32).reshape(x.shape)
+        return y.astype(jnp.float32).reshape(shape)
 
     def _row(
         self, l: int, sizes: Sequence[tuple[int, int]], b: int, kept: Int[Array, "b k"] | None

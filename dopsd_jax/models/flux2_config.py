@@ -8,6 +8,7 @@ from dopsd_jax.common.json_fields import MAX_LAYERS, Fields
 from dopsd_jax.models.names import Leaf, linear, vector
 
 TEXT_ROWS = 512  # tokens of every text: the padding is kept and seen
+ROWS_FIELD = "max_sequence_length"  # of a model made for texts of fewer; diffusers' own argument
 
 
 @dataclasses.dataclass(frozen=True)
@@ -25,9 +26,14 @@ class Flux2Config:
     rope_theta: float = 2000.0
     eps: float = 1e-6
     time_frequencies: int = 256
+    text_rows: int = TEXT_ROWS
 
     patch = 1  # the autoencoder folds 2 x 2 cells into channels
-    token_multiple = TEXT_ROWS  # the image's are padded where they do not divide
+
+    @property
+    def token_multiple(self) -> int:
+        """Of the text's tokens; the image's are padded where they do not divide."""
+        return self.text_rows
 
     @property
     def dim(self) -> int:
@@ -69,13 +75,15 @@ class Flux2Config:
             rope_theta=fields.positive("rope_theta"),
             eps=fields.positive("eps"),
             time_frequencies=fields.count("timestep_guidance_channels"),
+            text_rows=fields.count(ROWS_FIELD, default=TEXT_ROWS, most=TEXT_ROWS),
         )
         fields.finish()
         return self
 
     def to_dict(self) -> dict:
         """The same as transformer/config.json holds it."""
-        return {
+        fewer = {} if self.text_rows == TEXT_ROWS else {ROWS_FIELD: self.text_rows}
+        return fewer | {
             "_class_name": "Flux2Transformer2DModel",
             "attention_head_dim": self.head_dim,
             "axes_dims_rope": list(self.axes_dims),

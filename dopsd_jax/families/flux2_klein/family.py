@@ -202,10 +202,10 @@ def abstract_features(
     references: int = 0,
 ) -> Context:
     """One sample's context in shapes: the teacher's has one more reference."""
-    if rows != TEXT_ROWS:
-        raise UserError(f"{rows} must be {TEXT_ROWS}, as all texts have")
+    if rows not in (TEXT_ROWS, size.text_rows):
+        raise UserError(f"{rows} must be {size.text_rows}, as all texts have")
     shape = jax.ShapeDtypeStruct
-    text = shape((TEXT_ROWS, size.text_dim), dtype)
+    text = shape((size.text_rows, size.text_dim), dtype)
     latent = shape((height, width, size.channels), jnp.float32)
     return Context(text, (latent,) * (references + (role == TEACHER)))
 

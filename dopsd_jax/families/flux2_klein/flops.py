@@ -4,7 +4,7 @@ from collections.abc import Mapping
 
 from dopsd_jax.adapters.attach import Slot
 from dopsd_jax.families.work import Products, Work, adapter_work, add
-from dopsd_jax.models.flux2_config import TEXT_ROWS, Flux2Config
+from dopsd_jax.models.flux2_config import Flux2Config
 
 
 def image_tokens(cfg: Flux2Config, height: int, width: int) -> int:
@@ -16,7 +16,7 @@ def context_work(
     cfg: Flux2Config, rows: int, chosen: Mapping[str, Slot], products: Products, full: bool = False
 ) -> Work:
     """`Flux2.embed` of a text, and of references with the other `rows`."""
-    work = 2 * cfg.dim * (TEXT_ROWS * cfg.text_dim + (rows - TEXT_ROWS) * cfg.channels)
+    work = 2 * cfg.dim * (cfg.text_rows * cfg.text_dim + (rows - cfg.text_rows) * cfg.channels)
     return Work(linear=work) if full else Work(once=work)
 
 
@@ -51,6 +51,6 @@ def _blocks(cfg: Flux2Config, tokens: int, chosen, products: Products, full: boo
     for slot in chosen.values():
         kind = slot.dense.split(".")[1] if slot.dense.startswith("double.") else "both"
         slots[kind].append(slot)
-    seen = {"text": TEXT_ROWS, "image": tokens - TEXT_ROWS, "both": tokens}
+    seen = {"text": cfg.text_rows, "image": tokens - cfg.text_rows, "both": tokens}
     adapters = sum(seen[kind] * adapter_work(own, products) for kind, own in slots.items())
     return Work(linear=linear, attention=attention, trained=adapters)

@@ -18,7 +18,6 @@ from dopsd_jax.families.flux2_klein.options import INSTRUCTIONS
 from dopsd_jax.families.flux2_klein.references import prepare_reference, reference_size
 from dopsd_jax.families.pipeline import too_long
 from dopsd_jax.families.texts import TextPipeline, hidden_states, user_turn
-from dopsd_jax.models.flux2_config import TEXT_ROWS
 from dopsd_jax.weights.model_folder import INDEX
 
 LAYERS = (9, 18, 27)  # whose outputs, joined, are a text's features
@@ -51,7 +50,7 @@ class KleinPipeline(TextPipeline):
         return {"instruction": said, "reference_pixels": teacher["reference_pixels"]}
 
     def limits(self, role: int) -> dict[str, jax.ShapeDtypeStruct]:
-        """Nothing varies: every text has 512 rows, and rows of one shape have like references."""
+        """Nothing varies: texts have equally many rows, rows of one shape like references."""
         return {}
 
     def reference_size(self, height: int, width: int, where: str) -> tuple[int, int]:
@@ -70,7 +69,8 @@ class KleinPipeline(TextPipeline):
     ) -> Request:
         """See `Pipeline.request`."""
         options = options or {}
-        shapes = {"text": jax.ShapeDtypeStruct((TEXT_ROWS, self.config.text_dim), self.dtype)}
+        limit = self.config.text_rows
+        shapes = {"text": jax.ShapeDtypeStruct((limit, self.config.text_dim), self.dtype)}
         pixels = _pixels(role, len(sizes), options)
         for k, ((height, width), most) in enumerate(zip(sizes, pixels, strict=True)):
             # A long reference may have a longer side than any picture that is drawn.
@@ -83,8 +83,8 @@ class KleinPipeline(TextPipeline):
         ids = self.tokenizer(user_turn(prompt) + NOT_THINKING, add_special_tokens=False)[
             "input_ids"
         ]
-        if len(ids) > TEXT_ROWS:
-            raise too_long(prompt, len(ids), TEXT_ROWS)
+        if len(ids) > limit:
+            raise too_long(prompt, len(ids), limit)
         group = tuple(shape.shape for name, shape in shapes.items() if name != "text")
         return Request(shapes, group, ids)
 
@@ -98,7 +98,9 @@ class KleinPipeline(TextPipeline):
         """See `Pipeline.encode`. The rows behind a text are kept: the transformer sees them."""
         ids = [request.inputs for request in requests]
         lengths, pad = np.array([len(own) for own in ids]), self.tokenizer.pad_token_id
-        rows = np.array([[*own, *[pad] * (TEXT_ROWS - len(own))] for own in ids], np.int32)
+        rows = np.array(
+            [[*own, *[pad] * (self.config.text_rows - len(own))] for own in ids], np.int32
+        )
         mesh = self.encoder_mesh
         texts = hidden_states(self.text_encoder, rows, lengths, LAYERS, self.dtype, mesh)
         found = [{"text": text} for text in np.asarray(texts)]

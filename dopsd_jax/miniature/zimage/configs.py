@@ -1,4 +1,4 @@
-"""Sizes of the trained miniature, in the published configuration files' own keys."""
+"""Sizes of the trained miniature Z-Image, in the published configuration files' own keys."""
 
 import dataclasses
 

@@ -11,15 +11,24 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float, Int, Key, UInt8
 
-from dopsd_jax.families.zimage.family import Context, drop_picture
-from dopsd_jax.miniature import configs
-from dopsd_jax.miniature.configs import Size
+from dopsd_jax.families.zimage import family as zimage_family
+from dopsd_jax.miniature.families import Told
 from dopsd_jax.miniature.render import SIDE
+from dopsd_jax.miniature.zimage import configs
+from dopsd_jax.miniature.zimage.configs import Size
 from dopsd_jax.models import qwen3, qwen3_vl, qwen3_vl_vision, zimage
 
 GRID = (SIDE // configs.IMAGE_PATCH,) * 2
 REMAT = "unrolled"
 GATE = 0.5  # start of the transformer's gates, before the tanh
+
+
+class Context(NamedTuple):
+    """Features of all token rows; and what the transformer is told: without what is left out."""
+
+    features: Float[Array, "b n c"]
+    caption: Any
+    lengths: Int[Array, " b"]
 
 
 class Networks(nnx.Module):
@@ -32,35 +41,43 @@ class Networks(nnx.Module):
         self.vision = qwen3_vl_vision.Qwen3VLVision(vlm.vision, rngs=rngs)
         self.vlm = vlm
 
-    def context(self, ids: Int[Array, "b n"], lengths, patches=None) -> Float[Array, "b n c"]:
-        """Features of templated token rows, with an image each if there are `patches`."""
-        if patches is None:
-            return self.text(ids, lengths, hidden=(-2,))[0]
-        return qwen3_vl.encode(
-            self.vision, self.text, self.vlm, ids, lengths, patches, GRID, hidden=(-2,)
+    def context(self, told: Told, keys: Key[Array, " b"] | None = None) -> Context:
+        """See `families.Networks`."""
+        if told.images is None:
+            features, lengths = self.text(told.ids, told.lengths, hidden=(-2,))[0], told.lengths
+            return Context(features, self.transformer.refine(features, lengths), lengths)
+        patches = patches_of(told.images)
+        features = qwen3_vl.encode(
+            self.vision, self.text, self.vlm, told.ids, told.lengths, patches, GRID, hidden=(-2,)
         )[0]
+        left, lengths = features, told.lengths
+        if keys is not None:
+            left, lengths = _dropped(features, told, keys)
+        return Context(features, self.transformer.refine(left, lengths), lengths)
 
-    def velocity(self, x: Float[Array, "b h w c"], sigma: Float[Array, " b"], features, lengths):
+    def velocity(self, x: Float[Array, "b h w c"], sigma: Float[Array, " b"], context: Context):
         """dx/dsigma: the project's sign, as `families.zimage.denoiser` gives it."""
-        caption = self.transformer.refine(features, lengths)
-        return -self.transformer(x, 1.0 - sigma, caption, lengths)
+        return -self.transformer(x, 1.0 - sigma, context.caption, context.lengths)
 
-    def velocity_and_states(self, x, sigma, features, lengths):
+    def velocity_and_states(self, x, sigma, context: Context):
         """The same, and the image tokens [b, p, c] after each layer of the transformer."""
         net, states = self.transformer, []
-        tokens, apply, c = net.enter(x, 1.0 - sigma, net.refine(features, lengths), lengths)
+        tokens, apply, c = net.enter(x, 1.0 - sigma, context.caption, context.lengths)
         for i in range(net.cfg.layers):
             tokens = apply(jax.tree.map(lambda a, i=i: a[i], net.layers), tokens)
             states.append(tokens[:, : GRID[0] * GRID[1]])
         return -net.leave(tokens, c, x.shape), states
 
 
-class Rows(NamedTuple):
-    """Token rows, padded to one length, with the patches of their images or None."""
-
-    ids: Any
-    lengths: Any
-    patches: Any
+def _dropped(features: Float[Array, "b n c"], told: Told, keys: Key[Array, " b"]):
+    """Features and lengths without the share of an image's tokens that `told.dropped` says."""
+    first = jnp.argmax(told.ids == configs.IDS["<|image_pad|>"], axis=1)
+    picture = jnp.stack([first, jnp.full_like(first, GRID[0] * GRID[1])], axis=1)
+    drop = lambda f, n, p, key, share: zimage_family.drop_picture(
+        zimage_family.Context(f[None], n[None], p[None]), key[None], share
+    )[:2]
+    left, lengths = jax.vmap(drop)(features, told.lengths, picture, keys, told.dropped)
+    return left[:, 0], lengths[:, 0]
 
 
 def patches_of(images: UInt8[Array, "b s s 3"]) -> Float[Array, "b p c"]:
@@ -78,22 +95,6 @@ def latent_patches(latents: Float[Array, "b h w c"]) -> Float[Array, "b p d"]:
     (b, _, _, c), k = latents.shape, configs.PATCH
     x = latents.reshape(b, GRID[0], k, GRID[1], k, c).transpose(0, 1, 3, 2, 4, 5)
     return x.reshape(b, GRID[0] * GRID[1], k * k * c)
-
-
-def contexts(net: Networks, batch, keys: Key[Array, " b"]):
-    """Features of a batch's token rows; and features and lengths as the transformer is told them:
-    without the share of an image's tokens that `batch.dropped` says."""
-    if batch.images is None:
-        features = net.context(batch.ids, batch.lengths)
-        return features, (features, batch.lengths)
-    features = net.context(batch.ids, batch.lengths, patches_of(batch.images))
-    first = jnp.argmax(batch.ids == configs.IDS["<|image_pad|>"], axis=1)
-    picture = jnp.stack([first, jnp.full_like(first, GRID[0] * GRID[1])], axis=1)
-    drop = lambda f, n, p, key, share: drop_picture(
-        Context(f[None], n[None], p[None]), key[None], share
-    )[:2]
-    left, lengths = jax.vmap(drop)(features, batch.lengths, picture, keys, batch.dropped)
-    return features, (left[:, 0], lengths[:, 0])
 
 
 def at_image(features: Float[Array, "b n c"], ids: Int[Array, "b n"]) -> Float[Array, "b p c"]:
@@ -135,19 +136,3 @@ def places(size: Size) -> Float[np.ndarray, "p c"]:
         for frequency in theta ** (-np.arange(0, axis, 2) / axis):
             columns += [np.cos(frequency * position), np.sin(frequency * position)]
     return np.stack(columns, 1).astype(np.float32)
-
-
-def abstract(size: Size) -> Networks:
-    """The networks without weights, for `optimizer.merge`."""
-    return nnx.eval_shape(lambda: Networks(size, rngs=nnx.Rngs(0)))
-
-
-def rollout(velocity, noise: Float[Array, "b h w c"], grid: tuple[float, ...]):
-    """Clean latents: Euler steps of `velocity(x, sigma)` along a grid of noise levels."""
-    nodes = jnp.asarray(grid, jnp.float32)
-
-    def step(x, pair):
-        sigma, following = pair
-        return x + (following - sigma) * velocity(x, jnp.full(len(x), sigma)), None
-
-    return jax.lax.scan(step, noise, (nodes[:-1], nodes[1:]))[0]
