@@ -129,9 +129,7 @@ def test_a_miniature_zimage_is_a_start(tmp_path, texts):
         ours, old = learned["text.embedding"][rows[0]], whole["text.embedding"][rows[1]]
         np.testing.assert_array_equal(ours, old)
     images = pool.plain_pictures(0, 0, 2)
-    latents = SMALL.normalized(vae, 0).encode_images(images)
-    assert latents.shape[1:] == SMALL.latent
-    assert float(jnp.abs(latents.mean((0, 1, 2))).max()) < 3
+    assert vae.encode_images(images).shape[1:] == SMALL.latent
     z = vae.encode(jnp.float32(images) / 127.5 - 1)[0]
     np.testing.assert_allclose(z, pipe.vae.encode(jnp.float32(images) / 127.5 - 1)[0], atol=1e-5)
 

@@ -92,10 +92,17 @@ class Texts:
     Args:
       template: (prompt, whether an image is shown) -> text.
       rows: of a prompt alone, and of one with an image.
+      pad: the token of the rows behind a text; it counts only where these are seen.
     """
 
-    def __init__(self, tokenizer, template: Callable[[str, bool], str], rows: tuple[int, int]):
-        self.tokenizer, self.template, self.rows = tokenizer, template, rows
+    def __init__(
+        self,
+        tokenizer,
+        template: Callable[[str, bool], str],
+        rows: tuple[int, int],
+        pad: int = 0,
+    ):
+        self.tokenizer, self.template, self.rows, self.pad = tokenizer, template, rows, pad
 
     def tokens(self, prompts: list[str], image: bool) -> list[list[int]]:
         """Token ids of templated prompts."""
@@ -116,7 +123,7 @@ class Texts:
         """Token ids, padded on the right, and lengths; with the places of an image or without."""
         limit = self.rows[image]
         found = self.tokens(prompts, image)
-        ids = np.zeros((len(found), limit), np.int32)
+        ids = np.full((len(found), limit), self.pad, np.int32)
         for row, tokens in zip(ids, found, strict=True):
             if len(tokens) > limit:
                 raise ValueError(f"{len(tokens)} tokens, {limit} fit: {prompts}")
@@ -174,7 +181,7 @@ def paired_noise(
 
 
 def _cells(maps: Float[np.ndarray, "b h w"], side: int = 4) -> Float[np.ndarray, "b n"]:
-    """Means over cells, less the map's own mean."""
+    """Means over `side` x `side` cells, less the map's own mean."""
     b, h, w = maps.shape
-    means = maps.reshape(b, h // side, side, w // side, side).mean((2, 4)).reshape(b, -1)
+    means = maps.reshape(b, side, h // side, side, w // side).mean((2, 4)).reshape(b, -1)
     return means - means.mean(1, keepdims=True)

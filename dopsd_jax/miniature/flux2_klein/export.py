@@ -47,7 +47,7 @@ def write_model(folder: Path, size: Size, parameters: Parameters, vae: Flux2Auto
 
 def read_model(folder: Path, words: Path) -> tuple[Parameters, Flux2Autoencoder]:
     """What `write_model` was given, but for rounding; of a miniature Z-Image the text encoder and
-    the autoencoder, not normalized. `words`: the folder of the tokenizer that is trained with.
+    the autoencoder. `words`: the folder of the tokenizer that is trained with.
 
     Raises `UserError`.
     """
@@ -64,7 +64,7 @@ def read_model(folder: Path, words: Path) -> tuple[Parameters, Flux2Autoencoder]
         return _shallow(text) | read_parts({"transformer": pipe.transformer}), pipe.vae
     own = transformers.AutoTokenizer.from_pretrained(words)
     text["text.embedding"] = _reordered(text["text.embedding"], pipe.tokenizer, own)
-    return text, autoencoder.of_zimage(pipe.vae)
+    return text, autoencoder.normalized(autoencoder.of_zimage(pipe.vae), 0)
 
 
 def write_words(folder: Path) -> None:

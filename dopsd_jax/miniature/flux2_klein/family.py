@@ -64,7 +64,7 @@ class Miniature:
         export.write_words(folder)
 
     def texts(self, tokenizer) -> pool.Texts:
-        return pool.Texts(tokenizer, template, (configs.ROWS, configs.ROWS))
+        return pool.Texts(tokenizer, template, (configs.ROWS,) * 2, tokenizer.pad_token_id)
 
     def scenes(self, seed: int, number: int, encode: Callable) -> pairs.Pool:
         return pairs.make_pool(seed, number, encode)
