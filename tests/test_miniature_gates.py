@@ -9,6 +9,7 @@ import pytest
 import dopsd_jax
 from dopsd_jax.common.errors import UserError
 from dopsd_jax.miniature import captions, concepts, gates, world
+from dopsd_jax.miniature.artist import Artist
 
 SHIPPED = Path(__file__).parents[1] / "examples" / "miniature"
 MIB = 1 << 20
@@ -75,7 +76,7 @@ class Cheat:
         first = lambda prompts, noise: np.float32(world.pictures(self.loose))
         draw = lambda *_: np.float32(next(turns))
         decode = lambda latents: latents.astype(np.uint8)
-        return gates.Artist((1, 1, 1), draw, first, np.float32, decode)
+        return Artist((1, 1, 1), draw, first, np.float32, decode)
 
 
 def test_who_draws_what_is_asked_passes_and_who_does_not_fails(trial):

@@ -1,21 +1,17 @@
 """What an editor must do: what an instruction names happens, and all else stays."""
 
-from typing import TYPE_CHECKING
-
 import numpy as np
 
 from dopsd_jax.miniature import captions, edits, identity, judge, render, world
+from dopsd_jax.miniature.artist import Artist, Pictures
 from dopsd_jax.miniature.edits import Edit
-
-if TYPE_CHECKING:
-    from dopsd_jax.miniature.gates import Artist, Pictures
 
 COUNT = 24  # edits of each kind
 SEED = 20012  # none is of the training
 SEEN = ("ground", "place", "size")
 
 
-def scores(artist: "Artist", rng: np.random.Generator) -> dict[str, float]:
+def scores(artist: Artist, rng: np.random.Generator) -> dict[str, float]:
     """Scores of an editor; `rng` draws its noise."""
     source = np.random.default_rng(SEED)
     own = [_new_thing(source, i) for i in range(COUNT)]
@@ -24,7 +20,7 @@ def scores(artist: "Artist", rng: np.random.Generator) -> dict[str, float]:
     placed = [edits.random_edit(source, ("thing",), instead=thing) for thing in own]
     last = [world.random_scene(source, edit.after.things) for edit in placed]
 
-    def draw(asked: list[Edit], *more: "Pictures", said: str = "") -> "Pictures":
+    def draw(asked: list[Edit], *more: Pictures, said: str = "") -> Pictures:
         noise = rng.standard_normal((len(asked), *artist.shape), np.float32)
         before = world.pictures([edit.before for edit in asked])
         prompts = [f"{edit.text} {said}".strip() for edit in asked]
@@ -61,7 +57,7 @@ def _wanted(edit: Edit) -> dict[str, int]:
     return {"ground": edit.after.ground, "place": thing.place, "size": thing.size}
 
 
-def _arranged(images: "Pictures", asked: list[Edit]) -> list[dict[str, int]]:
+def _arranged(images: Pictures, asked: list[Edit]) -> list[dict[str, int]]:
     """Ground, place and size of what each picture shows."""
     ground = judge.lit_distance(identity.grounds(images).ground[:, None], world.GROUND_PALETTE)
     places = identity.named_places(identity.centres(images)[0])
@@ -71,7 +67,7 @@ def _arranged(images: "Pictures", asked: list[Edit]) -> list[dict[str, int]]:
     return [dict(zip(SEEN, map(int, row), strict=True)) for row in rows]
 
 
-def _likeness(artist: "Artist", images: "Pictures", asked: list[Edit]) -> float:
+def _likeness(artist: Artist, images: Pictures, asked: list[Edit]) -> float:
     truth = world.compose([edit.after for edit in asked], None)
     again = artist.decode(artist.encode(render.render(truth)))
     reach = identity.find(again, truth).identity

@@ -12,7 +12,6 @@ from typing import NamedTuple
 import jax
 import numpy as np
 from absl import flags
-from jaxtyping import Float, UInt8
 
 import dopsd_jax
 from dopsd_jax.common import program
@@ -22,6 +21,7 @@ from dopsd_jax.evaluation.appearance import crispness, steepest
 from dopsd_jax.families.base import STUDENT
 from dopsd_jax.families.pipeline import Pipeline
 from dopsd_jax.miniature import captions, edit_trial, families, identity, judge, render, world
+from dopsd_jax.miniature.artist import Artist, Latents, Pictures
 from dopsd_jax.miniature.world import Scene
 
 CONCEPTS, ORDINARY, NOISES = 24, 96, 2
@@ -30,24 +30,6 @@ BATCH = 24
 
 SCORES = "scores.json"
 SHIPPED, UNDISTILLED_FEW, UNDISTILLED_MANY = "shipped", "undistilled_few", "undistilled_many"
-
-Latents = Float[np.ndarray, "n h w c"]
-Pictures = UInt8[np.ndarray, "n s s 3"]
-
-
-class Artist(NamedTuple):
-    """What draws: latents of prompts from noise, with a picture each in context or None.
-
-    shape: of a latent. first: the first clean estimate, from the prompt alone. edited: latents of
-    instructions with pictures, the first of which is edited; None: it edits none.
-    """
-
-    shape: tuple[int, ...]
-    latents: Callable[[Sequence[str], Pictures | None, Latents], Latents]
-    first: Callable[[Sequence[str], Latents], Latents]
-    encode: Callable[[Pictures], Latents]
-    decode: Callable[[Latents], Pictures]
-    edited: Callable[[Sequence[str], Sequence[Pictures], Latents], Latents] | None = None
 
 
 class Gate(NamedTuple):

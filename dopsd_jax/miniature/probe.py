@@ -13,13 +13,13 @@ from dopsd_jax.miniature import (
     captions,
     families,
     few_steps,
-    gates,
     judge,
     optimizer,
     pool,
     render,
     world,
 )
+from dopsd_jax.miniature.artist import Artist
 
 
 class Sampler:
@@ -83,11 +83,11 @@ class Sampler:
 
     def artist(
         self, parameters: optimizer.Parameters, grid: tuple[float, ...], guidance: float = 1.0
-    ) -> gates.Artist:
+    ) -> Artist:
         """The weights with these noise levels, for `gates.Trial`."""
         end = (grid, guidance)
         draw = functools.partial(self.latents, parameters)
-        return gates.Artist(
+        return Artist(
             self.family.latent,
             lambda prompts, images, noise: draw(prompts, images, noise, *end),
             lambda prompts, noise: np.asarray(draw(prompts, None, noise, (1.0, 0.0), guidance)),
