@@ -20,7 +20,7 @@ import transformers
 
 from dopsd_jax.common import program
 from dopsd_jax.common.errors import UserError
-from dopsd_jax.miniature import configs, endpoint, export, few_steps, networks, optimizer, pool
+from dopsd_jax.miniature import endpoint, families, few_steps, optimizer
 from dopsd_jax.miniature import train as miniature
 from dopsd_jax.miniature.optimizer import Parameters
 from dopsd_jax.miniature.saved import load_tree
@@ -41,21 +41,22 @@ class Kept(NamedTuple):
 
 def main() -> None:
     states, out = Path(STATES.value), Path(OUT.value)
-    size = configs.Size()
-    _, vae = export.read_model(states / "model")
-    like = optimizer.flat(networks.start(size, SEED))[1]
+    family = families.family("zimage")
+    _, vae = family.read(states / "model")
+    like = optimizer.flat(family.start(SEED))[1]
     many, end = (_average(states / f"{n}.safetensors", like) for n in ("pretrain", "endpoint"))
     out.mkdir(parents=True, exist_ok=True)
-    encode, _ = miniature._coders(vae)
-    texts = pool.Texts(transformers.AutoTokenizer.from_pretrained(states / "tokenizer"))
+    encode, _ = miniature.coders(vae)
+    texts = family.texts(transformers.AutoTokenizer.from_pretrained(states / "tokenizer"))
     tx = optimizer.muon(endpoint.MUON_RATE, endpoint.ADAM_RATE, STEPS.value, warmup=10)
     counts = endpoint.TEXTS, endpoint.IMAGES
-    stage = Stage("segments", STEPS.value, loss(size, many), tx, many, *counts)
+    stage = Stage("segments", STEPS.value, loss(family, many), tx, many, *counts)
     nothing = lambda parameters, step: None
-    segment = run(out / "segment.safetensors", stage, Source(SEED, texts, encode), nothing, print)
+    source = Source(family, SEED, texts, encode)
+    segment = run(out / "segment.safetensors", stage, source, nothing, print)
     for name, parameters in (("many", many), ("endpoint", end), ("segment", segment)):
         if not (out / name).exists():
-            export.write_model(out / name, size, parameters, vae)
+            family.write(out / name, parameters, vae)
         print(out / name)
 
 
@@ -66,18 +67,20 @@ def _average(path: Path, like: Parameters) -> Parameters:
     return jax.tree.map(jnp.asarray, load_tree(path, Kept(like))[0].average)
 
 
-def loss(size: configs.Size, many: Parameters) -> Loss:
+def loss(family: families.Family, many: Parameters) -> Loss:
     """Squared error of the velocities at all nodes; `many`: the many-step model's weights."""
-    module, between = networks.abstract(size), endpoint.BETWEEN
-    at = np.arange(few_steps.STEPS * between + 1) / between
-    fine = tuple(np.interp(at, np.arange(few_steps.STEPS + 1), few_steps.GRID))
+    module, grid = family.abstract(), family.grid
+    nodes = len(grid) - 1
+    between = endpoint.STEPS // nodes
+    at = np.arange(nodes * between + 1) / between
+    fine = tuple(np.interp(at, np.arange(nodes + 1), grid))
 
-    def evaluate(parameters: Parameters, batch: pool.Batch, keys: jax.Array):
+    def evaluate(parameters: Parameters, batch: families.Batch, keys: jax.Array):
         drop, draw = jnp.moveaxis(jax.vmap(jax.random.split)(keys), 1, 0)
         noise = few_steps.normal(draw, batch.latents.shape[1:])
         teacher = few_steps.guided(optimizer.merge(module, many), batch, drop)
         states = jax.lax.stop_gradient(few_steps.path(teacher, noise, fine))[::between]
-        sigmas = jnp.asarray(few_steps.GRID, jnp.float32)
+        sigmas = jnp.asarray(grid, jnp.float32)
         student = few_steps.told(optimizer.merge(module, parameters), batch, drop)
 
         def error(total, segment):
@@ -86,7 +89,7 @@ def loss(size: configs.Size, many: Parameters) -> Loss:
             return total + jnp.mean((student(x, jnp.full(len(x), sigma)) - mean) ** 2), None
 
         segments = states[:-1], states[1:], sigmas[:-1], sigmas[1:]
-        return jax.lax.scan(error, jnp.zeros(()), segments)[0] / few_steps.STEPS
+        return jax.lax.scan(error, jnp.zeros(()), segments)[0] / nodes
 
     return evaluate
 

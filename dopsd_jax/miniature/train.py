@@ -69,7 +69,7 @@ def main() -> None:
         learned, vae = family.read(Path(START.value).expanduser())
         _check_sizes(family, initial, learned, vae)
         initial |= learned
-    encode, decode = _coders(vae)
+    encode, decode = coders(vae)
 
     family.write_words(out / "tokenizer")
     texts = family.texts(transformers.AutoTokenizer.from_pretrained(out / "tokenizer"))
@@ -134,7 +134,7 @@ def _scores(out: Path, many: optimizer.Parameters, sampler: probe.Sampler, log):
         log(line)
 
 
-def _coders(vae: Autoencoder):
+def coders(vae: Autoencoder):
     """Pictures -> latents (float16) and back, some at a time."""
     down = jax.jit(lambda x: vae.encode_images(x))
     up = jax.jit(lambda z: to_uint8(vae.decode_images(z)))

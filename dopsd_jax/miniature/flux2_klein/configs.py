@@ -11,9 +11,7 @@ from dopsd_jax.models.flux2_autoencoder import FOLD, Flux2AutoencoderConfig
 from dopsd_jax.models.flux2_config import Flux2Config
 from dopsd_jax.random_model.tokenizer import added_ids
 
-MERGES = (
-    456  # pairs that the tokenizer merges, all there are: every word of the grammar is one token
-)
+MERGES = 456  # pairs that the tokenizer merges, all there are: every word is one token
 IDS = added_ids(MERGES)
 VOCABULARY = 768
 ROWS = 48  # tokens of every text
