@@ -54,7 +54,8 @@ def draw(exam: Exam, cases: list[Case], trained) -> list[np.ndarray]:
 def exam_of(pipe: Pipeline, config, concept, word) -> Exam:
     rows = data_set.open_rows(config, DATA).rows
     shown = [open_image(row.image, data_set.limits(config)) for row in rows]
-    return Exam(pipe, config.teacher, concept, word, count=PROMPTS, shown=shown)
+    asked = {"concepts": PROMPTS, "ordinary": 2 * PROMPTS, "shown": shown}
+    return Exam(pipe, config.teacher, world_scorers.cases(concept, word, **asked))
 
 
 def main(_) -> None:

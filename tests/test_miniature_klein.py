@@ -1,5 +1,7 @@
 """The miniature FLUX.2-klein: what is trained is what is exported; edits change what they name."""
 
+import collections
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -12,7 +14,17 @@ from flax import nnx
 
 import dopsd_jax
 from dopsd_jax.families.base import STUDENT
-from dopsd_jax.miniature import edit_trial, edits, gates, optimizer, pool, pretrain, world
+from dopsd_jax.miniature import (
+    data_judge,
+    edit_trial,
+    edits,
+    gates,
+    optimizer,
+    pool,
+    pretrain,
+    world,
+    world_scorers,
+)
 from dopsd_jax.miniature.flux2_klein import configs, pairs
 from dopsd_jax.miniature.flux2_klein.family import Miniature
 from dopsd_jax.miniature.zimage import configs as zimage_configs
@@ -221,9 +233,25 @@ def test_who_edits_as_told_passes_and_who_copies_does_not(monkeypatch):
     assert all(right[name] > 0.95 for name in bounds)
 
 
-def test_pairs_are_a_data_set_of_edits(tmp_path):
-    rng = np.random.default_rng(0)
-    folder = edits.write_pairs(tmp_path / "pairs", world.random_concept(rng), "dax", 4)
-    lines = (folder / "pairs.jsonl").read_text().splitlines()
-    assert len(lines) == 4 and all("a dax in its place" in line for line in lines)
-    assert len(list((folder / "before").glob("*.png"))) == 4
+def test_pairs_are_a_data_set_of_edits_that_has_a_judge(tmp_path):
+    concept = world.random_concept(np.random.default_rng(0))
+    folder = edits.write_pairs(tmp_path / "pairs", concept, "dax", 4)
+    names = sorted(path.name for path in (folder / "before").iterdir())
+    assert names == sorted(path.name for path in (folder / "after").glob("*.png"))
+    told = [path.read_text() for path in (folder / "after").glob("*.txt")]
+    assert told == ["a dax in its place\n"] * 4
+    own = data_judge.of_folder(folder / "after")
+    assert own.word == "dax" and own.edits and data_judge.of_folder(folder / "before") is None
+    cases = own.cases(3, (), 0)
+    counts = collections.Counter(case.kind for case in cases)
+    assert counts == {"concept": 3, "ordinary": 6, "other": 3}
+    for case in cases:
+        (before,) = case.references
+        assert before.shape == (64, 64, 3) and ("dax" in case.prompt) == (case.kind == "concept")
+        # Everything but the thing stays as it was: far corners are of the ground.
+        if case.kind == "concept":
+            np.testing.assert_array_equal(before[-4:, :4], case.target[-4:, :4])
+    truth = np.stack([case.target for case in cases[:3]])
+    assert world_scorers.likeness(truth, [case.truth for case in cases[:3]]).min() > 0.9
+    kinds = {case.kind for case in cases}
+    assert all(kinds & set(make().kinds) for make in own.scorers().values())

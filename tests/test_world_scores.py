@@ -290,7 +290,8 @@ def test_a_picture_is_the_pipelines_from_the_noise_of_its_seed(pipe, cases, role
 def test_the_short_table_scores_any_weights_without_compiling_anew(pipe, concept):
     compiled = []
     listen = lambda event, seconds, **_: compiled.append(event) if "compile" in event else None
-    exam = Exam(pipe, TEACHER_OPTIONS, concept, "dax", count=BATCH)
+    asked = scores.cases(concept, "dax", concepts=BATCH, ordinary=2 * BATCH)
+    exam = Exam(pipe, TEACHER_OPTIONS, asked)
     first = [exam.student("base", pipe.split[1]), exam.teacher("teacher", pipe.split[1])]
     jax.monitoring.register_event_duration_secs_listener(listen)
     again = [exam.student("tuned", pipe.split[1]), exam.teacher("teacher", pipe.split[1])]

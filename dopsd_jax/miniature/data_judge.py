@@ -1,4 +1,4 @@
-"""The judge of the miniature's data sets: their `concept.json` says what their word stands for."""
+"""The judge of the miniatures' data sets: a file in them says what their word stands for."""
 
 import dataclasses
 import math
@@ -11,11 +11,12 @@ from ml_collections import ConfigDict
 from dopsd_jax.evaluation.scorer import Case, Judge, Picture
 from dopsd_jax.evaluation.verdict import sentence
 from dopsd_jax.families.pipeline import Pipeline
-from dopsd_jax.miniature import world_scorers
+from dopsd_jax.miniature import edit_cases, edits, world_scorers
 from dopsd_jax.miniature.concepts import FILE, read_concept
 from dopsd_jax.miniature.exam import Exam, findings, table
 from dopsd_jax.miniature.world import Concept
 
+SHORT = 6  # prompts of the concept in the table at the end of a training
 ORDINARY = 2  # ordinary prompts for each one of the concept
 NOTE = (
     "identity: likeness of the object wherever it stands; concept: IoU with the target, in "
@@ -26,34 +27,40 @@ NOTE = (
 
 @dataclasses.dataclass(frozen=True)
 class WorldJudge:
-    """See `evaluation.data_judges.DataJudge`. word: of the captions; concept: its object."""
+    """See `evaluation.data_judges.DataJudge`. word: of the captions; concept: its object.
+
+    edits: whether the captions are instructions, and pictures are edited.
+    """
 
     word: str
     concept: Concept
+    edits: bool = False
     batch: int = 16
 
     def scorers(self) -> Mapping[str, Callable[[], Judge]]:
-        return world_scorers.scorers()
+        found = world_scorers.scorers()
+        if self.edits:
+            kinds = set(edit_cases.KINDS)
+            found = {name: make for name, make in found.items() if kinds & set(make().kinds)}
+        return found
 
     def cases(self, count: int, shown: Sequence[Picture], first_seed: int) -> list[Case]:
+        asked = {"concepts": count, "ordinary": ORDINARY * count, "others": count}
+        if self.edits:
+            return edit_cases.cases(self.concept, self.word, **asked, first_seed=first_seed)
         short = max(2, math.ceil(count / 2))  # of two or more, so that they have an interval
-        return world_scorers.cases(
-            self.concept,
-            self.word,
-            concepts=count,
-            ordinary=ORDINARY * count,
-            others=count,
-            bare=short,
-            opened=short,
-            shown=shown,
-            first_seed=first_seed,
-        )
+        asked |= {"bare": short, "opened": short, "shown": shown, "first_seed": first_seed}
+        return world_scorers.cases(self.concept, self.word, **asked)
 
     def run_scores(
         self, pipe: Pipeline, config: ConfigDict, shown: Sequence[Picture]
     ) -> "RunScores":
-        options = {"seed": config.seed, "shown": shown}
-        return RunScores(Exam(pipe, config.teacher, self.concept, self.word, **options), pipe)
+        asked = {"concepts": SHORT, "ordinary": ORDINARY * SHORT, "seed": config.seed}
+        if self.edits:
+            cases = edit_cases.cases(self.concept, self.word, **asked)
+        else:
+            cases = world_scorers.cases(self.concept, self.word, **asked, shown=shown)
+        return RunScores(Exam(pipe, config.teacher, cases), pipe)
 
 
 class RunScores:
@@ -77,5 +84,7 @@ class RunScores:
 
 def of_folder(folder: Path) -> WorldJudge | None:
     """The judge of a data set of the miniature; None for any other data set."""
-    file = folder / FILE
-    return WorldJudge(*read_concept(file)) if file.is_file() else None
+    for name, editing in ((FILE, False), (edits.CONCEPT, True)):
+        if (folder / name).is_file():
+            return WorldJudge(*read_concept(folder / name), editing)
+    return None

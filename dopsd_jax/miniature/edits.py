@@ -1,7 +1,6 @@
 """Edits of a picture with one thing: what the instruction names changes, all else stays."""
 
 import dataclasses
-import json
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -18,6 +17,7 @@ from dopsd_jax.miniature.world import Concept, Scene, Thing
 KINDS = ("ground", "place", "size", "thing")
 AS_SHOWN = "as shown"  # behind a caption: of the thing that the reference shows
 LIKE_LAST = "like the last"  # behind an instruction: the last reference shows what is wanted
+CONCEPT = "edited_concept.json"  # as concept.json, of pictures that are edited
 _SAME = ("the same", "the same thing")
 _SIZES = {"small": "smaller", "large": "larger"}
 _INSTEAD = "in its place"
@@ -67,9 +67,13 @@ def edit(
     dark = max(world.body_colour(new)) < world.DARK
     if before.ground not in world.suitable_grounds((new,)) or (dark and before.finish):
         return None
-    text = captions.with_articles(f"a {captions.noun(new, rng)} {_INSTEAD}")
     new = dataclasses.replace(new, place=thing.place, size=thing.size)
-    return Edit(before, text, dataclasses.replace(before, things=(new,)))
+    return Edit(before, in_its_place(new, rng), dataclasses.replace(before, things=(new,)))
+
+
+def in_its_place(thing: Thing, rng: np.random.Generator) -> str:
+    """The instruction that puts a thing where another one stands."""
+    return captions.with_articles(f"a {captions.noun(thing, rng)} {_INSTEAD}")
 
 
 def _with(scene: Scene, **changes: int) -> Scene:
@@ -102,9 +106,9 @@ def write_pairs(
 ) -> Path:
     """Writes a data set that teaches the editor a word; returns the folder.
 
-    before/, after/: pictures of named things, and with the concept in their places; pairs.jsonl:
-    a line each pair with the instruction; concept.json. Raises `UserError` if the folder holds
-    something already.
+    before/: pictures of named things. after/: the same with the concept in their places, a text
+    file with the instruction beside each, and the concept in the file `CONCEPT`. Raises `UserError`
+    if the folder holds something already.
     """
     rng = np.random.default_rng([seed, 8])
     thing = lambda: world.random_thing(rng, concept, word)
@@ -112,14 +116,11 @@ def write_pairs(
     drawn = pictures([seed, 9], [e.before for e in found], [e.after for e in found])
     folder = Path(folder).expanduser()
     with atomic_folder(folder) as partial:
-        lines = []
+        for name, images in zip(("before", "after"), drawn, strict=True):
+            (partial / name).mkdir()
+            for i, image in enumerate(images):
+                Image.fromarray(image).save(partial / name / f"{i:03d}.png")
         for i, one in enumerate(found):
-            row = {"file_name": f"after/{i:03d}.png", "reference": f"before/{i:03d}.png"}
-            for name, images in zip(reversed(row.values()), drawn, strict=True):
-                path = partial / name
-                path.parent.mkdir(exist_ok=True)
-                Image.fromarray(images[i]).save(path)
-            lines.append(json.dumps(row | {"text": one.text}))
-        (partial / "pairs.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
-        concepts.write_concept(partial / concepts.FILE, word, concept)
+            (partial / "after" / f"{i:03d}.txt").write_text(one.text + "\n", encoding="utf-8")
+        concepts.write_concept(partial / "after" / CONCEPT, word, concept)
     return folder

@@ -10,14 +10,11 @@ from jaxtyping import Float
 from dopsd_jax.conditioning.encoding import STUDENT, TEACHER
 from dopsd_jax.evaluation.appearance import contrast
 from dopsd_jax.evaluation.drawing import Painter, Shot
-from dopsd_jax.evaluation.scorer import Picture
+from dopsd_jax.evaluation.scorer import Case
 from dopsd_jax.evaluation.verdict import Findings, Likeness, Reading
 from dopsd_jax.families.pipeline import Pipeline
 from dopsd_jax.miniature import judge, render, world_scorers
-from dopsd_jax.miniature.world import Concept
 from dopsd_jax.miniature.world_scorers import CONCEPT, ORDINARY, OTHER
-
-ORDINARY_EACH = 2  # ordinary prompts for each one of the concept
 
 
 class ModelScores(NamedTuple):
@@ -34,36 +31,20 @@ class ModelScores(NamedTuple):
 
 
 class Exam:
-    """A few fixed prompts about a concept. Made once, it scores any number of weights.
+    """Fixed prompts about a concept. Made once, it scores any number of weights.
 
     Contexts are computed here; afterwards the encoders may be freed. Every call draws pictures of
     the same shapes, so only the first compiles.
 
     Args:
       teacher: config.teacher.
-      count: prompts of the concept; twice as many ordinary ones are drawn.
-      others: prompts of the concept's arrangements under other new words.
-      seed: of prompts and noise. shown: pictures of the data set; their arrangements are not asked.
+      cases: of the kinds CONCEPT, ORDINARY and OTHER, of `world_scorers.cases` or `edit_cases`.
     """
 
-    def __init__(
-        self,
-        pipe: Pipeline,
-        teacher: Mapping[str, Any],
-        concept: Concept,
-        word: str,
-        *,
-        count: int = 6,
-        others: int = 0,
-        seed: int = 0,
-        shown: Sequence[Picture] = (),
-    ):
-        asked = {"concepts": count, "ordinary": ORDINARY_EACH * count, "others": others}
-        cases = world_scorers.cases(concept, word, **asked, seed=seed, shown=shown)
-        self.concept = [case for case in cases if case.kind == CONCEPT]
-        self.ordinary = [case for case in cases if case.kind == ORDINARY]
-        self.others = [case for case in cases if case.kind == OTHER]
-        self.painter = Painter(pipe, teacher, batch=count)
+    def __init__(self, pipe: Pipeline, teacher: Mapping[str, Any], cases: Sequence[Case]):
+        of = lambda kind: [case for case in cases if case.kind == kind]
+        self.concept, self.ordinary, self.others = map(of, (CONCEPT, ORDINARY, OTHER))
+        self.painter = Painter(pipe, teacher, batch=len(self.concept))
         for role, own in ((STUDENT, cases), (TEACHER, self.concept)):
             for _ in self.painter.encode(own, role):
                 pass
