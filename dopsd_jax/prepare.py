@@ -50,7 +50,8 @@ from dopsd_jax.conditioning.features import prepared_settings
 from dopsd_jax.data import prepared_parts as parts
 from dopsd_jax.data import sets
 from dopsd_jax.data.blobs import Blob
-from dopsd_jax.data.dataset import Dataset, describe, measure, spread
+from dopsd_jax.data.dataset import Dataset, describe, spread
+from dopsd_jax.data.measure import measure
 from dopsd_jax.data.prepared import short
 from dopsd_jax.data.rows import Rows
 from dopsd_jax.data.table import WHOLE, Chosen, DataRow

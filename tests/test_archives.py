@@ -12,8 +12,8 @@ from PIL import Image
 from dopsd_jax.common.errors import UserError
 from dopsd_jax.data.buckets import make_buckets
 from dopsd_jax.data.cache import FeatureCache
-from dopsd_jax.data.dataset import measure
 from dopsd_jax.data.images import open_image
+from dopsd_jax.data.measure import measure
 from dopsd_jax.data.rows import load_rows
 from dopsd_jax.data.sources import array_record, tar
 

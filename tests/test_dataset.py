@@ -6,9 +6,10 @@ from PIL import Image
 
 from dopsd_jax.common.errors import UserError
 from dopsd_jax.data.buckets import UPSTREAM, Bucket, Shape, make_buckets
-from dopsd_jax.data.dataset import describe, measure
+from dopsd_jax.data.dataset import describe
 from dopsd_jax.data.images import ImageLimits, fit, open_image
 from dopsd_jax.data.loader import Batches
+from dopsd_jax.data.measure import measure
 from dopsd_jax.data.rows import load_rows
 from dopsd_jax.random_model import synthetic
 

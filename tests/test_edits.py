@@ -11,8 +11,8 @@ from PIL import Image
 from dopsd_jax.common.errors import UserError
 from dopsd_jax.config.fields import defaults
 from dopsd_jax.data.buckets import Bucket, Shape, parse_buckets
-from dopsd_jax.data.dataset import measure
 from dopsd_jax.data.loader import Batches
+from dopsd_jax.data.measure import measure
 from dopsd_jax.data.rows import load_rows
 from dopsd_jax.families.flux2_klein import family as klein
 from dopsd_jax.families.flux2_klein.references import reference_size

@@ -8,7 +8,7 @@ from PIL import Image
 
 from dopsd_jax.common.errors import UserError
 from dopsd_jax.data.buckets import Bucket
-from dopsd_jax.data.dataset import measure
+from dopsd_jax.data.measure import measure
 from dopsd_jax.data.rows import load_rows
 from dopsd_jax.evaluation import prompts, seeds
 

@@ -10,7 +10,7 @@ import pytest
 from dopsd_jax.common.errors import UserError
 from dopsd_jax.data.buckets import Bucket, Shape
 from dopsd_jax.data.loader import Batches, prefetch
-from dopsd_jax.data.rows import DataRow
+from dopsd_jax.data.table import DataRow
 
 KEYS = ("short_en", "medium_en", "short_zh")
 

@@ -11,7 +11,7 @@ import pytest
 
 from dopsd_jax.data.buckets import Bucket, Shape
 from dopsd_jax.data.loader import BatchIndex
-from dopsd_jax.data.rows import DataRow
+from dopsd_jax.data.table import DataRow
 from dopsd_jax.dopsd import Losses
 from dopsd_jax.reporting.incidents import write_incident
 from dopsd_jax.training import state, train_step

@@ -17,8 +17,8 @@ from dopsd_jax.conditioning.features import check_prepared
 from dopsd_jax.config import schema
 from dopsd_jax.config.loading import load
 from dopsd_jax.data.concepts import other_pictures
-from dopsd_jax.data.dataset import measure
 from dopsd_jax.data.images import ImageInfo
+from dopsd_jax.data.measure import measure
 from dopsd_jax.data.prepared import Prepared
 from dopsd_jax.data.rows import load_rows
 from dopsd_jax.data.table import DataRow

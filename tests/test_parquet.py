@@ -5,7 +5,7 @@ import sys
 import pytest
 from test_archives import BUCKETS, content, png, problems_of, write_folder
 
-from dopsd_jax.data.dataset import measure
+from dopsd_jax.data.measure import measure
 from dopsd_jax.data.rows import load_rows
 
 pa, pq = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")

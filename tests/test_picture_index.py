@@ -11,8 +11,8 @@ from dopsd_jax.common.errors import UserError
 from dopsd_jax.data import picture_index
 from dopsd_jax.data.buckets import make_buckets, nearest
 from dopsd_jax.data.cache import FeatureCache
-from dopsd_jax.data.dataset import measure
 from dopsd_jax.data.images import ImageLimits
+from dopsd_jax.data.measure import measure
 from dopsd_jax.data.picture_index import Infos, PictureIndex
 from dopsd_jax.data.rows import load_rows
 from dopsd_jax.data.sources.captions import KNOWN_KEYS
@@ -96,7 +96,7 @@ def test_a_damaged_index_is_made_anew(folder, tmp_path):
 
 
 def test_long_lists_of_pictures_are_looked_at_in_pieces(folder, monkeypatch, capsys):
-    monkeypatch.setattr("dopsd_jax.data.dataset._AT_ONCE", 3)
+    monkeypatch.setattr("dopsd_jax.data.measure._AT_ONCE", 3)
     monkeypatch.setattr("dopsd_jax.common.progress.LINE_SECONDS", 0.0)
     dataset = measure(load_rows(folder), BUCKETS)
     assert [info.width for info in dataset.infos] == [64, 80, 96, 112]

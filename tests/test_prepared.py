@@ -19,7 +19,7 @@ from dopsd_jax.conditioning.encoding import STUDENT, TEACHER, Encoder
 from dopsd_jax.config.fields import defaults
 from dopsd_jax.data import prepared_parts as parts
 from dopsd_jax.data.buckets import make_buckets
-from dopsd_jax.data.dataset import measure
+from dopsd_jax.data.measure import measure
 from dopsd_jax.data.prepared import Prepared
 from dopsd_jax.data.rows import load_rows
 from dopsd_jax.families.pipeline import pipeline

@@ -17,8 +17,9 @@ from dopsd_jax.common.config_fields import as_paths
 from dopsd_jax.config.fields import defaults
 from dopsd_jax.data import prepared_parts as parts
 from dopsd_jax.data.buckets import make_buckets
-from dopsd_jax.data.dataset import describe, measure
+from dopsd_jax.data.dataset import describe
 from dopsd_jax.data.loader import Batches
+from dopsd_jax.data.measure import measure
 from dopsd_jax.data.prepared_parts import names_prepared
 from dopsd_jax.data.rows import load_sets
 from dopsd_jax.data.sets import parts_of, shares_of

@@ -14,8 +14,8 @@ from PIL import Image
 from dopsd_jax.common.errors import UserError
 from dopsd_jax.data import rows as rows_module
 from dopsd_jax.data.buckets import Bucket
-from dopsd_jax.data.dataset import measure
 from dopsd_jax.data.images import inspect_image, open_image
+from dopsd_jax.data.measure import measure
 from dopsd_jax.data.rows import load_rows
 from dopsd_jax.data.sources import tar
 from dopsd_jax.data.sources.layout import Layout

@@ -7,8 +7,9 @@ from test_prepared import problems_of
 
 from dopsd_jax.config.fields import declared, defaults
 from dopsd_jax.data.buckets import Bucket
-from dopsd_jax.data.dataset import describe, measure
+from dopsd_jax.data.dataset import describe
 from dopsd_jax.data.images import crop_name, fit
+from dopsd_jax.data.measure import measure
 from dopsd_jax.data.picture_index import PictureIndex
 from dopsd_jax.data.rows import load_rows
 from dopsd_jax.data.table import WHOLE, Table, View

@@ -45,8 +45,7 @@ def parse_json(content: str | bytes, where: str, again: str = DOWNLOAD, finite: 
     """
     try:
         text = content.decode("utf-8-sig") if isinstance(content, bytes) else content
-        number = functools.partial(_whole_number, finite=finite)
-        found = json.loads(text, object_pairs_hook=_unique_pairs, parse_int=number)
+        found = json.loads(text, cls=_decoder, finite=finite)
         _check(found, finite)
         return found
     except _Refused as error:
@@ -58,6 +57,13 @@ def parse_json(content: str | bytes, where: str, again: str = DOWNLOAD, finite: 
 
 class _Refused(ValueError):
     """JSON by the grammar, but nothing that can be meant."""
+
+
+@functools.cache
+def _decoder(finite: bool) -> json.JSONDecoder:
+    """What `json.loads` would make anew for every line of a table."""
+    number = functools.partial(_whole_number, finite=finite)
+    return json.JSONDecoder(object_pairs_hook=_unique_pairs, parse_int=number)
 
 
 def _unique_pairs(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

@@ -1,36 +1,25 @@
-"""The data set as a whole: every row checked, measured and put into a bucket."""
+"""The data set as a whole: rows with the facts of their pictures, as `measure` finds them."""
 
 import functools
 import hashlib
 import json
 from array import array
-from collections.abc import Callable, Iterable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 
 import numpy as np
 
-from dopsd_jax.common.errors import UserError, raise_if
-from dopsd_jax.common.progress import Progress
-from dopsd_jax.data import masks, sets
-from dopsd_jax.data.blobs import Blob
-from dopsd_jax.data.buckets import Bucket, Reference, Shape, nearest_at
+from dopsd_jax.data import sets
+from dopsd_jax.data.buckets import Bucket, Reference, Shape
 from dopsd_jax.data.concepts import Shown
-from dopsd_jax.data.images import ImageInfo, ImageLimits, enlargement
-from dopsd_jax.data.picture_index import Infos, PictureIndex
+from dopsd_jax.data.picture_index import Infos
 from dopsd_jax.data.prepared import Caption, Prepared
-from dopsd_jax.data.rows import Rows
 from dopsd_jax.data.sets import PartOfRows, draws_per_epoch
 from dopsd_jax.data.sources.collector import Examples
-from dopsd_jax.data.table import WHOLE, Chosen, DataRow
+from dopsd_jax.data.table import WHOLE, Chosen, RowList
 from dopsd_jax.data.varied import EMPTY
 
 MOST_SHAPES = 24  # that are described
-_AT_ONCE = 1024  # rows given to the threads at a time
-# Bucket of a row, height and width of a reference, what messages call it -> the size that the model
-# is given. Raises `UserError` for a size that it cannot be given.
-ReferenceSize = Callable[[Bucket, int, int, str], Bucket]
 
 
 @dataclass(frozen=True)
@@ -44,8 +33,8 @@ class Dataset:
     of its mask, "" where all of it counts; empty: there are no masks.
     """
 
-    rows: Sequence[DataRow]
-    infos: Sequence[ImageInfo]
+    rows: RowList
+    infos: Infos
     buckets: tuple[Bucket, ...]
     prompt_keys: tuple[str, ...]
     notes: tuple[str, ...]
@@ -62,16 +51,18 @@ class Dataset:
 
     def rows_by_shape(self) -> dict[Shape, np.ndarray]:
         """Row numbers of each shape that has any."""
-        found: dict[Shape, array] = {}
-        for row in range(len(self.buckets)):
-            found.setdefault(self.shape(row), array("q")).append(row)
-        return {shape: np.array(found[shape], np.int64) for shape in sorted(found)}
+        rows = range(len(self.buckets))
+        shapes = map(self.shape, rows) if self.references else map(Shape, self.buckets)
+        known: dict[Shape, int] = {}
+        numbers = np.array([known.setdefault(shape, len(known)) for shape in shapes], np.int64)
+        parts = np.split(numbers.argsort(kind="stable"), np.bincount(numbers).cumsum()[:-1])
+        return {shape: parts[known[shape]] for shape in sorted(known)}
 
     def part(self, numbers: Sequence[int]) -> "Dataset":
         """The rows of these numbers, in their order; of one set that is not prepared."""
         pick = lambda found: tuple(found[i] for i in numbers)
         rows, references = Chosen(self.rows, numbers), self.references and pick(self.references)
-        infos, buckets = pick(self.infos), pick(self.buckets)
+        infos, buckets = self.infos.take(numbers), pick(self.buckets)
         others, masks = self.others and pick(self.others), self.masks and pick(self.masks)
         own = {"references": references, "others": others, "masks": masks}
         return replace(self, rows=rows, infos=infos, buckets=buckets, **own)
@@ -84,14 +75,14 @@ class Dataset:
         """Every caption under `keys`, in order; None: under any."""
         return [
             (row, i)
-            for row, own in enumerate(self.rows)
-            for i, (key, _) in enumerate(own.captions)
+            for row in range(len(self.rows))
+            for i, (key, _) in enumerate(self.rows.captions(row))
             if keys is None or key in keys
         ]
 
     def caption(self, row: int, keys: Sequence[str]) -> Caption:
         """The first caption of a row under any of `keys`."""
-        captions = self.rows[row].captions
+        captions = self.rows.captions(row)
         return row, next(i for i, (key, _) in enumerate(captions) if key in keys)
 
     def digest(self) -> str:
@@ -104,142 +95,16 @@ class Dataset:
     @functools.cached_property
     def _digest(self) -> str:
         total = hashlib.sha256()
-        for row, info, bucket in zip(self.rows, self.infos, self.buckets, strict=True):
-            captions = [caption for caption in row.captions if caption[0] != EMPTY]
-            view = [row.view] if row.view != WHOLE else []
-            total.update(json.dumps([info.digest, bucket, captions, *view]).encode())
+        for row, bucket in enumerate(self.buckets):
+            captions = [own for own in self.rows.captions(row) if own[0] != EMPTY]
+            view = self.rows.view(row)
+            seen = [self.infos.digest(row), bucket, captions, *[view] * (view != WHOLE)]
+            total.update(json.dumps(seen).encode())
         if self.references:
             total.update(json.dumps(list(self.references)).encode())
         if self.masks:
             total.update(json.dumps(self.masks).encode())
         return total.hexdigest()
-
-
-def measure(
-    rows: Rows,
-    buckets: Sequence[Bucket],
-    limits: ImageLimits | None = None,
-    *,
-    verify: bool = True,
-    workers: int = 4,
-    index: PictureIndex | None = None,
-    reference_size: ReferenceSize | None = None,
-    levels: Sequence[Sequence[Bucket]] = (),
-    masked: str = masks.OFF,
-) -> Dataset:
-    """Opens every picture once and chooses its bucket; raises the faults of all rows together.
-
-    With `verify` every picture is decoded, so that nothing fails hours later. Pictures that `index`
-    knows and that have not changed are not opened; it is updated, also after an error. `levels`:
-    the buckets of each resolution, from the lowest, for rows that are shown at several. `masked`:
-    config.data.masks.
-    """
-    limits, levels = limits or ImageLimits(), levels or (buckets,)
-    index = index or PictureIndex(None)
-    infos, problems, references, chosen, regions = Infos(), [], [], [], []
-    count = len(rows.rows)
-    progress = Progress("looking at pictures", count, quiet=count <= _AT_ONCE)
-
-    def look(picture: Path | Blob) -> ImageInfo | UserError:
-        try:
-            return index.look(picture, limits, verify)
-        except UserError as error:
-            return error
-
-    def look_at_mask(row: DataRow) -> ImageInfo | UserError:
-        own = lambda _, limits, verify: masks.inspect_mask(row, limits)
-        try:
-            return index.look(row.mask or row.image, limits, verify, own, f"mask {masked}")
-        except UserError as error:
-            return error
-
-    # The pool queues all items at once, so it gets a few at a time.
-    with ThreadPoolExecutor(workers) as pool, index:
-        for first in range(0, count, _AT_ONCE):
-            some = [rows.rows[i] for i in range(first, min(first + _AT_ONCE, count))]
-            # Rows may share pictures, as those do that count several times.
-            pictures = dict.fromkeys(p for row in some for p in (row.image, *row.references))
-            seen = dict(zip(pictures, pool.map(look, pictures), strict=True))
-            with_mask = {row.mask or row.image: row for row in some if _has_mask(row, masked)}
-            looked = pool.map(look_at_mask, with_mask.values())
-            seen_masks = dict(zip(with_mask, looked, strict=True))
-            for row in some:
-                found = [seen[picture] for picture in (row.image, *row.references)]
-                mask = seen_masks.get(row.mask or row.image) if _has_mask(row, masked) else None
-                faults = list(_faults(row, found)) or masks.faults(row, found[0], mask)
-                if faults:
-                    problems += faults
-                    continue
-                infos.append(found[0])
-                regions.append("" if mask is None or mask.notes else mask.digest)
-                bucket = nearest_at(found[0].width, found[0].height, levels, row.view.level)
-                chosen.append(bucket)
-                own = []
-                for path, info in zip(row.references, found[1:], strict=True):
-                    try:
-                        where = f"{row.where}: {path}"
-                        size = reference_size(bucket, info.height, info.width, where)
-                        own.append(Reference(info.digest, size))
-                    except UserError as error:
-                        problems += error.problems
-                references.append(tuple(own))
-            progress.advance(len(some))
-            index.save_sometimes()
-    raise_if(dict.fromkeys(problems))
-    chosen = tuple(chosen)
-    notes = (*rows.notes, *_notes(rows.rows, infos, chosen))
-    regions = () if masked == masks.OFF else tuple(regions)
-    references = references if any(references) else ()
-    own = {"references": references, "sets": rows.sets, "masks": regions}
-    return Dataset(rows.rows, infos, chosen, rows.prompt_keys, notes, **own)
-
-
-def _has_mask(row: DataRow, masked: str) -> bool:
-    return masked == masks.ALPHA or row.mask is not None
-
-
-def _faults(row: DataRow, found: Sequence[ImageInfo | UserError]) -> Iterable[str]:
-    """What is wrong with a row's picture and references, as they were `found`."""
-    for picture, one in zip((row.image, *row.references), found, strict=True):
-        if isinstance(one, UserError):
-            own = row.where == str(picture)
-            yield from (fault if own else f"{row.where}: {fault}" for fault in one.problems)
-
-
-def _notes(rows: Sequence[DataRow], infos: Infos, buckets: Sequence[Bucket]) -> Iterable[str]:
-    """One line for each kind of remark, with the rows it concerns."""
-    by_remark: dict[str, Examples] = {}
-    enlarged, wrong_size, repeated, most = Examples(), Examples(), Examples(), 0.0
-    # A row that counts several times (data.folder_repeats, data.flip) stands there as often.
-    new, before = np.ones(len(rows), bool), None
-    for i, (row, info, bucket) in enumerate(zip(rows, infos, buckets, strict=True)):
-        row = replace(row, view=WHOLE)
-        new[i], before = row != before, row
-        for remark in info.notes:
-            by_remark.setdefault(remark, Examples()).add(row.where)
-        times = enlargement(info.width, info.height, *bucket)
-        if times > 1:
-            enlarged.add(row.where)
-            most = max(most, times)
-        if row.declared_size not in (None, (info.width, info.height)):
-            declared = "x".join(map(str, row.declared_size))
-            wrong_size.add(f"{row.where} ({declared}, is {info.width}x{info.height})")
-    for i in np.flatnonzero(infos.repeated(new)):
-        repeated.add(rows[i].where)
-    for remark, where in by_remark.items():
-        yield f"{where.count} of {len(rows)} pictures: {remark}: {where}"
-    if enlarged:
-        yield (
-            f"{enlarged.count} of {len(rows)} pictures are smaller than their bucket and are "
-            f"enlarged, up to {most:.2f} times: {enlarged}"
-        )
-    if wrong_size:
-        yield (
-            f"'h*w' or 'w*h' (not used) disagrees with the file in {wrong_size.count} of "
-            f"{len(rows)} rows: {wrong_size}"
-        )
-    if repeated:
-        yield f"{repeated.count} rows share a picture with another row: {repeated}"
 
 
 def describe(dataset: Dataset, batch_size: int) -> list[str]:
@@ -255,12 +120,10 @@ def describe(dataset: Dataset, batch_size: int) -> list[str]:
     ]
     lines += sets.describe(dataset.sets)
     if dataset.masks:
-        whole = Examples()
-        for row, mask in zip(dataset.rows, dataset.masks, strict=True):
-            if not mask:
-                whole.add(row.where)
+        whole = [row for row, mask in enumerate(dataset.masks) if not mask]
+        named = Examples.of(whole, dataset.rows.where)
         count = len(dataset.masked())
-        rest = f"; of {whole.count} without one all counts: {whole}" if whole else ""
+        rest = f"; of {named.count} without one all counts: {named}" if named else ""
         lines.append(f"masks: {count} of {len(dataset.masks)} rows have one{rest}")
     for shape, rows in list(by_shape.items())[:MOST_SHAPES]:
         sizes = dataset.infos.sizes()[rows]
@@ -272,8 +135,8 @@ def describe(dataset: Dataset, batch_size: int) -> list[str]:
             "give the references few sizes, or set data.reference_crop=bucket"
         )
     lengths: dict[str, array] = {}
-    for row in dataset.rows:
-        for key, text in row.captions:
+    for row in range(len(dataset.rows)):
+        for key, text in dataset.rows.captions(row):
             lengths.setdefault(key, array("i")).append(len(text))
     lengths.pop(EMPTY, None)
     for key, found in lengths.items():

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 import numpy as np
-from jaxtyping import UInt8
+from jaxtyping import Float64, Int64, UInt8
 from PIL import ExifTags, Image, ImageOps
 
 from dopsd_jax.common.errors import UserError
@@ -24,6 +24,7 @@ from dopsd_jax.data.rgb import UnsupportedModeError, mark_sixteen_bits, opacity,
 
 # Names of Pillow's readers.
 FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "TIFF", "GIF", "AVIF", heic.FORMAT)
+Sides = int | Int64[np.ndarray, " n"]  # of a picture, or of many
 FIRST_BYTES = 16  # enough for `format_of`
 CONVERT = "convert it to PNG or JPEG"
 # Bytes of a file; the second for formats that Pillow reads whole, which pack their pixels well.
@@ -285,6 +286,8 @@ def crop_name(width: int, height: int) -> str:
     return f"cover-bicubic-centre-1:{width}x{height}"
 
 
-def enlargement(width: int, height: int, to_width: int, to_height: int) -> float:
+def enlargement(
+    width: Sides, height: Sides, to_width: Sides, to_height: Sides
+) -> float | Float64[np.ndarray, " n"]:
     """How many times `fit` enlarges; 1 or less means that no pixels are invented."""
-    return max(to_width / width, to_height / height)
+    return np.maximum(to_width / width, to_height / height)

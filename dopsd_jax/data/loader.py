@@ -16,8 +16,8 @@ from jaxtyping import Int64
 
 from dopsd_jax.data.buckets import Shape
 from dopsd_jax.data.draws import permutation, random_numbers, shares
-from dopsd_jax.data.rows import DataRow
 from dopsd_jax.data.sets import PartOfRows, draws_per_epoch
+from dopsd_jax.data.table import DataRow
 
 T = TypeVar("T")
 

@@ -7,7 +7,7 @@ or the picture's own transparency. It is cut as its picture is, and averaged to 
 import functools
 import hashlib
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
 
@@ -19,7 +19,7 @@ from dopsd_jax.data.buckets import Bucket
 from dopsd_jax.data.images import ImageInfo, ImageLimits, open_alpha, open_image
 from dopsd_jax.data.sources.collector import listing
 from dopsd_jax.data.sources.files import normal, stem_of
-from dopsd_jax.data.table import DataRow, Strings, View
+from dopsd_jax.data.table import DataRow, Derived, RowList, Strings, View
 from dopsd_jax.data.views import cut
 
 OFF, FILES, ALPHA = KINDS = ("off", "files", "alpha")  # of config.data.masks
@@ -29,10 +29,10 @@ WHOLE = ("white everywhere",)  # the notes of a mask that changes nothing
 _COLOURED = 48  # of 255: channels further apart than that are no grey, JPEG's errors included
 
 
-class Masked(Sequence[DataRow]):
+class Masked(Derived):
     """Rows with the mask files that lie beside their pictures."""
 
-    def __init__(self, rows: Sequence[DataRow], masks: Iterable[str]):
+    def __init__(self, rows: RowList, masks: Iterable[str]):
         self.rows, self.masks = rows, Strings(masks)
 
     def __len__(self) -> int:
@@ -42,8 +42,11 @@ class Masked(Sequence[DataRow]):
         row, mask = self.rows[i], self.masks[i]
         return replace(row, mask=Path(mask)) if mask else row
 
+    def origin(self, i: int) -> tuple[RowList, int]:
+        return self.rows, i
 
-def with_masks(rows: Sequence[DataRow], where: str) -> Masked:
+
+def with_masks(rows: RowList, where: str) -> Masked:
     """The rows with their mask files. Raises `UserError` for several of a picture, or none at all.
 
     `where`: the data set, for messages.

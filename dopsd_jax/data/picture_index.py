@@ -1,26 +1,29 @@
 """What is known of each picture, in columns, and remembered from start to start."""
 
+import contextlib
 import hashlib
 import json
 import os
-import threading
 import time
 from array import array
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import astuple
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Executor
 from pathlib import Path
 
 import numpy as np
 from jaxtyping import Bool, Int64
 
+from dopsd_jax.common.errors import UserError
 from dopsd_jax.data.blobs import Blob
 from dopsd_jax.data.cache import FeatureCache
-from dopsd_jax.data.images import ImageInfo, ImageLimits, inspect_image
+from dopsd_jax.data.images import ImageInfo
 
 VERSION = 1  # raise it when `inspect_image` finds something else
 SETTLED = 2.0  # seconds: a file written later than that may change again within its time stamp
 SAVE_SECONDS = 300.0
 _STAMP = 16  # bytes
+_STAMPS = f"S{_STAMP}"  # equal if all bytes are
+Picture = str | Path | Blob  # a file, or a picture inside an archive
 
 
 class Infos(Sequence[ImageInfo]):
@@ -32,23 +35,37 @@ class Infos(Sequence[ImageInfo]):
         self._kinds: list[tuple[str, ...]] = []
 
     def append(self, info: ImageInfo) -> None:
-        code = self._known.setdefault(info.notes, len(self._kinds))
-        if code == len(self._kinds):
-            self._kinds.append(info.notes)
         self._sizes.extend((info.width, info.height))
         self._digests += bytes.fromhex(info.digest)
-        self._notes.append(code)
+        self._notes.append(self._code(info.notes))
+
+    def extend(self, others: "Infos") -> None:
+        codes = np.array([self._code(notes) for notes in others._kinds], np.int16)
+        self._sizes.extend(others._sizes)
+        self._digests += others._digests
+        self._notes.frombytes(codes[np.array(others._notes)].tobytes())
+
+    def _code(self, notes: tuple[str, ...]) -> int:
+        code = self._known.setdefault(notes, len(self._kinds))
+        if code == len(self._kinds):
+            self._kinds.append(notes)
+        return code
 
     def __len__(self) -> int:
         return len(self._notes)
 
     def __getitem__(self, i: int) -> ImageInfo:
         i = range(len(self))[i]
-        digest = self._digests[32 * i : 32 * i + 32].hex()
-        return ImageInfo(*self._sizes[2 * i : 2 * i + 2], digest, self._kinds[self._notes[i]])
+        return ImageInfo(*self.size(i), self.digest(i), self._kinds[self._notes[i]])
 
     def __iter__(self) -> Iterator[ImageInfo]:
         return (self[i] for i in range(len(self)))
+
+    def size(self, i: int) -> tuple[int, int]:
+        return self._sizes[2 * i], self._sizes[2 * i + 1]
+
+    def digest(self, i: int) -> str:
+        return self._digests[32 * i : 32 * i + 32].hex()
 
     def sizes(self) -> Int64[np.ndarray, "n 2"]:
         """Widths and heights."""
@@ -67,6 +84,26 @@ class Infos(Sequence[ImageInfo]):
         """The number of different contents."""
         return len(np.unique(self._groups()))
 
+    def follow_same(self) -> Bool[np.ndarray, " n"]:
+        """Which pictures have the content of the one before them."""
+        group = self._groups()
+        return np.concatenate([[False], group[1:] == group[:-1]])
+
+    def remarks(self) -> dict[str, Int64[np.ndarray, " k"]]:
+        """The pictures of each remark for the user, in the order of the first ones."""
+        notes, found = np.array(self._notes), {}
+        codes, first = np.unique(notes, return_index=True)
+        for code in codes[np.argsort(first)]:
+            for remark in self._kinds[code]:
+                found.setdefault(remark, []).append(code)
+        return {remark: np.flatnonzero(np.isin(notes, own)) for remark, own in found.items()}
+
+    def take(self, rows: Sequence[int]) -> "Infos":
+        """Those of these numbers, in their order."""
+        arrays, rows = self.arrays(), np.asarray(rows, np.int64)
+        kinds = {"kinds": arrays.pop("kinds")}
+        return Infos.from_arrays({name: own[rows] for name, own in arrays.items()} | kinds)
+
     # As arrays, to be stored.
 
     def arrays(self) -> dict[str, np.ndarray]:
@@ -81,12 +118,35 @@ class Infos(Sequence[ImageInfo]):
     @classmethod
     def from_arrays(cls, arrays: dict[str, np.ndarray]) -> "Infos":
         infos = cls()
-        infos._sizes.extend(arrays["sizes"].reshape(-1).tolist())
+        infos._sizes.frombytes(arrays["sizes"].tobytes())
         infos._digests += arrays["digests"].tobytes()
-        infos._notes.extend(arrays["notes"].tolist())
+        infos._notes.frombytes(arrays["notes"].astype(np.int16).tobytes())
         infos._kinds = [tuple(notes) for notes in json.loads(arrays["kinds"].tobytes())]
         infos._known = {notes: code for code, notes in enumerate(infos._kinds)}
         return infos
+
+
+class _Found:
+    """What earlier starts found, by stamp; `used`: which pictures are there in this one too."""
+
+    def __init__(self, stored: dict[str, np.ndarray] | None):
+        self.stamps, self.infos = np.zeros(0, _STAMPS), Infos()
+        if stored is not None:
+            stamps = np.frombuffer(stored["stamps"].tobytes(), _STAMPS)
+            order = np.argsort(stamps)
+            self.stamps, self.infos = stamps[order], Infos.from_arrays(stored).take(order)
+        self.used = np.zeros(len(self.stamps), bool)
+
+    def use(self, stamps: Sequence[bytes]) -> list[ImageInfo | None]:
+        """What is known of pictures."""
+        if not len(self.stamps) or not stamps:
+            return [None] * len(stamps)
+        asked = np.array(stamps, _STAMPS)
+        rows = np.minimum(np.searchsorted(self.stamps, asked), len(self.stamps) - 1)
+        known = self.stamps[rows] == asked
+        self.used[rows[known]] = True
+        pairs = zip(rows.tolist(), known.tolist(), strict=True)
+        return [self.infos[row] if there else None for row, there in pairs]
 
 
 class PictureIndex:
@@ -100,14 +160,8 @@ class PictureIndex:
         self.cache = cache
         self.key = hashlib.sha256(f"pictures {VERSION} {name}".encode()).hexdigest()
         self.opened = 0  # pictures that were not known
-        stored = cache.get(self.key) if cache is not None else None
-        self._old = Infos() if stored is None else Infos.from_arrays(stored)
-        stamps = b"" if stored is None else stored["stamps"].tobytes()
-        self._row_of = {
-            stamps[i : i + _STAMP]: row for row, i in enumerate(range(0, len(stamps), _STAMP))
-        }
+        self._old = _Found(cache.get(self.key) if cache is not None else None)
         self._stamps, self._new = bytearray(), Infos()
-        self._lock = threading.Lock()
         self._saved = time.monotonic()
         self._archives: dict[Path, os.stat_result] = {}
 
@@ -120,41 +174,43 @@ class PictureIndex:
 
     def look(
         self,
-        picture: Path | Blob,
-        limits: ImageLimits,
-        verify: bool,
-        inspect: Callable[..., ImageInfo] = inspect_image,
-        kind: str = "",
-    ) -> ImageInfo:
-        """`inspect_image`, or what it found the last time. Raises `UserError`.
+        pictures: Iterable[Picture],
+        inspect: Callable[[Picture], ImageInfo],
+        terms: Sequence[object],
+        pool: Executor,
+    ) -> dict[Picture, ImageInfo | UserError]:
+        """What `inspect` finds of each picture, or found the last time; a fault is not raised.
 
-        `inspect`: another look at it, of this `kind`.
+        `terms`: what it depends on besides the picture, in values that JSON has.
         """
-        found = lambda: inspect(picture, limits, verify=verify)
-        if self.cache is None:
-            return found()
-        try:
-            status = self._status(picture)
-        except OSError:  # the next line reports it
-            return found()
-        place = (picture.name, picture.place, picture.size) if isinstance(picture, Blob) else ()
-        file = picture.archive if isinstance(picture, Blob) else picture
-        identity = [
-            str(file), status.st_size, status.st_mtime_ns, *place, *astuple(limits), verify,
-            *[kind] * bool(kind),
-        ]  # fmt: skip
-        stamp = hashlib.sha256(json.dumps(identity).encode()).digest()[:_STAMP]
-        row = self._row_of.get(stamp)
-        known = row is not None
-        info = self._old[row] if known else found()
-        with self._lock:
-            self.opened += not known
-            if time.time() - status.st_mtime > SETTLED:
-                self._stamps += stamp
-                self._new.append(info)
-        return info
 
-    def _status(self, picture: Path | Blob) -> os.stat_result:
+        def found(picture: Picture) -> ImageInfo | UserError:
+            try:
+                return inspect(picture)
+            except UserError as error:
+                return error
+
+        ending, now = json.dumps(terms), time.time()
+        pictures = list(dict.fromkeys(pictures))
+        stamps = {}
+        for picture in pictures if self.cache is not None else ():
+            with contextlib.suppress(OSError):  # `inspect` reports it
+                status = self._status(picture)
+                stamps[picture] = _stamp(picture, status, ending), status.st_mtime
+        known = self._old.use([stamp for stamp, _ in stamps.values()])
+        infos = {picture: info for picture, info in zip(stamps, known, strict=True) if info}
+        missing = [picture for picture in pictures if picture not in infos]
+        for picture, info in zip(missing, pool.map(found, missing), strict=True):
+            infos[picture] = info
+            if picture in stamps and isinstance(info, ImageInfo):
+                stamp, written = stamps[picture]
+                self.opened += 1
+                if now - written > SETTLED:
+                    self._stamps += stamp
+                    self._new.append(info)
+        return infos
+
+    def _status(self, picture: Picture) -> os.stat_result:
         if not isinstance(picture, Blob):
             return os.stat(picture)
         if picture.archive not in self._archives:
@@ -170,16 +226,18 @@ class PictureIndex:
         self._saved = time.monotonic()
         if self.cache is None or not self.opened:
             return
-        with self._lock:
-            stamps, infos = bytearray(self._stamps), self._new
-            if keep_old:
-                infos = Infos.from_arrays(infos.arrays())
-                there = {bytes(stamps[i : i + _STAMP]) for i in range(0, len(stamps), _STAMP)}
-                for stamp, row in self._row_of.items():
-                    if stamp not in there:
-                        stamps += stamp
-                        infos.append(self._old[row])
-            if not stamps:
-                return
-            stamps = np.frombuffer(bytes(stamps), np.uint8).reshape(-1, _STAMP)
+        rows = np.flatnonzero(self._old.used | keep_old)
+        infos, stamps = self._old.infos.take(rows), self._old.stamps[rows].tobytes() + self._stamps
+        infos.extend(self._new)
+        if stamps:
+            stamps = np.frombuffer(stamps, np.uint8).reshape(-1, _STAMP)
             self.cache.put(self.key, infos.arrays() | {"stamps": stamps})
+
+
+def _stamp(picture: Picture, status: os.stat_result, ending: str) -> bytes:
+    """Names a picture as it is now, and what was asked of it."""
+    blob = isinstance(picture, Blob)
+    place = (picture.name, picture.place, picture.size) if blob else ()
+    file = str(picture.archive if blob else picture)
+    identity = json.dumps([file, status.st_size, status.st_mtime_ns, *place])
+    return hashlib.sha256(f"{identity[:-1]}, {ending[1:]}".encode()).digest()[:_STAMP]

@@ -19,7 +19,7 @@ from dopsd_jax.data.sources.archives import has_wildcard
 from dopsd_jax.data.sources.collector import Examples, listing
 from dopsd_jax.data.sources.files import FOREIGN, IMAGE_SUFFIXES, UNPACK
 from dopsd_jax.data.sources.layout import Layout, Options
-from dopsd_jax.data.table import WHOLE, DataRow, View
+from dopsd_jax.data.table import WHOLE, RowList, View
 from dopsd_jax.data.varied import CaptionVariants, Varied
 from dopsd_jax.data.views import Viewed
 
@@ -51,7 +51,7 @@ class Rows:
     `sets`: which rows are those of which data set, if there are several.
     """
 
-    rows: Sequence[DataRow]
+    rows: RowList
     prompt_keys: tuple[str, ...]
     notes: tuple[str, ...]
     sets: tuple[PartOfRows, ...] = ()
@@ -96,7 +96,7 @@ def load_rows(
     if not table and not problems:
         raise UserError(f"{collector.where}: holds no rows")
     raise_if(problems)
-    rows: Sequence[DataRow] = Varied(table, variants) if variants else table
+    rows: RowList = Varied(table, variants) if variants else table
     if chosen.masks:
         masks.forget()
         rows = masks.with_masks(rows, str(path))
@@ -106,12 +106,12 @@ def load_rows(
     return Rows(rows, table.keys, tuple(notes))
 
 
-def _names_sides(table: Sequence[DataRow]) -> list[str]:
+def _names_sides(table: RowList) -> list[str]:
     """A note about captions that a mirrored picture makes wrong."""
     found = Examples()
-    for row in table:
-        if any(_SIDES.search(text) for _, text in row.captions):
-            found.add(row.where)
+    for row in range(len(table)):
+        if any(_SIDES.search(text) for _, text in table.captions(row)):
+            found.add(table.where(row))
     why = "name left or right, and data.flip shows their pictures mirrored too"
     return [f"captions of {found.count} rows {why}: {found}"] * bool(found)
 

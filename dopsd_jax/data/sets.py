@@ -1,5 +1,6 @@
 """Several data sets as one, whose rows are drawn in given proportions."""
 
+import bisect
 import itertools
 import re
 from collections.abc import Sequence
@@ -11,7 +12,7 @@ import numpy as np
 from jaxtyping import Int64
 
 from dopsd_jax.common.errors import raise_if
-from dopsd_jax.data.table import DataRow
+from dopsd_jax.data.table import Captions, DataRow, Derived, RowList
 from dopsd_jax.data.varied import EMPTY
 
 
@@ -50,22 +51,30 @@ def describe(sets: Sequence[PartOfRows]) -> list[str]:
     return lines
 
 
-class Joined(Sequence[DataRow]):
+class Joined(Derived):
     """The rows of several data sets, one set behind the other, with captions under `keys` alone."""
 
-    def __init__(self, parts: Sequence[Sequence[DataRow]], keys: Sequence[str]):
+    def __init__(self, parts: Sequence[RowList], keys: Sequence[str]):
         self.parts, self.keys = parts, (*keys, EMPTY)
-        self._ends = np.cumsum([0, *map(len, parts)])
+        self._ends = np.cumsum([0, *map(len, parts)]).tolist()
 
     def __len__(self) -> int:
-        return int(self._ends[-1])
+        return self._ends[-1]
 
     def __getitem__(self, i: int) -> DataRow:
-        i = range(len(self))[i]
-        part = int(np.searchsorted(self._ends, i, "right")) - 1
-        row = self.parts[part][i - int(self._ends[part])]
-        captions = tuple(caption for caption in row.captions if caption[0] in self.keys)
+        rows, number = self.origin(range(len(self))[i])
+        row, captions = rows[number], self._known(rows.captions(number))
         return row if captions == row.captions else replace(row, captions=captions)
+
+    def origin(self, i: int) -> tuple[RowList, int]:
+        part = bisect.bisect_right(self._ends, i) - 1
+        return self.parts[part], i - self._ends[part]
+
+    def captions(self, i: int) -> Captions:
+        return self._known(super().captions(i))
+
+    def _known(self, captions: Captions) -> Captions:
+        return tuple(caption for caption in captions if caption[0] in self.keys)
 
 
 def parts_of(

@@ -4,6 +4,10 @@ A million rows as objects take more than a gigabyte; here a row costs its text a
 and becomes a `DataRow` when it is asked for.
 """
 
+import abc
+import copy
+import itertools
+import os
 from array import array
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -16,6 +20,7 @@ from jaxtyping import Bool
 from dopsd_jax.data.blobs import ARCHIVES, Blob
 
 Image = Path | Blob  # a file, or a picture inside an archive
+Captions = tuple[tuple[str, str], ...]  # key and text
 
 
 class View(NamedTuple):
@@ -44,7 +49,7 @@ class DataRow:
     """
 
     image: Image
-    captions: tuple[tuple[str, str], ...]
+    captions: Captions
     where: str
     declared_size: tuple[int, int] | None = None
     references: tuple[Path, ...] = ()
@@ -55,6 +60,61 @@ class DataRow:
     def having(self, key: str) -> tuple[int, ...]:
         """Indices into `captions` of those under `key`."""
         return tuple(i for i, (name, _) in enumerate(self.captions) if name == key)
+
+
+class RowList(Sequence[DataRow]):
+    """Many rows, each made when it is asked for.
+
+    What a start looks at in every row comes without the row, which costs several times as much.
+    """
+
+    @abc.abstractmethod
+    def where(self, i: int) -> str:
+        """What messages call row i; rows that differ only in their view have one name."""
+
+    @abc.abstractmethod
+    def captions(self, i: int) -> Captions:
+        """The captions of row i."""
+
+    @abc.abstractmethod
+    def pictures(self, i: int) -> tuple[str | Blob, ...]:
+        """The picture of row i, then its references; of files the paths."""
+
+    @abc.abstractmethod
+    def view(self, i: int) -> View:
+        """How row i shows its picture."""
+
+    @abc.abstractmethod
+    def declared_size(self, i: int) -> tuple[int, int] | None:
+        """The (width, height) that a record claims for the picture of row i."""
+
+
+class Derived(RowList):
+    """Rows of other lists; a class of this kind changes something of them."""
+
+    @abc.abstractmethod
+    def origin(self, i: int) -> tuple[RowList, int]:
+        """The list and the number of the row that row i is made from."""
+
+    def where(self, i: int) -> str:
+        rows, number = self.origin(i)
+        return rows.where(number)
+
+    def captions(self, i: int) -> Captions:
+        rows, number = self.origin(i)
+        return rows.captions(number)
+
+    def pictures(self, i: int) -> tuple[str | Blob, ...]:
+        rows, number = self.origin(i)
+        return rows.pictures(number)
+
+    def view(self, i: int) -> View:
+        rows, number = self.origin(i)
+        return rows.view(number)
+
+    def declared_size(self, i: int) -> tuple[int, int] | None:
+        rows, number = self.origin(i)
+        return rows.declared_size(number)
 
 
 class Strings(Sequence[str]):
@@ -75,10 +135,17 @@ class Strings(Sequence[str]):
 
     def __getitem__(self, i: int) -> str:
         i = range(len(self))[i]
-        return self._text[self._ends[i] : self._ends[i + 1]].decode("utf-8", "surrogateescape")
+        return self.part(i, i + 1)[0]
+
+    def part(self, first: int, end: int) -> list[str]:
+        """Those of the numbers from `first` to before `end`."""
+        return [
+            self._text[start:stop].decode("utf-8", "surrogateescape")
+            for start, stop in itertools.pairwise(self._ends[first : end + 1])
+        ]
 
 
-class Table(Sequence[DataRow]):
+class Table(RowList):
     """Rows, appended one by one.
 
     `prefix`: rows that name a `line` are called `<prefix>:<line>` in messages, others by their
@@ -110,7 +177,7 @@ class Table(Sequence[DataRow]):
     ) -> None:
         """Adds a row; `image` is the path of a file, or a picture inside an archive."""
         if isinstance(image, str):
-            self._names.append(image)
+            self._names.append(_plain(image))
             place = (-1, 0, 0)
         else:
             if not self._archives or self._archives[-1] != image.archive:
@@ -128,7 +195,7 @@ class Table(Sequence[DataRow]):
         self._lines.append(line)
         self._sizes.extend(size or (0, 0))
         for reference in references:
-            self._references.append(reference)
+            self._references.append(_plain(reference))
         self._reference_ends.append(len(self._references))
         self._concepts.append(concept)
 
@@ -137,28 +204,46 @@ class Table(Sequence[DataRow]):
 
     def __getitem__(self, i: int) -> DataRow:
         i = range(len(self))[i]
-        image = self._image(i)
-        where = f"{self.prefix}:{self._lines[i]}" if self._lines[i] >= 0 else str(image)
-        captions = tuple(
-            (self.keys[self._text_keys[c]], self._texts[c])
-            for c in range(self._ends[i], self._ends[i + 1])
+        image, *references = self.pictures(i)
+        return DataRow(
+            Path(image) if isinstance(image, str) else image,
+            self.captions(i),
+            self.where(i),
+            self.declared_size(i),
+            tuple(map(Path, references)),
+            self.view(i),
+            self._concepts[i],
         )
-        size = (self._sizes[2 * i], self._sizes[2 * i + 1])
-        references = range(self._reference_ends[i], self._reference_ends[i + 1])
-        paths = tuple(Path(self._references[r]) for r in references)
-        size = size if all(size) else None
-        view = self._views.get(i, WHOLE)
-        return DataRow(image, captions, where, size, paths, view, self._concepts[i])
 
     def __iter__(self) -> Iterator[DataRow]:
         return (self[i] for i in range(len(self)))
 
-    def _image(self, i: int) -> Path | Blob:
-        name, archive = self._names[i], self._archive[i]
+    def where(self, i: int) -> str:
+        line = self._lines[i]
+        return f"{self.prefix}:{line}" if line >= 0 else str(self._picture(i))
+
+    def captions(self, i: int) -> Captions:
+        first, end = self._ends[i], self._ends[i + 1]
+        keys = map(self.keys.__getitem__, self._text_keys[first:end])
+        return tuple(zip(keys, self._texts.part(first, end), strict=True))
+
+    def pictures(self, i: int) -> tuple[str | Blob, ...]:
+        first, end = self._reference_ends[i], self._reference_ends[i + 1]
+        return (self._picture(i), *self._references.part(first, end))
+
+    def _picture(self, i: int) -> str | Blob:
+        (name,), archive = self._names.part(i, i + 1), self._archive[i]
         if archive < 0:
-            return Path(name)
+            return name
         path = self._archives[archive]
         return ARCHIVES[path.suffix.lower()](path, name, self._place[i], self._bytes[i])
+
+    def view(self, i: int) -> View:
+        return self._views.get(i, WHOLE)
+
+    def declared_size(self, i: int) -> tuple[int, int] | None:
+        size = (self._sizes[2 * i], self._sizes[2 * i + 1])
+        return size if all(size) else None
 
     def caption_ends(self) -> array:
         """Captions of rows 0..i in number, for each i, behind a zero."""
@@ -167,32 +252,33 @@ class Table(Sequence[DataRow]):
     def under(self, keys: Sequence[str] | None) -> Bool[np.ndarray, " k"]:
         """Whether each caption of all rows has one of `keys`; None: any."""
         codes = [self._codes[key] for key in (self.keys if keys is None else keys)]
-        return np.isin(np.frombuffer(self._text_keys, np.uint8), codes)
+        return np.isin(np.array(self._text_keys, np.uint8), codes)
 
     def only(self, keys: Sequence[str]) -> "Table":
-        """The same rows with the captions under `keys` alone."""
+        """The same rows with the captions under `keys` alone; both share what they have alike."""
         if tuple(keys) == self.keys:
             return self
-        table = Table(keys, self.prefix)
-        for i in range(len(self)):
-            archive = self._archive[i]
-            row = self[i]
-            table.append(
-                self._names[i] if archive < 0 else row.image,
-                (caption for caption in row.captions if caption[0] in keys),
-                line=self._lines[i],
-                size=row.declared_size,
-                references=map(str, row.references),
-                view=row.view,
-                concept=row.concept,
-            )
+        kept, table = self.under(keys), copy.copy(self)
+        table.keys = tuple(keys)
+        table._codes = {key: code for code, key in enumerate(table.keys)}
+        codes = np.array([table._codes.get(key, 0) for key in self.keys], np.uint8)
+        table._text_keys = array("B", codes[np.array(self._text_keys)[kept]].tobytes())
+        if not kept.all():
+            table._texts = Strings(itertools.compress(self._texts, kept))
+        before = np.concatenate([[0], np.cumsum(kept)])
+        table._ends = array("q", before[np.array(self._ends)].tobytes())
         return table
 
 
-class Chosen(Sequence[DataRow]):
+def _plain(path: str) -> str:
+    """A path as pathlib writes it."""
+    return path if path == os.path.normpath(path) else str(Path(path))
+
+
+class Chosen(Derived):
     """Some rows of others, by number."""
 
-    def __init__(self, rows: Sequence[DataRow], numbers: Sequence[int]):
+    def __init__(self, rows: RowList, numbers: Sequence[int]):
         self.rows, self.numbers = rows, numbers
 
     def __len__(self) -> int:
@@ -200,3 +286,6 @@ class Chosen(Sequence[DataRow]):
 
     def __getitem__(self, i: int) -> DataRow:
         return self.rows[self.numbers[i]]
+
+    def origin(self, i: int) -> tuple[RowList, int]:
+        return self.rows, int(self.numbers[i])

@@ -6,11 +6,10 @@ They are captions like the others, so they are encoded once, cached and prepared
 import functools
 import hashlib
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from dopsd_jax.data.draws import permutation
-from dopsd_jax.data.table import DataRow
+from dopsd_jax.data.table import Captions, DataRow, Derived, RowList
 
 EMPTY = ""  # key of the empty caption, which takes the place of the student's now and then
 _TRIES = 16  # for each order; captions with equal tags have fewer orders than they seem to
@@ -30,7 +29,7 @@ class CaptionVariants:
     unshuffled: str | None = None
     empty: bool = False
 
-    def captions(self, captions: Sequence[tuple[str, str]]) -> tuple[tuple[str, str], ...]:
+    def captions(self, captions: Captions) -> Captions:
         """The captions of a row with their variants."""
         found = []
         for key, text in captions:
@@ -39,10 +38,10 @@ class CaptionVariants:
         return (*found, *[(EMPTY, "")] * self.empty)
 
 
-class Varied(Sequence[DataRow]):
+class Varied(Derived):
     """Rows with more captions; they are made when a row is asked for."""
 
-    def __init__(self, rows: Sequence[DataRow], variants: CaptionVariants):
+    def __init__(self, rows: RowList, variants: CaptionVariants):
         self.rows, self.variants = rows, variants
 
     def __len__(self) -> int:
@@ -51,6 +50,12 @@ class Varied(Sequence[DataRow]):
     def __getitem__(self, i: int) -> DataRow:
         row = self.rows[i]
         return replace(row, captions=self.variants.captions(row.captions))
+
+    def origin(self, i: int) -> tuple[RowList, int]:
+        return self.rows, i
+
+    def captions(self, i: int) -> Captions:
+        return self.variants.captions(self.rows.captions(i))
 
 
 @functools.lru_cache(maxsize=4096)

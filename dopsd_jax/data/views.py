@@ -11,7 +11,7 @@ from PIL import Image
 from dopsd_jax.data.buckets import Bucket
 from dopsd_jax.data.draws import shares
 from dopsd_jax.data.images import crop_name, fit
-from dopsd_jax.data.table import DataRow, View
+from dopsd_jax.data.table import DataRow, Derived, RowList, View
 
 LEAST = 0.8  # of the sides of the largest crop that the bucket's shape allows
 
@@ -27,10 +27,10 @@ def views_of(crops: int = 1, mirrored: bool = False, levels: int = 1) -> tuple[V
     return tuple(itertools.starmap(View, itertools.product(range(crops), sides, range(levels))))
 
 
-class Viewed(Sequence[DataRow]):
+class Viewed(Derived):
     """Rows in all views, those of a row one behind the other."""
 
-    def __init__(self, rows: Sequence[DataRow], views: Sequence[View]):
+    def __init__(self, rows: RowList, views: Sequence[View]):
         self.rows, self.views = rows, views
 
     def __len__(self) -> int:
@@ -39,6 +39,12 @@ class Viewed(Sequence[DataRow]):
     def __getitem__(self, i: int) -> DataRow:
         row, view = divmod(range(len(self))[i], len(self.views))
         return replace(self.rows[row], view=self.views[view])
+
+    def origin(self, i: int) -> tuple[RowList, int]:
+        return self.rows, i // len(self.views)
+
+    def view(self, i: int) -> View:
+        return self.views[i % len(self.views)]
 
 
 def cut(

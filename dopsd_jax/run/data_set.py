@@ -14,9 +14,10 @@ from dopsd_jax.conditioning.encoding import TO_BUCKET
 from dopsd_jax.data.buckets import Bucket, make_buckets, parse_buckets
 from dopsd_jax.data.cache import FeatureCache
 from dopsd_jax.data.concepts import other_pictures
-from dopsd_jax.data.dataset import Dataset, ReferenceSize, measure
+from dopsd_jax.data.dataset import Dataset
 from dopsd_jax.data.images import ImageLimits
 from dopsd_jax.data.masks import FILES, OFF
+from dopsd_jax.data.measure import ReferenceSize, measure
 from dopsd_jax.data.picture_index import PictureIndex
 from dopsd_jax.data.prepared import MASKS, Prepared
 from dopsd_jax.data.prepared_parts import AGAIN, Manifest, names_prepared

@@ -1,7 +1,7 @@
 """Gathers the rows of a data set, with their faults and notes for the user."""
 
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
 from dopsd_jax.common.errors import MAX_PROBLEMS, UserError, one_line
 from dopsd_jax.data.blobs import Blob
@@ -19,6 +19,14 @@ class Examples:
 
     def __init__(self, kept: int = 10):
         self.count, self.first, self._kept = 0, [], kept
+
+    @classmethod
+    def of(cls, numbers: Sequence[int], name: Callable[[int], object]) -> "Examples":
+        """Things that are known by number; only the first few are named."""
+        found = cls()
+        found.first = [str(name(int(number))) for number in numbers[: found._kept]]
+        found.count = len(numbers)
+        return found
 
     def add(self, item: object) -> None:
         self.count += 1

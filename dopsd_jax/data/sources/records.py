@@ -34,6 +34,7 @@ REMOTE_LIST = "oss_path_list"  # used upstream when its entries are local
 PATH_KEYS = (*PATH_LISTS, *PATH_STRINGS, REMOTE_LIST)
 
 SIZE_KEYS = ("h*w", "w*h")
+_SIZE = re.compile(r"\s*(\d{1,7})\s*\*\s*(\d{1,7})\s*")
 MAX_LINE = 16 << 20  # bytes
 _BOM = b"\xef\xbb\xbf"
 
@@ -87,9 +88,9 @@ def _tables(path: Path) -> list[Path]:
 def _read_table(path: Path, options: Options, into: Collector) -> None:
     suffix = path.suffix.lower()
     readers: dict[str, Callable] = {".jsonl": _json_lines, ".json": _json_rows}
-    roots = [path.parent]
+    roots = [str(path.parent)]
     if options.data_root:
-        roots.append(Path(options.data_root).expanduser())
+        roots.append(str(Path(options.data_root).expanduser()))
     bad_sizes = Examples()
     for number, found in readers.get(suffix, _csv_rows)(path):
         where = f"{path}:{number}"
@@ -122,7 +123,8 @@ def _read_table(path: Path, options: Options, into: Collector) -> None:
 
 def _note_unlisted(path: Path, table: Path, into: Collector) -> None:
     """Tells of pictures in the folder that the table does not name."""
-    listed = {os.path.normpath(p) for row in into.table for p in (row.image, *row.references)}
+    rows = map(into.table.pictures, range(len(into.table)))
+    listed = {os.path.normpath(picture) for row in rows for picture in row}
     unlisted = Examples()
     for where, names in walk(path):
         files = (os.path.join(where, name) for name in names)
@@ -223,7 +225,7 @@ def _lines(file) -> Iterator[tuple[int, bytes]]:
 
 
 def _image(
-    record: Mapping, roots: list[Path], options: Options
+    record: Mapping, roots: list[str], options: Options
 ) -> tuple[str | None, list[object], str | None]:
     """The picture of a record on disk, what its list names before it, and what is wrong.
 
@@ -252,15 +254,16 @@ def _image(
     return None, [], fault
 
 
-def _find(name: str, roots: list[Path]) -> tuple[str | None, str | None]:
+def _find(name: str, roots: list[str]) -> tuple[str | None, str | None]:
     if "://" in name:
         return None, f"{name} is remote; download the pictures first"
     candidates = [os.path.join(root, name) for root in roots]  # an absolute name replaces it
     for candidate in candidates:
-        # Macs write é as two characters, others as one.
-        for form in (candidate, *(unicodedata.normalize(f, candidate) for f in ("NFC", "NFD"))):
-            if os.path.isfile(form):  # unlike Path.is_file never raises, whatever the name
-                return form, None
+        if os.path.isfile(candidate):  # unlike Path.is_file never raises, whatever the name
+            return candidate, None
+        for form in ("NFC", "NFD"):  # Macs write é as two characters, others as one
+            if os.path.isfile(other := unicodedata.normalize(form, candidate)):
+                return other, None
     shown = name if len(name) <= 200 else f"{name[:200]}..."
     if any(os.path.isdir(candidate) for candidate in candidates):
         return None, f"{shown} is a folder; name the picture itself"
@@ -286,7 +289,7 @@ def _declared_size(record: Mapping) -> tuple[tuple[int, int] | None, bool]:
             continue
         if isinstance(value, list) and value:
             value = value[0]
-        match = isinstance(value, str) and re.fullmatch(r"\s*(\d{1,7})\s*\*\s*(\d{1,7})\s*", value)
+        match = isinstance(value, str) and _SIZE.fullmatch(value)
         if not match:
             return None, False
         first, second = int(match[1]), int(match[2])
