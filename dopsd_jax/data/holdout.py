@@ -22,7 +22,7 @@ def split(dataset: Dataset, count: int, seed: int) -> tuple[RowsByShape, RowsByS
     rows = dataset.rows_by_shape()
     if not count:
         return rows, {}
-    digests = [info.digest for info in dataset.infos]
+    digests = list(map(dataset.infos.digest, range(len(dataset.infos))))
     pictures = set(digests)
     if count >= len(pictures):
         raise UserError(

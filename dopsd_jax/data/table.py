@@ -184,8 +184,9 @@ class Table(RowList):
                 self._archives.append(image.archive)
             self._names.append(image.name)
             place = (len(self._archives) - 1, image.place, image.size)
-        for column, value in zip((self._archive, self._place, self._bytes), place, strict=True):
-            column.append(value)
+        self._archive.append(place[0])
+        self._place.append(place[1])
+        self._bytes.append(place[2])
         for key, text in captions:
             self._text_keys.append(self._codes[key])
             self._texts.append(text)

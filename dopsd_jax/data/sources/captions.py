@@ -46,14 +46,16 @@ def captions_of(record: Mapping, keys: Iterable[str]) -> tuple[dict[str, str], l
     texts, faults = {}, []
     for key in keys:
         text = record.get(key)
-        if isinstance(text, str):
-            texts[key] = text
-            if len(text) > MAX_CAPTION_BYTES:
-                faults.append(f"{key!r} {TOO_LARGE}")
-            elif "\0" in text:
-                faults.append(f"{key!r} holds NUL characters; correct the text")
-        elif text is not None:
+        if text is None:
+            continue
+        if not isinstance(text, str):
             faults.append(f"{key!r} is {kind_of(text)}; a caption must be a string")
+            continue
+        texts[key] = text
+        if len(text) > MAX_CAPTION_BYTES:
+            faults.append(f"{key!r} {TOO_LARGE}")
+        elif "\0" in text:
+            faults.append(f"{key!r} holds NUL characters; correct the text")
     return texts, faults
 
 

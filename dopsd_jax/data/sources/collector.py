@@ -100,18 +100,21 @@ class Collector:
 
         A caption under `CONCEPT` is the row's concept.
         """
-        captions = list(captions)
-        concept = dict(captions).get(CONCEPT, "").strip()
-        captions = [(key, self._text(text, name)) for key, text in captions if key in self.counts]
-        texts = dict(captions)
-        for key in self.keys:
-            if key in texts:
-                self.counts[key] += 1
-                if not texts[key].strip():
-                    self.empty[key].add(name)
-            elif key in self.missing:
+        kept, texts, concept = [], {}, ""
+        for key, text in captions:
+            if key == CONCEPT:
+                concept = text.strip()
+            if key in self.counts:
+                texts[key] = text = self._text(text, name)
+                kept.append((key, text))
+        for key, text in texts.items():
+            self.counts[key] += 1
+            if not text.strip():
+                self.empty[key].add(name)
+        for key in self.missing:
+            if key not in texts:
                 self.missing[key].add(name)
-        self.table.append(image, captions, concept=concept, **facts)
+        self.table.append(image, kept, concept=concept, **facts)
 
     def _text(self, text: str, name: object) -> str:
         """A caption as it is trained."""
