@@ -9,6 +9,7 @@ import json
 import tarfile
 import zlib
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
 from unittest import mock
@@ -28,7 +29,7 @@ from dopsd_jax.conversion.importing import import_model
 from dopsd_jax.conversion.inspection import inspect
 from dopsd_jax.data import prepared_parts as parts
 from dopsd_jax.data.cache import FeatureCache
-from dopsd_jax.data.images import ImageLimits, inspect_image, open_image
+from dopsd_jax.data.images import inspect_image, open_image
 from dopsd_jax.data.picture_index import PictureIndex
 from dopsd_jax.data.prepared import MASKS, Prepared
 from dopsd_jax.data.rows import load_rows
@@ -243,8 +244,9 @@ def data_readers(folder: Path) -> dict[str, Reader]:
             np.testing.assert_equal(entry, arrays)
 
     def indexed():
-        with PictureIndex(cache) as own, mock.patch("time.time", lambda: 1e12):
-            own.look(places["pictures"] / "PNG.good", ImageLimits(), True)
+        later = mock.patch("time.time", lambda: 1e12)
+        with ThreadPoolExecutor(1) as pool, PictureIndex(cache) as own, later:
+            own.look([places["pictures"] / "PNG.good"], inspect_image, (), pool)
 
     (places["pictures"] / "PNG.good").write_bytes(picture())
     indexed()

@@ -6,11 +6,11 @@ from PIL import Image
 from test_prepared import problems_of
 
 from dopsd_jax.config.fields import declared, defaults
+from dopsd_jax.data import measure as measure_module
 from dopsd_jax.data.buckets import Bucket
 from dopsd_jax.data.dataset import describe
 from dopsd_jax.data.images import crop_name, fit
 from dopsd_jax.data.measure import measure
-from dopsd_jax.data.picture_index import PictureIndex
 from dopsd_jax.data.rows import load_rows
 from dopsd_jax.data.table import WHOLE, Table, View
 from dopsd_jax.data.views import crop_box, cut, view_name, views_of
@@ -108,10 +108,11 @@ def test_every_view_is_a_row_and_a_picture_is_opened_once(tmp_path, monkeypatch)
     assert [row.view for row in rows.rows] == [*views_of(2, True)] * 2
     assert [row.image.name for row in rows.rows] == ["a.png"] * 4 + ["b.png"] * 4
     assert any("captions of 1 rows name left or right" in note for note in rows.notes)
-    looked, look = [], PictureIndex.look
-    monkeypatch.setattr(
-        PictureIndex, "look", lambda self, p, *a: looked.append(p) or look(self, p, *a)
+    looked, inspect = [], measure_module.inspect_image
+    look = lambda picture, *args, **options: (
+        looked.append(picture) or inspect(picture, *args, **options)
     )
+    monkeypatch.setattr(measure_module, "inspect_image", look)
     dataset = measure(rows, [SIZE])
     assert len(looked) == 2 and len(dataset.buckets) == 8
     assert dataset.digest() != measure(plain, [SIZE]).digest()

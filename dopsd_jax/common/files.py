@@ -15,6 +15,7 @@ from dopsd_jax.common.atomic import is_remote
 from dopsd_jax.common.errors import UserError
 
 MAX_TEXT = 8 << 20  # bytes of a configuration: parsed JSON takes up to 30 times as much memory
+_SMALL = 1 << 14  # bytes
 
 
 def open_regular(path: str | os.PathLike, advice: str = "check the path") -> BinaryIO:
@@ -63,7 +64,9 @@ def read_bytes(
     """Content of a regular file of at most `limit` bytes. Raises `UserError`."""
     try:
         with open_regular(path, advice) as file:
-            content = file.read(limit + 1)
+            content = file.read(min(_SMALL, limit + 1))
+            if len(content) == _SMALL:  # a buffer of the whole limit takes longer than most files
+                content += file.read(limit + 1 - _SMALL)
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror or error})") from None
     if len(content) > limit:

@@ -190,7 +190,7 @@ class PictureIndex:
             except UserError as error:
                 return error
 
-        ending, now = json.dumps(terms), time.time()
+        ending, now = "".join(f", {json.dumps(term)}" for term in terms), time.time()
         pictures = list(dict.fromkeys(pictures))
         stamps: dict[Picture, tuple[bytes, float]] = {}
         if self.cache is not None:
@@ -225,7 +225,7 @@ class PictureIndex:
                 continue
             place = (picture.name, picture.place, picture.size) if blob else ()
             identity = json.dumps([str(file), status.st_size, status.st_mtime_ns, *place])
-            stamp = hashlib.sha256(f"{identity[:-1]}, {ending[1:]}".encode()).digest()[:_STAMP]
+            stamp = hashlib.sha256(f"{identity[:-1]}{ending}]".encode()).digest()[:_STAMP]
             found[picture] = stamp, status.st_mtime
         return found
 

@@ -8,6 +8,7 @@ archive are labels and never become paths.
 import glob
 import hashlib
 import json
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
@@ -50,16 +51,16 @@ def given_up(path: Path, problems: list[str]) -> Index:
 
 def matches(path: Path, suffix: str | tuple[str, ...]) -> bool:
     """Whether `path` means archives of this kind, by their names."""
-    return any(file.name.lower().endswith(suffix) for file in _files(path))
+    return any(name.lower().endswith(suffix) for name in _names(path))
 
 
-def _files(path: Path) -> list[Path]:
-    """The files that a path means: itself, those in it, or those that match it."""
-    if path.is_dir():
-        return sorted(file for file in path.iterdir() if not file.name.startswith((".", "_")))
+def _names(path: Path) -> list[str]:
+    """The files that a path means: itself, those in it (by their names), or those it matches."""
+    if path.is_dir():  # perhaps of millions of pictures
+        return sorted(name for name in os.listdir(path) if not name.startswith((".", "_")))
     if has_wildcard(path):
-        return [Path(name) for name in sorted(glob.glob(str(path), recursive=True))]
-    return [path] if path.exists() else []
+        return sorted(glob.glob(str(path), recursive=True))
+    return [str(path)] if path.exists() else []
 
 
 def has_wildcard(path: Path) -> bool:
@@ -68,7 +69,7 @@ def has_wildcard(path: Path) -> bool:
 
 def archives_at(path: Path, suffix: str) -> list[Path]:
     """The archives of one kind that `path` means, in order. Raises `UserError` for a mixture."""
-    files = _files(path)
+    files = [path / name if path.is_dir() else Path(name) for name in _names(path)]
     compressed = [file for file in files if file.name.lower().endswith(COMPRESSED)]
     found = [file for file in files if file.suffix.lower() == suffix]
     others = [file for file in files if file.suffix.lower() in ARCHIVES and file not in found]
