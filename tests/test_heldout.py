@@ -13,6 +13,8 @@ from dopsd_jax.config import schema
 from dopsd_jax.config.fields import defaults
 from dopsd_jax.data import holdout
 from dopsd_jax.data.buckets import Bucket, Shape
+from dopsd_jax.data.images import ImageInfo
+from dopsd_jax.data.picture_index import Infos
 from dopsd_jax.evaluation import checkpoint_scores
 from dopsd_jax.run import heldout
 from dopsd_jax.training.ranking import BEST, FILE, GAP, Order, Ranking
@@ -20,12 +22,15 @@ from dopsd_jax.training.ranking import BEST, FILE, GAP, Order, Ranking
 
 def dataset(digests):
     """Rows by digest; every second one has another shape."""
+    infos = Infos()
+    for digest in digests:
+        infos.append(ImageInfo(64, 64, digest.encode().hex().ljust(64, "0"), ()))
     shapes = [Shape(Bucket(64, 64 + 16 * (i % 2))) for i in range(len(digests))]
     by_shape = {}
     for row, shape in enumerate(shapes):
         by_shape.setdefault(shape, []).append(row)
     return SimpleNamespace(
-        infos=[SimpleNamespace(digest=digest) for digest in digests],
+        infos=infos,
         rows_by_shape=lambda: {shape: np.array(ids) for shape, ids in by_shape.items()},
     )
 

@@ -59,13 +59,13 @@ def measure(
 
     # The pool queues all items at once, so it gets a few at a time.
     with ThreadPoolExecutor(workers) as pool, index:
+        look_at_mask = functools.partial(index.look, terms=(*terms, f"mask {masked}"), pool=pool)
         for first in range(0, count, _AT_ONCE):
             some = range(first, min(first + _AT_ONCE, count))
             # Rows may share pictures, as those do that count several times.
             pictures = [own.pictures(i) for i in some]
             seen = index.look(itertools.chain(*pictures), inspect, terms, pool)
-            look = functools.partial(index.look, terms=(*terms, f"mask {masked}"), pool=pool)
-            seen_masks = _look_at_masks(own, some, masked, limits, look)
+            seen_masks = _look_at_masks(own, some, masked, limits, look_at_mask)
             for i, names in zip(some, pictures, strict=True):
                 found, mask = [seen[name] for name in names], seen_masks.get(i)
                 if faults := _faults(own, i, names, found, mask):
