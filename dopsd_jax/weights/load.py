@@ -13,6 +13,7 @@ from flax import nnx
 from dopsd_jax.models import quantised
 from dopsd_jax.models.names import Leaf
 from dopsd_jax.parallel.sharding import HOST
+from dopsd_jax.weights.device_stack import DeviceStacks, Kind
 from dopsd_jax.weights.host_stack import HostStack
 from dopsd_jax.weights.networks import Network
 from dopsd_jax.weights.stored import ConvertedTensors, Stored, host_leaf, open_stored
@@ -81,26 +82,28 @@ def load_stored(
     shardings = {p: place(p.removeprefix(prefix), tuple(v.shape)) for p, v in slots.items()}
     arrays: dict[str, jax.Array] = {}
     away: dict[str, HostStack] = {}  # unfinished
+    stacks = DeviceStacks(leaves)
     for leaf, row in _rows(stored, leaves, shardings):
         if leaf.path in slots:
             kind = type_for(leaf.path.removeprefix(prefix)) or row.dtype
-            pieces = {leaf.path: row.astype(jnp.dtype(kind))}
+            pieces = {leaf.path: (row, jnp.dtype(kind))}
         else:
             pieces = _quantise(scheme)(row)
-            pieces = {f"{leaf.path}.{name}": piece for name, piece in pieces.items()}
-        for path, piece in pieces.items():
+            pieces = {f"{leaf.path}.{name}": (p, p.dtype) for name, p in pieces.items()}
+        rows = {}
+        for path, (piece, kind) in pieces.items():
             sharding, shape = shardings[path], tuple(slots[path].shape)
             if leaf.index is None:
-                arrays[path] = jax.device_put(piece, sharding)
-                continue
-            if sharding.memory_kind == HOST:
+                arrays[path] = jax.device_put(piece.astype(kind), sharding)
+            elif sharding.memory_kind == HOST:
                 stack = away.setdefault(path, HostStack(shape, sharding))
-                if stack.put(piece, leaf.index):
+                if stack.put(piece.astype(kind), leaf.index):
                     arrays[path] = away.pop(path).array()
-                continue
-            if path not in arrays:
-                arrays[path] = _empty(shape, piece.dtype, sharding)()
-            arrays[path] = _set_row(sharding)(arrays[path], piece, leaf.index)
+            else:
+                rows[path] = piece, Kind(shape, kind, sharding)
+        if leaf.index is not None:
+            stacks.put(leaf, rows)
+    arrays |= stacks.arrays
     filled = {
         path: var.replace(arrays[prefix + ".".join(map(str, path))])
         for path, var in nnx.to_flat_state(state)
@@ -154,16 +157,3 @@ def _row_sharding(sharding: jax.sharding.Sharding, leaf: Leaf) -> jax.sharding.S
 @functools.cache
 def _quantise(scheme: str):
     return jax.jit(lambda kernel: quantised.quantise_kernel(kernel, scheme))
-
-
-@functools.cache
-def _empty(shape: tuple[int, ...], dtype: Any, sharding: jax.sharding.Sharding):
-    return jax.jit(lambda: jnp.zeros(shape, dtype), out_shardings=sharding)
-
-
-@functools.cache
-def _set_row(sharding: jax.sharding.Sharding):
-    def set_row(stack, row, index):
-        return jax.lax.dynamic_update_index_in_dim(stack, row.astype(stack.dtype), index, 0)
-
-    return jax.jit(set_row, donate_argnums=0, out_shardings=sharding)
