@@ -38,7 +38,6 @@ DTYPE = OPTIONS.enum(
     "type of activations; auto: float32 on CPU only",
 )
 LARGEST_SEED = 2**32 - 1
-PIXELS, MOST_TOGETHER = 1 << 20, 8  # of pictures that are drawn together: one at 1024 x 1024
 
 
 def seeds() -> list[int]:
@@ -91,9 +90,10 @@ import dopsd_jax
 from dopsd_jax.common.atomic import disk_error, remove_leftovers
 from dopsd_jax.common.progress import Progress
 from dopsd_jax.conditioning.anchors import lines_of
-from dopsd_jax.conditioning.padding import padded_rows
+from dopsd_jax.conditioning.padding import padded_rows, shapes_of
 from dopsd_jax.data.images import open_image
 from dopsd_jax.families.base import STUDENT
+from dopsd_jax.families.drawing import decoded, filled, together
 from dopsd_jax.families.pipeline import start_noise
 from dopsd_jax.families.prompts import prompt_features
 from dopsd_jax.reporting import parameters, pictures
@@ -145,21 +145,17 @@ def main() -> None:
     progress = Progress("picture", todo, every=0)
     features = prompt_features(pipe, asked, references)
     # One length for all prompts, so that one program draws them.
-    lengths = [{name: array.shape for name, array in own.items()} for own in features]
-    padded = padded_rows(lengths, pipe, STUDENT, "--prompt")
+    padded = padded_rows(map(shapes_of, features), pipe, STUDENT, "--prompt")
     shots = [(seed, number) for seed in seeds() for number in range(len(asked))]
-    batches = -(-len(shots) // min(MOST_TOGETHER, max(1, PIXELS // (height * width))))
-    together, trained = -(-len(shots) // batches), pipe.split[1]
+    size, trained = together(len(shots), height * width), pipe.split[1]
 
     def draw(factor: float) -> Iterator[np.ndarray]:
-        """The pictures of `shots`; a last batch that is not full is filled up by repetition."""
-        for first in range(0, len(shots), together):
-            some = shots[first : first + together]
-            filled = some + [some[-1]] * (together - len(some))
-            noise = np.concatenate([start_noise(seed, 1, shape) for seed, _ in filled])
-            context = pipe.family.collate([features[number] for _, number in filled], padded)
-            latents = pipe.sample(trained, noise, context, grid, factor)
-            yield from pipe.decode(latents)[: len(some)]
+        """The pictures of `shots`."""
+        for some, count in filled(shots, size):
+            noise = np.concatenate([start_noise(seed, 1, shape) for seed, _ in some])
+            context = pipe.family.collate([features[number] for _, number in some], padded)
+            latents = np.asarray(pipe.sample(trained, noise, context, grid, factor))
+            yield from decoded(pipe, latents[:count], size)
 
     sheets = {seed: [pictures.GridRow(prompt, []) for prompt in asked] for seed in seeds()}
     for factor in factors:

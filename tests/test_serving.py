@@ -106,6 +106,15 @@ def test_without_files_the_base_is_drawn(random_model):
     assert one.label == "base"
 
 
+def test_after_a_long_prompt_all_are_as_long(studio):
+    """So that a sampler is compiled again only for a prompt that is longer than all before."""
+    own = Studio(studio.pipe, "m", None)
+    prompts = PROMPT, f"{PROMPT} " * 20, PROMPT
+    contexts = [own._context(prompt) for prompt in prompts]
+    assert [context.features.shape[1] for context in contexts] == [64, 128, 128]
+    assert contexts[0].lengths == contexts[2].lengths
+
+
 def test_files_are_those_of_the_folder(studio):
     assert list(studio.files()) == ["a.safetensors", "dog/b.safetensors", "wrong.safetensors"]
 

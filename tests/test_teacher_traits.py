@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from dopsd_jax.conditioning.padding import longest, padded_rows, shapes_of
 from dopsd_jax.evaluation import teacher_traits as traits
 
 RNG = np.random.default_rng(0)
@@ -32,10 +33,9 @@ def test_another_caption_may_be_longer_than_all_of_the_data_set():
     """Rows that a model takes are whole multiples, however long a caption is."""
     limit = jax.ShapeDtypeStruct((1504, 8), np.float32)
     pipe = SimpleNamespace(limits=lambda role: {"features": limit})
-    rows = lambda count: traits._at_least(
-        {"features": 64}, {"features": np.zeros((count, 8), np.float32)}, pipe, 0
-    )
-    assert [rows(count)["features"] for count in (12, 64, 76)] == [64, 64, 128]
+    own = lambda count: padded_rows([shapes_of({"features": np.zeros((count, 8))})], pipe, 0)
+    rows = [longest({"features": 64}, own(count)) for count in (12, 64, 76)]
+    assert [found["features"] for found in rows] == [64, 64, 128]
 
 
 def test_one_colour_is_like_nothing():

@@ -171,23 +171,28 @@ class Features:
         return self.store.edited(row)
 
     def contexts(
-        self, captions: Sequence[Caption], given: Sequence[Caption] | None = None
+        self,
+        captions: Sequence[Caption],
+        given: Sequence[Caption] | None = None,
+        rows: PaddedLengths | None = None,
     ) -> Contexts:
         """The contexts of the captions, padded, as host arrays.
 
-        given: the captions of the student, where they are not the teacher's too.
+        given: the captions of the student, where they are not the teacher's too. rows: lengths of
+        the student's context; None: those of all batches.
         """
-        student = self._context(captions if given is None else given, STUDENT, STUDENT)
+        rows = self.rows[STUDENT] if rows is None else rows
+        student = self._context(captions if given is None else given, STUDENT, rows)
         if not self.needs.teacher:
             return Contexts(student, None)
         if self.teacher_key is None:
-            return Contexts(student, self._context(captions, TEACHER, TEACHER))
+            return Contexts(student, self._context(captions, TEACHER, self.rows[TEACHER]))
         others = [self.dataset.caption(row, [self.teacher_key]) for row, _ in captions]
-        return Contexts(student, self._context(others, STUDENT, TEACHER))
+        return Contexts(student, self._context(others, STUDENT, self.rows[TEACHER]))
 
-    def _context(self, captions: Sequence[Caption], kind: int, role: int) -> Tree:
+    def _context(self, captions: Sequence[Caption], kind: int, rows: PaddedLengths) -> Tree:
         features = [self.store.load(caption, (kind,))[0] for caption in captions]
-        return self.pipe.family.collate(features, self.rows[role])
+        return self.pipe.family.collate(features, rows)
 
     def latents(self, rows: Iterable[int]) -> Float[np.ndarray, "b h w c"]:
         """The clean latents of rows of one bucket."""

@@ -9,7 +9,7 @@ from dopsd_jax.common.config_fields import as_list
 from dopsd_jax.common.errors import UserError
 from dopsd_jax.conditioning.anchors import KEY, Prompt, lines_of, prompt_set
 from dopsd_jax.conditioning.cached import CachedFeatures
-from dopsd_jax.conditioning.padding import padded_rows
+from dopsd_jax.conditioning.padding import longest, padded_rows
 from dopsd_jax.families.base import STUDENT, PaddedLengths, Tree
 from dopsd_jax.families.pipeline import Pipeline
 from dopsd_jax.methods.method import Needs
@@ -39,12 +39,15 @@ class OwnPrompts:
         if self.store:
             self.store.compute()
 
-    def contexts(self, rows: PaddedLengths) -> list[Tree]:
-        """One for each prompt, of the length `rows` where that is enough."""
+    def rows(self, least: PaddedLengths) -> PaddedLengths:
+        """Padded lengths that all prompts have room in: `least` where that is enough."""
         if self.store is None:
-            return []
-        own = padded_rows(self.store.shapes(STUDENT, [KEY]), self.pipe, STUDENT, FIELD)
-        rows = {name: max(count, rows.get(name, 0)) for name, count in own.items()}
+            return least
+        shapes = self.store.shapes(STUDENT, [KEY])
+        return longest(least, padded_rows(shapes, self.pipe, STUDENT, FIELD))
+
+    def contexts(self, rows: PaddedLengths) -> list[Tree]:
+        """One for each prompt, of the lengths `rows`."""
         load = lambda number: self.store.load((number, 0), (STUDENT,))[0]
         collate = self.pipe.family.collate
         return [collate([load(number)], rows) for number in range(len(self.texts))]

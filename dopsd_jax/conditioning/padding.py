@@ -5,7 +5,7 @@ from collections.abc import Iterable, Mapping
 from dopsd_jax.common.errors import UserError
 from dopsd_jax.data.padding import padded_length
 from dopsd_jax.data.prepared import Prepared
-from dopsd_jax.families.base import PaddedLengths
+from dopsd_jax.families.base import Features, PaddedLengths
 from dopsd_jax.families.pipeline import Pipeline
 
 ROWS = 64  # lengths are multiples of it
@@ -21,17 +21,28 @@ def padded_rows(
 
     Raises `UserError` for features that are longer than the model takes; they come from `where`.
     """
-    limits, longest = pipe.limits(role), {}
+    limits, most = pipe.limits(role), {}
     for found in shapes:
         for name in limits.keys() & found.keys():
-            longest[name] = max(longest.get(name, 1), found[name][0])
-    for name, rows in longest.items():
+            most[name] = max(most.get(name, 1), found[name][0])
+    for name, rows in most.items():
         if rows > limits[name].shape[0]:
             raise UserError(
                 f"{where}: holds captions of {rows} tokens, the model takes "
                 f"{limits[name].shape[0]}; leave them out"
             )
-    return {name: padded_length(n, ROWS, limits[name].shape[0]) for name, n in longest.items()}
+    return {name: padded_length(n, ROWS, limits[name].shape[0]) for name, n in most.items()}
+
+
+def shapes_of(features: Features) -> dict[str, tuple[int, ...]]:
+    """Shapes by name, as `padded_rows` takes them."""
+    return {name: array.shape for name, array in features.items()}
+
+
+def longest(*lengths: PaddedLengths) -> PaddedLengths:
+    """By name the largest of padded lengths: one length for all that they are of."""
+    names = dict.fromkeys(name for own in lengths for name in own)
+    return {name: max(own.get(name, 0) for own in lengths) for name in names}
 
 
 def check_channels(prepared: Prepared, pipe: Pipeline, role: int) -> None:

@@ -2,7 +2,6 @@
 
 from collections.abc import Collection, Mapping, Sequence
 
-import jax
 import numpy as np
 from flax import nnx
 from ml_collections import ConfigDict
@@ -15,7 +14,7 @@ from dopsd_jax.data.holdout import RowsByShape
 from dopsd_jax.evaluation import appearance, torch_scorers
 from dopsd_jax.evaluation.prompts import PLACEHOLDER, STYLE, TRAINING, with_class
 from dopsd_jax.evaluation.scorer import Case, Judge, PairScorer, SetScorer, judges, load_scorers
-from dopsd_jax.families.base import Tree
+from dopsd_jax.families.drawing import Wish, draw
 from dopsd_jax.families.pipeline import Pipeline, start_noise
 from dopsd_jax.parallel import multihost
 from dopsd_jax.run.heldout import BY_GAP, KEY
@@ -81,20 +80,21 @@ class CheckpointScores:
         scorers: Collection[Judge],
     ):
         self.pipe, self.scorers = pipe, list(scorers)
-        self.shots: list[tuple[Case, Tree, jax.Array]] = []
+        self.cases: list[Case] = []
+        self.wishes: list[Wish] = []
         dataset = features.dataset
         rows = _one_each(dataset, held) if self.scorers else []
         texts = {row: _text(dataset, row) for row in rows}
         style = any(STYLE.search(text) for text in texts.values())
         for row, text in texts.items():
             width, height = dataset.buckets[row]
-            noise = start_noise(KEY, row + 1, pipe.latent_shape(height, width))[row:]
+            noise = start_noise(KEY, 1, pipe.latent_shape(height, width), row)
             word = config.stop.class_word
             told = with_class(text, word, style) if word else text
             target = features.image(row) if _need(self.scorers, "target") else None
             caption = dataset.caption(row, dataset.prompt_keys)
-            case = Case(TRAINING, text, told, height, width, KEY, target)
-            self.shots.append((case, features.contexts([caption]).student, noise))
+            self.cases.append(Case(TRAINING, text, told, height, width, KEY, target))
+            self.wishes.append(Wish(noise, features.contexts([caption]).student))
 
     def __call__(self, weights: nnx.State) -> dict[str, float]:
         """The scores of the trained part's weights, by the scorers' names.
@@ -103,21 +103,16 @@ class CheckpointScores:
         """
         if not self.scorers:
             return {}
-        drawn = [self._picture(weights, *shot) for shot in self.shots]
+        drawn = draw(self.pipe, weights, self.wishes)
         found = {}
         with multihost.together():
             if multihost.is_first():
                 found = {scorer.name: self._mean(scorer, drawn) for scorer in self.scorers}
         return multihost.gather(found)[0]
 
-    def _picture(self, weights, case: Case, context, noise) -> np.ndarray:
-        grid = self.pipe.deployed_grid(noise.shape[1:])
-        latents = self.pipe.sample(weights, noise, context, grid)
-        return self.pipe.decode(multihost.to_host(latents))[0]
-
     def _mean(self, scorer: Judge, drawn: Sequence[np.ndarray]) -> float:
         values = []
-        for picture, (case, *_) in zip(drawn, self.shots, strict=True):
+        for picture, case in zip(drawn, self.cases, strict=True):
             if judges(scorer, case):
                 values += np.asarray(scorer([picture], [case]), np.float64).ravel().tolist()
         if len(values) != len(drawn):

@@ -13,16 +13,15 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from dopsd_jax.common.errors import UserError, raise_if
 from dopsd_jax.conditioning.cached import ROLE_NAMES
-from dopsd_jax.conditioning.padding import padded_rows
+from dopsd_jax.conditioning.padding import longest, padded_rows, shapes_of
 from dopsd_jax.data.cache import feature_key
 from dopsd_jax.evaluation.scorer import Case, Picture, digest
 from dopsd_jax.evaluation.seeds import picture_seed
 from dopsd_jax.families.base import STUDENT, TEACHER, PaddedLengths
+from dopsd_jax.families.drawing import decoded, filled
 from dopsd_jax.families.pipeline import Pipeline, start_noise
 from dopsd_jax.parallel import multihost
 from dopsd_jax.parallel.sharding import BATCH_AXES
-
-DECODED_PIXELS = 1 << 21  # of pictures that are decoded together: two at 1024 x 1024
 
 
 class Shot(NamedTuple):
@@ -57,7 +56,7 @@ class Memory(dict):
         return [key for key in dict.fromkeys(keys) if key not in self]
 
     def shapes(self, key: str) -> dict[str, tuple[int, ...]]:
-        return {name: array.shape for name, array in self[key].items()}
+        return shapes_of(self[key])
 
 
 class Painter:
@@ -128,8 +127,7 @@ class Painter:
             self.kept.put(key, made)
         # One length for all, so that contexts have one shape.
         rows = padded_rows(map(self.kept.shapes, keys), self.pipe, role)
-        old = self.rows[role]
-        self.rows[role] = {name: max(old.get(name, 0), count) for name, count in rows.items()}
+        self.rows[role] = longest(self.rows[role], rows)
 
     def draw(
         self, trained: nnx.State, shots: Sequence[Shot], role: int
@@ -143,11 +141,10 @@ class Painter:
             by_size.setdefault((shot.case.height, shot.case.width, references), []).append(shot)
         for (height, width, _), own in by_size.items():
             shape = self.pipe.latent_shape(height, width)
-            for first in range(0, len(own), self.batch):
-                some = own[first : first + self.batch]
-                filled = some + [some[-1]] * (self.batch - len(some))
-                latents = self._latents(trained, filled, role, shape)[: len(some)]
-                yield from zip(some, self._decoded(latents, height * width), strict=True)
+            for some, count in filled(own, self.batch):
+                latents = self._latents(trained, some, role, shape)[:count]
+                drawn = decoded(self.pipe, latents, self.batch)
+                yield from zip(some[:count], drawn, strict=True)
 
     def _latents(self, trained, shots: Sequence[Shot], role: int, shape) -> np.ndarray:
         features = [self.kept.load(self.key(s.case, role)) for s in shots]
@@ -160,13 +157,6 @@ class Painter:
         with jax.set_mesh(self.mesh):
             noise, context = jax.device_put((noise, context), place)
             return multihost.to_host(self.pipe.sample(trained, noise, context, grid))
-
-    def _decoded(self, latents: np.ndarray, pixels: int) -> Iterator[Picture]:
-        together = max(1, min(self.batch, DECODED_PIXELS // pixels))
-        for first in range(0, len(latents), together):
-            some = latents[first : first + together]
-            filled = np.concatenate([some, np.repeat(some[-1:], together - len(some), 0)])
-            yield from self.pipe.decode(filled)[: len(some)]
 
 
 def _shown(case: Case, role: int) -> list[Picture]:

@@ -22,11 +22,12 @@ from dopsd_jax.common.flow import euler
 from dopsd_jax.conditioning.anchors import GENERAL, lines_of
 from dopsd_jax.conditioning.cached import sees_picture
 from dopsd_jax.conditioning.encoding import Encoder
-from dopsd_jax.conditioning.padding import padded_rows
+from dopsd_jax.conditioning.padding import longest, padded_rows, shapes_of
 from dopsd_jax.data.dataset import Dataset
 from dopsd_jax.dopsd import Denoiser
 from dopsd_jax.evaluation.scorer import Picture
-from dopsd_jax.families.base import STUDENT, TEACHER, Features, PaddedLengths
+from dopsd_jax.families.base import STUDENT, TEACHER, Features
+from dopsd_jax.families.drawing import Wish, draw
 from dopsd_jax.families.pipeline import Pipeline, start_noise
 from dopsd_jax.parallel import multihost
 from dopsd_jax.reporting.previews import Sample
@@ -120,10 +121,9 @@ class Measurement:
 
     def __call__(self, sample: Sample, other: Other | None = None) -> Traits:
         """The traits of a row; `other` may be missing."""
-        noises = start_noise(NOISE_SEED, NOISES, sample.noise.shape[1:])
-        own, shown = (
-            [self._draw(role, sample.contexts[role], noises[i : i + 1]) for i in range(NOISES)]
-            for role in (STUDENT, TEACHER)
+        noises = np.asarray(start_noise(NOISE_SEED, NOISES, sample.noise.shape[1:]))
+        (own, own_other), (shown, shown_other) = (
+            self._draw(role, sample, noises, other) for role in (STUDENT, TEACHER)
         )
         gap, estimates = self._walk(sample)
         finished = max(sharpness(own[0]), TINY)
@@ -132,29 +132,25 @@ class Measurement:
             for each in estimates
         ]
         to_target = lambda images: float(np.mean([likeness(a, sample.target) for a in images]))
-        moved = (None, None)
-        if other is not None:
-            moved = self._moved(other, noises[:1], (own[0], shown[0]))
+        moved = lambda images, told: None if told is None else distance(told, images[0])
         return Traits(
             gap, sharp[TEACHER], sharp[STUDENT],
             to_target(shown), to_target(own), mutual(shown), mutual(own),
-            moved[TEACHER], moved[STUDENT],
+            moved(shown, shown_other), moved(own, own_other),
         )  # fmt: skip
 
-    def _draw(self, role: int, context: Any, noise) -> Picture:
-        grid = self.pipe.deployed_grid(noise.shape[1:])
-        latents = self.pipe.sample(self.trained[role], noise, context, grid)
-        return self.pipe.decode(multihost.to_host(latents))[0]
-
-    def _moved(self, other: Other, noise, before: Sequence[Picture]) -> list[float]:
-        found = []
-        for role in (STUDENT, TEACHER):
+    def _draw(
+        self, role: int, sample: Sample, noises: Float[np.ndarray, "n h w c"], other: Other | None
+    ) -> tuple[list[Picture], Picture | None]:
+        """A role's pictures, one from each noise, and that of the other caption from the first."""
+        wishes = [Wish(noises[i : i + 1], sample.contexts[role]) for i in range(len(noises))]
+        if other is not None:
             features = (other.student, other.teacher)[role]
-            context = self.pipe.family.collate(
-                [features], _at_least(self.rows[role], features, self.pipe, role)
-            )
-            found.append(distance(self._draw(role, context, noise), before[role]))
-        return found
+            own = padded_rows([shapes_of(features)], self.pipe, role)
+            rows = longest(self.rows[role], own)
+            wishes.append(Wish(noises[:1], self.pipe.family.collate([features], rows)))
+        drawn = draw(self.pipe, self.trained[role], wishes)
+        return drawn[: len(noises)], None if other is None else drawn[-1]
 
     def _walk(self, sample: Sample) -> tuple[np.ndarray, np.ndarray]:
         """At training's nodes: relative gaps [K], clean estimates by role [2, K, 1, h, w, c]."""
@@ -179,13 +175,6 @@ def _walk(net: Denoiser, student, teacher, base, contexts, noise, sigma):
 
     gaps, estimates = jax.lax.scan(denoise, noise, (sigma[:-1], sigma[1:]))[1]
     return gaps, jnp.moveaxis(estimates, 1, 0)
-
-
-def _at_least(rows: PaddedLengths, features: Features, pipe: Pipeline, role: int) -> PaddedLengths:
-    """The padded lengths, or more where a caption needs more."""
-    shapes = {name: np.shape(array) for name, array in features.items()}
-    own = padded_rows([shapes], pipe, role)
-    return {name: max(count, own[name]) for name, count in rows.items()}
 
 
 # --- pictures

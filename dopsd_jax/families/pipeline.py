@@ -400,11 +400,17 @@ def merged(
     return nnx.merge(graphdef, nnx.from_flat_state(flat), base)
 
 
-def start_noise(seed: int, count: int, shape: tuple[int, ...]) -> Float[Array, "b h w c"]:
-    """Unit Gaussian start noise; image i depends on (seed, i) only."""
-    key = jax.random.key(seed)
+def start_noise(
+    seed: int, count: int, shape: tuple[int, ...], first: int = 0
+) -> Float[Array, "b h w c"]:
+    """Unit Gaussian start noise of images `first` and on; image i depends on (seed, i) only."""
+    return _start_noise(jax.random.key(seed), first, count=count, shape=shape)
+
+
+@functools.partial(jax.jit, static_argnames=("count", "shape"))
+def _start_noise(key, first, *, count, shape):
     draw = lambda i: jax.random.normal(jax.random.fold_in(key, i), shape, jnp.float32)
-    return jax.vmap(draw)(jnp.arange(count))
+    return jax.vmap(draw)(first + jnp.arange(count))
 
 
 def too_long(prompt: str, count: int, limit: int, picture: int = 0) -> UserError:

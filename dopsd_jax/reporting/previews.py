@@ -5,15 +5,16 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-import jax
 import numpy as np
+from jaxtyping import Array, Float
 
 from dopsd_jax.common.errors import UserError
 from dopsd_jax.conditioning.features import Features
 from dopsd_jax.data.dataset import Dataset, spread
 from dopsd_jax.data.holdout import RowsByShape
 from dopsd_jax.dopsd import Contexts
-from dopsd_jax.families.base import STUDENT
+from dopsd_jax.families.base import STUDENT, PaddedLengths
+from dopsd_jax.families.drawing import Wish, draw
 from dopsd_jax.families.pipeline import Pipeline, start_noise
 from dopsd_jax.parallel import multihost
 from dopsd_jax.reporting import pictures
@@ -28,7 +29,7 @@ class Sample(NamedTuple):
 
     caption: str
     contexts: Contexts
-    noise: jax.Array
+    noise: Float[Array, "1 h w c"]
     target: np.ndarray | None
     references: Sequence[np.ndarray]
 
@@ -62,19 +63,16 @@ def write_training_pictures(features: Features, rows: RowsByShape, workdir: Path
     pictures.save_grid(workdir / pictures.TRAINING, [""] * ACROSS, rows, cell=160)
 
 
-def _own(pipe: Pipeline, features: Features) -> list[Sample]:
-    """What config.sample_prompts names."""
+def _own(pipe: Pipeline, features: Features, rows: PaddedLengths) -> list[Sample]:
+    """What config.sample_prompts names, with contexts of these lengths."""
     own = features.own_prompts
     if not own.texts:
         return []
     (width, height), _ = Counter(features.dataset.buckets).most_common(1)[0]
     shape = pipe.latent_shape(height, width)
-    contexts = own.contexts(features.rows[STUDENT])
     return [
-        Sample(text, Contexts(context, None), noise[None], None, ())
-        for text, context, noise in zip(
-            own.texts, contexts, start_noise(NOISE_SEED, len(contexts), shape), strict=True
-        )
+        Sample(text, Contexts(context, None), start_noise(NOISE_SEED, 1, shape, number), None, ())
+        for number, (text, context) in enumerate(zip(own.texts, own.contexts(rows), strict=True))
     ]
 
 
@@ -92,44 +90,43 @@ class Previews:
         self.pipe, self.workdir = pipe, workdir
         has_teacher = features.needs.teacher
         self.samples = []
+        lengths = features.own_prompts.rows(features.rows[STUDENT])  # one for all that is drawn
         for row in rows:
             width, height = features.dataset.buckets[row]
             shape = pipe.latent_shape(height, width)
-            noise = start_noise(NOISE_SEED, row + 1, shape)[row:]
+            noise = start_noise(NOISE_SEED, 1, shape, row)
             _, i = caption = features.dataset.caption(row, features.dataset.prompt_keys)
-            contexts, text = features.contexts([caption]), features.dataset.rows[row].captions[i][1]
+            contexts = features.contexts([caption], rows=lengths)
+            text = features.dataset.rows[row].captions[i][1]
             edited = features.edited(row)
             self.samples.append(Sample(text, contexts, noise, features.image(row), edited))
-        self.prompts = _own(pipe, features)
+        self.prompts = _own(pipe, features, lengths)
         references = pictures.reference_columns(s.references for s in self.samples)
         models = ("base", *["teacher"] * has_teacher, "tuned")
         self.columns = (*references, "target", *models)
         self._places = len(references)
         # Before training the trained part is the base model's: adapters add nothing yet.
-        base = pipe.split[1]
-        self.base = [
-            self._picture(base, s.contexts.student, s.noise) for s in (*self.samples, *self.prompts)
-        ]
+        self.base = self._by_student(pipe.split[1])
 
-    def _picture(self, trained, context, noise) -> np.ndarray:
-        grid = self.pipe.deployed_grid(noise.shape[1:])
-        latents = self.pipe.sample(trained, noise, context, grid)
-        return self.pipe.decode(multihost.to_host(latents))[0]
+    def _by_student(self, trained) -> list[np.ndarray]:
+        """Every sample and every prompt, without a picture beside it."""
+        shown = (*self.samples, *self.prompts)
+        return draw(self.pipe, trained, [Wish(s.noise, s.contexts.student) for s in shown])
 
     def rows(self, student, teacher) -> list[pictures.GridRow]:
         """The pictures of every sample, then of every prompt, in the order of `columns`.
 
         `teacher` draws only for methods that ask a teacher in its own context.
         """
+        columns = [self.base]
+        if "teacher" in self.columns:
+            wishes = [Wish(s.noise, s.contexts.teacher) for s in self.samples]
+            columns.append([*draw(self.pipe, teacher, wishes), *[None] * len(self.prompts)])
+        columns.append(self._by_student(student))
         found = []
-        for base, sample in zip(self.base, (*self.samples, *self.prompts), strict=True):
-            drawn = [*pictures.filled(sample.references, self._places), sample.target, base]
-            if "teacher" in self.columns:
-                shown = sample.contexts.teacher
-                told = None if shown is None else self._picture(teacher, shown, sample.noise)
-                drawn.append(told)
-            drawn.append(self._picture(student, sample.contexts.student, sample.noise))
-            found.append(pictures.GridRow(sample.caption, drawn))
+        for sample, *drawn in zip((*self.samples, *self.prompts), *columns, strict=True):
+            before = *pictures.filled(sample.references, self._places), sample.target
+            found.append(pictures.GridRow(sample.caption, [*before, *drawn]))
         return found
 
     def write(self, step: int, student, teacher) -> Path:

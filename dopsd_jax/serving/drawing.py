@@ -11,8 +11,10 @@ from jaxtyping import UInt8
 
 from dopsd_jax.common.errors import UserError, raise_if
 from dopsd_jax.common.lora_options import LoraOption
-from dopsd_jax.families.base import STUDENT
+from dopsd_jax.conditioning.padding import longest, padded_rows, shapes_of
+from dopsd_jax.families.base import STUDENT, PaddedLengths, Tree
 from dopsd_jax.families.pipeline import Pipeline, start_noise
+from dopsd_jax.families.prompts import prompt_features
 from dopsd_jax.reporting import parameters
 from dopsd_jax.reporting.parameters import Lora, Parameters
 
@@ -41,6 +43,7 @@ class Studio:
         if folder is not None and not folder.is_dir():
             raise UserError(f"--loras {folder}: is no folder; name one that has LoRA files")
         self._turn = threading.Lock()
+        self._rows: PaddedLengths = {}  # of the longest prompt so far: one sampler for most
         # With digests: a run may write another best.safetensors meanwhile.
         self._attached: tuple[list[LoraOption], tuple[Lora, ...]] = [], ()
 
@@ -82,7 +85,7 @@ class Studio:
                     self.pipe.use_loras(loras)
                     self._attached = loras, used
                 if context is None:
-                    context = self.pipe.encode_prompt([prompt])
+                    context = self._context(prompt)
                 image = self.pipe(
                     [prompt],
                     height=height,
@@ -95,6 +98,13 @@ class Studio:
             own = tuple(lora._replace(strength=strength) for lora in used if strength)
             label = f"strength {strength:g}" if strength else BASE
             yield Drawn(label, image, made._replace(loras=own))
+
+    def _context(self, prompt: str) -> Tree:
+        """The student's context, padded to as much as any prompt has needed."""
+        features = prompt_features(self.pipe, [prompt])
+        own = padded_rows(map(shapes_of, features), self.pipe, STUDENT, "prompt")
+        self._rows = longest(self._rows, own)
+        return self.pipe.family.collate(features, self._rows)
 
     def _checked(self, prompt, seed, names, strengths, steps) -> list[LoraOption]:
         """The files of a request. Raises `UserError` for one that cannot be drawn."""

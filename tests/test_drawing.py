@@ -1,0 +1,48 @@
+"""Pictures in batches: those that one alone would be, by one program for each shape."""
+
+import numpy as np
+
+import dopsd_jax
+from dopsd_jax import dopsd
+from dopsd_jax.families import drawing
+from dopsd_jax.families.drawing import Wish, draw, filled, together
+from dopsd_jax.families.pipeline import start_noise
+
+PROMPTS = ["a red circle", "a blue star", "a large green square on the left"]
+
+
+def test_small_pictures_are_drawn_together_and_large_ones_alone():
+    assert [together(20, side**2) for side in (1024, 768, 512, 64)] == [1, 1, 4, 7]
+    assert [together(count, 64**2) for count in (1, 5, 8, 9)] == [1, 5, 8, 5]
+
+
+def test_batches_are_of_one_size():
+    assert list(filled("abcde", 2)) == [(["a", "b"], 2), (["c", "d"], 2), (["e", "e"], 1)]
+    assert list(filled("", 2)) == []
+
+
+def test_pictures_are_those_drawn_alone_in_the_order_of_the_wishes(random_model, monkeypatch):
+    """Of two sizes, of which the larger makes a batch of two and one that is not full."""
+    pipe = dopsd_jax.load_pipeline(random_model)
+    monkeypatch.setattr(pipe.family, "DEPLOYED_STEPS", 2)
+    monkeypatch.setattr(drawing, "PIXELS", 2 * 32 * 48)
+    traced = []
+    rollout = dopsd.rollout
+    monkeypatch.setattr(dopsd, "rollout", lambda *given: traced.append(1) or rollout(*given))
+    context = pipe.encode_prompt(PROMPTS)
+    sizes = (32, 48), (32, 32), (32, 48), (32, 48)
+    wishes = []
+    for number, size in enumerate(sizes):
+        one = number % len(PROMPTS)
+        own = context._replace(
+            features=context.features[one : one + 1], lengths=context.lengths[one : one + 1]
+        )
+        wishes.append(Wish(start_noise(1, 1, pipe.latent_shape(*size), number), own))
+    found = draw(pipe, pipe.split[1], wishes)
+    assert len(traced) == 2
+    assert [picture.shape for picture in found] == [(*size, 3) for size in sizes]
+    for picture, (noise, own), size in zip(found, wishes, sizes, strict=True):
+        height, width = size
+        alone = pipe([""], height=height, width=width, latents=noise, context=own)[0]
+        assert np.abs(picture.astype(int) - alone).max() <= 1
+    assert np.abs(found[0].astype(int) - found[2]).max() > 20, "all pictures are alike"
