@@ -18,6 +18,7 @@ from dopsd_jax.conversion.importing import import_model
 from dopsd_jax.families.zimage.networks import VLM, ZIMAGE
 from dopsd_jax.models.zimage import ZImageConfig, names
 from dopsd_jax.random_model import write_random_model
+from dopsd_jax.weights import device_stack
 from dopsd_jax.weights.layouts import Found, in_layout
 from dopsd_jax.weights.load import load_component
 from dopsd_jax.weights.safetensors_io import TensorFiles
@@ -210,6 +211,15 @@ def test_each_parameter_may_have_its_own_type(tiny):
     model = load_component(tiny / "transformer", TRANSFORMER, dtype=by_path)
     for path, variable in nnx.to_flat_state(nnx.state(model)):
         assert variable[...].dtype == by_path(".".join(map(str, path)))
+
+
+def test_stacks_of_the_same_layers_are_filled_by_one_program(tiny):
+    """Of the two refiners and of the layers: of the network's size, not of its number of arrays."""
+    device_stack._set_rows.cache_clear()
+    model = load_component(tiny / "transformer", TRANSFORMER)
+    assert model.layers.attention.qkv.kernel.ndim == 3
+    programs = device_stack._set_rows.cache_info()
+    assert (programs.currsize, programs.hits > 0) == (3, True)
 
 
 def test_one_room_of_a_network_loads_alone(tiny, imported):

@@ -111,7 +111,8 @@ def test_after_a_long_prompt_all_are_as_long(studio):
     own = Studio(studio.pipe, "m", None)
     prompts = PROMPT, f"{PROMPT} " * 20, PROMPT
     contexts = [own._context(prompt) for prompt in prompts]
-    assert [context.features.shape[1] for context in contexts] == [64, 128, 128]
+    rows = [context.features.shape[1] for context in contexts]
+    assert rows[0] < rows[1] == rows[2]
     assert contexts[0].lengths == contexts[2].lengths
 
 
