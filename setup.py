@@ -35,7 +35,7 @@ setup(
         "dopsd_jax": ["py.typed"],
         "dopsd_jax.data": ["prompts/*.txt"],
         "dopsd_jax.reporting": ["page/*"],
-        "dopsd_jax.examples": ["miniature/**/*"],
+        "dopsd_jax.examples": ["miniature/**/*", "klein_miniature/**/*"],
     },
     entry_points={
         "console_scripts": ["dopsd-jax = dopsd_jax.__main__:main"],

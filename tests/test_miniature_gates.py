@@ -1,5 +1,6 @@
-"""The shipped miniature can do what the experiments on it rest on. Its gates are the issue's."""
+"""The shipped miniatures can do what the experiments on them rest on."""
 
+import functools
 import json
 from pathlib import Path
 
@@ -8,11 +9,14 @@ import pytest
 
 import dopsd_jax
 from dopsd_jax.common.errors import UserError
-from dopsd_jax.miniature import captions, concepts, gates, world
+from dopsd_jax.miniature import captions, concepts, edits, gates, world
 from dopsd_jax.miniature.artist import Artist
 
-SHIPPED = Path(__file__).parents[1] / "examples" / "miniature"
+EXAMPLES = Path(__file__).parents[1] / "examples"
+SHIPPED = {"miniature": gates.GATES, "klein_miniature": (*gates.GATES, *gates.EDITING)}
+MISSED = {"miniature": (), "klein_miniature": ("place kept", "undistilled first")}
 MIB = 1 << 20
+every = pytest.mark.parametrize("name", SHIPPED)
 
 
 @pytest.fixture(scope="module")
@@ -20,35 +24,49 @@ def trial():
     return gates.Trial()
 
 
-@pytest.fixture(scope="module")
-def found(trial):
-    return trial(gates.of_folder(dopsd_jax.load_pipeline(SHIPPED / "model")))
+@functools.cache
+def found(name):
+    return gates.Trial()(gates.of_folder(dopsd_jax.load_pipeline(EXAMPLES / name / "model")))
 
 
-@pytest.mark.parametrize("gate", gates.GATES, ids=lambda gate: gate.name)
-def test_the_shipped_model_passes(gate, found):
-    before = gates.undistilled(SHIPPED / gates.SCORES)
-    values = {g.name: value for g, value, _ in gates.verdicts(found, before)}
-    assert gate.holds(values[gate.name]), f"{gate.meaning}: {values[gate.name]:.3f}"
+def stored(name):
+    return json.loads((EXAMPLES / name / gates.SCORES).read_text(encoding="utf-8"))
 
 
-def test_the_card_tells_the_scores_that_are_measured(found):
-    stored = json.loads((SHIPPED / gates.SCORES).read_text(encoding="utf-8"))[gates.SHIPPED]
-    card = (SHIPPED / "README.md").read_text(encoding="utf-8")
-    for name, value in stored.items():
+@pytest.mark.parametrize(
+    ("name", "gate"),
+    [
+        pytest.param(name, gate, id=f"{name}-{gate.name}")
+        for name, own in SHIPPED.items()
+        for gate in own
+    ],
+)
+def test_a_shipped_model_passes_all_but_what_its_card_says(name, gate):
+    before = gates.undistilled(EXAMPLES / name / gates.SCORES)
+    values = {g.name: value for g, value, _ in gates.verdicts(found(name), before)}
+    passes = gate.name not in MISSED[name]
+    assert gate.holds(values[gate.name]) == passes, f"{gate.meaning}: {values[gate.name]:.3f}"
+    card = (EXAMPLES / name / "README.md").read_text(encoding="utf-8")
+    assert (f"Missed: *{gate.name}*" in card) != passes
+
+
+@every
+def test_the_card_tells_the_scores_that_are_measured(name):
+    card = (EXAMPLES / name / "README.md").read_text(encoding="utf-8")
+    for score, value in stored(name)[gates.SHIPPED].items():
         # One picture of 96, or rounding that differs between processors.
-        assert found[name] == pytest.approx(value, abs=0.015), name
-        assert f"{value:.3f}" in card, name
+        assert found(name)[score] == pytest.approx(value, abs=0.015), score
+        assert f"{value:.3f}" in card, score
 
 
-def test_distillation_made_its_first_estimate_a_picture():
+@every
+def test_distillation_made_its_first_estimate_a_picture(name):
     """And as many steps of the undistilled network miss what the shipped model passes."""
-    stored = json.loads((SHIPPED / gates.SCORES).read_text(encoding="utf-8"))
-    many = stored[gates.UNDISTILLED_MANY]
-    bounds = {gate.name: gate for gate in gates.GATES}
-    for name, held in ((gates.SHIPPED, True), (gates.UNDISTILLED_FEW, False)):
-        assert bounds["first"].holds(stored[name]["first"]) == held
-        assert bounds["few to many"].holds(stored[name]["crispness"] / many["crispness"]) == held
+    kept, bounds = stored(name), {gate.name: gate for gate in gates.GATES}
+    many = kept[gates.UNDISTILLED_MANY]
+    for which, held in ((gates.SHIPPED, True), (gates.UNDISTILLED_FEW, False)):
+        assert bounds["first"].holds(kept[which]["first"]) == held
+        assert bounds["few to many"].holds(kept[which]["crispness"] / many["crispness"]) == held
 
 
 def test_the_trial_asks_for_what_was_never_trained(trial):
@@ -94,19 +112,23 @@ def test_who_draws_what_is_asked_passes_and_who_does_not_fails(trial):
     assert wrong["shape"] < 0.4 and wrong["colour"] < 0.4
 
 
-def test_what_is_shipped_is_small_and_holds_no_pickle():
-    files = [path for path in SHIPPED.rglob("*") if path.is_file()]
+@every
+def test_what_is_shipped_is_small_and_holds_no_pickle(name):
+    files = [path for path in (EXAMPLES / name).rglob("*") if path.is_file()]
     assert sum(path.stat().st_size for path in files) <= 12 * MIB
     assert {path.suffix for path in files} <= {".safetensors", ".json", ".txt", ".md", ".png"}
 
 
-def test_the_data_set_teaches_a_word_that_the_training_never_said():
-    word, concept = concepts.read_concept(SHIPPED / "dax" / concepts.FILE)
+def test_the_data_sets_teach_a_word_that_the_training_never_said():
+    dax = EXAMPLES / "miniature" / "dax"
+    word, concept = concepts.read_concept(dax / concepts.FILE)
     assert word in captions.NEW_WORDS
     assert world.distance(concept.body, concept.core) > world.CONTRAST
-    assert len(list((SHIPPED / "dax").glob("*.png"))) == 6
+    assert len(list(dax.glob("*.png"))) == 6
     # The prompt that everyone types first is drawn well only if it is learned too.
-    assert "a dax" in [path.read_text().strip() for path in (SHIPPED / "dax").glob("*.txt")]
+    assert "a dax" in [path.read_text().strip() for path in dax.glob("*.txt")]
+    pairs = EXAMPLES / "klein_miniature" / "pairs" / "after"
+    assert (pairs / edits.CONCEPT).read_bytes() == (dax / concepts.FILE).read_bytes()
 
 
 def test_scores_that_are_missing_are_named(tmp_path):
