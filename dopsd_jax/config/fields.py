@@ -105,7 +105,7 @@ _MODEL = (
     Field("remat", "full",
           "activations recomputed to save memory: none is fastest, full needs the least memory; "
           "auto: the fastest that leaves a tenth of the device's memory free (docs/running.md)",
-          choices=("none", "dots", "full", kinds.AUTO), change=ALWAYS),
+          choices=("unrolled", "none", "dots", "full", kinds.AUTO), change=ALWAYS),
 )
 _GRID = (Field("grid", "nodes4", "noise levels of a rollout: a name, or a list", "name or list"),)
 _ADAPTERS = (

@@ -35,6 +35,7 @@ class Work:
         """What a backward pass computes a second time."""
         kept = {
             "none": 0.0,
+            "unrolled": 0.0,
             "dots": self.attention,
             "full": self.linear + self.attention + self.trained,
         }
