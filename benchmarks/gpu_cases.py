@@ -113,6 +113,8 @@ def _switches(dry: bool) -> Iterator[Case]:
         yield Case(f"switch: {model}, XLA's own options", command, {xla_flags.SWITCH: "off"})
         for name, flags in XLA.items():
             yield Case(f"switch: {model}, {name}", command, {"XLA_FLAGS": flags})
+        loose = _step(model, dry, {"remat": "unrolled"})
+        yield Case(f"switch: {model}, layers one by one", loose)
         plain = _step(model, dry, {"attention": "xla"})
         yield Case(f"switch: {model}, attention by XLA", plain)
 

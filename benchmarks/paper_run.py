@@ -30,6 +30,7 @@ from dopsd_jax.data.loader import Batches
 from dopsd_jax.families.pipeline import Pipeline
 from dopsd_jax.methods import registry
 from dopsd_jax.miniature import captions, concepts, world
+from dopsd_jax.models import kinds
 from dopsd_jax.run import build, data_set
 from dopsd_jax.training import optimizers, state, trainable
 
@@ -108,7 +109,7 @@ class Bench:
         """A student, with adapters or ready to be trained whole."""
         config = load_config({"train": train, "lora.rank": rank, "model": model})
         pipe, _ = build.open_pipeline(config, self.folder)
-        pipe.remat = "unrolled"  # these few narrow layers take nearly twice as long in a scan
+        pipe.remat = kinds.UNROLLED  # these few narrow layers take nearly twice as long in a scan
         trainable.trained(config, pipe.family, pipe.config).attach(pipe.transformer)
         return pipe
 

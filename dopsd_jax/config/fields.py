@@ -104,8 +104,9 @@ _MODEL = (
           choices=(kinds.AUTO, *kinds.ATTENTION), change=ALWAYS),
     Field("remat", "full",
           "activations recomputed to save memory: none is fastest, full needs the least memory; "
-          "auto: the fastest that leaves a tenth of the device's memory free (docs/running.md)",
-          choices=("unrolled", "none", "dots", "full", kinds.AUTO), change=ALWAYS),
+          "auto: the fastest of them that leaves a tenth of the device's memory free; unrolled: "
+          "none without a loop over layers, for small networks (docs/running.md)",
+          choices=("none", "dots", "full", kinds.AUTO, kinds.UNROLLED), change=ALWAYS),
 )
 _GRID = (Field("grid", "nodes4", "noise levels of a rollout: a name, or a list", "name or list"),)
 _ADAPTERS = (

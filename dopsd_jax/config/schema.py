@@ -163,10 +163,10 @@ def _base(given: Mapping[str, Any]) -> list[str]:
             "config.offload: names the base, the frozen network of adapters, which "
             "config.train = full has not; leave it out, teacher and optimizer can be named"
         ]
-    if given["remat"] == "none":
+    if given["remat"] in ("none", kinds.UNROLLED):
         return [
-            "config.offload: names the base, but config.remat = none keeps all its layers on the "
-            "device for the backward pass; set config.remat to full or dots"
+            f"config.offload: names the base, but config.remat = {given['remat']} keeps all its "
+            "layers on the device for the backward pass; set config.remat to full or dots"
         ]
     if given["base_dtype"] in kinds.QUANTISED:  # the TPU compiler of jax 0.10.2 fails
         return [

@@ -16,6 +16,7 @@ from dopsd_jax.estimation import abstract_step, memory
 from dopsd_jax.estimation.abstract_step import Workload, make_program
 from dopsd_jax.estimation.compiled_step import Report
 from dopsd_jax.methods import registry
+from dopsd_jax.models import kinds
 
 LARGEST = 1024  # devices; more are not asked for
 WORTH = 0.01  # share of the memory that a remedy must save to be named
@@ -141,7 +142,7 @@ def _changes(config: ConfigDict, report: Report) -> Iterator[tuple[dict[str, Any
             yield {"offload": both}, "kept in the host's memory between uses"
     if config.train == "lora" and "base" not in held:
         fields = {"offload": ",".join((*held, "base"))}
-        if config.remat == "none":
+        if config.remat in ("none", kinds.UNROLLED):
             fields["remat"] = "full"
         if config.base_dtype != "float32":  # also where another change has quantised it
             fields["base_dtype"] = "bfloat16"

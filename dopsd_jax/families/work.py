@@ -4,6 +4,7 @@ import dataclasses
 from collections.abc import Callable, Iterable
 
 from dopsd_jax.adapters.attach import Slot
+from dopsd_jax.models import kinds
 
 Products = Callable[[Slot], int]  # multiplications of a layer's adapter for one row of its input
 
@@ -35,7 +36,7 @@ class Work:
         """What a backward pass computes a second time."""
         kept = {
             "none": 0.0,
-            "unrolled": 0.0,
+            kinds.UNROLLED: 0.0,
             "dots": self.attention,
             "full": self.linear + self.attention + self.trained,
         }

@@ -5,6 +5,7 @@ import importlib.util
 WHOLE = ("bfloat16", "float32")
 QUANTISED = ("int8", "fp8", "nf4")  # schemes of `models.quantised`
 AUTO = "auto"  # of attention and remat: chosen at the start
+UNROLLED = "unrolled"  # remat: nothing is computed again, and no loop over the layers
 ATTENTION = ("xla", "cudnn", "splash")  # kernels of `models.attention`
 
 

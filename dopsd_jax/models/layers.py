@@ -8,6 +8,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
 
+from dopsd_jax.models import kinds
 from dopsd_jax.models.interleaved import Interleaved
 from dopsd_jax.models.quantised import QuantisedKernel
 from dopsd_jax.parallel.sharding import UNCONSTRAINED, constrain_batch, constrain_weights, to_device
@@ -134,7 +135,7 @@ def scan_blocks(apply: Callable, blocks: nnx.Module, x, remat: str = "none"):
     def body(x, block):  # a stack in host memory is copied layer by layer
         return split_tokens(apply(constrain_weights(to_device(block)), x)), None
 
-    if remat == "unrolled":
+    if remat == kinds.UNROLLED:
         return _unrolled(body, split_tokens(x), blocks, 0, len(jax.tree.leaves(blocks)[0]))
     return jax.lax.scan(_rematerialized(body, remat), split_tokens(x), blocks)[0]
 
@@ -152,7 +153,7 @@ def scan_range(apply: Callable, blocks: nnx.Module, x, start: int, stop: int, re
         return split_tokens(apply(block, x)), None
 
     x = split_tokens(x)
-    if remat == "unrolled":
+    if remat == kinds.UNROLLED:
         return _unrolled(
             lambda x, block: (split_tokens(apply(block, x)), None), x, blocks, start, stop
         )

@@ -16,11 +16,11 @@ from dopsd_jax.miniature.families import Told
 from dopsd_jax.miniature.flux2_klein import configs
 from dopsd_jax.miniature.flux2_klein.configs import Size
 from dopsd_jax.miniature.render import SIDE
-from dopsd_jax.models import flux2, qwen3
+from dopsd_jax.models import flux2, kinds, qwen3
 from dopsd_jax.models.layers import sinusoids
 
 GRID = (SIDE // configs.FACTOR,) * 2
-REMAT = "unrolled"
+REMAT = kinds.UNROLLED
 HIDDEN = tuple(range(1, len(LAYERS) + 1))  # of the layers that are there
 GATE = 0.5  # start of the transformer's gates
 RIDGE = 1e-3

@@ -16,10 +16,10 @@ from dopsd_jax.miniature.families import Told
 from dopsd_jax.miniature.render import SIDE
 from dopsd_jax.miniature.zimage import configs
 from dopsd_jax.miniature.zimage.configs import Size
-from dopsd_jax.models import qwen3, qwen3_vl, qwen3_vl_vision, zimage
+from dopsd_jax.models import kinds, qwen3, qwen3_vl, qwen3_vl_vision, zimage
 
 GRID = (SIDE // configs.IMAGE_PATCH,) * 2
-REMAT = "unrolled"
+REMAT = kinds.UNROLLED
 GATE = 0.5  # start of the transformer's gates, before the tanh
 
 
