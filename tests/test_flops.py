@@ -171,6 +171,7 @@ def test_options_change_the_count_as_they_should():
     assert none.model == dots.model == full.model
     assert none.executed < dots.executed < full.executed
     assert count(flash=False).executed == count().model
+    assert count(remat="unrolled") == none
 
 
 def test_the_published_network_has_its_published_size():

@@ -140,6 +140,7 @@ def test_a_model_is_loaded_there_and_predicts_the_same(tmp_path_factory, base_dt
         ({"train": "full", "base_dtype": "float32"}, "config.offload: names the base, the frozen"),
         ({"base_dtype": "nf4"}, "fetched one by one only in bfloat16 or float32, not in nf4; set"),
         ({"remat": "none"}, "config.offload: names the base, but config.remat = none keeps"),
+        ({"remat": "unrolled"}, "names the base, but config.remat = unrolled keeps all its layers"),
     ],
 )
 def test_where_it_means_nothing_it_is_refused(changes, message):

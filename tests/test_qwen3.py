@@ -179,7 +179,7 @@ def test_scanned_range_equals_a_loop_under_every_remat():
         loop = x
         for i in (1, 2):
             loop = apply(jax.tree.map(lambda a, i=i: a[i], layers), loop)
-        remats = ("none", "dots", "full")
+        remats = ("none", "dots", "full", "unrolled")
         return (
             loop,
             scan_blocks(apply, layers, x),

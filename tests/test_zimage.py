@@ -190,7 +190,7 @@ def test_closed_gates_make_modulated_layers_the_identity():
     assert relative_error(run_jax(ours, x, t, features, lengths), expected) < 1e-6
 
 
-@pytest.mark.parametrize("remat", ["full", "dots"])
+@pytest.mark.parametrize("remat", ["full", "dots", "unrolled"])
 def test_remat_changes_neither_value_nor_gradient(remat):
     model, cfg = build()
     args = inputs(cfg, 8, 8, lengths=[7])
