@@ -78,7 +78,7 @@ def build(job: dict, device: torch.device) -> torch.nn.Module:
     torch.manual_seed(0)
     torch.set_default_dtype(getattr(torch, job["base_dtype"]))
     with device:
-        model = MODELS[job["family"]](**job["transformer"]).requires_grad_(False)
+        model = MODELS[job["family"]].from_config(job["transformer"]).requires_grad_(False)
     torch.set_default_dtype(torch.float32)
     adapters = reference.random_adapters(model, job["rank"], seed=0)
     for name in ("teacher", "student"):
