@@ -2,6 +2,10 @@
 
     python benchmarks/against_diffusers.py --family=zimage --page=docs/sampling.md
     python benchmarks/against_diffusers.py --family=flux2_klein --page=docs/sampling.md
+    python benchmarks/against_diffusers.py --family=zimage --miniature --side=64 --batch=8 --page=docs/sampling.md
+
+The weights are random, of a network whose time is that of its products; with --miniature those that
+are shipped, of a much smaller one.
 
 Both draw in this process on one core of the processor, in turns, and the processor's own time
 counts: what else the machine does meets both alike. Every round draws prompts of different lengths,
@@ -14,6 +18,7 @@ import os
 os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ["OMP_NUM_THREADS"] = "1"
 
+import json
 import re
 import statistics
 import tempfile
@@ -33,14 +38,16 @@ import dopsd_jax
 from dopsd_jax import families
 from dopsd_jax.common import program
 from dopsd_jax.common.errors import UserError
+from dopsd_jax.config.find import shipped
 from dopsd_jax.families.flux2_klein import random as klein
 from dopsd_jax.families.pipeline import start_noise
-from dopsd_jax.models.flux2_config import Flux2Config
+from dopsd_jax.models.flux2_config import ROWS_FIELD, Flux2Config
 from dopsd_jax.random_model import Size, write_random_model
 
 FAMILY = flags.DEFINE_enum("family", "zimage", ["zimage", "flux2_klein"], "whose model")
 SIDE = flags.DEFINE_integer("side", 256, "pixels", 64)
 BATCH = flags.DEFINE_integer("batch", 2, "pictures at once", 1)
+MINIATURE = flags.DEFINE_bool("miniature", False, "the shipped model of the family")
 ROUNDS = flags.DEFINE_integer("rounds", 5, "how often both are timed", 1)
 PAGE = flags.DEFINE_string("page", None, "page whose row of this family is written anew")
 
@@ -50,9 +57,9 @@ SMALL = Size(
 )
 PROMPTS = (
     "a red circle",
-    "a large blue star on the left of a small green square, on a striped grey background, in the "
-    "evening, with long shadows and a few clouds",
+    "a large blue star on the left of a small green square, on a striped grey background",
 )
+SHIPPED = {"zimage": "miniature", "flux2_klein": "klein_miniature"}
 PARTS = ("all", "texts", "steps", "decoding")
 Actions = dict[str, Callable[[], Any]]
 
@@ -72,7 +79,7 @@ def main() -> None:
     share = {p: statistics.median(a for a, _ in pairs) / whole for p, pairs in seconds.items()}
     cells = [f"{ratio[p]:.2f}" + f" ({share[p]:.0%})" * (p != "all") for p in PARTS]
     case = f"{BATCH.value} of {SIDE.value} x {SIDE.value}"
-    row = f"| {FAMILY.value} | {case} | {' | '.join(cells)} | {difference} |"
+    row = f"| {name()} | {case} | {' | '.join(cells)} | {difference} |"
     print(f"| family | pictures | {' | '.join(PARTS)} | largest difference, of 255 |\n{row}")
     print(f"jax {jax.__version__}, diffusers {diffusers.__version__}, torch {torch.__version__}")
     if PAGE.value:
@@ -89,8 +96,15 @@ def timed(both: tuple[Actions, Actions], part: str) -> list[float]:
     return found
 
 
+def name() -> str:
+    """What the page calls the network."""
+    return FAMILY.value + ", miniature" * MINIATURE.value
+
+
 def model() -> Path:
-    """A folder of random weights, small, but large enough that products are most of the work."""
+    """The folder of the weights; random ones are large enough that products are most of the work."""
+    if MINIATURE.value:
+        return shipped("examples", SHIPPED[FAMILY.value]) / "model"
     folder = Path(tempfile.gettempdir()) / f"dopsd_small_{FAMILY.value}"
     if (folder / "model_index.json").exists():
         return folder
@@ -133,11 +147,14 @@ def theirs(folder: Path, prompts: list[str]) -> Actions:
     noise = torch.from_numpy(noise.transpose(0, 3, 1, 2).copy())
     steps = families.load(FAMILY.value).DEPLOYED_STEPS
     unguided = 0.0 if FAMILY.value == "zimage" else 1.0
+    size = json.loads((folder / "transformer" / "config.json").read_text(encoding="utf-8"))
+    rows = {ROWS_FIELD: size[ROWS_FIELD]} if ROWS_FIELD in size else {}
     draw = lambda **more: pipe(
         height=SIDE.value, width=SIDE.value, num_inference_steps=steps, latents=noise,
-        guidance_scale=unguided, **more,
+        guidance_scale=unguided, **rows, **more,
     ).images  # fmt: skip
-    texts = lambda: pipe.encode_prompt(list(prompts))[0]  # a list of its own: it is written to
+    # A list of its own: it is written to.
+    texts = lambda: pipe.encode_prompt(list(prompts), **rows)[0]
     encoded, config = texts(), pipe.vae.config
     channels = config.latent_channels
     cells = noise if FAMILY.value == "zimage" else torch.randn(
@@ -154,9 +171,9 @@ def theirs(folder: Path, prompts: list[str]) -> Actions:
 def write(page: Path, row: str) -> None:
     """Puts the row in the place of this family's on the page. Raises `UserError`."""
     text = page.read_text(encoding="utf-8")
-    text, count = re.subn(rf"^\| {FAMILY.value} \|.*$", row, text, count=1, flags=re.MULTILINE)
+    text, count = re.subn(rf"^\| {name()} \|.*$", row, text, count=1, flags=re.MULTILINE)
     if not count:
-        raise UserError(f"--page {page}: has no row of {FAMILY.value}")
+        raise UserError(f"--page {page}: has no row of {name()}")
     page.write_text(text, encoding="utf-8")
 
 
