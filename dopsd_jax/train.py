@@ -32,6 +32,7 @@ from dopsd_jax.data import holdout
 from dopsd_jax.data.dataset import describe
 from dopsd_jax.data.loader import Batches, prefetch
 from dopsd_jax.estimation import remat
+from dopsd_jax.estimation.early_step import EarlyStep
 from dopsd_jax.evaluation import run_scores
 from dopsd_jax.evaluation.checkpoint_scores import (
     CheckpointScores,
@@ -94,6 +95,19 @@ def train(config: ConfigDict, workdir: epath.Path) -> int | None:
         multiple, cache = sharding.sample_devices(mesh), data_set.cache_folder(config, workdir)
         features = Features(pipe, dataset, config, cache, multiple)
     facts |= features.facts()
+    batches = Batches(
+        rows,
+        dataset.rows,
+        dataset.prompt_keys,
+        batch_size=effective_batch,
+        seed=config.seed,
+        draw=config.data.prompt_draw,
+        dropout=config.data.caption_dropout,
+        sets=dataset.sets,
+    )
+    checkpoints = Checkpoints(workdir / "checkpoints", config.keep_checkpoints, config.keep_every)
+    shapes = batches.shapes_between(checkpoints.newest, config.steps)
+    early = EarlyStep(config, pipe, features, mesh, shapes)
     multihost.first_alone(features.prepare)
     about = multihost.first_alone(
         lambda: origin.header_strings(
@@ -109,7 +123,7 @@ def train(config: ConfigDict, workdir: epath.Path) -> int | None:
 
     # ---- State and step.
     with jax.set_mesh(mesh):
-        plan = build.make_plan(config, pipe, mesh)
+        plan = build.make_plan(config, pipe, mesh, early.plan)
     parts.end("weights")
     multihost.say("\n".join([*plan.describe(), *features.describe(), *memory.describe()]))
     with multihost.together():
@@ -122,7 +136,6 @@ def train(config: ConfigDict, workdir: epath.Path) -> int | None:
     parts.end("base model's pictures")
 
     # ---- Restore.
-    checkpoints = Checkpoints(workdir / "checkpoints", config.keep_checkpoints, config.keep_every)
     restored = checkpoints.restore(plan.abstract_state)
     if restored is None:
         first, state = 0, plan.initial_state(initial)
@@ -178,16 +191,6 @@ def train(config: ConfigDict, workdir: epath.Path) -> int | None:
         progress.note(f"pictures: {path}")
 
     # ---- Loop. Metrics are read one step late, so that the device never waits for the host.
-    batches = Batches(
-        rows,
-        dataset.rows,
-        dataset.prompt_keys,
-        batch_size=effective_batch,
-        seed=config.seed,
-        draw=config.data.prompt_draw,
-        dropout=config.data.caption_dropout,
-        sets=dataset.sets,
-    )
     places = sharding.own_samples(mesh, config.batch_size)
     own = lambda index: index.part(places, config.accumulate)
     anchors = features.anchors
@@ -241,6 +244,8 @@ def train(config: ConfigDict, workdir: epath.Path) -> int | None:
         if first == 0:
             show(0)
         parts.end("first pictures")
+        early.finish()
+        parts.beside["compiling"] = early.saved
         progress.skip()
         ended = checkpoint_scores and checkpoint_scores.ranking.over()
         steps = first if ended else config.steps

@@ -21,6 +21,7 @@ from absl import flags, logging
 
 from dopsd_jax.common import compile_cache, gpu_memory, xla_flags
 from dopsd_jax.common.atomic import path_fault
+from dopsd_jax.common.background import Background
 from dopsd_jax.common.errors import USER_ERROR_EXIT, UserError, report
 from dopsd_jax.common.lora_options import LoraOption, lora_option
 
@@ -145,7 +146,13 @@ def run(main: Callable[[], int | None]) -> None:
         compile_cache.keep()
         gpu_memory.allow()
         xla_flags.add()
-    sys.exit(report(main))
+    try:
+        status = report(main)
+    except Exception:
+        sys.excepthook(*sys.exc_info())
+        status = 1
+    Background.leave_if_busy(status)
+    sys.exit(status)
 
 
 class Parser(argparse.ArgumentParser):

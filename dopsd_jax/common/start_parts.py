@@ -17,12 +17,15 @@ FILE = "start.json"  # in the work directory: of the last start
 class StartParts:
     """Seconds of the parts of a start, which follow each other.
 
+    beside: of what was done meanwhile, in threads.
+
     age: of the process when this is made, with its imports. clock: for tests.
     """
 
     def __init__(self, age: float, clock: Callable[[], float] = time.monotonic):
         self._clock, self._last = clock, clock()
         self.seconds = {"imports": age}
+        self.beside: dict[str, float] = {}
 
     def end(self, name: str) -> None:
         """The part `name` ends now; what comes next belongs to another."""
@@ -32,12 +35,16 @@ class StartParts:
 
     def describe(self) -> str:
         """One line."""
-        parts = [f"{name} {seconds:.1f} s" for name, seconds in self.seconds.items()]
+        parts = [f"{name} {seconds:.1f} s" for name, seconds in self._all().items()]
         return f"start: {sum(self.seconds.values()):.1f} s: {', '.join(parts)}"
+
+    def _all(self) -> dict[str, float]:
+        beside = {f"{name} (beside the above)": n for name, n in self.beside.items() if n}
+        return self.seconds | beside
 
     def write(self, workdir: epath.Path) -> None:
         """Writes start.json: seconds by part."""
-        rounded = {name: round(seconds, 3) for name, seconds in self.seconds.items()}
+        rounded = {name: round(seconds, 3) for name, seconds in self._all().items()}
         write_text(workdir / FILE, json.dumps(rounded, indent=2) + "\n")
 
 

@@ -58,13 +58,19 @@ class Anchors:
         kinds = [_kind(row) for row in self.prompts.rows]
         self.kinds = [np.flatnonzero(np.array(kinds) == kind) for kind in dict.fromkeys(kinds)]
 
+    def survey(self) -> None:
+        """Finds the features that are missing, and the padded length of all."""
+        if isinstance(self.store, CachedFeatures):
+            self.store.survey()
+        self.pad()
+
     def compute(self) -> None:
         """Computes the features that are missing."""
         if isinstance(self.store, CachedFeatures):
             self.store.compute()
 
     def pad(self) -> None:
-        """Finds the one padded length of all prompts, once their features are there."""
+        """Finds the one padded length of all prompts, whose features are there or surveyed."""
         shapes = self.store.shapes(STUDENT, [KEY])
         self.rows = padded_rows(shapes, self.pipe, STUDENT, FIELD)
 
@@ -88,6 +94,14 @@ class Anchors:
         features = [self.store.load((int(row), 0), (STUDENT,))[0] for row in numbers.ravel()]
         whole = self.pipe.family.collate(features, self.rows)
         return jax.tree.map(lambda x: x.reshape(*numbers.shape, *x.shape[1:]), whole)
+
+    def outline(self) -> Tree:
+        """Arrays like the context of a prompt, from `survey` on."""
+        if isinstance(self.store, CachedFeatures):
+            like = self.store.outline((0, 0), STUDENT)
+        else:
+            (like,) = self.store.load((0, 0), (STUDENT,))
+        return self.pipe.family.collate([like], self.rows)
 
     def describe(self) -> str:
         """The anchors in a line."""

@@ -8,7 +8,7 @@ from jaxtyping import Float, UInt8
 from ml_collections import ConfigDict
 
 from dopsd_jax.common.progress import Progress
-from dopsd_jax.conditioning.encoding import PRIOR, Encoder
+from dopsd_jax.conditioning.encoding import PRIOR, Encoder, Shapes
 from dopsd_jax.data.cache import FeatureCache, feature_key
 from dopsd_jax.data.dataset import Dataset
 from dopsd_jax.data.prepared import Caption
@@ -52,6 +52,8 @@ class CachedFeatures:
         digest = lambda name: f"{pipe.part_digest(name, memo)} {config.dtype}"
         self.digests = {name: digest(name) for name in dict.fromkeys(names)}
         self.picture, self.edited = self.encoder.image, self.encoder.edited
+        self._missing: dict[str, tuple[Caption, int]] | None = None  # by key; None: not known yet
+        self._foreseen: dict[str, Shapes] = {}  # of what is missing, by key
 
     def wanted(self) -> dict[Caption, list[int]]:
         """The kinds of features that each caption needs; empty ones are the student's alone."""
@@ -104,24 +106,33 @@ class CachedFeatures:
             pictures=[(picture, view), (self.dataset.masks[row], "")],
         )
 
+    def survey(self) -> None:
+        """Finds what the cache lacks, and which shapes that will have: no network is needed.
+
+        Raises `UserError` with all over-long captions. What is cached has passed this check before.
+        """
+        wanted, found = self.wanted(), {}
+        for caption, kinds in wanted.items():
+            for kind in kinds:  # captions may be equal: the first is encoded
+                found.setdefault(self.key(caption, kind), (caption, kind))
+        self._missing = {key: found[key] for key in self.cache.missing(found)}
+        asked = {caption: wanted[caption] for caption, _ in self._missing.values()}
+        shapes = self.encoder.shapes(asked)
+        self._foreseen = {key: shapes[own] for key, own in self._missing.items()}
+
     def compute(self) -> None:
-        """Computes what the cache lacks. Raises `UserError` before with all over-long captions."""
-        # What is cached has passed this check before.
-        wanted = self.wanted()
-        keys = {(c, kind): self.key(c, kind) for c, kinds in wanted.items() for kind in kinds}
-        missing = set(self.cache.missing(keys.values()))
+        """Computes what the cache lacks. Raises `UserError` before; see `survey`."""
+        if self._missing is None:
+            self.survey()
+        keys = {own: key for key, own in self._missing.items()}
         todo: dict[Caption, list[int]] = {}
-        for (caption, kind), key in keys.items():
-            if key in missing:
-                missing.remove(key)  # captions may be equal
-                todo.setdefault(caption, []).append(kind)
-        self.encoder.shapes({caption: wanted[caption] for caption in todo})
-        made = self.encoder.encode(todo)
-        total = sum(map(len, todo.values()))
+        for caption, kind in keys:
+            todo.setdefault(caption, []).append(kind)
         quiet = not multihost.is_first()
-        progress = Progress("encoding captions and images", total, quiet=quiet)
-        for caption, kind, features in progress.over(made):
+        progress = Progress("encoding captions and images", len(keys), quiet=quiet)
+        for caption, kind, features in progress.over(self.encoder.encode(todo)):
             self.cache.put(keys[caption, kind], features)
+        self._missing, self._foreseen = None, {}
         if self.needs.target:
             rows = {self.latent_key(row): row for row in range(len(self.dataset.rows))}
             lacking = self.cache.missing(rows)
@@ -134,9 +145,19 @@ class CachedFeatures:
             self.cache.put(self.mask_key(row), {"mask": mask})
 
     def shapes(self, kind: int, keys: Sequence[str]) -> Iterable[Mapping[str, tuple[int, ...]]]:
-        """See `Store`."""
-        entries = {self.key(caption, kind) for caption in self.dataset.captions(keys)}
-        return map(self.cache.shapes, entries)
+        """See `Store`; from `survey` on also of what is still missing."""
+        for key in {self.key(caption, kind) for caption in self.dataset.captions(keys)}:
+            if key in self._foreseen:
+                yield {name: like.shape for name, like in self._foreseen[key].items()}
+            else:
+                yield self.cache.shapes(key)
+
+    def outline(self, caption: Caption, kind: int) -> Arrays:
+        """Arrays like the features of a caption: zeros where `survey` found none."""
+        like = self._foreseen.get(self.key(caption, kind))
+        if like is None:
+            return self.load(caption, (kind,))[0]
+        return {name: np.zeros(own.shape, own.dtype) for name, own in like.items()}
 
     def load(self, caption: Caption, kinds: Sequence[int]) -> tuple[Arrays, ...]:
         """See `Store`."""

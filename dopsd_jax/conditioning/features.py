@@ -1,7 +1,7 @@
 """The encoders' outputs for a data set: computed once and cached by content, or prepared before."""
 
 import itertools
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Protocol
 
@@ -17,6 +17,7 @@ from dopsd_jax.conditioning.cached import DIGESTS, CachedFeatures, sees_picture
 from dopsd_jax.conditioning.encoding import PRIOR, concept_pattern
 from dopsd_jax.conditioning.own_prompts import OwnPrompts
 from dopsd_jax.conditioning.padding import check_channels, padded_rows
+from dopsd_jax.data.buckets import Shape
 from dopsd_jax.data.dataset import Dataset
 from dopsd_jax.data.images import crop_name
 from dopsd_jax.data.loader import BatchIndex
@@ -128,6 +129,18 @@ class Features:
         told = dataset.features is None or as_list(config.data.weights)
         self.untold = () if told else dataset.sets
 
+    def survey(self) -> None:
+        """Finds what is missing, and the shapes of all features: no encoder is loaded.
+
+        Raises `UserError` with captions that are too long, as `prepare` does.
+        """
+        if isinstance(self.store, CachedFeatures):
+            self.store.survey()
+        if self.anchors:
+            self.anchors.survey()
+        self.own_prompts.survey()
+        self._pad()
+
     def prepare(self) -> None:
         """Computes what is missing, then frees the encoders."""
         if isinstance(self.store, CachedFeatures):
@@ -138,6 +151,9 @@ class Features:
         self.pipe.release_encoders()
         if self.anchors:
             self.anchors.pad()
+        self._pad()
+
+    def _pad(self) -> None:
         keys = self.dataset.prompt_keys
         student = [(STUDENT, (*keys, EMPTY))] + [(PRIOR, keys)] * self.needs.prior
         self.rows = [self._rows(student, STUDENT), None]
@@ -181,18 +197,49 @@ class Features:
         given: the captions of the student, where they are not the teacher's too. rows: lengths of
         the student's context; None: those of all batches.
         """
+        return self._contexts(self._load, captions, given, rows)
+
+    def outlines(self) -> dict[Shape, list[Tree]]:
+        """One sample's contexts of student and teacher for each shape of rows, in shapes and types.
+
+        From `survey` on; a teacher that is not asked has the student's.
+        """
+        found, keys = {}, self.dataset.prompt_keys
+        for shape, rows in self.dataset.rows_by_shape().items():
+            caption = self.dataset.caption(int(rows[0]), keys)
+            student, teacher = map(one_sample, self._contexts(self._outline, [caption]))
+            found[shape] = [student, student if teacher is None else teacher]
+        return found
+
+    def _contexts(
+        self,
+        load: Callable[[Caption, int], Arrays],
+        captions: Sequence[Caption],
+        given: Sequence[Caption] | None = None,
+        rows: PaddedLengths | None = None,
+    ) -> Contexts:
+        collate = lambda captions, kind, rows: self.pipe.family.collate(
+            [load(caption, kind) for caption in captions], rows
+        )
         rows = self.rows[STUDENT] if rows is None else rows
-        student = self._context(captions if given is None else given, STUDENT, rows)
+        student = collate(captions if given is None else given, STUDENT, rows)
         if not self.needs.teacher:
             return Contexts(student, None)
         if self.teacher_key is None:
-            return Contexts(student, self._context(captions, TEACHER, self.rows[TEACHER]))
+            return Contexts(student, collate(captions, TEACHER, self.rows[TEACHER]))
         others = [self.dataset.caption(row, [self.teacher_key]) for row, _ in captions]
-        return Contexts(student, self._context(others, STUDENT, self.rows[TEACHER]))
+        return Contexts(student, collate(others, STUDENT, self.rows[TEACHER]))
 
-    def _context(self, captions: Sequence[Caption], kind: int, rows: PaddedLengths) -> Tree:
-        features = [self.store.load(caption, (kind,))[0] for caption in captions]
-        return self.pipe.family.collate(features, rows)
+    def _load(self, caption: Caption, kind: int) -> Arrays:
+        return self.store.load(caption, (kind,))[0]
+
+    def _prior(self, captions: Sequence[Caption]) -> Tree:
+        features = [self._load(caption, PRIOR) for caption in captions]
+        return self.pipe.family.collate(features, self.rows[STUDENT])
+
+    def _outline(self, caption: Caption, kind: int) -> Arrays:
+        foresees = isinstance(self.store, CachedFeatures)
+        return self.store.outline(caption, kind) if foresees else self._load(caption, kind)
 
     def latents(self, rows: Iterable[int]) -> Float[np.ndarray, "b h w c"]:
         """The clean latents of rows of one bucket."""
@@ -222,10 +269,15 @@ class Features:
         whole = Batch(
             self.contexts(captions, given),
             self.latents(rows) if self.needs.target else None,
-            self._context(captions, PRIOR, STUDENT) if self.needs.prior else None,
+            self._prior(captions) if self.needs.prior else None,
             self.regions(rows),
         )
         return jax.tree.map(lambda x: x.reshape(accumulate, -1, *x.shape[1:]), whole)
+
+
+def one_sample(batch: Tree) -> Tree:
+    """Shapes and types of a sample, from arrays with an axis of samples."""
+    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype), batch)
 
 
 def check_class_prompts(dataset: Dataset, config: ConfigDict) -> None:

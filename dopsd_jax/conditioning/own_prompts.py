@@ -34,6 +34,11 @@ class OwnPrompts:
         if prompts:
             self.store = CachedFeatures(pipe, prompt_set(prompts), config, folder, Needs())
 
+    def survey(self) -> None:
+        """Finds the features that are missing."""
+        if self.store:
+            self.store.survey()
+
     def compute(self) -> None:
         """Computes the features that are missing."""
         if self.store:

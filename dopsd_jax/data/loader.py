@@ -122,6 +122,12 @@ class Batches:
             found.append(np.resize(own, one.draws(len(own))))
         return np.concatenate(found) if found else ids
 
+    def shapes_between(self, first: int, stop: int) -> list[Shape]:
+        """The shapes of the batches first <= n < stop of one epoch, in the order of first use."""
+        epoch, place = divmod(first, self.per_epoch)
+        numbers = self._plan(epoch)[0][place : place + max(0, stop - first)]
+        return [self.shapes[number] for number in dict.fromkeys(numbers.tolist())]
+
     def batch(self, n: int) -> BatchIndex:
         """The n-th batch, counted from 0 over all epochs."""
         epoch, place = divmod(n, self.per_epoch)

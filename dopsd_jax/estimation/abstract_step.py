@@ -111,21 +111,25 @@ def make_program(
     kernel = attention.resolve(config.attention, platform, config.dtype, size.head_dim)
     plan, graphdef, base = build.abstract_plan(config, case.family, size, kernel, mesh)
     latent = (config.batch_size, *case.latent, size.channels)
-    batch = _batch(config, case, features, _samples(mesh, config.accumulate, config.batch_size))
+    batch = batch_shapes(config, case, features, mesh)
     micro = anchor.micro_batches(config, sharding.sample_devices(mesh))
-    anchors = micro and jax.tree.map(_samples(mesh, *micro), _anchor_features(config, case))
+    anchors = micro and jax.tree.map(samples(mesh, *micro), _anchor_features(config, case))
     positions = tuple(map(case.family.positions, features))
     return Program(plan, graphdef, base, batch, anchors, latent, kernel, positions)
 
 
-def _samples(mesh: Mesh, *samples: int) -> Callable:
-    """One sample's array -> that of micro-batches."""
+def samples(mesh: Mesh | AbstractMesh, count: int, size: int) -> Callable:
+    """One sample's array -> that of `count` micro-batches of `size` samples."""
     place = sharding.batch_sharding(mesh)
-    return lambda x: jax.ShapeDtypeStruct((*samples, *x.shape), x.dtype, sharding=place)
+    return lambda x: jax.ShapeDtypeStruct((count, size, *x.shape), x.dtype, sharding=place)
 
 
-def _batch(config, case: Workload, features, put: Callable) -> Batch:
-    student, teacher = (jax.tree.map(put, own) for own in features)
+def batch_shapes(
+    config: ConfigDict, case: Workload, contexts: Sequence, mesh: Mesh | AbstractMesh
+) -> Batch:
+    """The batch of a step; `contexts`: one sample's of student and teacher."""
+    put = samples(mesh, config.accumulate, config.batch_size)
+    student, teacher = (jax.tree.map(put, own) for own in contexts)
     needs = registry.needs(config)
     target = jax.ShapeDtypeStruct((*case.latent, case.size.channels), jnp.float32)
     region = jax.ShapeDtypeStruct((*case.latent, 1), jnp.float32)

@@ -3,7 +3,6 @@
 from collections.abc import Sequence
 from typing import NamedTuple
 
-import jax
 from jax.sharding import AbstractMesh, Mesh
 from ml_collections import ConfigDict
 
@@ -31,7 +30,7 @@ class Choice(NamedTuple):
 
 
 def settle(config: ConfigDict, pipe: Pipeline, features: Features, mesh: Mesh) -> Choice:
-    """Of a run: the features are there, the transformer is not loaded yet. All processes call it.
+    """Of a run: the features are surveyed, the transformer is not loaded. All processes call it.
 
     Sets `pipe.remat`. What is counted is the data set's largest shape.
     """
@@ -89,17 +88,12 @@ def choose(
 
 def _largest(pipe: Pipeline, features: Features) -> tuple[Workload, list]:
     """The picture and the contexts of student and teacher with the most tokens."""
-    family, dataset, found = pipe.family, features.dataset, []
-    for shape, rows in dataset.rows_by_shape().items():
+    family, found = pipe.family, []
+    for shape, contexts in features.outlines().items():
         width, height = shape.bucket
-        contexts = features.contexts([dataset.caption(int(rows[0]), dataset.prompt_keys)])
-        student, teacher = (
-            jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype), context)
-            for context in contexts
-        )
         case = Workload(family, pipe.config, height, width, rows_student=0, rows_teacher=0)
-        tokens = family.image_tokens(pipe.config, *case.latent) + family.positions(student)
-        found.append((tokens, case, [student, student if teacher is None else teacher]))
+        tokens = family.image_tokens(pipe.config, *case.latent) + family.positions(contexts[0])
+        found.append((tokens, case, contexts))
     return max(found, key=lambda each: each[0])[1:]
 
 

@@ -60,6 +60,12 @@ class Checkpoints:
         """Steps that are saved whole, oldest first."""
         return [step for step in self._folders() if _digest_files(self.folder / str(step))]
 
+    @property
+    def newest(self) -> int:
+        """The step that a run probably goes on from; 0 without any."""
+        with self._storage():
+            return max(self.steps, default=0)
+
     def _folders(self) -> list[int]:
         if not self.folder.exists():
             return []
