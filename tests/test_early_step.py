@@ -28,12 +28,12 @@ CLASS = {
 }
 ANCHORS = {"anchor.share": 0.5, "batch_size": 4, "accumulate": 2, "anchor.prompts": "general"}
 CASES = {
-    "a picture for the teacher": ("zimage", {}),
-    "anchors, several micro-batches": ("zimage", ANCHORS),
-    "latents, class prompts": ("zimage", CLASS),
-    "dropped captions": ("zimage", {"data.caption_dropout": 0.5}),
-    "masks": ("zimage", {"data.masks": "files"}),
-    "references": ("flux2_klein", {}),
+    "a picture for the teacher": ("zimage:random", {}),
+    "anchors, several micro-batches": ("zimage:random", ANCHORS),
+    "latents, class prompts": ("zimage:random", CLASS),
+    "dropped captions": ("zimage:random", {"data.caption_dropout": 0.5}),
+    "masks": ("zimage:random", {"data.masks": "files"}),
+    "references": ("flux2_klein:random", {}),
 }
 
 
@@ -52,9 +52,9 @@ def pictures(tmp_path_factory):
 class Run:
     """What `train` has when it begins to compile, and later."""
 
-    def __init__(self, pictures, workdir, family="zimage", **fields):
+    def __init__(self, pictures, workdir, config="zimage:random", **fields):
         given = {"data.path": str(pictures), "data.buckets": "96x96,128x64", **fields}
-        self.config = loading.load(f"{family}:random", {k: str(v) for k, v in given.items()})
+        self.config = loading.load(config, {k: str(v) for k, v in given.items()})
         self.mesh = sharding.make_mesh(self.config.mesh)
         self.pipe, _ = build.open_pipeline(self.config, workdir, self.mesh)
         self.dataset = data_set.open_data(self.config, workdir, self.pipe)
@@ -105,8 +105,8 @@ def compiled(caplog):
 
 @pytest.mark.parametrize("case", CASES)
 def test_what_a_step_will_be_given_is_known_before_any_encoder_is_loaded(case, pictures, tmp_path):
-    family, fields = CASES[case]
-    run = Run(pictures, tmp_path, family, **fields)
+    config, fields = CASES[case]
+    run = Run(pictures, tmp_path, config, **fields)
     run.features.survey()
     shapes = run.batches.shapes_between(0, run.batches.per_epoch)
     given = early_step.given(run.config, run.features, run.mesh, shapes)
@@ -116,6 +116,26 @@ def test_what_a_step_will_be_given_is_known_before_any_encoder_is_loaded(case, p
     for n in range(run.batches.per_epoch):
         shape, *found = run.given(n)
         assert sharding.abstract(found) == list(foreseen[shape][:2])
+
+
+@pytest.mark.parametrize(
+    ("config", "fields"),
+    [
+        ("zimage:random_full", {}),
+        ("zimage:random", {"base_dtype": "nf4", "lora.kind": "lokr", "remat": "dots"}),
+        ("flux2_klein:random", {"base_dtype": "int8", "dtype": "bfloat16"}),
+    ],
+)
+def test_the_network_in_shapes_is_the_one_that_is_loaded(config, fields, pictures, tmp_path):
+    run = Run(pictures, tmp_path, config, **fields)
+    own = run.pipe.family, run.pipe.config, run.pipe.attention, run.mesh, run.pipe.scheduler
+    plan, graphdef, base = build.abstract_plan(run.config, *own)
+    with jax.set_mesh(run.mesh):
+        real = build.make_plan(run.config, run.pipe, run.mesh)
+    assert run.pipe.split[0] == graphdef and real.abstract_state == plan.abstract_state
+    found = jax.tree.flatten(sharding.abstract(run.pipe.split[2]))
+    assert found == jax.tree.flatten(base)
+    assert build.make_plan(run.config, run.pipe, run.mesh, (plan, graphdef)) is plan
 
 
 def test_the_step_that_was_compiled_early_is_the_one_that_runs(pictures, tmp_path, compiled):
