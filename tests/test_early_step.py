@@ -123,7 +123,7 @@ def test_what_a_step_will_be_given_is_known_before_any_encoder_is_loaded(case, p
     [
         ("zimage:random_full", {}),
         ("zimage:random", {"base_dtype": "nf4", "lora.kind": "lokr", "remat": "dots"}),
-        ("flux2_klein:random", {"base_dtype": "int8", "dtype": "bfloat16"}),
+        ("flux2_klein:random", {"dtype": "bfloat16", "remat": "unrolled"}),
     ],
 )
 def test_the_network_in_shapes_is_the_one_that_is_loaded(config, fields, pictures, tmp_path):
