@@ -53,7 +53,8 @@ def _split(fsdp: int, data: int = 1) -> dict[str, int]:
 
 
 KLEIN = "flux2_klein"
-# In the order in which they are compiled. The name counts chips, also of v5p.
+# In the order in which they are compiled. The name counts chips, also of v5p and of 7x, of which a
+# chip is two devices.
 JOBS = (
     Job("full v5e-1", "full", "v5e-1", _split(1)),
     Job("full v5e-4", "full", "v5e-4", _split(4)),
@@ -79,6 +80,12 @@ JOBS = (
     Job("klein 9b lora v6e-4", "9b_released", "v6e-4", _split(4), KLEIN),
     Job("klein 9b full v5p-4", "9b_identity_full", "v5p:2x2x1", _split(4), KLEIN),
     Job("klein 9b full v6e-8", "9b_identity_full", "v6e-8", _split(8), KLEIN),
+    Job("lora tpu7x-4", "released", "tpu7x:2x2x1", _split(1, 8)),
+    Job("full tpu7x-4", "full", "tpu7x:2x2x1", _split(8)),
+    Job("klein 9b lora tpu7x-4", "9b_released", "tpu7x:2x2x1", _split(1, 8), KLEIN),
+    Job("klein 9b full tpu7x-4", "9b_identity_full", "tpu7x:2x2x1", _split(8), KLEIN),
+    Job("klein 4b lora tpu7x-4", "4b_released", "tpu7x:2x2x1", _split(1, 8), KLEIN),
+    Job("klein 4b full tpu7x-4", "4b_identity_full", "tpu7x:2x2x1", _split(8), KLEIN),
 )
 
 

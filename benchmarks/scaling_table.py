@@ -8,16 +8,22 @@ Made by `python benchmarks/scaling.py` from `docs/scaling.jsonl`; do not edit. T
 of the TPU compiler (libtpu), which compiled the step for each slice; **no step has been run on a
 TPU**. Z-Image-Turbo, 6.15 billion parameters, with captions of 512 and 1024 tokens; *klein*:
 FLUX.2-klein, 3.88 and 9.08 billion parameters, texts of 512 tokens and the teacher's reference.
-All at 1024 x 1024, four rollout steps, one image per chip, full rematerialisation; LoRA of rank 64,
-or full fine-tuning with float32 weights, an EMA teacher and AdamW, unless the name says otherwise.
-One micro-batch per step, and no anchors.
+All at 1024 x 1024, four rollout steps, one image per device, full rematerialisation; LoRA of rank
+64, or full fine-tuning with float32 weights, an EMA teacher and AdamW, unless the name says
+otherwise. One micro-batch per step, and no anchors.
 
-Names count **chips**. Google's own names do too for v5e and v6e; for v5p they count TensorCores,
-two per chip: v5p-4 here is its v5p-8, and v5p-64 here its v5p-128.
+Names count **chips**. Google's own names do too for v5e and v6e; for v5p and 7x they count
+TensorCores, two per chip: v5p-4 here is its v5p-8, v5p-64 its v5p-128, and tpu7x-4 its tpu7x-8.
 `python -m dopsd_jax.estimate --topology` takes Google's names, and chips as in `v5p:2x2x1`.
 
+What follows counts **devices**, as JAX does. A chip of v5e, v5p and v6e is one device. A chip of 7x
+([Ironwood](https://docs.cloud.google.com/tpu/docs/tpu7x)) is two, with a TensorCore and half of its
+192 GiB each: the four chips of tpu7x-4 are eight devices, and take eight images a step. What the
+two devices of a chip send each other is counted as what they send to other chips.
+
 *does not fit* without a peak: the arrays that stay for the whole run are already larger than the
-chip's memory (then nothing was compiled), or the compiler found no schedule that fits (full v5e-8).
+device's memory (then nothing was compiled), or the compiler found no schedule that fits
+(full v5e-8).
 *not compiled*: not tried yet.
 """
 MEASURES = ("TFLOP executed", "GiB at the peak", "GiB received", "collectives")
@@ -30,9 +36,9 @@ def page(rows: list[tuple[str, dict | None]]) -> str:
     parts = [
         HEAD,
         "## Goals\n\n" + "\n".join(_goals(records)) + "\n",
-        "## Memory and work of one chip\n\n" + "\n".join(_memory(rows)) + "\n",
-        "## Collectives of one step, per chip\n\n" + "\n".join(_traffic(rows)) + "\n",
-        "## From few chips to many: what one chip does\n\n" + "\n".join(_growth(records)) + "\n",
+        "## Memory and work of one device\n\n" + "\n".join(_memory(rows)) + "\n",
+        "## Collectives of one step, per device\n\n" + "\n".join(_traffic(rows)) + "\n",
+        "## From few chips to many: what one device does\n\n" + "\n".join(_growth(records)) + "\n",
         "## Versions\n\n" + "\n".join(_versions(rows)) + "\n",
     ]
     return "\n".join(parts)
@@ -52,7 +58,7 @@ def _verdict(record: dict | None) -> str:
         return "not compiled"
     report = record["report"]
     if report["needed"] is None:
-        return f"**does not fit**: {report['problem']}, a chip has {_gib(report['capacity'])}"
+        return f"**does not fit**: {report['problem']}, a device has {_gib(report['capacity'])}"
     verdict = "fits" if record["fits"] else "**does not fit**"
     return f"{verdict}, {_gib(report['needed'])} of {_gib(report['capacity'])} GiB"
 
@@ -61,7 +67,7 @@ def _memory(rows) -> list[str]:
     lines = [
         "GiB, and TFLOP of one step. Weights: base and adapters, or the master.",
         "",
-        "| case | mesh | weights | teacher | optimizer | temporaries | peak | chip | | model |"
+        "| case | mesh | weights | teacher | optimizer | temporaries | peak | device | | model |"
         " executed |",
         "|---|---|--:|--:|--:|--:|--:|--:|---|--:|--:|",
     ]
@@ -73,11 +79,11 @@ def _memory(rows) -> list[str]:
         live = report["account"]["live"]
         weights = sum(live.get(kind, 0) for kind in ("base", "adapters", "master"))
         rest = "" if needed is None else _gib(needed - sum(live.values()))
-        chips = math.prod(report["mesh"].values())
-        work = [f * report["images"] / chips / 1e12 for f in report["work"].values()]
+        devices = math.prod(report["mesh"].values())
+        work = [f * report["images"] / devices / 1e12 for f in report["work"].values()]
         cells = [
             name,
-            ", ".join(f"{a} {n}" for a, n in report["mesh"].items() if n > 1) or "one chip",
+            ", ".join(f"{a} {n}" for a, n in report["mesh"].items() if n > 1) or "one device",
             *(_gib(n) for n in (weights, live["teacher"], live["optimizer"])),
             rest,
             "" if needed is None else _gib(needed),
@@ -92,8 +98,9 @@ def _memory(rows) -> list[str]:
 def _traffic(rows) -> list[str]:
     lines = [
         "GiB in results of collectives, and how often each runs; a loop's body counts as often as",
-        "it runs. A reduce-scatter results in a chip's share of a gradient. *of activations*: what",
-        "of these has an axis of tokens; the others are weights, gradients and numbers.",
+        "it runs. A reduce-scatter results in a device's share of a gradient. *of activations*:",
+        "what of these has an axis of tokens; the others are weights, gradients and numbers.",
+        "Klein 9b is as wide as its image has tokens, 4096: pieces of its weights are counted too.",
         "",
         f"| case | {' | '.join(KINDS)} | of activations |",
         f"|---|{'--:|' * (len(KINDS) + 1)}",
@@ -137,7 +144,7 @@ def _shares(rows) -> list[str]:
         lines += [
             "",
             f"Full fine-tuning with all weights split sums at most {most / 2**20:.0f} MiB whole on",
-            f"every chip ({name}); its gradients are reduce-scattered.",
+            f"every device ({name}); its gradients are reduce-scattered.",
         ]
     return lines
 
@@ -158,7 +165,7 @@ def _growth(records) -> list[str]:
                 lines.append(f"| {name} | | not compiled | | |")
                 continue
             unknown = pair[0]["report"]["unknown_loops"]
-            measures = zip(MEASURES, *(_of_one_chip(r["report"]) for r in pair), strict=True)
+            measures = zip(MEASURES, *(_of_one_device(r["report"]) for r in pair), strict=True)
             for measure, a, b in measures:
                 least = unknown and measure in MEASURES[2:]
                 ratio = "" if least else f"{b / a:.4f}" if a else "1"
@@ -167,12 +174,12 @@ def _growth(records) -> list[str]:
     return lines
 
 
-def _of_one_chip(report: dict) -> list[float]:
+def _of_one_device(report: dict) -> list[float]:
     """What `MEASURES` names."""
-    chips = math.prod(report["mesh"].values())
+    devices = math.prod(report["mesh"].values())
     sent = report["sent"].values()
     return [
-        report["work"]["executed"] * report["images"] / chips / 1e12,
+        report["work"]["executed"] * report["images"] / devices / 1e12,
         report["needed"] / 2**30,
         sum(traffic["bytes"] for traffic in sent) / 2**30,
         sum(traffic["count"] for traffic in sent),

@@ -343,19 +343,25 @@ def test_the_text_of_no_program_is_refused():
 
 
 @pytest.fixture
-def v5p():
-    # The products of bfloat16 that splash is made of know no higher precision.
+def plain_products():
+    """The products of bfloat16 that splash is made of know no higher precision."""
     with jax.default_matmul_precision("default"):
-        yield tpu_topologies.devices("v5p:2x2x1")
+        yield
+
+
+@pytest.fixture
+def v5p(plain_products):
+    return tpu_topologies.devices("v5p:2x2x1")
 
 
 @needs_libtpu
 @pytest.mark.tpu_aot
 @pytest.mark.parametrize("causal", [False, True])
-def test_splash_compiles_for_tpu(v5p, causal):
+@pytest.mark.parametrize("name", ["v5e-4", "v5p-8", "v6e-4", "tpu7x-8"])
+def test_splash_compiles_for_tpu(plain_products, name, causal):
     """The sizes of Z-Image and, causal and grouped, of its text encoder; odd lengths."""
     n, heads, groups = (200, 8, 2) if causal else (4608 + 32, 30, 30)
-    place = jax.sharding.SingleDeviceSharding(v5p[0])
+    place = jax.sharding.SingleDeviceSharding(tpu_topologies.devices(name)[0])
     abstract = lambda h: jax.ShapeDtypeStruct((1, n, h, 128), jnp.bfloat16, sharding=place)
     lengths = jax.ShapeDtypeStruct((1,), jnp.int32, sharding=place)
 

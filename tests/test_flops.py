@@ -192,6 +192,7 @@ def test_rates_of_devices():
     assert flops.peak_rate("TPU v5") == flops.peak_rate("TPU v5p") == 459e12
     assert flops.peak_rate("TPU v5 lite") == 197e12
     assert flops.peak_rate("TPU v6 lite") == 918e12
+    assert 2 * flops.peak_rate("TPU7x") == 2307e12, "a chip is two devices"
     assert flops.peak_rate("NVIDIA H100 80GB HBM3") == 989e12
     assert flops.peak_rate("NVIDIA H100 PCIe") == 756e12
     assert flops.peak_rate("cpu") is None

@@ -1,7 +1,8 @@
 """TPU slices by name, and devices to compile for that need not be here.
 
-A slice is named by its chips, `v5p:2x2x1`, or as a product is sold, `v5p-8`. The number in the
-product name counts chips for v5e and v6e and TensorCores, two a chip, for v5p: v5p-8 has four.
+A slice is named by its chips, `v5p:2x2x1`, or as Google's tools name it, `v5p-8`. The number there
+counts chips for v5e and v6e and TensorCores, two a chip, for v5p and 7x: v5p-8 has four chips, and
+tpu7x-8 too. To JAX a 7x chip is two devices, with half of its memory each; any other chip is one.
 """
 
 import importlib.util
@@ -28,12 +29,14 @@ _CUBES = {
     **{8: "2x2x1", 16: "2x2x2", 32: "2x2x4", 64: "2x4x4", 128: "4x4x4", 256: "4x4x8"},
     **{512: "4x8x8", 1024: "8x8x8"},
 }  # fmt: skip
-# Generation in a product's name -> the compiler's name of it, and the chips of each size.
+# Generation in a product's name -> the compiler's name of it, and the chips of each size. 7x
+# is sold by its chips (docs.cloud.google.com/tpu/docs/tpu7x); xpk and MaxText give it such names.
 PRODUCTS = {
     "v5e": ("v5e", _SQUARES),
     "v5litepod": ("v5e", _SQUARES),
     "v5p": ("v5p", _CUBES),
     "v6e": ("v6e", _SQUARES),
+    "tpu7x": ("tpu7x", {2: "1x1x1", **_CUBES}),
 }
 
 
@@ -47,7 +50,7 @@ def chips(name: str) -> str:
         return name
     generation, shapes = PRODUCTS[kind]
     if not size.isdigit() or int(size) not in shapes:
-        counted = "TensorCores, two a chip" if kind == "v5p" else "chips"
+        counted = "TensorCores, two a chip" if kind in ("v5p", "tpu7x") else "chips"
         raise UserError(
             f"--topology: {name}: there is no such slice; the number counts {counted}, and there "
             f"are {kind}-{', '.join(map(str, shapes))}; or give chips, such as "
@@ -83,6 +86,6 @@ def devices(name: str) -> list[jax.Device]:
     except (jax.errors.JaxRuntimeError, ValueError) as error:
         raise UserError(
             f"--topology: {name}: {str(error).partition(chr(10))[0]}; give local, a product such "
-            "as v5p-8, v5e-4 or v6e-8, or chips such as v5p:2x2x1, v6e:2x4 or tpu7x:2x2x1"
+            "as v5p-8, v5e-4, v6e-8 or tpu7x-8, or chips such as v5p:2x2x1, v6e:2x4 or tpu7x:2x2x1"
         ) from None
     return list(found.devices)
