@@ -66,8 +66,8 @@ def _verdict(record: dict | None) -> str:
 def _memory(rows) -> list[str]:
     lines = [
         "GiB, and TFLOP of one step. Weights: base and adapters, or the master. On 7x the compiler",
-        "writes nearly all of a LoRA run's base once more, in another layout, as a step starts (seen",
-        "in the program of klein 4b): a second base is among the temporaries there.",
+        "writes nearly all of a LoRA run's base once more, in another layout, as a step starts",
+        "(seen in the program of klein 4b): a second base is among the temporaries there.",
         "",
         "| case | mesh | weights | teacher | optimizer | temporaries | peak | device | | model |"
         " executed |",
