@@ -8,8 +8,9 @@ reference; `prompt`, the teacher has another caption, under the key detailed_en.
 ordinary prompts where they were (docs/results.md); `4b_released`, `9b_released`: the same as
 released, without them. `4b_12gb`, `9b_24gb` and so on: `4b` and `9b`
 for one GPU with 12, 16, 24, 48 or 80 GB (docs/gpus.md). Set config.data.path, and config.model to a
-folder if you have one. `:random`, `:random_full`: the same programs on a network with random
-weights and drawn pictures, for tests.
+folder if you have one. `:tiny`, `:tiny_edit`: the same programs, for both tasks, on the trained
+miniature, minutes on a laptop. `:random`, `:random_full`: on a network with random weights and
+drawn pictures, for tests.
 """
 
 import itertools
@@ -17,6 +18,7 @@ import itertools
 from ml_collections import ConfigDict
 
 from dopsd_jax.config.fields import defaults
+from dopsd_jax.config.find import shipped
 from dopsd_jax.config.loading import choose
 
 SIZES, TASKS, TRAIN = ("4b", "9b"), ("identity", "edit", "prompt"), ("lora", "full")
@@ -43,7 +45,8 @@ CARDS = {
 
 
 def get_config(arg: str | None = None) -> ConfigDict:
-    name = choose(arg, (*SIZES, *PRESETS, *RELEASED, *CARDS, "random", "random_full"))
+    small = "tiny", "tiny_edit", "random", "random_full"
+    name = choose(arg, (*SIZES, *PRESETS, *RELEASED, *CARDS, *small))
     size, *rest = name.split("_")
     c = defaults()
     c.family = "flux2_klein"
@@ -54,7 +57,11 @@ def get_config(arg: str | None = None) -> ConfigDict:
     if name in (*SIZES, *CARDS) or rest == ["identity", "lora"]:
         c.anchor.share = ANCHORS
     c.update_from_flattened_dict(CARDS.get(name, {}))
-    if "edit" in rest:
+    if size == "tiny":
+        tiny(c)
+    if name == "tiny_edit":
+        tiny_edit(c)
+    elif "edit" in rest:
         edit(c)
     if "prompt" in rest:
         prompt(c)
@@ -92,6 +99,42 @@ def full(c: ConfigDict) -> ConfigDict:
     c.mesh.fsdp = -1
     c.keep_checkpoints = 2
     c.sample_every = 250
+    return c
+
+
+def tiny(c: ConfigDict) -> ConfigDict:
+    """Minutes on two CPU cores: a new word, from the quickstart's six pictures."""
+    world = shipped("examples", "miniature")
+    c.model = str(shipped("examples", "klein_miniature") / "model")
+    c.teacher.instruction = "as shown"  # the miniature knows no other words for it
+    c.data.path = str(world / "dax")
+    c.data.resolution = 64
+    c.data.buckets = "64x64"
+    c.anchor.share = 0.25
+    c.anchor.prompts = str(world / "ordinary.txt")
+    c.anchor.concept_word = "dax"
+    c.steps = 100
+    c.batch_size = 6  # all of them
+    c.checkpoint_every = 50
+    c.sample_every = 50
+    c.learning_rate = 1e-3
+    c.warmup_steps = 0
+    c.loss = "velocity"
+    c.lora.rank = 16
+    c.lora.alpha = 16.0
+    c.base_dtype = c.dtype = "float32"
+    c.remat = "none"
+    return c
+
+
+def tiny_edit(c: ConfigDict) -> ConfigDict:
+    """The same word for the editor, from twelve pairs: `a dax in its place`."""
+    pairs = shipped("examples", "klein_miniature") / "pairs"
+    c.data.path = str(pairs / "after")
+    c.data.references = str(pairs / "before")
+    c.teacher.context = "gt_ref"
+    c.teacher.instruction = "like the last"
+    c.anchor.share = 0.0  # anchors have no pictures to edit
     return c
 
 
