@@ -104,8 +104,8 @@ def full(c: ConfigDict) -> ConfigDict:
 
 def tiny(c: ConfigDict) -> ConfigDict:
     """Minutes on two CPU cores: a new word, from the quickstart's six pictures."""
-    world = shipped("examples", "miniature")
-    c.model = str(shipped("examples", "klein_miniature") / "model")
+    world, klein = shipped("examples", "miniature"), shipped("examples", "klein_miniature")
+    c.model = str(klein / "model")
     c.teacher.instruction = "as shown"  # the miniature knows no other words for it
     c.data.path = str(world / "dax")
     c.data.resolution = 64
