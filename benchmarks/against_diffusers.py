@@ -2,7 +2,7 @@
 
     python benchmarks/against_diffusers.py --family=zimage --page=docs/sampling.md
     python benchmarks/against_diffusers.py --family=flux2_klein --page=docs/sampling.md
-    python benchmarks/against_diffusers.py --family=zimage --miniature --side=64 --batch=8 --page=docs/sampling.md
+    python benchmarks/against_diffusers.py --family=zimage --miniature --side=64 --batch=8
 
 The weights are random, of a network whose time is that of its products; with --miniature those that
 are shipped, of a much smaller one.
@@ -102,7 +102,7 @@ def name() -> str:
 
 
 def model() -> Path:
-    """The folder of the weights; random ones are large enough that products are most of the work."""
+    """Its folder. Random weights are of a network whose time is mostly that of its products."""
     if MINIATURE.value:
         return shipped("examples", SHIPPED[FAMILY.value]) / "model"
     folder = Path(tempfile.gettempdir()) / f"dopsd_small_{FAMILY.value}"

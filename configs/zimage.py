@@ -86,7 +86,7 @@ def tiny(c: ConfigDict) -> ConfigDict:
     c.lora.rank = 16
     c.lora.alpha = 16.0
     c.base_dtype = c.dtype = "float32"
-    c.remat = "none"
+    c.remat = "unrolled"
     return c
 
 
