@@ -130,10 +130,10 @@ def arms() -> Iterator[Arm]:
         yield Arm(name, "lora", rate, kind="sequence", captions=WHOLE)
     for name in SHARES:
         yield Arm(name, "lora", rate)
-    for name in METHODS:
-        yield Arm(name, "lora", other)
     for name in (*COMPARED, *DROPPED):
         yield Arm(name, "lora", rate, captions=WHOLE)
+    for name in METHODS:
+        yield Arm(name, "lora", other)
     for name in ABLATIONS:
         yield Arm(name, "lora", rate)
     yield Arm("dopsd", "lora", 0.0, kind="states")
