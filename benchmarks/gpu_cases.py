@@ -3,7 +3,7 @@
 from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
-from dopsd_jax.common import xla_flags
+from dopsd_jax.common import gpu_flags
 
 SIDES = (512, 768, 1024)
 CARDS = (12, 16, 24, 48, 80)  # GiB
@@ -110,7 +110,7 @@ def _switches(dry: bool) -> Iterator[Case]:
     for model in ("zimage", "klein 4b"):
         command = _step(model, dry, {})
         yield Case(f"switch: {model}, none", command)
-        yield Case(f"switch: {model}, XLA's own options", command, {xla_flags.SWITCH: "off"})
+        yield Case(f"switch: {model}, XLA's own options", command, {gpu_flags.SWITCH: "off"})
         for name, flags in XLA.items():
             yield Case(f"switch: {model}, {name}", command, {"XLA_FLAGS": flags})
         loose = _step(model, dry, {"remat": "unrolled"})

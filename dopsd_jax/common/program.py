@@ -19,7 +19,7 @@ from typing import NoReturn
 
 from absl import flags, logging
 
-from dopsd_jax.common import compile_cache, gpu_memory, xla_flags
+from dopsd_jax.common import compile_cache, gpu_flags, gpu_memory
 from dopsd_jax.common.atomic import path_fault
 from dopsd_jax.common.background import Background
 from dopsd_jax.common.errors import USER_ERROR_EXIT, UserError, report
@@ -145,7 +145,7 @@ def run(main: Callable[[], int | None]) -> None:
     if "jax" in sys.modules:  # what runs without it compiles nothing
         compile_cache.keep()
         gpu_memory.allow()
-        xla_flags.add()
+        gpu_flags.add()
     try:
         status = report(main)
     except Exception:

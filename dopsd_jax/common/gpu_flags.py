@@ -1,7 +1,7 @@
-"""Options of XLA's compiler that a program sets itself, so that no shell has to.
+"""Options of XLA's compiler for GPUs that a program sets itself, so that no shell has to.
 
 An option that a compiler does not know ends the process. So there are only those that jaxlib 0.10.2
-and 0.12.0.1 both read (tests/test_xla_flags.py asks the jaxlib that is installed), and none for a
+and 0.12.0.1 both read (tests/test_gpu_flags.py asks the jaxlib that is installed), and none for a
 jaxlib beyond setup.py's bounds.
 """
 
@@ -9,7 +9,6 @@ import importlib.metadata
 import importlib.util
 import os
 import re
-from collections.abc import Mapping
 
 # Off by default in XLA (xla/debug_options_flags.cc). NVIDIA's containers set it for every program
 # (docs.nvidia.com/jax-toolbox/environment-variables), JAX's own advice names it
@@ -17,11 +16,7 @@ from collections.abc import Mapping
 # the work that does not wait for them, as those of layers in the host's memory are.
 # What else such lists name is XLA's default by now: triton_gemm_any, command buffers for kernels,
 # products and convolutions, autotuning at level 4.
-GPU = {"xla_gpu_enable_latency_hiding_scheduler": "true"}
-# Of XLA's libraries for products on a processor the older one: its new one (YNN, on by default)
-# takes longer for the small products here, and to compile. And vectors of 512 bits where the
-# processor has them; XLA takes 256.
-CPU = {"xla_cpu_experimental_ynn_fusion_type": "", "xla_cpu_prefer_vector_width": "512"}
+FLAGS = {"xla_gpu_enable_latency_hiding_scheduler": "true"}
 NEWEST = (0, 13)  # the first jaxlib whose options were not looked at
 SWITCH = "DOPSD_JAX_XLA_FLAGS"  # "off": nothing is added
 PLUGINS = ("jax_plugins.xla_cuda12", "jax_plugins.xla_cuda13")
@@ -29,22 +24,22 @@ PLATFORMS = {"", "cuda", "gpu"}  # names of JAX_PLATFORMS under which a GPU may 
 
 
 def add() -> None:
-    """Adds `CPU`, and where a GPU may be used `GPU`, to XLA_FLAGS; what the user has set, holds.
+    """Adds `FLAGS` to XLA_FLAGS where a GPU may be used; what the user has set there, holds.
 
     To be called before JAX looks for devices: XLA reads the variable once.
     """
     if os.environ.get(SWITCH, "").strip().lower() in ("off", "0", "false"):
         return
-    if not known(importlib.metadata.version("jaxlib")):
+    if not may_use_gpu() or not known(importlib.metadata.version("jaxlib")):
         return
-    own, flags = os.environ.get("XLA_FLAGS", ""), CPU | (GPU if may_use_gpu() else {})
-    os.environ["XLA_FLAGS"] = " ".join(filter(None, [own, *missing(own, flags)]))
+    own = os.environ.get("XLA_FLAGS", "")
+    os.environ["XLA_FLAGS"] = " ".join(filter(None, [own, *missing(own)]))
 
 
-def missing(own: str, flags: Mapping[str, str]) -> list[str]:
-    """Those of `flags`, as words, that the words of XLA_FLAGS do not set."""
+def missing(own: str) -> list[str]:
+    """Those of `FLAGS` that the words of XLA_FLAGS do not set."""
     named = {word.partition("=")[0].lstrip("-") for word in own.split()}
-    return [f"--{name}={value}" for name, value in flags.items() if name not in named]
+    return [f"--{name}={value}" for name, value in FLAGS.items() if name not in named]
 
 
 def known(version: str) -> bool:
