@@ -16,7 +16,8 @@ from dopsd_jax.data.measure import measure
 from dopsd_jax.data.picture_index import Infos, PictureIndex
 from dopsd_jax.data.rows import load_rows
 from dopsd_jax.data.sources.captions import KNOWN_KEYS
-from dopsd_jax.data.table import Strings, Table
+from dopsd_jax.data.strings import Strings
+from dopsd_jax.data.table import Table
 
 BUCKETS = make_buckets(64)
 

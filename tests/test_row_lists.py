@@ -44,17 +44,22 @@ LISTS = {
 @pytest.mark.parametrize("name", LISTS)
 def test_parts_of_rows_are_those_of_the_rows(name):
     rows = LISTS[name]
-    assert len(list(rows)) == len(rows)
-    for i, row in enumerate(rows):
-        assert rows.where(i) == row.where and rows.view(i) == row.view
-        assert rows.captions(i) == row.captions
-        assert rows.declared_size(i) == row.declared_size
-        assert rows.pictures(i) == (str(row.image), *map(str, row.references))
+    made = list(rows)
+    assert len(made) == len(rows)
+    for numbers in (range(len(rows)), [*reversed(range(len(rows))), 0], []):
+        own = [made[i] for i in numbers]
+        assert [rows.where(i) for i in numbers] == [row.where for row in own]
+        assert rows.views(numbers) == [row.view for row in own]
+        assert rows.captions(numbers) == [row.captions for row in own]
+        sizes = [row.declared_size or (0, 0) for row in own]
+        assert rows.declared_sizes(numbers).tolist() == list(map(list, sizes))
+        names = [(str(row.image), *map(str, row.references)) for row in own]
+        assert rows.pictures(numbers) == names
 
 
 def test_names_are_those_of_pathlib():
-    assert table().pictures(0) == (os.path.join("x", "a.png"),)
-    assert table().pictures(1) == (os.path.join("x", "b.png"), "c.png", os.path.join("..", "d.png"))
+    edits = (os.path.join("x", "b.png"), "c.png", os.path.join("..", "d.png"))
+    assert table().pictures([0, 1]) == [(os.path.join("x", "a.png"),), edits]
     assert table().where(1) == os.path.join("x", "b.png") and table().where(0) == "t.jsonl:3"
 
 
@@ -71,7 +76,7 @@ def test_the_digest_is_that_of_earlier_versions(tmp_path):
     """A run is only resumed with the data that it began with, so it may never change."""
     for i, side in enumerate((64, 96)):
         Image.new("RGB", (side, 64), (i, 0, 0)).save(tmp_path / f"{i}.png")
-        (tmp_path / f"{i}.txt").write_text(f"é, {i}", "utf-8")
+        (tmp_path / f"{i}.txt").write_text(f'é, "{i}"\t\\', "utf-8")
     variants = CaptionVariants(orders=2, empty=True)
     rows = load_rows(tmp_path, variants=variants, views=views_of(mirrored=True))
     dataset, total = measure(rows, make_buckets(64)), hashlib.sha256()

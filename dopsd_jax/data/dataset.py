@@ -16,10 +16,11 @@ from dopsd_jax.data.picture_index import Infos
 from dopsd_jax.data.prepared import Caption, Prepared
 from dopsd_jax.data.sets import PartOfRows, draws_per_epoch
 from dopsd_jax.data.sources.collector import Examples
-from dopsd_jax.data.table import WHOLE, Chosen, RowList
+from dopsd_jax.data.table import WHOLE, Chosen, RowList, in_parts
 from dopsd_jax.data.varied import EMPTY
 
 MOST_SHAPES = 24  # that are described
+_quoted = json.JSONEncoder().encode
 
 
 @dataclass(frozen=True)
@@ -75,14 +76,15 @@ class Dataset:
         """Every caption under `keys`, in order; None: under any."""
         return [
             (row, i)
-            for row in range(len(self.rows))
-            for i, (key, _) in enumerate(self.rows.captions(row))
+            for some in in_parts(len(self.rows))
+            for row, captions in zip(some, self.rows.captions(some), strict=True)
+            for i, (key, _) in enumerate(captions)
             if keys is None or key in keys
         ]
 
     def caption(self, row: int, keys: Sequence[str]) -> Caption:
         """The first caption of a row under any of `keys`."""
-        captions = self.rows.captions(row)
+        (captions,) = self.rows.captions((row,))
         return row, next(i for i, (key, _) in enumerate(captions) if key in keys)
 
     def digest(self) -> str:
@@ -90,21 +92,32 @@ class Dataset:
 
         Not over the empty captions: all rows have one, or none.
         """
-        return self._digest
+        return self._read[0]
+
+    def lengths(self) -> dict[str, array]:
+        """How many characters the captions under each key have; not of the empty ones."""
+        return self._read[1]
 
     @functools.cached_property
-    def _digest(self) -> str:
-        total = hashlib.sha256()
-        for row, bucket in enumerate(self.buckets):
-            captions = [own for own in self.rows.captions(row) if own[0] != EMPTY]
-            view = self.rows.view(row)
-            seen = [self.infos.digest(row), bucket, captions, *[view] * (view != WHOLE)]
-            total.update(json.dumps(seen).encode())
+    def _read(self) -> tuple[str, dict[str, array]]:
+        """`digest` and `lengths`; the captions are read once."""
+        total, lengths, in_json = hashlib.sha256(), {}, functools.cache(json.dumps)
+        for some in in_parts(len(self.rows)):
+            facts = zip(some, self.rows.captions(some), self.rows.views(some), strict=True)
+            for row, captions, view in facts:
+                captions = [own for own in captions if own[0] != EMPTY]
+                for key, text in captions:
+                    lengths.setdefault(key, array("i")).append(len(text))
+                # As json.dumps writes a list of these, which takes twice as long.
+                pairs = [f"[{_quoted(key)}, {_quoted(text)}]" for key, text in captions]
+                shown = "" if view == WHOLE else f", {json.dumps(view)}"
+                picture = f'"{self.infos.digest(row)}", {in_json(self.buckets[row])}'
+                total.update(f"[{picture}, [{', '.join(pairs)}]{shown}]".encode())
         if self.references:
             total.update(json.dumps(list(self.references)).encode())
         if self.masks:
             total.update(json.dumps(self.masks).encode())
-        return total.hexdigest()
+        return total.hexdigest(), lengths
 
 
 def describe(dataset: Dataset, batch_size: int) -> list[str]:
@@ -134,12 +147,7 @@ def describe(dataset: Dataset, batch_size: int) -> list[str]:
             f"... and {len(by_shape) - MOST_SHAPES} more, for each of which a step is compiled: "
             "give the references few sizes, or set data.reference_crop=bucket"
         )
-    lengths: dict[str, array] = {}
-    for row in range(len(dataset.rows)):
-        for key, text in dataset.rows.captions(row):
-            lengths.setdefault(key, array("i")).append(len(text))
-    lengths.pop(EMPTY, None)
-    for key, found in lengths.items():
+    for key, found in dataset.lengths().items():
         lines.append(
             f"captions under {key!r}: {len(found)}, of {min(found)} to {max(found)} characters "
             f"(median {np.median(found):g})"

@@ -7,7 +7,7 @@ or the picture's own transparency. It is cut as its picture is, and averaged to 
 import functools
 import hashlib
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -19,7 +19,8 @@ from dopsd_jax.data.buckets import Bucket
 from dopsd_jax.data.images import ImageInfo, ImageLimits, open_alpha, open_image
 from dopsd_jax.data.sources.collector import listing
 from dopsd_jax.data.sources.files import normal, stem_of
-from dopsd_jax.data.table import DataRow, Derived, RowList, Strings, View
+from dopsd_jax.data.strings import Strings
+from dopsd_jax.data.table import DataRow, Derived, RowList, View
 from dopsd_jax.data.views import cut
 
 OFF, FILES, ALPHA = KINDS = ("off", "files", "alpha")  # of config.data.masks
@@ -42,8 +43,8 @@ class Masked(Derived):
         row, mask = self.rows[i], self.masks[i]
         return replace(row, mask=Path(mask)) if mask else row
 
-    def origin(self, i: int) -> tuple[RowList, int]:
-        return self.rows, i
+    def origins(self, numbers: Sequence[int]) -> list[tuple[RowList, Sequence[int]]]:
+        return [(self.rows, numbers)]
 
 
 def with_masks(rows: RowList, where: str) -> Masked:

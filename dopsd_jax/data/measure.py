@@ -2,7 +2,7 @@
 
 import functools
 import itertools
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import astuple
 
@@ -15,10 +15,10 @@ from dopsd_jax.data.blobs import Blob
 from dopsd_jax.data.buckets import Bucket, Reference, nearest_at
 from dopsd_jax.data.dataset import Dataset
 from dopsd_jax.data.images import ImageInfo, ImageLimits, enlargement, inspect_image
-from dopsd_jax.data.picture_index import Infos, PictureIndex
+from dopsd_jax.data.picture_index import Infos, PictureIndex, Seen
 from dopsd_jax.data.rows import Rows
 from dopsd_jax.data.sources.collector import Examples
-from dopsd_jax.data.table import RowList
+from dopsd_jax.data.table import RowList, in_parts
 
 _AT_ONCE = 1024  # rows given to the threads at a time
 _SIZES = 1 << 16  # of pictures, whose buckets are remembered
@@ -48,7 +48,8 @@ def measure(
     """
     limits, levels = limits or ImageLimits(), levels or (buckets,)
     index, own = index or PictureIndex(None), rows.rows
-    infos, problems, references, chosen, regions = Infos(), [], [], [], []
+    infos, references, chosen, regions = Infos(), [], [], []
+    wrong: dict[int, list[str]] = {}  # of each row that is
     count, terms = len(own), (*astuple(limits), verify)
     progress = Progress("looking at pictures", count, quiet=count <= _AT_ONCE)
     inspect = lambda picture: inspect_image(picture, limits, verify=verify)
@@ -57,36 +58,40 @@ def measure(
     def bucket_of(width: int, height: int, level: int) -> Bucket:
         return nearest_at(width, height, levels, level)
 
+    def edited(i: int, bucket: Bucket, names: Sequence[str | Blob]) -> Iterator[Reference]:
+        for name in names:
+            info = seen.of(name)
+            try:
+                where = f"{own.where(i)}: {name}"
+                yield Reference(info.digest, reference_size(bucket, info.height, info.width, where))
+            except UserError as error:
+                wrong.setdefault(i, []).extend(error.problems)
+
     # The pool queues all items at once, so it gets a few at a time.
     with ThreadPoolExecutor(workers) as pool, index:
         look_at_mask = functools.partial(index.look, terms=(*terms, f"mask {masked}"), pool=pool)
-        for first in range(0, count, _AT_ONCE):
-            some = range(first, min(first + _AT_ONCE, count))
+        for some in in_parts(count, _AT_ONCE):
             # Rows may share pictures, as those do that count several times.
-            pictures = [own.pictures(i) for i in some]
-            seen = index.look(itertools.chain(*pictures), inspect, terms, pool)
+            pictures = dict(zip(some, own.pictures(some), strict=True))
+            seen = index.look(itertools.chain(*pictures.values()), inspect, terms, pool)
             seen_masks = _look_at_masks(own, some, masked, limits, look_at_mask)
-            for i, names in zip(some, pictures, strict=True):
-                found, mask = [seen[name] for name in names], seen_masks.get(i)
-                if faults := _faults(own, i, names, found, mask):
-                    problems += faults
-                    continue
-                infos.append(found[0])
-                regions.append("" if mask is None or mask.notes else mask.digest)
-                bucket = bucket_of(found[0].width, found[0].height, own.view(i).level)
-                chosen.append(bucket)
-                edited = []
-                for path, info in zip(names[1:], found[1:], strict=True):
-                    try:
-                        where = f"{own.where(i)}: {path}"
-                        size = reference_size(bucket, info.height, info.width, where)
-                        edited.append(Reference(info.digest, size))
-                    except UserError as error:
-                        problems += error.problems
-                references.append(tuple(edited))
+            for i in some if seen.faults or seen_masks else ():
+                if faults := _faults(own, i, pictures[i], seen, seen_masks.get(i)):
+                    wrong[i] = faults
+                    del pictures[i]
+            found = seen.infos.take([seen.numbers[names[0]] for names in pictures.values()])
+            infos.extend(found)
+            shown = [view.level for view in own.views(list(pictures))]
+            buckets = list(map(bucket_of, *found.sizes().T.tolist(), shown))
+            chosen += buckets
+            for (i, names), bucket in zip(pictures.items(), buckets, strict=True):
+                references.append(tuple(edited(i, bucket, names[1:])) if names[1:] else ())
+            if masked != masks.OFF:
+                own_masks = map(seen_masks.get, pictures)
+                regions += ["" if one is None or one.notes else one.digest for one in own_masks]
             progress.advance(len(some))
             index.save_sometimes()
-    raise_if(dict.fromkeys(problems))
+    raise_if(dict.fromkeys(fault for i in sorted(wrong) for fault in wrong[i]))
     chosen = tuple(chosen)
     notes = (*rows.notes, *_notes(own, infos, chosen))
     return Dataset(
@@ -113,23 +118,23 @@ def _look_at_masks(
     }
     row_of = {file: made[i] for i, file in files.items()}
     found = look(row_of, lambda file: masks.inspect_mask(row_of[file], limits))
-    return {i: found[file] for i, file in files.items()}
+    return {i: found.of(file) for i, file in files.items()}
 
 
 def _faults(
     rows: RowList,
     i: int,
     names: Sequence[str | Blob],
-    found: Sequence[ImageInfo | UserError],
+    seen: Seen,
     mask: ImageInfo | UserError | None,
 ) -> list[str]:
-    """What is wrong with a row's pictures, as they were `found`, or else with its mask."""
+    """What is wrong with a row's pictures, or else with its mask."""
     problems = []
-    for name, one in zip(names, found, strict=True):
-        if isinstance(one, UserError):
-            own = rows.where(i) == str(name)
-            problems += [fault if own else f"{rows.where(i)}: {fault}" for fault in one.problems]
-    return problems if problems or mask is None else masks.faults(rows[i], found[0], mask)
+    for name in (name for name in names if name in seen.faults):
+        own = rows.where(i) == str(name)
+        faults = seen.faults[name].problems
+        problems += [fault if own else f"{rows.where(i)}: {fault}" for fault in faults]
+    return problems if problems or mask is None else masks.faults(rows[i], seen.of(names[0]), mask)
 
 
 def _notes(rows: RowList, infos: Infos, buckets: Sequence[Bucket]) -> Iterable[str]:
@@ -145,12 +150,11 @@ def _notes(rows: RowList, infos: Infos, buckets: Sequence[Bucket]) -> Iterable[s
             f"{enlarged.count} of {count} pictures are smaller than their bucket and are "
             f"enlarged, up to {times.max():.2f} times: {enlarged}"
         )
-    claims = ((i, rows.declared_size(i)) for i in range(count))
-    wrong = [i for i, size in claims if size is not None and size != infos.size(i)]
-    if wrong:
-        told = lambda i: "{} ({}x{}, is {}x{})".format(
-            rows.where(i), *rows.declared_size(i), *infos.size(i)
-        )
+    claimed = rows.declared_sizes(range(count))
+    wrong = np.flatnonzero(claimed.all(axis=1) & (claimed != sizes).any(axis=1))
+    if len(wrong):
+        sides = lambda i: "{}x{}, is {}x{}".format(*claimed[i], *infos.size(i))
+        told = lambda i: f"{rows.where(i)} ({sides(i)})"
         yield (
             f"'h*w' or 'w*h' (not used) disagrees with the file in {len(wrong)} of {count} rows: "
             f"{Examples.of(wrong, told)}"

@@ -1,6 +1,7 @@
 """What is known of each picture, in columns, and remembered from start to start."""
 
 import hashlib
+import itertools
 import json
 import os
 import time
@@ -8,6 +9,7 @@ from array import array
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Executor
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 from jaxtyping import Bool, Int64
@@ -22,6 +24,8 @@ SETTLED = 2.0  # seconds: a file written later than that may change again within
 SAVE_SECONDS = 300.0
 _STAMP = 16  # bytes
 _STAMPS = f"S{_STAMP}"  # equal if all bytes are
+_NO_STAMP = bytes(_STAMP)  # of what is not remembered
+_quoted = json.JSONEncoder().encode
 _PIECE = 256  # pictures
 Picture = str | Path | Blob  # a file, or a picture inside an archive
 
@@ -71,9 +75,13 @@ class Infos(Sequence[ImageInfo]):
         """Widths and heights."""
         return np.array(self._sizes, np.int64).reshape(-1, 2)
 
+    def _contents(self) -> np.ndarray:
+        """The digests as a view, which must be gone before another is appended."""
+        return np.frombuffer(self._digests, "V32")
+
     def _groups(self) -> np.ndarray:
         """The same number for pictures of the same content, counted from 0."""
-        return np.unique(np.frombuffer(bytes(self._digests), "V32"), return_inverse=True)[1]
+        return np.unique(self._contents(), return_inverse=True)[1]
 
     def repeated(self, counted: Bool[np.ndarray, " n"]) -> Bool[np.ndarray, " n"]:
         """Which of the `counted` pictures have the content of another one of them."""
@@ -100,9 +108,13 @@ class Infos(Sequence[ImageInfo]):
 
     def take(self, rows: Sequence[int]) -> "Infos":
         """Those of these numbers, in their order."""
-        arrays, rows = self.arrays(), np.asarray(rows, np.int64)
-        kinds = {"kinds": arrays.pop("kinds")}
-        return Infos.from_arrays({name: own[rows] for name, own in arrays.items()} | kinds)
+        taken, rows = Infos(), np.asarray(rows, np.int64)
+        taken._kinds, taken._known = [*self._kinds], {**self._known}
+        # Views of the columns, since this is called many times of long ones.
+        taken._sizes.frombytes(np.asarray(self._sizes).reshape(-1, 2)[rows].tobytes())
+        taken._digests += self._contents()[rows].tobytes()
+        taken._notes.frombytes(np.asarray(self._notes)[rows].tobytes())
+        return taken
 
     # As arrays, to be stored.
 
@@ -137,16 +149,26 @@ class _Found:
             self.stamps, self.infos = stamps[order], Infos.from_arrays(stored).take(order)
         self.used = np.zeros(len(self.stamps), bool)
 
-    def use(self, stamps: Sequence[bytes]) -> list[ImageInfo | None]:
-        """What is known of pictures."""
-        if not len(self.stamps) or not stamps:
-            return [None] * len(stamps)
+    def use(self, stamps: Sequence[bytes]) -> Int64[np.ndarray, " n"]:
+        """The numbers in `infos` of pictures with these stamps; -1 for those that are not known."""
+        if not len(self.stamps):
+            return np.full(len(stamps), -1)
         asked = np.array(stamps, _STAMPS)
         rows = np.minimum(np.searchsorted(self.stamps, asked), len(self.stamps) - 1)
         known = self.stamps[rows] == asked
         self.used[rows[known]] = True
-        pairs = zip(rows.tolist(), known.tolist(), strict=True)
-        return [self.infos[row] if there else None for row, there in pairs]
+        return np.where(known, rows, -1)
+
+
+class Seen(NamedTuple):
+    """What was found of pictures: each has a number in `infos`, or a fault."""
+
+    numbers: dict[Picture, int]
+    infos: Infos
+    faults: dict[Picture, UserError]
+
+    def of(self, picture: Picture) -> ImageInfo | UserError:
+        return self.faults.get(picture) or self.infos[self.numbers[picture]]
 
 
 class PictureIndex:
@@ -178,7 +200,7 @@ class PictureIndex:
         inspect: Callable[[Picture], ImageInfo],
         terms: Sequence[object],
         pool: Executor,
-    ) -> dict[Picture, ImageInfo | UserError]:
+    ) -> Seen:
         """What `inspect` finds of each picture, or found the last time; a fault is not raised.
 
         `terms`: what it depends on besides the picture, in values that JSON has.
@@ -192,41 +214,45 @@ class PictureIndex:
 
         ending, now = "".join(f", {json.dumps(term)}" for term in terms), time.time()
         pictures = list(dict.fromkeys(pictures))
-        stamps: dict[Picture, tuple[bytes, float]] = {}
-        if self.cache is not None:
-            # A thread takes many at once: to ask for a file near by takes less time than to share.
-            pieces = [pictures[i : i + _PIECE] for i in range(0, len(pictures), _PIECE)]
-            for some in pool.map(lambda piece: self._stamps(piece, ending), pieces):
-                stamps |= some
-        known = self._old.use([stamp for stamp, _ in stamps.values()])
-        infos = {picture: info for picture, info in zip(stamps, known, strict=True) if info}
-        missing = [picture for picture in pictures if picture not in infos]
-        for picture, info in zip(missing, pool.map(found, missing), strict=True):
-            infos[picture] = info
-            if picture in stamps and isinstance(info, ImageInfo):
-                stamp, written = stamps[picture]
+        # A thread takes many at once: to ask for a file near by takes less time than to share.
+        pieces = [pictures[i : i + _PIECE] for i in range(0, len(pictures), _PIECE)]
+        asked = pool.map(lambda piece: self._stamps(piece, ending), pieces)
+        stamps = list(itertools.chain.from_iterable(asked))
+        rows = self._old.use([stamp for stamp, _ in stamps])
+        known, missing = np.flatnonzero(rows >= 0), np.flatnonzero(rows < 0).tolist()
+        numbers = {pictures[i]: number for number, i in enumerate(known.tolist())}
+        seen = Seen(numbers, self._old.infos.take(rows[known]), {})
+        for i, info in zip(missing, pool.map(found, [pictures[i] for i in missing]), strict=True):
+            if isinstance(info, UserError):
+                seen.faults[pictures[i]] = info
+                continue
+            seen.numbers[pictures[i]] = len(seen.infos)
+            seen.infos.append(info)
+            stamp, written = stamps[i]
+            if stamp != _NO_STAMP:
                 self.opened += 1
                 if now - written > SETTLED:
                     self._new_stamps += stamp
                     self._new.append(info)
-        return infos
+        return seen
 
-    def _stamps(
-        self, pictures: Iterable[Picture], ending: str
-    ) -> dict[Picture, tuple[bytes, float]]:
+    def _stamps(self, pictures: Sequence[Picture], ending: str) -> list[tuple[bytes, float]]:
         """What names each picture as it is now, and when its file was written."""
-        found = {}
+        if self.cache is None:
+            return [(_NO_STAMP, 0.0)] * len(pictures)
+        found = []
         for picture in pictures:
             blob = isinstance(picture, Blob)
             file = picture.archive if blob else picture
             try:
                 status = self._status(file) if blob else os.stat(file)
             except OSError:  # to look at the picture reports it
+                found.append((_NO_STAMP, 0.0))
                 continue
-            place = (picture.name, picture.place, picture.size) if blob else ()
-            identity = json.dumps([str(file), status.st_size, status.st_mtime_ns, *place])
-            stamp = hashlib.sha256(f"{identity[:-1]}{ending}]".encode()).digest()[:_STAMP]
-            found[picture] = stamp, status.st_mtime
+            name = f"[{_quoted(str(file))}, {status.st_size}, {status.st_mtime_ns}"
+            place = f", {_quoted(picture.name)}, {picture.place}, {picture.size}" if blob else ""
+            stamp = hashlib.sha256(f"{name}{place}{ending}]".encode()).digest()[:_STAMP]
+            found.append((stamp, status.st_mtime))
         return found
 
     def _status(self, archive: Path) -> os.stat_result:

@@ -19,7 +19,7 @@ from dopsd_jax.data.sources.archives import has_wildcard
 from dopsd_jax.data.sources.collector import Examples, listing
 from dopsd_jax.data.sources.files import FOREIGN, IMAGE_SUFFIXES, UNPACK
 from dopsd_jax.data.sources.layout import Layout, Options
-from dopsd_jax.data.table import WHOLE, RowList, View
+from dopsd_jax.data.table import WHOLE, RowList, View, in_parts
 from dopsd_jax.data.varied import CaptionVariants, Varied
 from dopsd_jax.data.views import Viewed
 
@@ -109,9 +109,10 @@ def load_rows(
 def _names_sides(table: RowList) -> list[str]:
     """A note about captions that a mirrored picture makes wrong."""
     found = Examples()
-    for row in range(len(table)):
-        if any(_SIDES.search(text) for _, text in table.captions(row)):
-            found.add(table.where(row))
+    for some in in_parts(len(table)):
+        for row, captions in zip(some, table.captions(some), strict=True):
+            if any(_SIDES.search(text) for _, text in captions):
+                found.add(table.where(row))
     why = "name left or right, and data.flip shows their pictures mirrored too"
     return [f"captions of {found.count} rows {why}: {found}"] * bool(found)
 

@@ -62,16 +62,20 @@ class Joined(Derived):
         return self._ends[-1]
 
     def __getitem__(self, i: int) -> DataRow:
-        rows, number = self.origin(range(len(self))[i])
-        row, captions = rows[number], self._known(rows.captions(number))
+        ((rows, (number,)),) = self.origins((range(len(self))[i],))
+        row = rows[number]
+        captions = self._known(row.captions)
         return row if captions == row.captions else replace(row, captions=captions)
 
-    def origin(self, i: int) -> tuple[RowList, int]:
-        part = bisect.bisect_right(self._ends, i) - 1
-        return self.parts[part], i - self._ends[part]
+    def origins(self, numbers: Sequence[int]) -> list[tuple[RowList, Sequence[int]]]:
+        part_of = lambda i: bisect.bisect_right(self._ends, i) - 1
+        return [
+            (self.parts[part], [i - self._ends[part] for i in own])
+            for part, own in itertools.groupby(numbers, part_of)
+        ]
 
-    def captions(self, i: int) -> Captions:
-        return self._known(super().captions(i))
+    def captions(self, numbers: Sequence[int]) -> list[Captions]:
+        return list(map(self._known, super().captions(numbers)))
 
     def _known(self, captions: Captions) -> Captions:
         return tuple(caption for caption in captions if caption[0] in self.keys)

@@ -8,6 +8,7 @@ import abc
 import copy
 import itertools
 import os
+import sys
 from array import array
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -15,9 +16,10 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-from jaxtyping import Bool
+from jaxtyping import Bool, Int32
 
-from dopsd_jax.data.blobs import ARCHIVES, Blob
+from dopsd_jax.data.blobs import Blob
+from dopsd_jax.data.strings import Strings
 
 Image = Path | Blob  # a file, or a picture inside an archive
 Captions = tuple[tuple[str, str], ...]  # key and text
@@ -36,6 +38,7 @@ class View(NamedTuple):
 
 
 WHOLE = View()
+_IN_NONE = (-1, 0, 0)  # of a picture that is in no archive
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,10 +65,16 @@ class DataRow:
         return tuple(i for i, (name, _) in enumerate(self.captions) if name == key)
 
 
+def in_parts(count: int, most: int = 1024) -> list[range]:
+    """The numbers from 0 to before `count`, at most so many at a time."""
+    return [range(first, min(first + most, count)) for first in range(0, count, most)]
+
+
 class RowList(Sequence[DataRow]):
     """Many rows, each made when it is asked for.
 
-    What a start looks at in every row comes without the row, which costs several times as much.
+    What a start looks at in every row comes without the rows, which cost several times as much, and
+    of many rows at once, in the order of their numbers.
     """
 
     @abc.abstractmethod
@@ -73,76 +82,45 @@ class RowList(Sequence[DataRow]):
         """What messages call row i; rows that differ only in their view have one name."""
 
     @abc.abstractmethod
-    def captions(self, i: int) -> Captions:
-        """The captions of row i."""
+    def captions(self, numbers: Sequence[int]) -> list[Captions]:
+        """The captions of rows."""
 
     @abc.abstractmethod
-    def pictures(self, i: int) -> tuple[str | Blob, ...]:
-        """The picture of row i, then its references; of files the paths."""
+    def pictures(self, numbers: Sequence[int]) -> list[tuple[str | Blob, ...]]:
+        """Of each row its picture, then its references; of files the paths."""
 
     @abc.abstractmethod
-    def view(self, i: int) -> View:
-        """How row i shows its picture."""
+    def views(self, numbers: Sequence[int]) -> list[View]:
+        """How rows show their pictures."""
 
     @abc.abstractmethod
-    def declared_size(self, i: int) -> tuple[int, int] | None:
-        """The (width, height) that a record claims for the picture of row i."""
+    def declared_sizes(self, numbers: Sequence[int]) -> Int32[np.ndarray, "n 2"]:
+        """The widths and heights that a record claims for the pictures; 0 for none."""
 
 
 class Derived(RowList):
     """Rows of other lists; a class of this kind changes something of them."""
 
     @abc.abstractmethod
-    def origin(self, i: int) -> tuple[RowList, int]:
-        """The list and the number of the row that row i is made from."""
+    def origins(self, numbers: Sequence[int]) -> list[tuple[RowList, Sequence[int]]]:
+        """What rows are made from: lists with numbers of their rows, in order."""
 
     def where(self, i: int) -> str:
-        rows, number = self.origin(i)
+        ((rows, (number,)),) = self.origins((i,))
         return rows.where(number)
 
-    def captions(self, i: int) -> Captions:
-        rows, number = self.origin(i)
-        return rows.captions(number)
+    def captions(self, numbers: Sequence[int]) -> list[Captions]:
+        return [own for rows, some in self.origins(numbers) for own in rows.captions(some)]
 
-    def pictures(self, i: int) -> tuple[str | Blob, ...]:
-        rows, number = self.origin(i)
-        return rows.pictures(number)
+    def pictures(self, numbers: Sequence[int]) -> list[tuple[str | Blob, ...]]:
+        return [own for rows, some in self.origins(numbers) for own in rows.pictures(some)]
 
-    def view(self, i: int) -> View:
-        rows, number = self.origin(i)
-        return rows.view(number)
+    def views(self, numbers: Sequence[int]) -> list[View]:
+        return [own for rows, some in self.origins(numbers) for own in rows.views(some)]
 
-    def declared_size(self, i: int) -> tuple[int, int] | None:
-        rows, number = self.origin(i)
-        return rows.declared_size(number)
-
-
-class Strings(Sequence[str]):
-    """Strings in one buffer of UTF-8."""
-
-    def __init__(self, strings: Iterable[str] = ()):
-        self._text, self._ends = bytearray(), array("q", [0])
-        for string in strings:
-            self.append(string)
-
-    def append(self, string: str) -> None:
-        # File names may hold bytes that are no UTF-8; they come back as they were.
-        self._text += string.encode("utf-8", "surrogateescape")
-        self._ends.append(len(self._text))
-
-    def __len__(self) -> int:
-        return len(self._ends) - 1
-
-    def __getitem__(self, i: int) -> str:
-        i = range(len(self))[i]
-        return self.part(i, i + 1)[0]
-
-    def part(self, first: int, end: int) -> list[str]:
-        """Those of the numbers from `first` to before `end`."""
-        return [
-            self._text[start:stop].decode("utf-8", "surrogateescape")
-            for start, stop in itertools.pairwise(self._ends[first : end + 1])
-        ]
+    def declared_sizes(self, numbers: Sequence[int]) -> Int32[np.ndarray, "n 2"]:
+        found = [rows.declared_sizes(some) for rows, some in self.origins(numbers)]
+        return np.concatenate([np.zeros((0, 2), np.int32), *found])
 
 
 class Table(RowList):
@@ -160,9 +138,9 @@ class Table(RowList):
         self._lines, self._sizes = array("q"), array("i")
         self._references, self._reference_ends = Strings(), array("q", [0])
         self._views: dict[int, View] = {}  # of the rows that do not show the whole picture
-        self._concepts = Strings()
-        self._archives: list[Path] = []
-        self._archive, self._place, self._bytes = array("i"), array("q"), array("q")
+        self._concepts: list[str] = []  # equal ones are kept once
+        self._archives: list[tuple[Path, type[Blob]]] = []
+        self._places = array("q")  # of each row three numbers: archive, place, size
 
     def append(
         self,
@@ -178,15 +156,12 @@ class Table(RowList):
         """Adds a row; `image` is the path of a file, or a picture inside an archive."""
         if isinstance(image, str):
             self._names.append(_plain(image))
-            place = (-1, 0, 0)
+            self._places.extend(_IN_NONE)
         else:
-            if not self._archives or self._archives[-1] != image.archive:
-                self._archives.append(image.archive)
+            if self._archives[-1:] != [archive := (image.archive, type(image))]:
+                self._archives.append(archive)
             self._names.append(image.name)
-            place = (len(self._archives) - 1, image.place, image.size)
-        self._archive.append(place[0])
-        self._place.append(place[1])
-        self._bytes.append(place[2])
+            self._places.extend((len(self._archives) - 1, image.place, image.size))
         for key, text in captions:
             self._text_keys.append(self._codes[key])
             self._texts.append(text)
@@ -198,21 +173,23 @@ class Table(RowList):
         for reference in references:
             self._references.append(_plain(reference))
         self._reference_ends.append(len(self._references))
-        self._concepts.append(concept)
+        self._concepts.append(sys.intern(concept))
 
     def __len__(self) -> int:
         return len(self._lines)
 
     def __getitem__(self, i: int) -> DataRow:
         i = range(len(self))[i]
-        image, *references = self.pictures(i)
+        own = (i,)
+        ((image, *references),) = self.pictures(own)
+        size = (self._sizes[2 * i], self._sizes[2 * i + 1])
         return DataRow(
             Path(image) if isinstance(image, str) else image,
-            self.captions(i),
+            *self.captions(own),
             self.where(i),
-            self.declared_size(i),
+            size if all(size) else None,
             tuple(map(Path, references)),
-            self.view(i),
+            *self.views(own),
             self._concepts[i],
         )
 
@@ -221,30 +198,36 @@ class Table(RowList):
 
     def where(self, i: int) -> str:
         line = self._lines[i]
-        return f"{self.prefix}:{line}" if line >= 0 else str(self._picture(i))
+        return f"{self.prefix}:{line}" if line >= 0 else str(self.pictures((i,))[0][0])
 
-    def captions(self, i: int) -> Captions:
-        first, end = self._ends[i], self._ends[i + 1]
-        keys = map(self.keys.__getitem__, self._text_keys[first:end])
-        return tuple(zip(keys, self._texts.part(first, end), strict=True))
+    def captions(self, numbers: Sequence[int]) -> list[Captions]:
+        own = _ranges(self._ends, numbers)
+        every = list(itertools.chain.from_iterable(own))
+        keys = map(self.keys.__getitem__, map(self._text_keys.__getitem__, every))
+        pairs = zip(keys, self._texts.many(every), strict=True)
+        return [tuple(itertools.islice(pairs, len(some))) for some in own]
 
-    def pictures(self, i: int) -> tuple[str | Blob, ...]:
-        first, end = self._reference_ends[i], self._reference_ends[i + 1]
-        return (self._picture(i), *self._references.part(first, end))
+    def pictures(self, numbers: Sequence[int]) -> list[tuple[str | Blob, ...]]:
+        found: list[str | Blob] = self._names.many(numbers)
+        if self._archives:
+            found = [self._in_archive(i, name) for i, name in zip(numbers, found, strict=True)]
+        if not self._references:
+            return [(picture,) for picture in found]
+        references = map(self._references.many, _ranges(self._reference_ends, numbers))
+        return [(picture, *own) for picture, own in zip(found, references, strict=True)]
 
-    def _picture(self, i: int) -> str | Blob:
-        (name,), archive = self._names.part(i, i + 1), self._archive[i]
+    def _in_archive(self, i: int, name: str) -> str | Blob:
+        archive, place, size = self._places[3 * i : 3 * i + 3]
         if archive < 0:
             return name
-        path = self._archives[archive]
-        return ARCHIVES[path.suffix.lower()](path, name, self._place[i], self._bytes[i])
+        path, kind = self._archives[archive]
+        return kind(path, name, place, size)
 
-    def view(self, i: int) -> View:
-        return self._views.get(i, WHOLE)
+    def views(self, numbers: Sequence[int]) -> list[View]:
+        return [self._views.get(i, WHOLE) for i in numbers]
 
-    def declared_size(self, i: int) -> tuple[int, int] | None:
-        size = (self._sizes[2 * i], self._sizes[2 * i + 1])
-        return size if all(size) else None
+    def declared_sizes(self, numbers: Sequence[int]) -> Int32[np.ndarray, "n 2"]:
+        return np.asarray(self._sizes).reshape(-1, 2)[np.asarray(numbers, np.int64)]
 
     def caption_ends(self) -> array:
         """Captions of rows 0..i in number, for each i, behind a zero."""
@@ -271,6 +254,11 @@ class Table(RowList):
         return table
 
 
+def _ranges(ends: array, numbers: Sequence[int]) -> list[range]:
+    """What belongs to each of the rows of these numbers, if row i ends before `ends[i + 1]`."""
+    return [range(ends[i], ends[i + 1]) for i in numbers]
+
+
 def _plain(path: str) -> str:
     """A path as pathlib writes it."""
     return path if path == os.path.normpath(path) else str(Path(path))
@@ -288,5 +276,5 @@ class Chosen(Derived):
     def __getitem__(self, i: int) -> DataRow:
         return self.rows[self.numbers[i]]
 
-    def origin(self, i: int) -> tuple[RowList, int]:
-        return self.rows, int(self.numbers[i])
+    def origins(self, numbers: Sequence[int]) -> list[tuple[RowList, Sequence[int]]]:
+        return [(self.rows, [int(self.numbers[i]) for i in numbers])]

@@ -6,6 +6,7 @@ They are captions like the others, so they are encoded once, cached and prepared
 import functools
 import hashlib
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from dopsd_jax.data.draws import permutation
@@ -51,11 +52,11 @@ class Varied(Derived):
         row = self.rows[i]
         return replace(row, captions=self.variants.captions(row.captions))
 
-    def origin(self, i: int) -> tuple[RowList, int]:
-        return self.rows, i
+    def origins(self, numbers: Sequence[int]) -> list[tuple[RowList, Sequence[int]]]:
+        return [(self.rows, numbers)]
 
-    def captions(self, i: int) -> Captions:
-        return self.variants.captions(self.rows.captions(i))
+    def captions(self, numbers: Sequence[int]) -> list[Captions]:
+        return list(map(self.variants.captions, self.rows.captions(numbers)))
 
 
 @functools.lru_cache(maxsize=4096)

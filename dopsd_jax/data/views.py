@@ -31,20 +31,20 @@ class Viewed(Derived):
     """Rows in all views, those of a row one behind the other."""
 
     def __init__(self, rows: RowList, views: Sequence[View]):
-        self.rows, self.views = rows, views
+        self.rows, self.shown = rows, views
 
     def __len__(self) -> int:
-        return len(self.rows) * len(self.views)
+        return len(self.rows) * len(self.shown)
 
     def __getitem__(self, i: int) -> DataRow:
-        row, view = divmod(range(len(self))[i], len(self.views))
-        return replace(self.rows[row], view=self.views[view])
+        row, view = divmod(range(len(self))[i], len(self.shown))
+        return replace(self.rows[row], view=self.shown[view])
 
-    def origin(self, i: int) -> tuple[RowList, int]:
-        return self.rows, i // len(self.views)
+    def origins(self, numbers: Sequence[int]) -> list[tuple[RowList, Sequence[int]]]:
+        return [(self.rows, [i // len(self.shown) for i in numbers])]
 
-    def view(self, i: int) -> View:
-        return self.views[i % len(self.views)]
+    def views(self, numbers: Sequence[int]) -> list[View]:
+        return [self.shown[i % len(self.shown)] for i in numbers]
 
 
 def cut(

@@ -93,9 +93,8 @@ def _read_table(path: Path, options: Options, into: Collector) -> None:
         roots.append(str(Path(options.data_root).expanduser()))
     bad_sizes = Examples()
     for number, found in readers.get(suffix, _csv_rows)(path):
-        where = f"{path}:{number}"
         if isinstance(found, str):
-            into.problem(f"{where}: {found}")
+            into.problem(f"{path}:{number}: {found}")
             continue
         into.fields = into.fields or tuple(found)
         image, before, fault = _image(found, roots, options)
@@ -107,12 +106,13 @@ def _read_table(path: Path, options: Options, into: Collector) -> None:
         texts, text_faults = captions_of(found, into.keys)
         if type(concept := found.get(CONCEPT)) in (str, int):
             texts[CONCEPT] = str(concept)
-        for fault in (*faults, *text_faults):
-            into.problem(f"{where}: {fault}")
+        faults += text_faults
+        for fault in faults:
+            into.problem(f"{path}:{number}: {fault}")
         size, sound = _declared_size(found)
         if not sound:
             bad_sizes.add(number)
-        if not faults and not text_faults:
+        if not faults:
             into.add(image, texts.items(), number, line=number, size=size, references=references)
     if bad_sizes:
         into.notes.append(
@@ -123,7 +123,7 @@ def _read_table(path: Path, options: Options, into: Collector) -> None:
 
 def _note_unlisted(path: Path, table: Path, into: Collector) -> None:
     """Tells of pictures in the folder that the table does not name."""
-    rows = map(into.table.pictures, range(len(into.table)))
+    rows = into.table.pictures(range(len(into.table)))
     listed = {os.path.normpath(picture) for row in rows for picture in row}
     unlisted = Examples()
     for where, names in walk(path):
