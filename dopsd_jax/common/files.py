@@ -15,6 +15,7 @@ from dopsd_jax.common.atomic import is_remote
 from dopsd_jax.common.errors import UserError
 
 MAX_TEXT = 8 << 20  # bytes of a configuration: parsed JSON takes up to 30 times as much memory
+BOM = b"\xef\xbb\xbf"  # to take it away by the codec takes several times as long
 _SMALL = 1 << 14  # bytes
 
 
@@ -32,7 +33,8 @@ def open_regular(path: str | os.PathLike, advice: str = "check the path") -> Bin
             raise UserError(f"{path}: is a folder, a file is needed; name the file")
         if not stat.S_ISREG(mode):
             raise UserError(f"{path}: is a device or a pipe, not a file; name a file")
-        return open(path, "rb")
+        # With a buffer of a given size nobody asks whether the file is a terminal.
+        return open(path, "rb", _SMALL)
     except (FileNotFoundError, NotADirectoryError):
         raise UserError(f"{path}: no such file; {advice}") from None
     except ValueError:  # a zero byte in the name

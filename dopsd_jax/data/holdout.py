@@ -1,6 +1,7 @@
 """Rows that are not trained on: their gap tells whether a run still learns what it is asked to."""
 
 import hashlib
+import heapq
 from collections.abc import Mapping
 
 import numpy as np
@@ -30,7 +31,7 @@ def split(dataset: Dataset, count: int, seed: int) -> tuple[RowsByShape, RowsByS
             "fewer"
         )
     order = lambda digest: hashlib.sha256(f"{seed} {digest}".encode()).digest()
-    chosen = set(sorted(pictures, key=order)[:count])
+    chosen = set(heapq.nsmallest(count, pictures, order))
     held = np.array([digest in chosen for digest in digests])
     part = lambda mask: {shape: ids[mask[ids]] for shape, ids in rows.items() if mask[ids].any()}
     return part(~held), part(held)

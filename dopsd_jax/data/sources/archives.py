@@ -9,7 +9,7 @@ import glob
 import hashlib
 import json
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -49,17 +49,19 @@ def given_up(path: Path, problems: list[str]) -> Index:
     return Index([], [f"{path}: is no data set; {NOT_READ}", *problems])
 
 
-def matches(path: Path, suffix: str | tuple[str, ...]) -> bool:
-    """Whether `path` means archives of this kind, by their names."""
-    return any(name.lower().endswith(suffix) for name in _names(path))
+def matches(path: Path, suffixes: Sequence[str]) -> bool:
+    """Whether `path` means files with one of these endings."""
+    # Searched as one text, since a folder may hold millions of pictures.
+    text = "\0".join([*_names(path), ""]).lower()
+    return any(f"{suffix}\0" in text for suffix in suffixes)
 
 
 def _names(path: Path) -> list[str]:
     """The files that a path means: itself, those in it (by their names), or those it matches."""
-    if path.is_dir():  # perhaps of millions of pictures
-        return sorted(name for name in os.listdir(path) if not name.startswith((".", "_")))
+    if path.is_dir():
+        return [name for name in os.listdir(path) if name[0] not in "._"]
     if has_wildcard(path):
-        return sorted(glob.glob(str(path), recursive=True))
+        return glob.glob(str(path), recursive=True)
     return [str(path)] if path.exists() else []
 
 
@@ -69,7 +71,7 @@ def has_wildcard(path: Path) -> bool:
 
 def archives_at(path: Path, suffix: str) -> list[Path]:
     """The archives of one kind that `path` means, in order. Raises `UserError` for a mixture."""
-    files = [path / name if path.is_dir() else Path(name) for name in _names(path)]
+    files = [path / name if path.is_dir() else Path(name) for name in sorted(_names(path))]
     compressed = [file for file in files if file.name.lower().endswith(COMPRESSED)]
     found = [file for file in files if file.suffix.lower() == suffix]
     others = [file for file in files if file.suffix.lower() in ARCHIVES and file not in found]

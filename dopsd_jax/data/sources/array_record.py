@@ -70,6 +70,6 @@ def write_array_record(path: str | os.PathLike, rows) -> None:
 
 LAYOUT = Layout(
     "ArrayRecord files",
-    functools.partial(archives.matches, suffix=RECORDS),
+    functools.partial(archives.matches, suffixes=(RECORDS,)),
     functools.partial(archives.read_archives, suffix=RECORDS, read=_read_records),
 )

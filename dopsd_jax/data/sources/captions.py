@@ -3,6 +3,7 @@
 from collections.abc import Iterable, Mapping
 
 from dopsd_jax.common.errors import UserError
+from dopsd_jax.common.files import BOM
 from dopsd_jax.common.json_files import parse_json
 
 UPSTREAM_KEYS = tuple(
@@ -31,7 +32,7 @@ def captions_in(content: bytes, lines: bool) -> tuple[tuple[str, ...], str | Non
     if len(content) > MAX_CAPTION_BYTES:
         return (), TOO_LARGE
     try:
-        text = content.decode("utf-8-sig")
+        text = content.removeprefix(BOM).decode()
     except UnicodeDecodeError as error:
         return (), not_utf8(error)
     if "\0" in text:
@@ -44,8 +45,8 @@ def captions_in(content: bytes, lines: bool) -> tuple[tuple[str, ...], str | Non
 def captions_of(record: Mapping, keys: Iterable[str]) -> tuple[dict[str, str], list[str]]:
     """The captions of a record under `keys`, empty ones included, and what is wrong with them."""
     texts, faults = {}, []
-    for key in keys:
-        text = record.get(key)
+    for key in filter(record.__contains__, keys):
+        text = record[key]
         if text is None:
             continue
         if not isinstance(text, str):

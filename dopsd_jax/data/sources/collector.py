@@ -100,13 +100,13 @@ class Collector:
 
         A caption under `CONCEPT` is the row's concept.
         """
-        kept, texts, concept = [], {}, ""
+        kept, concept = [], ""
         for key, text in captions:
             if key == CONCEPT:
                 concept = text.strip()
             if key in self.counts:
-                texts[key] = text = self._text(text, name)
-                kept.append((key, text))
+                kept.append((key, self._text(text, name)))
+        texts = dict(kept)
         for key, text in texts.items():
             self.counts[key] += 1
             if not text.strip():

@@ -39,10 +39,10 @@ def walk(folder: Path, passed: Examples | None = None) -> Iterator[tuple[str, li
             if name.startswith((".", "_")) and name != "__MACOSX":
                 passed.add(os.path.relpath(os.path.join(where, name), folder) + "/")
         folders[:] = sorted(name for name in folders if not name.startswith((".", "_")))
-        for name in sorted(names):
-            if name.startswith(".") and not is_rubbish(name):
-                passed.add(os.path.relpath(os.path.join(where, name), folder))
-        yield where, sorted(n for n in names if not n.startswith(".") and not is_rubbish(n))
+        names = sorted(name for name in names if not is_rubbish(name))
+        for name in (name for name in names if name.startswith(".")):
+            passed.add(os.path.relpath(os.path.join(where, name), folder))
+        yield where, [name for name in names if not name.startswith(".")]
 
 
 def normal(name: str) -> str:
@@ -60,13 +60,14 @@ def stem_of(path: str) -> str | None:
 
     A file without a known ending is a picture if its first bytes are those of one.
     """
-    stem, suffix = os.path.splitext(os.path.basename(path))
+    name = os.path.basename(path)
+    stem, suffix = os.path.splitext(name)
     if suffix.lower() in IMAGE_SUFFIXES:
         return stem
     if suffix.lower() in _OTHER_SUFFIXES or not is_regular(path):
         return None
     with open(path, "rb") as file:
-        return os.path.basename(path) if format_of(file.read(FIRST_BYTES)) else None
+        return name if format_of(file.read(FIRST_BYTES)) else None
 
 
 def unreadable(suffix: str) -> str | None:

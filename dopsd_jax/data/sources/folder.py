@@ -95,15 +95,17 @@ class _Reader:
         texts: dict[str, str] = {}
         beside: dict[str, list[str]] = {}
         companions: dict[str, str] = {}
+        folder = os.path.join(where, "")
         for name in names:
-            path = os.path.join(where, name)
-            suffix = os.path.splitext(name)[1].lower()
+            path = folder + name
+            stem, suffix = os.path.splitext(name)
+            suffix = suffix.lower()
             if fault := unreadable(suffix):
                 self.into.problem(f"{path}: {fault}")
             elif name.lower().endswith(self.extension):
                 texts[normal(name[: -len(self.extension)])] = name
             elif suffix in SUFFIXES:
-                beside.setdefault(normal(os.path.splitext(name)[0]), []).append(path)
+                beside.setdefault(normal(stem), []).append(path)
             elif (stem := stem_of(path)) is None:
                 self.others.add(self._short(path))
                 if suffix in TABLE_SUFFIXES:
@@ -123,8 +125,8 @@ class _Reader:
             if is_mask(stem):
                 pictures.pop(stem)
         for stem, same in pictures.items():
-            images = [os.path.join(where, name) for name in same]
-            captions, fault = self._text_of(where, (stem, normal(same[0])), texts, beside)
+            images = [folder + name for name in same]
+            captions, fault = self._text_of(folder, (stem, normal(same[0])), texts, beside)
             if not captions and not fault and self._is_mask(where, stem, pictures):
                 self._set_aside(images[0], is_mask(stem))
             elif len(same) > 1:
@@ -142,7 +144,7 @@ class _Reader:
                 advice = self._advice(stem, names, own_name if where != str(self.top) else "")
                 self.into.problem(f"{images[0]}: has no caption; {advice}")
         for name in texts.values():
-            self.lonely.add(self._short(os.path.join(where, name)))
+            self.lonely.add(self._short(folder + name))
         for path in (path for paths in beside.values() for path in paths):
             self.others.add(self._short(path))
 
@@ -154,18 +156,18 @@ class _Reader:
 
     def _text_of(
         self,
-        where: str,
+        folder: str,
         stems: tuple[str, ...],
         texts: dict[str, str],
         beside: dict[str, list[str]],
     ) -> tuple[list[tuple[str, str]], str | None]:
         """The captions of a picture, or what is wrong; takes its files out of those given.
 
-        `stems`: some programs write a.txt, some a.png.txt.
+        `folder` ends with a separator. `stems`: some programs write a.txt, some a.png.txt.
         """
         for stem in stems:
             if stem in texts:
-                path = os.path.join(where, texts.pop(stem))
+                path = folder + texts.pop(stem)
                 captions, fault = self._captions(path)
                 return captions, fault and f"{path}: {fault}"
         for stem in stems:

@@ -22,12 +22,13 @@ MAX_GROUP = 4 << 30  # bytes of the rows that are read together
 def _home(path: Path) -> Path:
     """The folder that the files are in: on the hub it is `data`."""
     inside = path / "data"
-    return inside if inside.is_dir() and not archives.matches(path, PARQUET) else path
+    return inside if inside.is_dir() and not archives.matches(path, (PARQUET,)) else path
 
 
 def matches(path: Path) -> bool:
     # Beside pictures, it is another program's table of these.
-    return archives.matches(_home(path), PARQUET) and not archives.matches(path, IMAGE_SUFFIXES)
+    found = archives.matches(_home(path), (PARQUET,))
+    return found and not archives.matches(path, IMAGE_SUFFIXES)
 
 
 def read(path: Path, options: Options) -> Collector:

@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
 from dopsd_jax.common.errors import UserError
-from dopsd_jax.common.files import open_regular
+from dopsd_jax.common.files import BOM, open_regular
 from dopsd_jax.common.json_files import parse_json, read_json
 from dopsd_jax.data.sources.captions import CAPTION_KEY, CONCEPT, captions_of, kind_of, not_utf8
 from dopsd_jax.data.sources.collector import Collector, Examples, listing
@@ -36,7 +36,6 @@ PATH_KEYS = (*PATH_LISTS, *PATH_STRINGS, REMOTE_LIST)
 SIZE_KEYS = ("h*w", "w*h")
 _SIZE = re.compile(r"\s*(\d{1,7})\s*\*\s*(\d{1,7})\s*")
 MAX_LINE = 16 << 20  # bytes
-_BOM = b"\xef\xbb\xbf"
 
 # Number and object of a row; a string in the object's place says what is wrong with it.
 NumberedRow = tuple[int, dict | str]
@@ -218,7 +217,7 @@ def _lines(file) -> Iterator[tuple[int, bytes]]:
     number = 0
     while raw := file.readline(MAX_LINE + 1):
         number += 1
-        yield number, raw.removeprefix(_BOM) if number == 1 else raw
+        yield number, raw.removeprefix(BOM) if number == 1 else raw
 
 
 # --- the fields of a row
@@ -232,8 +231,8 @@ def _image(
     The picture is the first of a list; of a list with references the last.
     """
     image_key, before = options.image_key, []
-    for key in [image_key] if image_key else PATH_KEYS:
-        value = record.get(key)
+    for key in filter(record.__contains__, [image_key] if image_key else PATH_KEYS):
+        value = record[key]
         if value is None or value == "" or value == []:
             continue
         if isinstance(value, list) and (key == image_key or key not in PATH_STRINGS):

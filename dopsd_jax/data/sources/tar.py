@@ -182,6 +182,6 @@ def _entry(
 
 LAYOUT = Layout(
     "tar files",
-    functools.partial(archives.matches, suffix=(TAR, *COMPRESSED)),
+    functools.partial(archives.matches, suffixes=(TAR, *COMPRESSED)),
     functools.partial(archives.read_archives, suffix=TAR, read=_read_tar),
 )

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from dopsd_jax.common.errors import UserError
-from dopsd_jax.common.files import read_bytes
+from dopsd_jax.common.files import BOM, read_bytes
 from dopsd_jax.data.images import CONVERT
 from dopsd_jax.data.sources.captions import MAX_CAPTION_BYTES
 from dopsd_jax.data.sources.collector import Examples, listing
@@ -99,7 +99,7 @@ def _has_caption(text: str | None, beside: Sequence[str]) -> tuple[bool, str | N
             content = read_bytes(text, MAX_CAPTION_BYTES)
         except UserError as error:
             return True, str(error)
-        if content.removeprefix(b"\xef\xbb\xbf").strip():
+        if content.removeprefix(BOM).strip():
             return True, None
     captions, fault = captions_beside(beside, lines=False)
     return bool(captions or fault), fault
