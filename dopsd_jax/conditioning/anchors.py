@@ -60,14 +60,12 @@ class Anchors:
 
     def survey(self) -> None:
         """Finds the features that are missing, and the padded length of all."""
-        if isinstance(self.store, CachedFeatures):
-            self.store.survey()
+        self.store.survey()
         self.pad()
 
     def compute(self) -> None:
         """Computes the features that are missing."""
-        if isinstance(self.store, CachedFeatures):
-            self.store.compute()
+        self.store.compute()
 
     def pad(self) -> None:
         """Finds the one padded length of all prompts, whose features are there or surveyed."""
@@ -97,10 +95,7 @@ class Anchors:
 
     def outline(self) -> Tree:
         """Arrays like the context of a prompt, from `survey` on."""
-        if isinstance(self.store, CachedFeatures):
-            like = self.store.outline((0, 0), STUDENT)
-        else:
-            (like,) = self.store.load((0, 0), (STUDENT,))
+        like = self.store.outline((0, 0), STUDENT)
         return self.pipe.family.collate([like], self.rows)
 
     def describe(self) -> str:

@@ -78,6 +78,15 @@ def prepared_settings(config: ConfigDict, pipe: Pipeline, memo: Path) -> dict[st
 class Store(Protocol):
     """Features by caption; kinds are those of `encoding`."""
 
+    def survey(self) -> None:
+        """Finds which features are missing, and their shapes; no encoder is loaded."""
+
+    def compute(self) -> None:
+        """Computes what is missing."""
+
+    def outline(self, caption: Caption, kind: int) -> Arrays:
+        """Arrays like the features of a caption, from `survey` on."""
+
     def load(self, caption: Caption, kinds: Sequence[int]) -> tuple[Arrays, ...]:
         """The features of these kinds, in their order."""
 
@@ -134,8 +143,7 @@ class Features:
 
         Raises `UserError` with captions that are too long, as `prepare` does.
         """
-        if isinstance(self.store, CachedFeatures):
-            self.store.survey()
+        self.store.survey()
         if self.anchors:
             self.anchors.survey()
         self.own_prompts.survey()
@@ -143,8 +151,7 @@ class Features:
 
     def prepare(self) -> None:
         """Computes what is missing, then frees the encoders."""
-        if isinstance(self.store, CachedFeatures):
-            self.store.compute()
+        self.store.compute()
         if self.anchors:
             self.anchors.compute()
         self.own_prompts.compute()
@@ -207,7 +214,7 @@ class Features:
         found, keys = {}, self.dataset.prompt_keys
         for shape, rows in self.dataset.rows_by_shape().items():
             caption = self.dataset.caption(int(rows[0]), keys)
-            student, teacher = map(one_sample, self._contexts(self._outline, [caption]))
+            student, teacher = map(one_sample, self._contexts(self.store.outline, [caption]))
             found[shape] = [student, student if teacher is None else teacher]
         return found
 
@@ -236,10 +243,6 @@ class Features:
     def _prior(self, captions: Sequence[Caption]) -> Tree:
         features = [self._load(caption, PRIOR) for caption in captions]
         return self.pipe.family.collate(features, self.rows[STUDENT])
-
-    def _outline(self, caption: Caption, kind: int) -> Arrays:
-        foresees = isinstance(self.store, CachedFeatures)
-        return self.store.outline(caption, kind) if foresees else self._load(caption, kind)
 
     def latents(self, rows: Iterable[int]) -> Float[np.ndarray, "b h w c"]:
         """The clean latents of rows of one bucket."""

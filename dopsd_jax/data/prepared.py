@@ -161,6 +161,16 @@ class Prepared:
             found.update(layouts[n - 1] for n in np.unique(index[own, role, 1]) if n)
         return [{name: shape for name, _, shape in layout} for layout in sorted(found)]
 
+    def survey(self) -> None:
+        """All features are there."""
+
+    def compute(self) -> None:
+        """All features are there."""
+
+    def outline(self, caption: Caption, role: int) -> dict[str, np.ndarray]:
+        """Arrays like the features of a caption: these themselves."""
+        return self.load(caption, (role,))[0]
+
     def load(
         self, caption: Caption, roles: Sequence[int] = tuple(range(parts.ROLES))
     ) -> tuple[dict[str, np.ndarray], ...]:
