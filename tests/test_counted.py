@@ -36,7 +36,8 @@ def test_an_estimate_is_near_what_the_compiler_needed(record):
     held = Account(**report["account"])
     latent = 1024 // family.LATENT_FACTOR
     tokens = family.image_tokens(size, latent, latent) + family.ROWS[STUDENT]
-    estimate = held.total + counted_step.rest(config, held, tokens, size.dim)
+    kind = report["device_kind"]
+    estimate = held.total + counted_step.rest(config, held, tokens, size.dim, kind)
     assert estimate == pytest.approx(report["needed"], rel=0.04)
 
 

@@ -29,8 +29,12 @@ def needs(config, case) -> dict[str, int]:
     return found
 
 
-def choose(config, case, capacity, platform="gpu"):
-    return remat.choose(config, case, abstract_mesh(config, 1), platform, "card", capacity)
+def choose(config, case, capacity, platform="gpu", kind="card"):
+    return remat.choose(config, case, abstract_mesh(config, 1), platform, kind, capacity)
+
+
+def gib_needed(choice) -> float:
+    return float(choice.why.partition("about ")[2].split()[0])
 
 
 def test_the_fastest_that_fits_with_a_tenth_free():
@@ -63,9 +67,16 @@ def test_a_device_that_does_not_tell_its_memory_is_refused():
 def test_probabilities_that_a_cpu_keeps_are_counted():
     config, case = step()
     big = 1 << 50
-    first = [choose(config, case, big, platform).why for platform in ("cpu", "gpu")]
-    gib = [float(why.partition("about ")[2].split()[0]) for why in first]
+    gib = [gib_needed(choose(config, case, big, platform)) for platform in ("cpu", "gpu")]
     assert gib[0] > gib[1]
+
+
+def test_a_base_that_the_compiler_writes_twice_is_counted_twice():
+    config, case = step()
+    other, twice = (
+        gib_needed(choose(config, case, 1 << 50, "tpu", kind)) for kind in ("TPU v6 lite", "TPU7x")
+    )
+    assert twice - other == pytest.approx(12309818424 / 2**30, rel=0.01)  # docs/scaling.jsonl
 
 
 @pytest.mark.slow

@@ -24,6 +24,8 @@ from dopsd_jax.parallel import sharding
 # Vectors of the network's width, in the type of activations, that a token needs while a layer is
 # computed forwards and backwards; and gradients beside those that are counted, if all is trained.
 WIDTHS, GRADIENTS = 55, 0.65
+# Devices whose compiler writes a frozen base once more, in another layout: docs/scaling.md.
+BASE_TWICE = ("TPU7x",)
 
 # Memory in GiB, as the driver tells it. Older ones have no bfloat16.
 GPUS = {
@@ -85,23 +87,26 @@ def need(
     mesh: Mesh | AbstractMesh,
     platform: str = memory.PLATFORM,
     contexts: Sequence | None = None,
+    kind: str = "",
 ) -> tuple[Program, Account, int]:
     """The step, what is counted of it, and about how many bytes of a device it needs.
 
-    `contexts`: see `make_program`.
+    contexts: see `make_program`. kind: of the device, as jax's `device_kind`.
     """
     counted = memory.countable(config)
     program = make_program(counted, case, mesh, platform, contexts)
     held = memory.count(counted, program, mesh)
     tokens = case.family.image_tokens(case.size, *case.latent) + program.positions[0]
     images = max(program.latent[0] // sharding.sample_devices(mesh), 1)
-    return program, held, held.total + rest(config, held, tokens * images, case.size.dim)
+    return program, held, held.total + rest(config, held, tokens * images, case.size.dim, kind)
 
 
-def rest(config: ConfigDict, held: Account, tokens: int, dim: int) -> int:
+def rest(config: ConfigDict, held: Account, tokens: int, dim: int, kind: str = "") -> int:
     """Bytes that a compiler needs beside the account.
 
     tokens: of the student, of all images that a device computes at once. dim: the network's width.
+    kind: of the device, as jax's `device_kind`.
     """
     gradients = GRADIENTS * held.gradient if config.train == "full" else 0
-    return int(WIDTHS * tokens * dim * jnp.dtype(config.dtype).itemsize + gradients)
+    copied = held.live["base"] if kind in BASE_TWICE else 0
+    return int(WIDTHS * tokens * dim * jnp.dtype(config.dtype).itemsize + gradients + copied)

@@ -73,7 +73,7 @@ def choose(
     for remat in order:
         tried = config.copy_and_resolve_references()
         tried.remat = remat
-        needed = counted_step.need(tried, case, mesh, counted, contexts)[2]
+        needed = counted_step.need(tried, case, mesh, counted, contexts, kind)[2]
         fits = needed <= (1 - FREE) * capacity
         if fits or remat == order[-1]:
             break
