@@ -162,7 +162,7 @@ def read(spec: str) -> ConfigDict:
 
 def workload(config: ConfigDict, side: int) -> Workload:
     """A square picture on the published network, with long captions."""
-    family, size, _ = abstract_step.find_network(config, full_size=True)
+    family, size, *_ = abstract_step.find_network(config, full_size=True)
     rows = family.ROWS
     return Workload(
         family,

@@ -118,7 +118,7 @@ def make(job: Job, old: dict | None) -> dict | None:
     if old and COMPILE.value == "missing":
         return None
     config = configuration(job)
-    family, size, _ = abstract_step.find_network(config, full_size=True)
+    family, size, *_ = abstract_step.find_network(config, full_size=True)
     devices = tpu_topologies.devices(job.topology)
     config.batch_size = len(devices)
     student, teacher = family.ROWS

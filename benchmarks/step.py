@@ -47,12 +47,11 @@ TORCH = flags.DEFINE_list("torch", None, "time PyTorch instead: plain, or words 
 def main() -> None:
     config = CONFIG.value
     config.data.path = config.data.path or build.RANDOM  # no data are read here
-    family, size, origin = abstract_step.find_network(config, full_size=False)
+    family, size, factor, origin = abstract_step.find_network(config, full_size=False)
     side = SIDE.value or highest(config.data.resolution)
     rows = [*map(int, TOKENS.value)] if TOKENS.value else family.ROWS
-    case = Workload(
-        family, size, side, side, rows_student=rows[STUDENT], rows_teacher=rows[TEACHER]
-    )
+    shape = {"rows_student": rows[STUDENT], "rows_teacher": rows[TEACHER], "factor": factor}
+    case = Workload(family, size, side, side, **shape)
     print(f"{'network':9} {origin}, {side} x {side} pixels, captions {rows}", flush=True)
     found = time_torch(config, case, TORCH.value) if TORCH.value else time_jax(config, case)
     images, seconds = config.batch_size * config.accumulate, found["seconds"]

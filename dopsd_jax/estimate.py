@@ -67,7 +67,7 @@ def main() -> int:
     if gpu or topology != tpu_topologies.LOCAL:
         jax.config.update("jax_platforms", "cpu")  # whatever else is here is left alone
     devices = [] if gpu else tpu_topologies.devices(topology)
-    family, size, origin = abstract_step.find_network(config, FULL_SIZE.value)
+    family, size, factor, origin = abstract_step.find_network(config, FULL_SIZE.value)
     case = Workload(
         family,
         size,
@@ -76,6 +76,7 @@ def main() -> int:
         rows_student=STUDENT_ROWS.value or family.ROWS[STUDENT],
         rows_teacher=TEACHER_ROWS.value or family.ROWS[TEACHER],
         references=REFERENCES.value,
+        factor=factor,
     )
     how = "counting" if gpu else "compiling"
     print(f"network: {origin}, {flops.parameters(family, size):,} parameters; {how}", flush=True)

@@ -34,6 +34,7 @@ CASES = {
     "dropped captions": ("zimage:random", {"data.caption_dropout": 0.5}),
     "masks": ("zimage:random", {"data.masks": "files"}),
     "references": ("flux2_klein:random", {}),
+    "smaller cells": ("zimage:tiny", {"data.masks": "files", "data.buckets": "64x64,64x32"}),
 }
 
 
@@ -128,8 +129,9 @@ def test_what_a_step_will_be_given_is_known_before_any_encoder_is_loaded(case, p
 )
 def test_the_network_in_shapes_is_the_one_that_is_loaded(config, fields, pictures, tmp_path):
     run = Run(pictures, tmp_path, config, **fields)
-    own = run.pipe.family, run.pipe.config, run.pipe.attention, run.mesh, run.pipe.scheduler
-    plan, graphdef, base = build.abstract_plan(run.config, *own)
+    pipe = run.pipe
+    own = pipe.family, pipe.config, pipe.attention, run.mesh, pipe.scheduler
+    plan, graphdef, base = build.abstract_plan(run.config, *own, pipe.vae_config.factor)
     with jax.set_mesh(run.mesh):
         real = build.make_plan(run.config, run.pipe, run.mesh)
     assert run.pipe.split[0] == graphdef and real.abstract_state == plan.abstract_state

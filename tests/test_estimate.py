@@ -224,6 +224,17 @@ def test_sizes_come_from_the_folder_or_are_the_published_ones(tmp_path):
     assert size(str(tmp_path)) == TINY and size("random").dim < 512
 
 
+def test_cells_of_the_latent_are_those_of_the_models_autoencoder():
+    tiny = load_config("tiny")
+    vae = json.loads((pathlib.Path(tiny.model) / "vae" / "config.json").read_text())
+    halvings = len(vae["block_out_channels"]) - 1
+    for full_size, side in ((False, 64 >> halvings), (True, 64 // family.LATENT_FACTOR)):
+        network = abstract_step.find_network(tiny, full_size)
+        rows = {"rows_student": 32, "rows_teacher": 32, "factor": network.factor}
+        case = abstract_step.Workload(network.family, network.size, 64, 64, **rows)
+        assert case.latent == (side, side)
+
+
 def test_without_the_tpu_compiler_one_line_says_so(monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(UserError, match="needs the TPU compiler, libtpu, which this Python does"):
@@ -382,7 +393,7 @@ def compile_full_size(devices, **changes):
     """The published network, 1024 x 1024, K = 4, rank 64, an image a chip: a few minutes."""
     config = load_config(batch_size=len(devices), **changes)
     assert (config.remat, config.base_dtype, config.lora.rank) == ("full", "bfloat16", 64)
-    own, size, _ = abstract_step.find_network(config, full_size=True)
+    own, size, *_ = abstract_step.find_network(config, full_size=True)
     case = abstract_step.Workload(own, size, 1024, 1024, 512, 1024)
     report = compiled_step.compile_step(config, case, devices)
     print("\n".join(estimate.describe(report, config, case)))

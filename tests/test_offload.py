@@ -150,7 +150,7 @@ def test_where_it_means_nothing_it_is_refused(changes, message):
 
 def test_the_account_has_the_layers_on_the_host_and_two_of_them_on_the_device():
     config = loading.load("zimage:lora", {"batch_size": 1, "base_dtype": "bfloat16"})
-    family, size, _ = abstract_step.find_network(config, full_size=True)
+    family, size, *_ = abstract_step.find_network(config, full_size=True)
     case = abstract_step.Workload(
         family, size, height=1024, width=1024, rows_student=512, rows_teacher=1024
     )

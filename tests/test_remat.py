@@ -15,7 +15,7 @@ def step(**changes):
     """A configuration for a small picture on the published network, and its workload."""
     spec = f"{ROOT}/configs/zimage.py:lora"
     config = load(spec, {"remat": "auto", "batch_size": "1", **changes})
-    family, size, _ = find_network(config, full_size=True)
+    family, size, *_ = find_network(config, full_size=True)
     rows = {"rows_student": ROWS, "rows_teacher": ROWS}
     return config, Workload(family, size, height=PIXELS, width=PIXELS, **rows)
 

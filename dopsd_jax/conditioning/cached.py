@@ -102,7 +102,7 @@ class CachedFeatures:
             role="mask",
             prompt="",
             encoder="",
-            options={"cell": self.encoder.pipe.family.LATENT_FACTOR},
+            options={"cell": self.encoder.pipe.vae_config.factor},
             pictures=[(picture, view), (self.dataset.masks[row], "")],
         )
 

@@ -73,7 +73,7 @@ class Encoder:
         Raises `UserError` where the bucket cuts off all of the white.
         """
         own, bucket = self.dataset.rows[row], self.dataset.buckets[row]
-        factor = self.pipe.family.LATENT_FACTOR
+        factor = self.pipe.vae_config.factor
         digest = self.dataset.infos[row].digest
         cells = cut_mask(open_mask(own), bucket, own.view, digest, factor)
         if not own.view.crop and not cells.any():

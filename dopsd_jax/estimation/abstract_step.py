@@ -16,6 +16,7 @@ from dopsd_jax.common.errors import UserError, raise_if
 from dopsd_jax.conditioning.cached import sees_picture
 from dopsd_jax.data.masks import OFF
 from dopsd_jax.families.base import STUDENT, TEACHER, Family, Size
+from dopsd_jax.families.pipeline import Pipeline
 from dopsd_jax.methods import anchor, registry
 from dopsd_jax.methods.flow_matching import Batch
 from dopsd_jax.models import attention
@@ -29,7 +30,8 @@ from dopsd_jax.weights.stored import read_config
 class Workload:
     """One step to compile: image sides in pixels, caption rows with their padding.
 
-    family, size: of the network. references: pictures of the same sides that are edited.
+    family, size: of the network. references: pictures of the same sides that are edited. factor:
+    pixels a side of one cell of the latent; 0: as in the family's published models.
     """
 
     family: Family
@@ -40,11 +42,15 @@ class Workload:
     rows_student: int
     rows_teacher: int
     references: int = 0
+    factor: int = 0
+
+    @property
+    def cell(self) -> int:
+        return self.factor or self.family.LATENT_FACTOR
 
     @property
     def latent(self) -> tuple[int, int]:
-        factor = self.family.LATENT_FACTOR
-        return self.height // factor, self.width // factor
+        return self.height // self.cell, self.width // self.cell
 
 
 class Program(NamedTuple):
@@ -65,7 +71,22 @@ class Program(NamedTuple):
     positions: tuple[int, int]
 
 
-def find_network(config: ConfigDict, full_size: bool) -> tuple[Family, Size, str]:
+class Network(NamedTuple):
+    """factor: see `Workload`. origin: where the sizes come from, for people."""
+
+    family: Family
+    size: Size
+    factor: int
+    origin: str
+
+
+def workload(pipe: Pipeline, height: int, width: int) -> Workload:
+    """A step on pictures of a model folder, whose contexts come from data."""
+    shape = {"height": height, "width": width, "rows_student": 0, "rows_teacher": 0}
+    return Workload(pipe.family, pipe.config, **shape, factor=pipe.vae_config.factor)
+
+
+def find_network(config: ConfigDict, full_size: bool) -> Network:
     """The network that is compiled, and where its sizes come from.
 
     That of the folder config.model; a published one if that is a name on the hub, or with
@@ -79,12 +100,16 @@ def find_network(config: ConfigDict, full_size: bool) -> tuple[Family, Size, str
     if full_size or not known:
         ids = list(family.PUBLISHED)
         own = next((end for end in ids if config.model.lower().endswith(end.lower())), ids[0])
-        return family, family.PUBLISHED[own], f"the published {own} of the family {family.NAME}"
+        origin = f"the published {own} of the family {family.NAME}"
+        return Network(family, family.PUBLISHED[own], family.LATENT_FACTOR, origin)
     if config.model == build.RANDOM:
-        return family, family.random_size(), "the random model"
+        size, factor = family.random_size(), family.LATENT_FACTOR
+        return Network(family, size, factor, "the random model")
     family = families.of_folder(folder, config.family)
-    path = folder / "transformer" / "config.json"
-    return family, read_config(path, family.NETWORKS["transformer"])[0], str(path)
+    path, vae = (folder / name / "config.json" for name in ("transformer", "vae"))
+    size = read_config(path, family.NETWORKS["transformer"])[0]
+    known = vae.is_file() and read_config(vae, family.NETWORKS["vae"])[0].factor
+    return Network(family, size, known or family.LATENT_FACTOR, str(path))
 
 
 def abstract_mesh(config: ConfigDict, devices: int) -> AbstractMesh:
@@ -109,7 +134,8 @@ def make_program(
     sharding.check(mesh, size, batch_size=config.batch_size)
     features = contexts or _features(config, case)
     kernel = attention.resolve(config.attention, platform, config.dtype, size.head_dim)
-    plan, graphdef, base = build.abstract_plan(config, case.family, size, kernel, mesh)
+    own = case.family, size, kernel, mesh
+    plan, graphdef, base = build.abstract_plan(config, *own, factor=case.cell)
     latent = (config.batch_size, *case.latent, size.channels)
     batch = batch_shapes(config, case, features, mesh)
     micro = anchor.micro_batches(config, sharding.sample_devices(mesh))
@@ -149,9 +175,9 @@ def _anchor_features(config, case: Workload):
 
 def _features(config, case: Workload) -> list:
     """One sample's context of each role. Raises `UserError` for sizes that cannot be."""
-    family, side = case.family, case.family.LATENT_FACTOR * case.size.patch
+    family, side = case.family, case.cell * case.size.patch
     shown = TEACHER if sees_picture(config, family) else STUDENT
-    most = [cells * family.LATENT_FACTOR for cells in family.largest_latent(case.size)]
+    most = [cells * case.cell for cells in family.largest_latent(case.size)]
     faults = [
         f"--{name}: {pixels} must be a multiple of {side}, from {side} to {limit}"
         for name, pixels, limit in (

@@ -22,7 +22,6 @@ from dopsd_jax.common.errors import one_line
 from dopsd_jax.conditioning.features import Features, one_sample
 from dopsd_jax.data.buckets import Shape
 from dopsd_jax.estimation import abstract_step, remat
-from dopsd_jax.estimation.abstract_step import Workload
 from dopsd_jax.families.base import Tree
 from dopsd_jax.families.pipeline import Pipeline
 from dopsd_jax.methods.flow_matching import Batch
@@ -61,7 +60,7 @@ class EarlyStep:
         remat.settle(config, pipe, features, mesh)
         config = config.copy_and_resolve_references()
         config.remat = pipe.remat
-        own = pipe.family, pipe.config, pipe.attention, mesh, pipe.scheduler
+        own = pipe.family, pipe.config, pipe.attention, mesh, pipe.scheduler, pipe.vae_config.factor
         plan, graphdef, base = build.abstract_plan(config, *own)
         self.plan = plan, graphdef
         programs = []
@@ -108,6 +107,6 @@ def given(
         anchors = jax.tree.map(put, one_sample(anchors.outline()))
     for shape in shapes:
         width, height = shape.bucket
-        case = Workload(pipe.family, pipe.config, height, width, rows_student=0, rows_teacher=0)
+        case = abstract_step.workload(pipe, height, width)
         batch = abstract_step.batch_shapes(config, case, outlines[shape], mesh)
         yield batch, anchors, (config.batch_size, *pipe.latent_shape(height, width))

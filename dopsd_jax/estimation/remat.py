@@ -10,7 +10,7 @@ from dopsd_jax.common.config_fields import as_list
 from dopsd_jax.common.errors import UserError
 from dopsd_jax.conditioning.features import Features
 from dopsd_jax.estimation import compiled_step, counted_step, memory
-from dopsd_jax.estimation.abstract_step import Workload
+from dopsd_jax.estimation.abstract_step import Workload, workload
 from dopsd_jax.families.pipeline import Pipeline
 from dopsd_jax.models import kinds
 from dopsd_jax.parallel import multihost
@@ -91,7 +91,7 @@ def _largest(pipe: Pipeline, features: Features) -> tuple[Workload, list]:
     family, found = pipe.family, []
     for shape, contexts in features.outlines().items():
         width, height = shape.bucket
-        case = Workload(family, pipe.config, height, width, rows_student=0, rows_teacher=0)
+        case = workload(pipe, height, width)
         tokens = family.image_tokens(pipe.config, *case.latent) + family.positions(contexts[0])
         found.append((tokens, case, contexts))
     return max(found, key=lambda each: each[0])[1:]

@@ -74,7 +74,7 @@ class Family(Protocol):
       PUBLISHED: configurations of the published transformers, by the end of their hub ids.
       TEXT_ENCODERS: configurations of the text encoders beside them, by the same names.
       SCHEDULER: that of the published models.
-      LATENT_FACTOR: pixels a side of one cell of the latent.
+      LATENT_FACTOR: pixels a side of one cell of the latent, of the published models.
       DEPLOYED_STEPS: forwards of the released few-step sampler.
       ROWS: by role, the rows of long captions; estimates are made for them.
       CONTEXTS, EDITING: see `Options`.

@@ -139,7 +139,7 @@ def notes(config: ConfigDict, pipe: Pipeline) -> list[str]:
 
 def check_method(config: ConfigDict, pipe: Pipeline) -> None:
     """Raises `UserError` for a grid, a loss, targets or a LoRA file that do not fit the model."""
-    side = highest(config.data.resolution) // pipe.family.LATENT_FACTOR
+    side = highest(config.data.resolution) // pipe.vae_config.factor
     grid = make_schedule(config, pipe.family, pipe.scheduler).grid(side, side)
     loss, loss_steps = name_or_list(config.loss), name_or_list(config.loss_steps)
     dopsd.make_nodes(grid, loss, loss_steps, jax.random.key(0), registry.told(config))
@@ -170,7 +170,8 @@ def make_plan(
     graphdef, student, _ = pipe.split
     if before is not None and before[1] == graphdef:
         return before[0]
-    return _plan(config, pipe.family, what, graphdef, student, pipe.scheduler, mesh)
+    made_for = pipe.scheduler, pipe.vae_config.factor
+    return _plan(config, pipe.family, what, graphdef, student, *made_for, mesh)
 
 
 def abstract_plan(
@@ -180,11 +181,12 @@ def abstract_plan(
     attention: str,
     mesh: Mesh,
     scheduler: Any = None,
+    factor: int | None = None,
 ) -> tuple[Plan, nnx.GraphDef, nnx.State]:
     """`make_plan` for a network that is not loaded, with its graph and base: shapes, placements.
 
-    `attention`: a resolved name of `attention.IMPLEMENTATIONS`. scheduler: of the model; None: the
-    published one.
+    `attention`: a resolved name of `attention.IMPLEMENTATIONS`. scheduler, factor: of the
+    model and of its latent, pixels a side of a cell; None: those of the published one.
     """
     what = trained(config, family, size)
 
@@ -203,14 +205,17 @@ def abstract_plan(
     flat = [(p, cast(v) if type(v) is nnx.Param else v) for p, v in nnx.to_flat_state(base)]
     base = nnx.from_flat_state(flat)
     scheduler = family.SCHEDULER if scheduler is None else scheduler
-    plan = _plan(config, family, what, graphdef, student, scheduler, mesh)
+    made_for = scheduler, factor or family.LATENT_FACTOR
+    plan = _plan(config, family, what, graphdef, student, *made_for, mesh)
     places = sharding.state_shardings(base, mesh, keeps_base_away(config))
     return plan, graphdef, sharding.abstract(base, places)
 
 
-def _plan(config, family: Family, what: Trained, graphdef, student, scheduler, mesh: Mesh) -> Plan:
+def _plan(
+    config, family: Family, what: Trained, graphdef, student, scheduler, factor: int, mesh: Mesh
+) -> Plan:
     schedule = make_schedule(config, family, scheduler)
-    side = highest(config.data.resolution) // family.LATENT_FACTOR
+    side = highest(config.data.resolution) // factor
     net = family.denoiser(graphdef)
     teacher = registry.teacher(config)
     tx = optimizers.optimizer(config)

@@ -98,7 +98,7 @@ def data_settings(config: ConfigDict, pipe: Pipeline) -> dict[str, object]:
     buckets = [list(bucket) for bucket in data_buckets(config, pipe.size_multiple)]
     if config.data.masks == OFF:
         return {"buckets": buckets}
-    return {"buckets": buckets, MASKS: [config.data.masks, pipe.family.LATENT_FACTOR]}
+    return {"buckets": buckets, MASKS: [config.data.masks, pipe.vae_config.factor]}
 
 
 def check_masks(config: ConfigDict, dataset: Dataset) -> None:
