@@ -8,7 +8,7 @@ from dopsd_jax.data.prepared import Prepared
 from dopsd_jax.families.base import Features, PaddedLengths
 from dopsd_jax.families.pipeline import Pipeline
 
-ROWS = 64  # lengths are multiples of it
+ROWS = 32  # lengths are multiples of it; Z-Image itself pads its captions so
 
 
 def padded_rows(
