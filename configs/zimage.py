@@ -80,6 +80,7 @@ def tiny(c: ConfigDict) -> ConfigDict:
     c.batch_size = 6  # all of them
     c.checkpoint_every = 50
     c.sample_every = 50
+    c.sample_rows = 6  # as many as the table's batches: one program draws both
     c.learning_rate = 1e-3
     c.warmup_steps = 0
     c.loss = "velocity"

@@ -435,4 +435,8 @@ def _velocity(family, graphdef, adapter, base, x, sigma, context):
 @multihost.begin_together
 @functools.partial(jax.jit, static_argnames=("family", "graphdef", "grid"))
 def _sample(adapter, base, noise, context, *, family, graphdef, grid):
-    return dopsd.rollout(family.denoiser(graphdef), adapter, base, context, noise, grid)
+    # A loop over the layers is soon compiled; only a backward pass is faster without.
+    network = nnx.merge(graphdef, adapter, base)
+    network.remat = "none"
+    net = family.denoiser(nnx.graphdef(network))
+    return dopsd.rollout(net, adapter, base, context, noise, grid)
