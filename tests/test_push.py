@@ -1,9 +1,13 @@
 """A LoRA file on the hub: the card says what the file says, and nothing in it breaks the page."""
 
+import re
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 import yaml
 from conftest import run_program
+from diffusers import Flux2KleinPipeline, ZImagePipeline
 from safetensors.numpy import save_file
 from test_prepared import problems_of
 
@@ -50,6 +54,15 @@ def test_the_card_says_what_the_file_says():
         "widget": [{"text": "a [V] dog", "output": {"url": "pictures/0.png"}}],
     }
     assert "num_inference_steps=8" in text and "| rank | 16 |" in text
+
+
+@pytest.mark.parametrize("pipeline", [ZImagePipeline, Flux2KleinPipeline])
+@pytest.mark.parametrize("distilled", [False, True])
+def test_the_cards_command_draws_without_guidance(pipeline, distilled):
+    scale = float(re.search(r"guidance_scale=([\d.]+)", of(HEADER))[1])
+    config = SimpleNamespace(is_distilled=distilled)
+    drawing = SimpleNamespace(_guidance_scale=scale, config=config)
+    assert not pipeline.do_classifier_free_guidance.fget(drawing)
 
 
 @pytest.mark.parametrize(

@@ -115,7 +115,7 @@ from diffusers import DiffusionPipeline
 base = {json.dumps(base or "BASE MODEL")}
 pipe = DiffusionPipeline.from_pretrained(base, torch_dtype=torch.bfloat16)
 pipe.load_lora_weights({json.dumps(repo or ".")}, weight_name={json.dumps(file)})
-image = pipe({prompt}, num_inference_steps={number}, guidance_scale=1.0).images[0]
+image = pipe({prompt}, num_inference_steps={number}, guidance_scale=0.0).images[0]
 ```
 
 ComfyUI: put the file into `models/loras`, node *LoraLoaderModelOnly*, strength 1."""

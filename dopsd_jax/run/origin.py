@@ -32,7 +32,7 @@ def header_strings(
     found = {
         "modelspec.title": name,
         "modelspec.resolution": f"{side}x{side}",
-        "modelspec.usage_hint": f"{steps} steps, no guidance (guidance scale, cfg 1), strength 1",
+        "modelspec.usage_hint": f"{steps} steps, no guidance (cfg 1; diffusers: 0), strength 1",
         "ss_sd_model_name": model,
         "ss_resolution": str((side, side)),
         "ss_num_train_images": str(rows),
