@@ -56,7 +56,8 @@ def test_the_class_word_is_scored_and_the_placeholder_drawn(dataset):
         "a horse 0 in Millennium style", "a ship, Millennium style", "a ship in Fauvist style",
         "Baroque style ship", "a ship",
     ]  # fmt: skip
-    assert prompts.with_class("a [V] on a beach", "dog", style=False) == "a dog on a beach"
+    for drawn in ("a [V] on a beach", "a [V] dog on a beach"):
+        assert prompts.with_class(drawn, "dog", style=False) == "a dog on a beach"
 
 
 def test_a_test_without_the_word_that_is_taught_is_an_ordinary_prompt(dataset, tmp_path):

@@ -179,7 +179,8 @@ def test_the_concepts_word_is_not_looked_for_inside_of_others():
     assert put("a dax, two daxes", "dax") == "a dog, two daxes"
     assert put("two [V]s", "[V]") == "two dogs"
     assert put("\u4e00\u53ea[V]\u72d7", "[V]") == "\u4e00\u53eadog\u72d7"
-    assert put("a [V] dog", "[V] dog") == "a dog"
+    assert put("a [V] dog", "[V] dog") == put("a [V] Dog", "[V]") == "a dog"
+    assert put("a [V] dogfish", "[V]") == "a dog dogfish"
 
 
 @pytest.mark.slow

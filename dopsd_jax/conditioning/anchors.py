@@ -17,7 +17,7 @@ from dopsd_jax.common.config_fields import as_list
 from dopsd_jax.common.errors import UserError, raise_if
 from dopsd_jax.common.files import read_bytes
 from dopsd_jax.conditioning.cached import DIGESTS, CachedFeatures
-from dopsd_jax.conditioning.encoding import concept_pattern
+from dopsd_jax.conditioning.encoding import concept_pattern, put_class
 from dopsd_jax.conditioning.padding import check_channels, padded_rows
 from dopsd_jax.data.buckets import Bucket
 from dopsd_jax.data.dataset import Dataset, spread
@@ -166,9 +166,10 @@ def _replaced(
         for where, text in captions
         if not pattern.search(text)
     )
-    put = lambda text, other: pattern.sub(lambda _: other, text)
     if kind == anchor.CLASS:
-        return [Prompt(kind, w, put(text, config.anchor.class_word)) for w, text in captions]
+        name = config.anchor.class_word
+        return [Prompt(kind, w, put_class(text, word, name)) for w, text in captions]
+    put = lambda text, other: pattern.sub(lambda _: other, text)
     some = [captions[i] for i in spread(len(captions), MOST_NEW)]
     each = MOST_NEW // len(some)
     words = new_words(each * len(some), config.seed)

@@ -162,9 +162,15 @@ def concept_pattern(word: str) -> re.Pattern:
     return re.compile(before + re.escape(word) + after)
 
 
+def put_class(text: str, word: str, name: str) -> str:
+    """The class name in the place of the concept's word: of `a [V] dog` remains `a dog`."""
+    again = rf"(?:\s+(?i:{re.escape(name)})(?![A-Za-z0-9]))?"
+    return re.sub(concept_pattern(word).pattern + again, lambda _: name, text)
+
+
 def class_prompt(caption: str, dreambooth: ConfigDict) -> str:
     """The caption with the class word in the place of the concept's."""
-    return concept_pattern(dreambooth.concept_word).sub(lambda _: dreambooth.class_word, caption)
+    return put_class(caption, dreambooth.concept_word, dreambooth.class_word)
 
 
 def _filled(items: list, size: int) -> list:

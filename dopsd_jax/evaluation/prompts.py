@@ -12,6 +12,7 @@ from pathlib import Path
 from dopsd_jax.common.errors import UserError, raise_if
 from dopsd_jax.common.files import read_bytes
 from dopsd_jax.common.json_files import parse_json
+from dopsd_jax.conditioning.encoding import put_class
 from dopsd_jax.data.dataset import Dataset, spread
 from dopsd_jax.data.images import ImageLimits, open_image
 from dopsd_jax.data.sources.captions import captions_in
@@ -147,7 +148,7 @@ def with_class(prompt: str, name: str, style: bool) -> str:
     if style:
         prompt = STYLE.sub(lambda _: PLACEHOLDER, prompt)
         name = f"{name} style"
-    return prompt.replace(PLACEHOLDER, name)
+    return put_class(prompt, PLACEHOLDER, name)
 
 
 def class_names(wheres: Sequence[str]) -> dict[str, str]:
