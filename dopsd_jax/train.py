@@ -81,11 +81,12 @@ def train(config: ConfigDict, workdir: epath.Path) -> int | None:
         dataset = data_set.open_data(config, workdir, pipe)
         rows, held_out = holdout.split(dataset, config.data.holdout, config.seed)
         check_held_out(config, dataset, held_out, scorers.values())
+        own_judge = run_scores.find_judge(config, workdir, dataset)
         facts = {"data": dataset.digest(), **revisions}
         open_workdir(workdir, config, facts, False, ALLOW_CHANGES.value)
-        return pipe, dataset, rows, held_out, facts
+        return pipe, dataset, rows, held_out, own_judge, facts
 
-    pipe, dataset, rows, held_out, facts = multihost.first_alone(open_run)
+    pipe, dataset, rows, held_out, own_judge, facts = multihost.first_alone(open_run)
     effective_batch = config.batch_size * config.accumulate
     multihost.say("\n".join([*build.notes(config, pipe), *describe(dataset, effective_batch)]))
     parts.end("model and data")
@@ -131,7 +132,7 @@ def train(config: ConfigDict, workdir: epath.Path) -> int | None:
     previews = Previews(pipe, features, rows_of(dataset, config.sample_rows), workdir)
     with multihost.together():
         write_training_pictures(features, rows, workdir)
-    scores = run_scores.begin(config, workdir, pipe, dataset)
+    scores = run_scores.begin(own_judge, config, pipe, dataset)
     initial = pipe.hand_over()
     parts.end("base model's pictures")
 

@@ -1,12 +1,15 @@
 """A data set's own judge is found without the programs knowing it."""
 
 import importlib.metadata
+import shutil
 from pathlib import Path
 
 import pytest
 
 from dopsd_jax.common.errors import UserError
 from dopsd_jax.evaluation import data_judges
+from dopsd_jax.miniature import edits
+from dopsd_jax.miniature.concepts import FILE
 from dopsd_jax.miniature.data_judge import WorldJudge
 
 DAX = Path(__file__).parents[1] / "examples" / "miniature" / "dax"
@@ -43,3 +46,14 @@ def test_the_miniature_is_declared_as_any_other_judge_would_be(tmp_path):
     judge = data_judges.find(DAX)
     assert isinstance(judge, WorldJudge) and judge.word == "dax"
     assert data_judges.find(tmp_path) is None
+
+
+def test_a_folder_that_is_of_two_kinds_is_judged_by_neither(tmp_path):
+    for name in (FILE, edits.CONCEPT):
+        shutil.copy(DAX / FILE, tmp_path / name)
+    with pytest.raises(UserError) as caught:
+        data_judges.find(tmp_path)
+    (line,) = caught.value.problems
+    assert line.startswith(f"{tmp_path}: has concept.json and edited_concept.json, and the first")
+    (tmp_path / FILE).unlink()
+    assert data_judges.find(tmp_path).edits

@@ -187,6 +187,33 @@ def test_a_chain_of_remedies_keeps_what_is_on_the_host():
     assert together[-1].needed <= away < together[-2].needed
 
 
+@pytest.mark.parametrize(
+    "own",
+    [{"base_dtype": "float32"}, {"base_dtype": "int8", "moments_dtype": "bfloat16"}],
+)
+def test_all_that_is_advised_is_a_configuration_that_can_be_run(own, monkeypatch):
+    """Also the changes together, where the last ones do not go with the first."""
+    config = load_config("random", **{"remat": "none", "batch_size": 2} | own)
+    report = compiled_step.Report(
+        device_kind="TPU v6 lite", mesh=dict.fromkeys(sharding.AXES, 1), attention="xla",
+        images=2, account=None, work=None, capacity=1,
+    )  # fmt: skip
+    last, prices = {"optimizer": "adafactor", "offload": "teacher,optimizer,base"}, [2.0**40]
+
+    def needed(self, fields, devices=None):  # each change helps, and the last one is enough
+        prices.append(0.9 * prices[-1])
+        return 1 if fields.items() >= last.items() else prices[-1]
+
+    monkeypatch.setattr(remedies.Pricing, "needed", needed)
+    single, together, _ = remedies.advise(config, CASE, report)
+    joined = {name: value for remedy in together for name, value in remedy.fields.items()}
+    assert joined.items() >= last.items() and joined["base_dtype"] == "bfloat16"
+    for fields in (joined, *(remedy.fields for remedy in single)):
+        changed = config.copy_and_resolve_references()
+        changed.update_from_flattened_dict(fields)
+        schema.check(changed)
+
+
 def test_a_report_tells_where_the_base_is():
     config = load_config("random", remat="full", offload="base")
     report = compiled_step.compile_step(config, CASE, jax.devices()[:1])

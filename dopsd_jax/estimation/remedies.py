@@ -144,19 +144,30 @@ def _changes(config: ConfigDict, report: Report) -> Iterator[tuple[dict[str, Any
         fields = {"offload": ",".join((*held, "base"))}
         if config.remat in ("none", kinds.UNROLLED):
             fields["remat"] = "full"
-        if config.base_dtype != "float32":  # also where another change has quantised it
+        if config.base_dtype in kinds.QUANTISED:
             fields["base_dtype"] = "bfloat16"
         yield fields, "the frozen layers in the host's memory, fetched in every pass"
     if config.optimizer == "adamw":
-        yield {"optimizer": "adafactor"}, "no moments but rows and columns of the second"
+        fields = {"optimizer": "adafactor"}
+        if config.moments_dtype != "float32":
+            fields["moments_dtype"] = "float32"
+        yield fields, "no moments but rows and columns of the second"
 
 
 def _added(fields: Mapping[str, Any], changed: Mapping[str, Any]) -> dict[str, Any]:
-    """`changed` as it follows `fields`: what these keep in the host's memory stays there."""
-    if "offload" not in fields or "offload" not in changed:
-        return dict(changed)
-    names = (*as_list(fields["offload"]), *as_list(changed["offload"]))
-    return {**changed, "offload": ",".join(dict.fromkeys(names))}
+    """`changed` as it follows `fields`: what these keep in the host's memory stays there.
+
+    What these have made of a base that goes there, or of moments that are no more, is undone.
+    """
+    found = dict(changed)
+    if "offload" in changed:
+        names = dict.fromkeys((*as_list(fields.get("offload", "")), *as_list(changed["offload"])))
+        found["offload"] = ",".join(names)
+        if "base" in names and fields.get("base_dtype") in kinds.QUANTISED:
+            found["base_dtype"] = "bfloat16"
+    if "optimizer" in changed and "moments_dtype" in fields:
+        found["moments_dtype"] = "float32"
+    return found
 
 
 def _rows(config: ConfigDict, report: Report) -> int:

@@ -10,21 +10,27 @@ from dopsd_jax.common.atomic import write_text
 from dopsd_jax.data.dataset import Dataset
 from dopsd_jax.data.images import open_image
 from dopsd_jax.evaluation import data_judges
-from dopsd_jax.evaluation.data_judges import RunScores
+from dopsd_jax.evaluation.data_judges import DataJudge, RunScores
 from dopsd_jax.families.pipeline import Pipeline
 from dopsd_jax.parallel import multihost
 from dopsd_jax.reporting.run_page import SCORES
 from dopsd_jax.run import data_set
 
 
-def begin(config: ConfigDict, workdir: Path, pipe: Pipeline, dataset: Dataset) -> RunScores | None:
+def find_judge(config: ConfigDict, workdir: Path, dataset: Dataset) -> DataJudge | None:
+    """The data set's own judge, if there is one. Raises `UserError` for one that is damaged."""
+    if dataset.features is not None:  # prepared: its pictures are not here
+        return None
+    return data_judges.find(*data_set.data_paths(config, workdir))
+
+
+def begin(
+    judge: DataJudge | None, config: ConfigDict, pipe: Pipeline, dataset: Dataset
+) -> RunScores | None:
     """Scores base and teacher; None for a data set without a judge. Every process calls it.
 
     To be called before the pipeline hands its weights over to training.
     """
-    if dataset.features is not None:  # prepared: its pictures are not here
-        return None
-    judge = data_judges.find(*data_set.data_paths(config, workdir))
     if judge is None:
         return None
     shown = [open_image(row.image, data_set.limits(config)) for row in dataset.rows]

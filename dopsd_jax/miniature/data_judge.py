@@ -8,6 +8,7 @@ from pathlib import Path
 from flax import nnx
 from ml_collections import ConfigDict
 
+from dopsd_jax.common.errors import UserError
 from dopsd_jax.evaluation.scorer import Case, Judge, Picture
 from dopsd_jax.evaluation.verdict import sentence
 from dopsd_jax.families.pipeline import Pipeline
@@ -83,8 +84,15 @@ class RunScores:
 
 
 def of_folder(folder: Path) -> WorldJudge | None:
-    """The judge of a data set of the miniature; None for any other data set."""
-    for name, editing in ((FILE, False), (edits.CONCEPT, True)):
-        if (folder / name).is_file():
-            return WorldJudge(*read_concept(folder / name), editing)
-    return None
+    """The judge of a data set of the miniature; None for any other data set.
+
+    Raises `UserError` for one that says both that its pictures are edited and that they are not.
+    """
+    kinds = {FILE: False, edits.CONCEPT: True}
+    found = [name for name in kinds if (folder / name).is_file()]
+    if len(found) > 1:
+        raise UserError(
+            f"{folder}: has {' and '.join(found)}, and the first is of captions, the second of "
+            "instructions to edit; remove the one that is not of this data set"
+        )
+    return WorldJudge(*read_concept(folder / found[0]), kinds[found[0]]) if found else None
