@@ -8,6 +8,7 @@ from pathlib import Path
 
 from dopsd_jax.common import program
 from dopsd_jax.common.errors import UserError, raise_if
+from dopsd_jax.models import kinds
 
 OPTIONS = program.options(__name__)
 MODEL = OPTIONS.path("model", None, "model folder, converted checkpoint or hub id")
@@ -37,6 +38,7 @@ DTYPE = OPTIONS.enum(
     ["auto", "float32", "bfloat16"],
     "type of activations; auto: float32 on CPU only",
 )
+BASE_DTYPE = OPTIONS.enum("base_dtype", kinds.AUTO, kinds.DRAWN_BASES, kinds.DRAWN_HELP)
 LARGEST_SEED = 2**32 - 1
 
 
@@ -113,7 +115,8 @@ def main() -> None:
     dtype = DTYPE.value
     if dtype == "auto":
         dtype = "float32" if jax.default_backend() == "cpu" else "bfloat16"
-    pipe = dopsd_jax.load_pipeline(MODEL.value, dtype=dtype, lora=LORA.value)
+    base = kinds.drawn_base(BASE_DTYPE.value, dtype)
+    pipe = dopsd_jax.load_pipeline(MODEL.value, dtype=dtype, lora=LORA.value, base_dtype=base)
     references = [open_image(path) for path in REFERENCE.value]
     for path, picture in zip(REFERENCE.value, references, strict=True):
         pipe.reference_size(*picture.shape[:2], f"--reference {path}")
@@ -144,6 +147,7 @@ def main() -> None:
     about = Parameters("", steps, 0, width, height, Path(MODEL.value).name)
     progress = Progress("picture", todo, every=0)
     features = prompt_features(pipe, asked, references)
+    pipe.release_encoders()  # before the transformer comes
     # One length for all prompts, so that one program draws them.
     padded = padded_rows(map(shapes_of, features), pipe, STUDENT, "--prompt")
     shots = [(seed, number) for seed in seeds() for number in range(len(asked))]

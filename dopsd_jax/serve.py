@@ -8,6 +8,7 @@ from pathlib import Path
 
 from dopsd_jax.common import program
 from dopsd_jax.common.errors import UserError
+from dopsd_jax.models import kinds
 
 LOCAL = "127.0.0.1"
 OPTIONS = program.options(__name__)
@@ -22,6 +23,7 @@ DTYPE = OPTIONS.enum(
     ["auto", "float32", "bfloat16"],
     "type of activations; auto: float32 on CPU only",
 )
+BASE_DTYPE = OPTIONS.enum("base_dtype", kinds.AUTO, kinds.DRAWN_BASES, kinds.DRAWN_HELP)
 
 
 def check() -> None:
@@ -52,7 +54,8 @@ def main() -> None:
         dtype = DTYPE.value
         if dtype == "auto":
             dtype = "float32" if jax.default_backend() == "cpu" else "bfloat16"
-        pipe = dopsd_jax.load_pipeline(MODEL.value, dtype=dtype)
+        base = kinds.drawn_base(BASE_DTYPE.value, dtype)
+        pipe = dopsd_jax.load_pipeline(MODEL.value, dtype=dtype, base_dtype=base)
         folder = Path(LORAS.value).expanduser() if LORAS.value else None
         studio = Studio(pipe, MODEL.value, folder)
         for note in pipe.notes():

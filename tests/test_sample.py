@@ -9,6 +9,7 @@ from PIL import Image
 
 import dopsd_jax
 from dopsd_jax import push
+from dopsd_jax.models import kinds
 from dopsd_jax.reporting import parameters, pictures
 
 MINIATURE = ROOT / "examples" / "miniature" / "model"
@@ -113,6 +114,24 @@ def test_the_picture_is_that_of_the_model_with_what_it_says(sheets, random_model
         expected = pipe(["a red circle"], height=32, width=32, steps=2, seed=3)[0]
         with Image.open(out / f"000_seed3_strength{factor}.png") as picture:
             assert np.abs(np.asarray(picture).astype(int) - expected).max() <= 1
+
+
+def test_a_base_in_few_bits_draws_what_python_draws_with_it(random_model, lora_file, tmp_path):
+    result = run_program(
+        "sample", f"--model={random_model}", f"--lora={lora_file}", "--prompt=a red circle",
+        f"--out={tmp_path}", "--base_dtype=int8", "--height=32", "--width=32", "--steps=2",
+    )  # fmt: skip
+    assert result.returncode == 0, result.stderr
+    pipe = dopsd_jax.load_pipeline(str(random_model), lora=str(lora_file), base_dtype="int8")
+    expected = pipe(["a red circle"], height=32, width=32, steps=2, seed=0)[0]
+    with Image.open(tmp_path / "000_seed0.png") as picture:
+        assert np.abs(np.asarray(picture).astype(int) - expected).max() <= 1
+
+
+def test_weights_are_no_wider_than_activations_unless_one_asks():
+    assert kinds.drawn_base("auto", "bfloat16") == "bfloat16"
+    assert kinds.drawn_base("auto", "float32") is None
+    assert kinds.drawn_base("float32", "bfloat16") == "float32"
 
 
 def test_push_takes_the_pictures_and_leaves_the_sheets(sheets):

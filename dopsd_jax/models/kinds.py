@@ -7,6 +7,22 @@ QUANTISED = ("int8", "fp8", "nf4")  # schemes of `models.quantised`
 AUTO = "auto"  # of attention and remat: chosen at the start
 UNROLLED = "unrolled"  # remat: nothing is computed again, and no loop over the layers
 ATTENTION = ("xla", "cudnn", "splash")  # kernels of `models.attention`
+# Of programs that only draw: their option --base_dtype.
+DRAWN_BASES = (AUTO, *WHOLE, *QUANTISED)
+DRAWN_HELP = (
+    "type of the transformer's weights; auto: bfloat16 with activations in bfloat16, else as "
+    "stored; int8, fp8, nf4 take less memory (extra quant)"
+)
+
+
+def drawn_base(asked: str, dtype: str) -> str | None:
+    """The base that one of `DRAWN_BASES` means with activations of `dtype`; None: as stored.
+
+    Published weights may be float32, twice what activations in bfloat16 can use.
+    """
+    if asked != AUTO:
+        return asked
+    return "bfloat16" if dtype == "bfloat16" else None
 
 
 def quantised_faults() -> list[str]:
