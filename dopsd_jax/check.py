@@ -40,8 +40,8 @@ def main() -> None:
     size = pipe.config
     sharding.check(mesh, size, batch_size=config.batch_size)
     build.check_method(config, pipe)
-    dataset = data_set.open_data(config, workdir, pipe)
-    lines = describe(dataset, config.batch_size * config.accumulate)
+    dataset, trained, _ = data_set.hold_out(config, data_set.open_data(config, workdir, pipe))
+    lines = describe(dataset, config.batch_size * config.accumulate, trained)
     print("\n".join([*build.notes(config, pipe), *lines]), flush=True)
 
     multiple, cache = sharding.sample_devices(mesh), data_set.cache_folder(config, workdir)

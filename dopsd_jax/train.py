@@ -28,7 +28,6 @@ from dopsd_jax.common.errors import UserError
 from dopsd_jax.common.progress import Progress, size
 from dopsd_jax.common.start_parts import StartParts, Waits, process_age
 from dopsd_jax.conditioning.features import Features
-from dopsd_jax.data import holdout
 from dopsd_jax.data.dataset import describe
 from dopsd_jax.data.loader import Batches, prefetch
 from dopsd_jax.estimation import remat
@@ -78,8 +77,8 @@ def train(config: ConfigDict, workdir: epath.Path) -> int | None:
         pipe, revisions = build.open_pipeline(config, workdir, mesh)
         sharding.check(mesh, pipe.config, batch_size=config.batch_size)
         build.check_method(config, pipe)
-        dataset = data_set.open_data(config, workdir, pipe)
-        rows, held_out = holdout.split(dataset, config.data.holdout, config.seed)
+        whole = data_set.open_data(config, workdir, pipe)
+        dataset, rows, held_out = data_set.hold_out(config, whole)
         check_held_out(config, dataset, held_out, scorers.values())
         own_judge = run_scores.find_judge(config, workdir, dataset)
         facts = {"data": dataset.digest(), **revisions}
@@ -88,7 +87,9 @@ def train(config: ConfigDict, workdir: epath.Path) -> int | None:
 
     pipe, dataset, rows, held_out, own_judge, facts = multihost.first_alone(open_run)
     effective_batch = config.batch_size * config.accumulate
-    multihost.say("\n".join([*build.notes(config, pipe), *describe(dataset, effective_batch)]))
+    multihost.say(
+        "\n".join([*build.notes(config, pipe), *describe(dataset, effective_batch, rows)])
+    )
     parts.end("model and data")
 
     # ---- What the method learns from: computed once, then the encoders are freed.

@@ -101,8 +101,10 @@ def test_a_score_of_which_more_is_better_ranks_too(tmp_path):
 
 
 def test_a_run_that_goes_on_forgets_later_scores(tmp_path):
+    """And the file of the best one may be of those: it is copied again."""
     ranked(tmp_path, [3, 2, 1])
-    assert Ranking(tmp_path, 0, 0, 2).best == 2
+    again = Ranking(tmp_path, 0, 0, 2)
+    assert again.best == 2 and again.moved and not Ranking(tmp_path, 0, 0, 3).moved
     (tmp_path / FILE).write_text('{"checkpoints": [{"step": "1"}]}')
     (problem,) = problems_of(Ranking, tmp_path, 0, 0, 2)
     assert "is damaged; remove it" in problem

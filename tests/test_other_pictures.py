@@ -13,9 +13,10 @@ from PIL import Image
 from dopsd_jax.common.errors import UserError
 from dopsd_jax.conditioning.cached import CachedFeatures
 from dopsd_jax.conditioning.encoding import STUDENT, TEACHER, Encoder
-from dopsd_jax.conditioning.features import check_prepared
+from dopsd_jax.conditioning.features import check_prepared, prepared_settings
 from dopsd_jax.config import schema
 from dopsd_jax.config.loading import load
+from dopsd_jax.data import holdout
 from dopsd_jax.data.concepts import other_pictures
 from dopsd_jax.data.images import ImageInfo
 from dopsd_jax.data.measure import measure
@@ -37,9 +38,10 @@ def data(*names, concepts=()):
     return rows, [ImageInfo(64, 64, Path(name).name, ()) for name in names]
 
 
-def shown(names, seed=0, concepts=()):
+def shown(names, seed=0, concepts=(), held=()):
     """The name of the picture that each row is shown."""
-    return [other.digest for other in other_pictures(*data(*names, concepts=concepts), seed, "x")]
+    rows = data(*names, concepts=concepts)
+    return [other.digest for other in other_pictures(*rows, seed, "x", held)]
 
 
 NAMES = [f"a/{n}" for n in "01234"] + [f"b/{n}" for n in "567"]
@@ -65,6 +67,23 @@ def test_the_order_is_that_of_the_seed_and_not_of_the_rows():
 
 def test_rows_that_share_a_picture_are_shown_the_same_other_one():
     assert shown(["a/0", "a/0", "a/1"]) == ["1", "1", "0"]
+
+
+@pytest.mark.parametrize("held", ["1", "36", "015"])
+def test_no_teacher_is_shown_a_picture_that_is_held_out(held):
+    """The circle is the same, without them."""
+    whole = dict(zip(NAMES, shown(NAMES), strict=True))
+    for name, other in zip(NAMES, shown(NAMES, held=set(held)), strict=True):
+        expected = whole[name]
+        while expected in held:
+            expected = whole[f"{Path(name).parent}/{expected}"]
+        assert other == expected and other not in held and other != Path(name).name
+
+
+def test_a_concept_needs_two_pictures_that_are_trained_on_or_none():
+    with pytest.raises(UserError, match=r"1 rows have the only one .* is trained on: a/4; lower"):
+        shown(NAMES, held=set("0123"))
+    assert sorted(shown(NAMES, held=set("567"))[5:]) == list("567")
 
 
 def test_a_column_names_the_concepts():
@@ -143,6 +162,26 @@ def test_data_prepared_for_another_teacher_is_refused(table, random_model, tmp_p
     )
     with pytest.raises(UserError, match="was prepared for a teacher that is shown the"):
         check_prepared(prepared, pipeline(random_model), config, tmp_path)
+
+
+def test_a_run_shows_no_picture_that_it_holds_out(tmp_path, random_model):
+    """Nor do the data that are prepared for it, which say so."""
+    for n in range(4):
+        Image.fromarray(np.full((64, 64, 3), 50 * n, np.uint8)).save(tmp_path / f"{n}.png")
+        (tmp_path / f"{n}.txt").write_text("a dog")
+    _, dataset = opened(tmp_path, "vlm")
+    fields = {"teacher.context": "other", "data.holdout": "2", "data.path": str(tmp_path)}
+    config = load("zimage:random", fields)
+    _, held = holdout.split(dataset, 2, config.seed)
+    held = {dataset.infos[row].digest for rows in held.values() for row in rows.tolist()}
+    others = data_set.with_others(config, dataset).others
+    assert len(held) == 2 and not held & {other.digest for other in others}
+    settings = lambda **own: prepared_settings(
+        load("zimage:random", fields | own), pipeline(random_model), tmp_path / "memo.json"
+    )
+    whole = settings(**{"data.holdout": "0"})
+    assert settings() == whole | {"held_out": [2, config.seed]}
+    assert "held_out" not in settings(**{"teacher.context": "vlm"})
 
 
 def test_it_is_not_for_rows_that_edit_pictures():

@@ -22,7 +22,7 @@ from dopsd_jax.data.loader import Batches
 from dopsd_jax.data.measure import measure
 from dopsd_jax.data.prepared_parts import names_prepared
 from dopsd_jax.data.rows import load_sets
-from dopsd_jax.data.sets import parts_of, shares_of
+from dopsd_jax.data.sets import among, parts_of, shares_of
 from dopsd_jax.run import data_set
 
 
@@ -159,6 +159,27 @@ def test_rows_are_drawn_in_the_proportions_of_the_weights():
     assert len({tuple(count[row] for row in range(8)) for count in counts}) > 1  # in turn
     again = make(10, 10, batch_size=2, sets=sets)
     same(again.batch(31), batches.batch(31))
+
+
+def test_weights_hold_for_the_rows_that_are_trained_on(tmp_path):
+    """Most of the pictures that are held out may be of one set."""
+    paths = [folder_of(tmp_path / "a", 8), folder_of(tmp_path / "b", 12)]
+    dataset = measure(load_sets(paths, [3, 1]), make_buckets(64))
+    config = defaults()
+    for config.data.holdout in (0, 3, 9):
+        own, rows, held = data_set.hold_out(config, dataset)
+        assert sum(map(len, held.values())) == config.data.holdout
+        left = [sum(len(one.of(ids)) for ids in rows.values()) for one in own.sets]
+        assert sum(left) == 20 - config.data.holdout
+        drawn = [one.draws(count) for one, count in zip(own.sets, left, strict=True)]
+        assert drawn[0] / sum(drawn) == pytest.approx(0.75, abs=0.5 / sum(drawn))
+        assert min(one.times for one in own.sets) == 1
+        batches = Batches(rows, make_rows(20), KEYS, batch_size=1, seed=0, sets=own.sets)
+        line = f"batches of 1: {sum(drawn)} an epoch"
+        assert batches.per_epoch == sum(drawn) and line in describe(own, 1, rows)[-1]
+    held = dataset.sets[0].rows
+    (problem,) = problems_of(among, dataset.sets, np.array([i for i in range(20) if i not in held]))
+    assert f"gives {paths[0]} a share, and config.data.holdout leaves no row of it" in problem
 
 
 def test_sets_without_weights_are_drawn_as_one():

@@ -43,6 +43,7 @@ SETTINGS = {
     "reference_crop": "config.data.reference_crop",
     "empty_captions": "empty captions (config.data.caption_dropout)",
     "tags": "shuffled tags (config.data.shuffle_tags, tag_variants, keep_tags)",
+    "held_out": "pictures that no teacher is shown (config.data.holdout, config.seed)",
     "views": "views (config.data.crops, config.data.flip, config.data.resolution)",
 }
 # What a configuration may leave out, and then a prepared data set must not have.
@@ -68,6 +69,8 @@ def prepared_settings(config: ConfigDict, pipe: Pipeline, memo: Path) -> dict[st
         found["crop"] = crop_name(0, 0)
         if config.teacher.context == OTHER_PICTURE:
             found[SHOWN] = OTHER_PICTURE
+            if config.data.holdout:
+                found["held_out"] = [config.data.holdout, config.seed]
     if config.data.references:
         found["reference_crop"] = config.data.reference_crop
     names = dict.fromkeys((*pipe.ENCODERS[STUDENT], *pipe.ENCODERS[role]))

@@ -7,7 +7,7 @@ folder that the picture lies in.
 import hashlib
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -53,25 +53,31 @@ class Others(Sequence[Shown]):
 
 
 def other_pictures(
-    rows: Sequence[DataRow], infos: Sequence[ImageInfo], seed: int, where: str
+    rows: Sequence[DataRow],
+    infos: Sequence[ImageInfo],
+    seed: int,
+    where: str,
+    held: Collection[str] = (),
 ) -> Others:
     """For each row the next picture of its concept, in a circle whose order the seed decides.
 
-    The order of a concept depends on its pictures and the seed alone. Raises `UserError` with the
-    rows that have no concept, or whose concept has no second picture; `where`: the data set.
+    The order of a concept depends on its pictures and the seed alone. held: digests of pictures
+    that are not trained on: no teacher is shown one, but where the concept has no others. Raises
+    `UserError` with the rows that have no concept, or whose concept has no second picture; `where`:
+    the data set.
     """
     columns = any(row.concept for row in rows)
     circles: dict[str, dict[str, int]] = {}
     for i, (row, info) in enumerate(zip(rows, infos, strict=True)):
         circles.setdefault(_concept(row, columns), {}).setdefault(info.digest, i)
-    following = {concept: _following(own, seed) for concept, own in circles.items()}
+    following = {concept: _following(own, seed, held) for concept, own in circles.items()}
     unnamed, alone, numbers = Examples(NAMED), Examples(NAMED), np.zeros(len(rows), np.int64)
     for i, (row, info) in enumerate(zip(rows, infos, strict=True)):
         concept = _concept(row, columns)
         numbers[i] = following[concept][info.digest]
         if not concept:
             unnamed.add(row.where)
-        elif len(circles[concept]) == 1:
+        elif infos[numbers[i]].digest == info.digest:
             alone.add(row.where)
     faults = []
     if unnamed:
@@ -80,9 +86,11 @@ def other_pictures(
             f"others: {unnamed}; fill it in all rows (config.teacher.context = other)"
         )
     if alone:
+        trained, fewer = " that is trained on", "lower config.data.holdout, "
         faults.append(
             f"{where}: config.teacher.context = other shows the teacher another picture of a row's "
-            f"concept, and {alone.count} rows have the only one of theirs: {alone}; add pictures, "
+            f"concept, and {alone.count} rows have the only one of theirs{trained if held else ''}"
+            f": {alone}; {fewer if held else ''}add pictures, "
             "put those of a concept into one folder or name it in a column 'concept', or choose "
             "another context"
         )
@@ -90,11 +98,17 @@ def other_pictures(
     return Others(rows, infos, numbers)
 
 
-def _following(pictures: dict[str, int], seed: int) -> dict[str, int]:
-    """The row that has the picture after each one."""
+def _following(pictures: dict[str, int], seed: int, held: Collection[str]) -> dict[str, int]:
+    """The row that has the picture after each one, of those that are not `held` if there are."""
     order = sorted(pictures, key=lambda own: hashlib.sha256(f"{seed} {own}".encode()).digest())
-    pairs = zip(order, [*order[1:], order[0]], strict=True)
-    return {own: pictures[after] for own, after in pairs}
+    shown = [own for own in order if own not in held]
+    passed = held if shown else ()
+    after, found = (shown or order)[0], {}
+    for own in reversed(order):
+        found[own] = pictures[after]
+        if own not in passed:
+            after = own
+    return found
 
 
 def _concept(row: DataRow, columns: bool) -> str:

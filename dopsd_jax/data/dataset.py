@@ -4,7 +4,7 @@ import functools
 import hashlib
 import json
 from array import array
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -120,13 +120,16 @@ class Dataset:
         return total.hexdigest(), lengths
 
 
-def describe(dataset: Dataset, batch_size: int) -> list[str]:
-    """The data set in a few lines, for a report."""
+def describe(
+    dataset: Dataset, batch_size: int, trained: Mapping[Shape, np.ndarray] | None = None
+) -> list[str]:
+    """The data set in a few lines, for a report; `trained`: its rows that are used, None: all."""
     by_shape = dataset.rows_by_shape()
-    draws = [draws_per_epoch(rows, dataset.sets) for rows in by_shape.values()]
+    used = by_shape if trained is None else trained
+    draws = [draws_per_epoch(rows, dataset.sets) for rows in used.values()]
     batches = sum(-(-drawn // batch_size) for drawn in draws)
     repeated = batches * batch_size - sum(draws)
-    pictures = dataset.infos.distinct()
+    pictures, held = dataset.infos.distinct(), len(dataset.rows) - sum(map(len, used.values()))
     lines = [
         f"data: {len(dataset.rows)} rows (a picture with its captions), {pictures} different "
         f"pictures, digest {dataset.digest()[:12]}"
@@ -154,6 +157,7 @@ def describe(dataset: Dataset, batch_size: int) -> list[str]:
         )
     lines.append(
         f"batches of {batch_size}: {batches} an epoch"
+        + (f", {held} rows are held out" if held else "")
         + (f", {repeated} places filled by repeating rows" if repeated else "")
     )
     return lines + [f"note: {note}" for note in dataset.notes]

@@ -17,24 +17,32 @@ RowsByShape = Mapping[Shape, np.ndarray]
 def split(dataset: Dataset, count: int, seed: int) -> tuple[RowsByShape, RowsByShape]:
     """The rows that are trained on, and those of `count` pictures that are not, by shape.
 
-    The choice depends on the pictures and the seed alone, and all rows of a picture go together.
-    Raises `UserError` where nothing would be left to train on.
+    All rows of a picture go together. Raises `UserError`, see `pictures`.
     """
-    rows = dataset.rows_by_shape()
-    if not count:
+    rows, chosen = dataset.rows_by_shape(), pictures(dataset, count, seed)
+    if not chosen:
         return rows, {}
-    digests = list(map(dataset.infos.digest, range(len(dataset.infos))))
-    pictures = set(digests)
-    if count >= len(pictures):
-        raise UserError(
-            f"config.data.holdout: {count} pictures, and the data set has {len(pictures)}; name "
-            "fewer"
-        )
-    order = lambda digest: hashlib.sha256(f"{seed} {digest}".encode()).digest()
-    chosen = set(heapq.nsmallest(count, pictures, order))
-    held = np.array([digest in chosen for digest in digests])
+    held = np.array([digest in chosen for digest in _digests(dataset)])
     part = lambda mask: {shape: ids[mask[ids]] for shape, ids in rows.items() if mask[ids].any()}
     return part(~held), part(held)
+
+
+def pictures(dataset: Dataset, count: int, seed: int) -> set[str]:
+    """The digests of `count` pictures that are not trained on: by the pictures and the seed alone.
+
+    Raises `UserError` where nothing would be left to train on.
+    """
+    known = set(_digests(dataset)) if count else set()
+    if count and count >= len(known):
+        raise UserError(
+            f"config.data.holdout: {count} pictures, and the data set has {len(known)}; name fewer"
+        )
+    order = lambda digest: hashlib.sha256(f"{seed} {digest}".encode()).digest()
+    return set(heapq.nsmallest(count, known, order))
+
+
+def _digests(dataset: Dataset) -> list[str]:
+    return list(map(dataset.infos.digest, range(len(dataset.infos))))
 
 
 def batches(dataset: Dataset, held: RowsByShape, size: int) -> list[BatchIndex]:

@@ -92,9 +92,31 @@ def parts_of(
     rows = [range(first, last) for first, last in itertools.pairwise(ends)]
     if not shares:
         return tuple(PartOfRows(*own, Fraction(1), None) for own in zip(paths, rows, strict=True))
+    return tuple(map(PartOfRows, paths, rows, _times(sizes, shares), shares))
+
+
+def among(parts: Sequence[PartOfRows], ids: Int64[np.ndarray, " n"]) -> tuple[PartOfRows, ...]:
+    """The sets with their shares in the draws of the rows `ids`, which are trained on.
+
+    Raises `UserError` for sets with a share of which no row is among them.
+    """
+    if not all(one.share for one in parts):
+        return tuple(parts)
+    counts = [len(one.of(ids)) for one in parts]
+    raise_if(
+        f"data.weights: gives {one.path} a share, and config.data.holdout leaves no row of it to "
+        "train on; hold out fewer pictures"
+        for one, count in zip(parts, counts, strict=True)
+        if not count
+    )
+    times = _times(counts, [one.share for one in parts])
+    return tuple(one._replace(times=own) for one, own in zip(parts, times, strict=True))
+
+
+def _times(sizes: Sequence[int], shares: Sequence[Fraction]) -> list[Fraction]:
+    """How often a row of each set is used in an epoch: 1 where it is least."""
     per_row = [share / size for share, size in zip(shares, sizes, strict=True)]
-    times = [one / min(per_row) for one in per_row]
-    return tuple(map(PartOfRows, paths, rows, times, shares))
+    return [one / min(per_row) for one in per_row]
 
 
 def shares_of(weights: Sequence[object], count: int) -> tuple[Fraction, ...]:

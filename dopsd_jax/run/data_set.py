@@ -4,6 +4,7 @@ import dataclasses
 import itertools
 from pathlib import Path
 
+import numpy as np
 from ml_collections import ConfigDict
 
 from dopsd_jax.common.atomic import is_remote
@@ -11,10 +12,12 @@ from dopsd_jax.common.config_fields import as_list, as_numbers, as_paths
 from dopsd_jax.common.errors import UserError, raise_if
 from dopsd_jax.conditioning.cached import sees_picture
 from dopsd_jax.conditioning.encoding import TO_BUCKET
+from dopsd_jax.data import holdout, sets
 from dopsd_jax.data.buckets import Bucket, make_buckets, parse_buckets
 from dopsd_jax.data.cache import FeatureCache
 from dopsd_jax.data.concepts import other_pictures
 from dopsd_jax.data.dataset import Dataset
+from dopsd_jax.data.holdout import RowsByShape
 from dopsd_jax.data.images import ImageLimits
 from dopsd_jax.data.masks import FILES, OFF
 from dopsd_jax.data.measure import ReferenceSize, measure
@@ -93,6 +96,17 @@ def open_data(config: ConfigDict, workdir: Path, pipe: Pipeline) -> Dataset:
     return dataclasses.replace(dataset, prompt_keys=trained_keys(config, dataset.prompt_keys))
 
 
+def hold_out(config: ConfigDict, dataset: Dataset) -> tuple[Dataset, RowsByShape, RowsByShape]:
+    """The data set, its rows that are trained on, and those that config.data.holdout keeps back.
+
+    Several sets have the shares of config.data.weights among the rows that are trained on. Raises
+    `UserError` where nothing would be left.
+    """
+    rows, held = holdout.split(dataset, config.data.holdout, config.seed)
+    parts = sets.among(dataset.sets, np.concatenate(list(rows.values())))
+    return dataclasses.replace(dataset, sets=parts), rows, held
+
+
 def data_settings(config: ConfigDict, pipe: Pipeline) -> dict[str, object]:
     """What a run and the prepared data set that it reads have in common besides features."""
     buckets = [list(bucket) for bucket in data_buckets(config, pipe.size_multiple)]
@@ -126,7 +140,8 @@ def shows_others(config: ConfigDict, family: Family) -> bool:
 def with_others(config: ConfigDict, dataset: Dataset) -> Dataset:
     """The data set, which is whole, with the pictures that its teachers are shown."""
     where = ", ".join(as_paths(config.data.path))
-    others = other_pictures(dataset.rows, dataset.infos, config.seed, where)
+    held = holdout.pictures(dataset, config.data.holdout, config.seed)
+    others = other_pictures(dataset.rows, dataset.infos, config.seed, where, held)
     return dataclasses.replace(dataset, others=others)
 
 

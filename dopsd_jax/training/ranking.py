@@ -37,7 +37,8 @@ class Ranking:
     patience: so many checkpoints in a row that are no better end the run; 0: none do. tolerance: a
     checkpoint is better if its score is by this share of the best so far. first: the step that
     the run goes on from: what was scored after it will be scored again. order: what ranks.
-    moved: whether something else ranked before, so that another checkpoint may be the best.
+    moved: whether something else ranked before, or later checkpoints did too, so that another one
+    may be the best.
     """
 
     def __init__(
@@ -52,7 +53,7 @@ class Ranking:
         self.order = order
         entries, by = _read(self.path)
         self.entries = [entry for entry in entries if entry["step"] <= first]
-        self.moved = bool(self.entries) and by != order.name
+        self.moved = by != order.name or len(self.entries) < len(entries)
 
     def add(self, step: int, scores: Mapping[str, float], write: bool) -> None:
         """Notes a checkpoint's scores; with `write` in the file too."""
