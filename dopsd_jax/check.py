@@ -75,12 +75,14 @@ def main() -> None:
         captions = [s.caption for s in previews.samples]
         prompts = [class_prompt(caption, config.dreambooth) for caption in captions]
         print("class prompts: " + ", ".join(map(repr, dict.fromkeys(prompts))))
-    traits = []
-    if features.needs.teacher:
+    traits, seen = [], teacher_traits.shown_pictures(pipe, dataset, config, rows)
+    if features.needs.teacher and seen is None:
+        print("what the teacher takes from a picture: not measured, prepared data have not kept it")
+    elif features.needs.teacher:
         measure = teacher_traits.Measurement(
             pipe, features, start.student, teacher, plan.schedule.grid
         )
-        asked = zip(previews.samples, others or [None] * len(rows), strict=True)
+        asked = zip(previews.samples, others or [None] * len(rows), seen, strict=True)
         progress = Progress("what the teacher takes from a picture", len(rows))
         traits = [measure(*each) for each in progress.over(asked)]
         print("\n".join(teacher_traits.describe(traits)))

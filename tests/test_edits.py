@@ -47,7 +47,7 @@ def names(rows):
 
 
 def size_of(bucket, height, width, where):
-    height, width = reference_size(height, width, 1024 * 1024, where)
+    height, width = reference_size(height, width, 1024 * 1024, 16, where)
     return Bucket(width, height)
 
 

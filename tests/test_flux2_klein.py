@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
-from conftest import relative_error
+from conftest import ROOT, relative_error
 from diffusers import FlowMatchEulerDiscreteScheduler, Flux2KleinPipeline
 from diffusers.pipelines.flux2.image_processor import Flux2ImageProcessor
 from diffusers.pipelines.flux2.pipeline_flux2_klein import compute_empirical_mu
@@ -245,9 +245,21 @@ def test_references_are_prepared_as_diffusers_does(size):
         image = processor._resize_to_target_area(image, 1024 * 1024)
     sides = {"height": image.height // 16 * 16, "width": image.width // 16 * 16}
     pixels = processor.preprocess(image, resize_mode="crop", **sides)[0].permute(1, 2, 0).numpy()
-    actual = prepare_reference(shown, 1024 * 1024)
+    actual = prepare_reference(shown, 1024 * 1024, 16)
     np.testing.assert_array_equal(actual, np.round((pixels + 1) * 127.5))
-    assert actual.shape[:2] == reference_size(*size, 1024 * 1024)
+    assert actual.shape[:2] == reference_size(*size, 1024 * 1024, 16)
+
+
+def test_references_fill_the_cells_of_the_models_own_autoencoder():
+    """The shipped miniature's have 8 pixels a side, the published ones' 16."""
+    small = pipeline(ROOT / "examples" / "klein_miniature" / "model")
+    assert small.size_multiple == 8 and small.reference_size(72, 88, "") == (72, 88)
+    pictures = [picture(72, 88), picture(64, 72)]
+    sizes, own = [p.shape[:2] for p in pictures], {"instruction": ""}
+    shapes = small.request(TEACHER, "dax", sizes=sizes, options=own).shapes
+    found = small.features(TEACHER, "dax", pictures, own)
+    for name, sides in (("reference0", (9, 11)), ("reference1", (8, 9))):
+        assert shapes[name].shape == found[name].shape == (*sides, small.config.channels)
 
 
 def test_a_long_picture_is_encoded_whole_as_in_diffusers(pipe, theirs, monkeypatch):
@@ -273,7 +285,7 @@ def test_a_long_picture_is_encoded_whole_as_in_diffusers(pipe, theirs, monkeypat
 )
 def test_references_that_cannot_be_are_one_line(size, pixels, message):
     with pytest.raises(UserError, match=message):
-        reference_size(*size, pixels, "dog.png")
+        reference_size(*size, pixels, 16, "dog.png")
 
 
 def test_a_smaller_reference_is_fewer_tokens(pipe):

@@ -23,6 +23,7 @@ from dopsd_jax.data.measure import measure
 from dopsd_jax.data.prepared import Prepared
 from dopsd_jax.data.rows import load_rows
 from dopsd_jax.data.table import DataRow
+from dopsd_jax.evaluation import teacher_traits
 from dopsd_jax.families.flux2_klein import family as klein
 from dopsd_jax.families.pipeline import pipeline
 from dopsd_jax.methods import registry
@@ -145,6 +146,9 @@ def test_the_teacher_is_shown_it_in_the_rows_bucket_and_the_cache_knows(
         assert np.all(picture == 50 * ((row + 2) % 4))
         assert picture.shape == encoder.image(row).shape
         assert np.all(encoder.image(row) == 50 * row)
+    seen = teacher_traits.shown_pictures(pipe, dataset, config, range(4))
+    assert [int(picture.max()) for picture in seen] == [100, 150, 0, 50]
+    assert teacher_traits.shown_pictures(pipe, alone, plain, range(4)) == [None] * 4
     own = CachedFeatures(pipe, alone, plain, tmp_path, registry.needs(plain))
     other = CachedFeatures(pipe, dataset, config, tmp_path, registry.needs(config))
     for row in range(4):

@@ -35,7 +35,27 @@ def test_another_caption_may_be_longer_than_all_of_the_data_set():
     pipe = SimpleNamespace(limits=lambda role: {"features": limit})
     own = lambda count: padded_rows([shapes_of({"features": np.zeros((count, 8))})], pipe, 0)
     rows = [longest({"features": 64}, own(count)) for count in (12, 64, 76)]
-    assert [found["features"] for found in rows] == [64, 64, 128]
+    assert [found["features"] for found in rows] == [64, 64, 96]
+
+
+def test_a_copy_is_one_of_the_picture_that_the_teacher_is_shown(monkeypatch):
+    """With teacher.context = other that is not the target."""
+    drawn = lambda pipe, trained, wishes: [PICTURES[trained]] * len(wishes)
+    monkeypatch.setattr(traits, "draw", drawn)
+    walk = lambda self, sample: (np.zeros(1), np.zeros((2, 1, 1, 2, 2, 1)))
+    monkeypatch.setattr(traits.Measurement, "_walk", walk)
+    pipe = SimpleNamespace(
+        family=SimpleNamespace(denoiser=lambda graphdef: None),
+        split=[None],
+        decode=lambda latents: PICTURES,
+    )
+    measure = traits.Measurement(pipe, SimpleNamespace(rows=[{}, {}]), 0, 1, lambda *sides: [1, 0])
+    sample = SimpleNamespace(
+        noise=np.zeros((1, 2, 2, 1)), contexts=[None, None], target=PICTURES[0]
+    )
+    assert measure(sample).student_copies == 1 > measure(sample).copies + 0.5
+    other = measure(sample, seen=PICTURES[1])
+    assert other.copies == 1 > other.student_copies + 0.5
 
 
 def test_one_colour_is_like_nothing():

@@ -29,6 +29,7 @@ from dopsd_jax.evaluation.scorer import Picture
 from dopsd_jax.families.base import STUDENT, TEACHER, Features
 from dopsd_jax.families.drawing import Wish, draw
 from dopsd_jax.families.pipeline import Pipeline, start_noise
+from dopsd_jax.methods.options import OTHER_PICTURE
 from dopsd_jax.parallel import multihost
 from dopsd_jax.reporting.previews import Sample
 
@@ -99,6 +100,19 @@ def other_captions(
     return found
 
 
+def shown_pictures(
+    pipe: Pipeline, dataset: Dataset, config: ConfigDict, rows: Sequence[int]
+) -> list[Picture | None] | None:
+    """For each row the picture that its teacher is shown; None in the list: the row's own.
+
+    None for a prepared data set whose teachers are shown other ones: it has kept none of them.
+    """
+    if dataset.features is not None and config.teacher.context == OTHER_PICTURE:
+        return None
+    encoder = Encoder(pipe, dataset, config)
+    return [encoder.shown(row) if dataset.others else None for row in rows]
+
+
 class Measurement:
     """Measures rows of `Previews`.
 
@@ -119,8 +133,10 @@ class Measurement:
         self.trained = (student, teacher)
         self.walk = jax.jit(functools.partial(_walk, pipe.family.denoiser(pipe.split[0])))
 
-    def __call__(self, sample: Sample, other: Other | None = None) -> Traits:
-        """The traits of a row; `other` may be missing."""
+    def __call__(
+        self, sample: Sample, other: Other | None = None, seen: Picture | None = None
+    ) -> Traits:
+        """The traits of a row; `other` may be missing. seen: by its teacher; None: the target."""
         noises = np.asarray(start_noise(NOISE_SEED, NOISES, sample.noise.shape[1:]))
         (own, own_other), (shown, shown_other) = (
             self._draw(role, sample, noises, other) for role in (STUDENT, TEACHER)
@@ -131,11 +147,12 @@ class Measurement:
             np.array([sharpness(self.pipe.decode(x)[0]) / finished for x in each])
             for each in estimates
         ]
-        to_target = lambda images: float(np.mean([likeness(a, sample.target) for a in images]))
+        seen = sample.target if seen is None else seen
+        to_seen = lambda images: float(np.mean([likeness(a, seen) for a in images]))
         moved = lambda images, told: None if told is None else distance(told, images[0])
         return Traits(
             gap, sharp[TEACHER], sharp[STUDENT],
-            to_target(shown), to_target(own), mutual(shown), mutual(own),
+            to_seen(shown), to_seen(own), mutual(shown), mutual(own),
             moved(shown, shown_other), moved(own, own_other),
         )  # fmt: skip
 

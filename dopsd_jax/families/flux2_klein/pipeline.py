@@ -55,7 +55,7 @@ class KleinPipeline(TextPipeline):
 
     def reference_size(self, height: int, width: int, where: str) -> tuple[int, int]:
         """See `Pipeline.reference_size`."""
-        return reference_size(height, width, REFERENCE_PIXELS, where)
+        return reference_size(height, width, REFERENCE_PIXELS, self.size_multiple, where)
 
     def request(
         self,
@@ -74,7 +74,7 @@ class KleinPipeline(TextPipeline):
         pixels = _pixels(role, len(sizes), options)
         for k, ((height, width), most) in enumerate(zip(sizes, pixels, strict=True)):
             # A long reference may have a longer side than any picture that is drawn.
-            sides = reference_size(height, width, most, where)
+            sides = reference_size(height, width, most, self.size_multiple, where)
             latent = (*(side // self.vae_config.factor for side in sides), self.config.channels)
             shapes[f"reference{k}"] = jax.ShapeDtypeStruct(latent, jnp.float32)
         if role == TEACHER:
@@ -105,8 +105,8 @@ class KleinPipeline(TextPipeline):
         texts = hidden_states(self.text_encoder, rows, lengths, LAYERS, self.dtype, mesh)
         found = [{"text": text} for text in np.asarray(texts)]
         for k, same in enumerate(zip(*pictures, strict=True)):
-            most = _pixels(role, len(pictures[0]), options or {})[k]
-            references = np.stack([prepare_reference(picture, most) for picture in same])
+            bounds = _pixels(role, len(pictures[0]), options or {})[k], self.size_multiple
+            references = np.stack([prepare_reference(picture, *bounds) for picture in same])
             for own, latent in zip(found, np.asarray(self.encode_image(references)), strict=True):
                 own[f"reference{k}"] = latent
         return found

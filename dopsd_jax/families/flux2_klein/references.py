@@ -8,14 +8,16 @@ from PIL import Image
 
 from dopsd_jax.common.errors import UserError
 
-MULTIPLE = 16  # of both sides
 LEAST_SIDE, MOST_RATIO = 64, 8  # the published pipeline's bounds
 
 
-def reference_size(height: int, width: int, pixels: int, where: str = "") -> tuple[int, int]:
+def reference_size(
+    height: int, width: int, pixels: int, multiple: int, where: str = ""
+) -> tuple[int, int]:
     """Height and width of a picture as a reference of at most `pixels`.
 
-    Raises `UserError` naming `where` for one that is too small or too long.
+    multiple: of both, pixels a side of a cell of the model's latent. Raises `UserError` naming
+    `where` for one that is too small or too long.
     """
     where = where or "a reference picture"
     if min(height, width) < LEAST_SIDE:
@@ -28,20 +30,20 @@ def reference_size(height: int, width: int, pixels: int, where: str = "") -> tup
             "wide; cut it"
         )
     height, width = _shrunk(height, width, pixels)
-    if min(height, width) < MULTIPLE:
+    if min(height, width) < multiple:
         raise UserError(
             f"{where}: {width}x{height} is left of it under config.teacher.reference_pixels = "
             f"{pixels}; allow more"
         )
-    return height - height % MULTIPLE, width - width % MULTIPLE
+    return height - height % multiple, width - width % multiple
 
 
 def prepare_reference(
-    picture: UInt8[np.ndarray, "H W 3"], pixels: int, where: str = ""
+    picture: UInt8[np.ndarray, "H W 3"], pixels: int, multiple: int, where: str = ""
 ) -> UInt8[np.ndarray, "h w 3"]:
     """The picture, made smaller if it has more than `pixels`, and cut around its middle."""
     height, width = picture.shape[:2]
-    rows, columns = reference_size(height, width, pixels, where)
+    rows, columns = reference_size(height, width, pixels, multiple, where)
     if height * width > pixels:
         height, width = _shrunk(height, width, pixels)
         small = Image.fromarray(picture).resize((width, height), Image.Resampling.LANCZOS)
