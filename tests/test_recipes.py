@@ -65,7 +65,7 @@ PUT = {
     "Tongyi-MAI/Z-Image-Turbo": "model",
     "black-forest-labs/FLUX.2-klein-4B": "klein",
     **dict.fromkeys(("250", "500"), "1"),  # between checkpoints
-    **dict.fromkeys(("2000", "3000", "4000"), "2"),  # in all
+    **dict.fromkeys(("2000", "3000", "3001", "4000"), "2"),  # in all
 }
 # And what is added, so that it is small: few layers, of which every family has some.
 CONFIG = (
