@@ -110,6 +110,31 @@ def test_a_run_that_goes_on_forgets_later_scores(tmp_path):
     assert "is damaged; remove it" in problem
 
 
+def test_checkpoints_that_were_not_asked_for_a_score_do_not_end_the_run(tmp_path):
+    """It ranks only since the run goes on; two of its own that are no better do."""
+    ranked(tmp_path, [3, 3, 3])
+    clip = Ranking(tmp_path, 2, 0.1, 3, Order("CLIP-S", higher=True))
+    assert clip.moved and not clip.over()
+    for step, (value, over) in enumerate([(0.3, False), (0.2, False), (0.3, True)], 4):
+        clip.add(step, {GAP: 3, "CLIP-S": value}, write=True)
+        assert clip.over() == over
+    assert Ranking(tmp_path, 2, 0.1, 6, Order("CLIP-S", higher=True)).over()
+
+
+def test_gaps_on_other_pictures_are_forgotten(tmp_path):
+    trained, held = holdout.split(dataset("abcde"), 2, seed=1)
+    own, other = (holdout.digest(dataset("abcde"), rows) for rows in (held, trained))
+    assert own != other
+    Ranking(tmp_path, 0, 0, 0, pictures=own).add(1, {GAP: 1}, write=True)
+    assert Ranking(tmp_path, 0, 0, 1, pictures=own).best == 1
+    moved = Ranking(tmp_path, 0, 0, 1, pictures=other)
+    assert moved.moved and moved.best is None
+    content = json.loads((tmp_path / FILE).read_text())
+    del content["pictures"]  # as it was written before
+    (tmp_path / FILE).write_text(json.dumps(content))
+    assert Ranking(tmp_path, 0, 0, 1, pictures=other).best == 1
+
+
 def test_the_best_checkpoint_is_copied_and_a_run_ends_at_the_plateau(tmp_path):
     scorers = "--config.stop.scorers=contrast,crispness"
     held = (*RANDOM_CONFIG, "--config.data.holdout=1", scorers, f"--workdir={tmp_path}")

@@ -41,6 +41,12 @@ def pictures(dataset: Dataset, count: int, seed: int) -> set[str]:
     return set(heapq.nsmallest(count, known, order))
 
 
+def digest(dataset: Dataset, held: RowsByShape) -> str:
+    """sha256 over the pictures of the rows of `held`."""
+    found = {dataset.infos.digest(row) for ids in held.values() for row in ids.tolist()}
+    return hashlib.sha256(" ".join(sorted(found)).encode()).hexdigest()
+
+
 def _digests(dataset: Dataset) -> list[str]:
     return list(map(dataset.infos.digest, range(len(dataset.infos))))
 

@@ -72,8 +72,8 @@ class Heldout:
         self.features, self.plan, self.say, self.judge = features, plan, say, judge
         self.batches = holdout.batches(features.dataset, held, config.batch_size)
         self.anchor_gaps: list[float] = []
-        stop = config.stop
-        self.ranking = Ranking(workdir, stop.patience, stop.tolerance, first, order)
+        stop, of = config.stop, holdout.digest(features.dataset, held)
+        self.ranking = Ranking(workdir, stop.patience, stop.tolerance, first, order, of)
         if self.ranking.moved and self.ranking.best:
             self._copy(plan.trained.export_paths(workdir, self.ranking.best))
 

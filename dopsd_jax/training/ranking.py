@@ -37,6 +37,7 @@ class Ranking:
     patience: so many checkpoints in a row that are no better end the run; 0: none do. tolerance: a
     checkpoint is better if its score is by this share of the best so far. first: the step that
     the run goes on from: what was scored after it will be scored again. order: what ranks.
+    pictures: which are scored: what was scored on others is forgotten.
     moved: whether something else ranked before, or later checkpoints did too, so that another one
     may be the best.
     """
@@ -48,12 +49,17 @@ class Ranking:
         tolerance: float,
         first: int,
         order: Order = BY_LOWEST_GAP,
+        pictures: str = "",
     ):
         self.path, self.patience, self.tolerance = epath.Path(workdir) / FILE, patience, tolerance
-        self.order = order
-        entries, by = _read(self.path)
-        self.entries = [entry for entry in entries if entry["step"] <= first]
+        self.order, self.pictures = order, pictures
+        entries, by, of = _read(self.path)
+        comparable = of in ("", pictures)  # younger than the file
+        self.entries = [e for e in entries if comparable and e["step"] <= first]
         self.moved = by != order.name or len(self.entries) < len(entries)
+        # Checkpoints that were not asked for this score, when another one ranked.
+        asked = lambda entry: by == order.name or order.name in entry
+        self._unasked = {entry["step"] for entry in self.entries if not asked(entry)}
 
     def add(self, step: int, scores: Mapping[str, float], write: bool) -> None:
         """Notes a checkpoint's scores; with `write` in the file too."""
@@ -62,7 +68,8 @@ class Ranking:
         self.entries = [*others, {"step": step, **finite}]
         if write:
             by = {"score": self.order.name, "better": "higher" if self.order.higher else "lower"}
-            content = {"best": self.best, "ranked_by": by, "checkpoints": self.entries}
+            content = {"best": self.best, "ranked_by": by, "pictures": self.pictures}
+            content["checkpoints"] = self.entries
             write_text(self.path, json.dumps(content, indent=1) + "\n")
 
     def _cost(self, entry: Mapping[str, Any]) -> float:
@@ -80,7 +87,7 @@ class Ranking:
     def over(self) -> bool:
         """Whether the last `patience` checkpoints were no better than one before them."""
         best, waited = math.inf, 0
-        for cost in map(self._cost, self.entries):
+        for cost in (self._cost(e) for e in self.entries if e["step"] not in self._unasked):
             least = best - self.tolerance * abs(best) if best < math.inf else best
             waited = 0 if cost < least else waited + 1
             best = min(best, cost)
@@ -110,10 +117,13 @@ def copy_best(path: epath.Path) -> epath.Path:
     return path.parent / BEST
 
 
-def _read(path: epath.Path) -> tuple[list[dict[str, Any]], str]:
-    """The entries of the file, and the score that ranked. Raises `UserError` if it is damaged."""
+def _read(path: epath.Path) -> tuple[list[dict[str, Any]], str, str]:
+    """The entries of the file, the score that ranked, and the pictures; "": unknown.
+
+    Raises `UserError` if it is damaged.
+    """
     if not path.exists():
-        return [], GAP
+        return [], GAP, ""
     found, _ = read_json(path, again="remove it: later checkpoints are ranked again")
     entries = found.get("checkpoints") if isinstance(found, dict) else None
     number = lambda x: type(x) in (int, float) and math.isfinite(x)
@@ -128,4 +138,4 @@ def _read(path: epath.Path) -> tuple[list[dict[str, Any]], str]:
         raise UserError(f"{path}: is damaged; remove it: later checkpoints are ranked again")
     by = found.get("ranked_by")  # younger than the file
     name = by.get("score", GAP) if isinstance(by, dict) else GAP
-    return sorted(entries, key=lambda entry: entry["step"]), name
+    return sorted(entries, key=lambda entry: entry["step"]), name, str(found.get("pictures", ""))
