@@ -15,12 +15,12 @@ from test_baselines import GRID, LEVELS, NET, SHAPE, equal, nodes, world
 from test_prepared import problems_of
 
 from dopsd_jax import dopsd
-from dopsd_jax.data.buckets import Bucket
+from dopsd_jax.data.buckets import Bucket, make_buckets
 from dopsd_jax.data.dataset import describe
 from dopsd_jax.data.masks import cut_mask, open_mask, region
 from dopsd_jax.data.measure import measure
 from dopsd_jax.data.picture_index import PictureIndex
-from dopsd_jax.data.rows import load_rows
+from dopsd_jax.data.rows import load_rows, load_sets
 from dopsd_jax.data.table import View
 from dopsd_jax.data.views import cut
 from dopsd_jax.estimation.abstract_step import make_program
@@ -142,6 +142,7 @@ def test_a_mask_goes_where_its_picture_goes(view):
 
 def folder(tmp_path, **masks):
     """Pictures a, b with captions; masks by file name: a number, or an array."""
+    tmp_path.mkdir(exist_ok=True)
     for name in "ab":
         Image.new("RGB", (64, 48), (len(name), 9, 9)).save(tmp_path / f"{name}.png")
         (tmp_path / f"{name}.txt").write_text(f"a {name}")
@@ -216,6 +217,21 @@ def test_masks_that_are_not_there_or_there_twice(tmp_path):
     assert "no picture has a mask" in problems_of(load_rows, tmp_path, masks=True)[0]
     folder(tmp_path, a_mask=left_half(), masks__a=left_half())
     assert "has several masks" in problems_of(load_rows, tmp_path, masks=True)[0]
+
+
+def test_one_of_several_sets_may_have_no_masks(tmp_path):
+    """All of its pictures count."""
+    folder(tmp_path / "a", a_mask=left_half())
+    folder(tmp_path / "b")
+    paths = [str(tmp_path / name) for name in "ab"]
+    found = load_sets(paths, (), masks=True)
+    data = measure(found, make_buckets(64), masked="files")
+    assert [bool(mask) for mask in data.masks] == [True, False, False, False]
+    (problem,) = problems_of(load_sets, paths[1:], (), masks=True)
+    assert f"{paths[1]}: config.data.masks = files, and no picture has a mask" in problem
+    folder(tmp_path / "c")
+    (problem,) = problems_of(load_sets, [paths[1], str(tmp_path / "c")], (), masks=True)
+    assert f"{paths[1]}, {tmp_path / 'c'}: config.data.masks" in problem
 
 
 def test_a_step_without_masks_is_given_no_arrays_for_them():

@@ -46,12 +46,13 @@ class Masked(Derived):
     def origins(self, numbers: Sequence[int]) -> list[tuple[RowList, Sequence[int]]]:
         return [(self.rows, numbers)]
 
+    def any(self) -> bool:
+        """Whether a row has one."""
+        return any(map(bool, self.masks))
 
-def with_masks(rows: RowList, where: str) -> Masked:
-    """The rows with their mask files. Raises `UserError` for several of a picture, or none at all.
 
-    `where`: the data set, for messages.
-    """
+def with_masks(rows: RowList) -> Masked:
+    """The rows with their mask files. Raises `UserError` for several of a picture."""
     faults, found, images = [], [], set()
     for row in rows:
         path = str(row.image)
@@ -65,13 +66,16 @@ def with_masks(rows: RowList, where: str) -> Masked:
         for mask in dict.fromkeys(found)
         if mask and os.path.realpath(mask) in images
     ]
-    if not faults and not any(found):
-        faults.append(
-            f"{where}: config.data.masks = {FILES}, and no picture has a mask; put a_mask.png "
-            f"beside a.png or a.png into a folder {FOLDERS[1]} there, or set it to {OFF}"
-        )
     raise_if(faults)
     return Masked(rows, found)
+
+
+def none_found(where: str) -> UserError:
+    """No picture of the data sets `where` has a mask file."""
+    return UserError(
+        f"{where}: config.data.masks = {FILES}, and no picture has a mask; put a_mask.png "
+        f"beside a.png or a.png into a folder {FOLDERS[1]} there, or set it to {OFF}"
+    )
 
 
 def is_mask(where: str, top: str, stem: str, pictures: Iterable[str]) -> bool:

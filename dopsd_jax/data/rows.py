@@ -48,13 +48,15 @@ _SIDES = re.compile(r"\b(left|right)\b", re.IGNORECASE)
 class Rows:
     """All rows, the prompt keys that every row has, and notes for the user.
 
-    `sets`: which rows are those of which data set, if there are several.
+    `sets`: which rows are those of which data set, if there are several. `masked`: whether a row
+    has a mask file.
     """
 
     rows: RowList
     prompt_keys: tuple[str, ...]
     notes: tuple[str, ...]
     sets: tuple[PartOfRows, ...] = ()
+    masked: bool = False
 
 
 def load_rows(
@@ -68,8 +70,22 @@ def load_rows(
 
     Without `prompt_keys`, all known keys that every row has are taken, and a note says which. A row
     without a requested caption is an error. `variants`: of the captions. `views`: in which each
-    picture is a row. `options`: see `Options`.
+    picture is a row. `options`: see `Options`; with masks some row must have one.
     """
+    found = _read(path, prompt_keys, variants, views, **options)
+    if options.get("masks") and not found.masked:
+        raise masks.none_found(str(path))
+    return found
+
+
+def _read(
+    path: str | Path,
+    prompt_keys: Sequence[str] | None = None,
+    variants: CaptionVariants | None = None,
+    views: Sequence[View] = (WHOLE,),
+    **options: object,
+) -> Rows:
+    """See `load_rows`; there may be no masks."""
     if "://" in str(path):
         raise UserError(
             f"data.path {path}: pictures are read from local folders only; mount or download it, "
@@ -97,13 +113,15 @@ def load_rows(
         raise UserError(f"{collector.where}: holds no rows")
     raise_if(problems)
     rows: RowList = Varied(table, variants) if variants else table
+    masked = False
     if chosen.masks:
         masks.forget()
-        rows = masks.with_masks(rows, str(path))
+        rows = masks.with_masks(rows)
+        masked = rows.any()
     if len(views) > 1:
         rows = Viewed(rows, views)
     notes += _names_sides(table) if any(view.mirrored for view in views) else []
-    return Rows(rows, table.keys, tuple(notes))
+    return Rows(rows, table.keys, tuple(notes), masked=masked)
 
 
 def _names_sides(table: RowList) -> list[str]:
@@ -120,7 +138,8 @@ def _names_sides(table: RowList) -> list[str]:
 def load_sets(paths: Sequence[str], weights: Sequence[object], **options: object) -> Rows:
     """The rows of all data sets in order; without `weights` each is used once an epoch.
 
-    `options`: of `load_rows`. The faults of all sets are raised together.
+    `options`: of `load_rows`; with masks some row of some set must have one. The faults of all sets
+    are raised together.
     """
     shares = shares_of(weights, len(paths))
     if len(paths) == 1:
@@ -130,15 +149,19 @@ def load_sets(paths: Sequence[str], weights: Sequence[object], **options: object
     found: dict[str, Rows] = {}
     for path in dict.fromkeys(paths):
         try:
-            found[path] = load_rows(path, **options)
+            found[path] = _read(path, **options)
         except UserError as error:
             problems += error.problems
     raise_if(problems)
+    masked = any(own.masked for own in found.values())
+    if options.get("masks") and not masked:
+        raise masks.none_found(", ".join(paths))
     keys, notes = _common_keys(found)
     sizes = [len(own.rows) for own in found.values()]
     sets = parts_of(list(found), sizes, shares)
     notes += [note for own in found.values() for note in own.notes]
-    return Rows(Joined([own.rows for own in found.values()], keys), keys, tuple(notes), sets)
+    rows = Joined([own.rows for own in found.values()], keys)
+    return Rows(rows, keys, tuple(notes), sets, masked)
 
 
 def _common_keys(found: Mapping[str, Rows]) -> tuple[tuple[str, ...], list[str]]:
