@@ -13,7 +13,15 @@ import dopsd_jax
 from dopsd_jax.common.errors import UserError
 from dopsd_jax.families.pipeline import Pipeline
 from dopsd_jax.models import attention as attention_module
-from dopsd_jax.models.attention import attention, cudnn_attention, resolve, splash_attention
+from dopsd_jax.models.attention import (
+    KEY_BLOCKS,
+    QUERY_BLOCKS,
+    attention,
+    cudnn_attention,
+    resolve,
+    splash_attention,
+    splash_block,
+)
 
 
 def plain_attention(q, k, v, lengths, causal):
@@ -54,7 +62,9 @@ CASES = {  # b, n, m, h, g, d, lengths, causal
     "odd length, unequal samples": (2, 40, 40, 3, 3, 16, [40, 13], False),
     "causal, grouped, over a block": (2, 150, 150, 4, 2, 16, [150, 33], True),
     "more keys than queries, one key": (2, 33, 70, 2, 1, 24, [70, 1], False),
-    "several blocks": (1, 520, 600, 1, 1, 16, [530], False),
+    "several blocks": (1, 900, 1300, 1, 1, 16, [930], False),
+    "blocks of other sizes": (1, 600, 700, 1, 1, 16, [530], False),
+    "causal, blocks of two sizes": (1, 700, 700, 1, 1, 16, [690], True),
 }
 
 
@@ -71,6 +81,18 @@ def test_splash_and_xla_are_the_definition(case):
     for name, kernel in kernels.items():
         for array, wanted in zip(value_and_gradients(kernel, *qkv, weight), expected, strict=True):
             assert relative_error(array, wanted) < 5e-6, name
+
+
+def test_blocks_pad_least_and_suit_the_matrix_unit():
+    for sizes, multiple in ((QUERY_BLOCKS, 128), (KEY_BLOCKS, 256)):
+        assert not any(size % multiple for size in sizes)
+        for length in range(1, 6000, 7):
+            block = splash_block(length, sizes)
+            padded = -(-length // block) * block
+            usual = min(512, -(-length // 128) * 128)
+            assert block % 128 == 0 and padded <= -(-length // usual) * usual
+            if length > 512:
+                assert padded == min(-(-length // size) * size for size in sizes)
 
 
 def test_cudnn_gets_lengths_as_a_padding_mask(monkeypatch):

@@ -2,6 +2,7 @@
 
 import functools
 import math
+from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
@@ -15,7 +16,9 @@ from dopsd_jax.models.kinds import ATTENTION as IMPLEMENTATIONS
 from dopsd_jax.parallel.sharding import ambient_mesh, axes_dividing, constrain_batch, sample_axes
 
 LANES = 128  # width of a TPU vector register: splash's blocks and head sizes are multiples of it
-SPLASH_BLOCK = 512
+# Sizes of splash's blocks, the usual first. What is padded is computed too: of these is taken what
+# pads least. Those of keys are multiples of the widest matrix unit's side, 256 (v6e, 7x).
+QUERY_BLOCKS, KEY_BLOCKS = (512, 384, 640), (512, 768)
 
 
 def attention(
@@ -148,7 +151,7 @@ def splash_attention(q, k, v, lengths, *, causal: bool, interpret: bool = False)
     Keys that are not seen form a segment of their own, so no row is without keys.
     """
     (n, h, d), m = q.shape[1:], k.shape[1]
-    block_q, block_kv = _block(n), _block(m)
+    block_q, block_kv = splash_block(n, QUERY_BLOCKS), splash_block(m, KEY_BLOCKS)
     # The kernel has no scale of its own.
     q = _pad((q.astype(jnp.float32) * d**-0.5).astype(q.dtype), block_q)
     k, v = _pad(k, block_kv), _pad(v, block_kv)
@@ -177,8 +180,20 @@ def splash_attention(q, k, v, lengths, *, causal: bool, interpret: bool = False)
     return heads_first(y)[:, :n]
 
 
-def _block(length: int) -> int:
-    return min(SPLASH_BLOCK, -(-length // LANES) * LANES)
+def splash_block(length: int, sizes: Sequence[int]) -> int:
+    """The first of `sizes` that pads `length` least; a single smaller block for few tokens.
+
+    Examples:
+      >>> splash_block(4096 + 512, QUERY_BLOCKS), splash_block(4096 + 96, QUERY_BLOCKS)
+      (512, 384)
+    """
+    if length <= sizes[0]:
+        return _padded(length, LANES)
+    return min(sizes, key=lambda size: _padded(length, size))
+
+
+def _padded(length: int, block: int) -> int:
+    return -(-length // block) * block
 
 
 def _pad(x, block: int):
