@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from etils import epath
 
+from dopsd_jax import families
 from dopsd_jax.common.atomic import atomic_file, write_text
 from dopsd_jax.common.errors import UserError
 from dopsd_jax.common.file_digests import file_digests
@@ -69,6 +70,11 @@ def test_what_needs_a_folder_is_said_at_once(bucket):
     with pytest.raises(UserError) as caught:
         find_workdir(f"{bucket}/run", CONFIG | {"model": "random", "train": "full"})
     assert len(caught.value.problems) == 3
+
+
+def test_where_no_folder_is_named_it_is_that_of_the_family():
+    for family, name in ((families.AUTO, "zimage"), ("flux2_klein", "flux2_klein")):
+        assert find_workdir(None, CONFIG | {"family": family}) == epath.Path("runs") / name
 
 
 def test_prepared_data_need_no_folder(bucket):

@@ -20,7 +20,7 @@ _FILE = OPTIONS.path(
     "fields are set with --config.FIELD=VALUE",
 )
 WORKDIR = OPTIONS.path_or_store(
-    "workdir", None, "folder of the run; train, prepare and check: runs/zimage if not given"
+    "workdir", None, "folder of the run; if not given, runs/zimage, runs/flux2_klein: by the family"
 )
 
 

@@ -37,10 +37,14 @@ FAMILIES = {
 }
 
 
+def named(name: str) -> str:
+    """The name of a family; that of `AUTO`, where no model says it: the first of `FAMILIES`."""
+    return next(iter(FAMILIES)) if name == AUTO else name
+
+
 def load(name: str) -> "Family":
-    """The family of a name; `AUTO` where no model says it: the first of `FAMILIES`."""
-    listing = next(iter(FAMILIES.values())) if name == AUTO else FAMILIES[name]
-    return importlib.import_module(f"{listing.room}.family")
+    """The family of a name, or of `AUTO`: see `named`."""
+    return importlib.import_module(f"{FAMILIES[named(name)].room}.family")
 
 
 def every() -> list["Family"]:

@@ -9,6 +9,7 @@ from typing import Any
 
 from etils import epath
 
+from dopsd_jax import families
 from dopsd_jax.common.atomic import is_remote, write_text
 from dopsd_jax.common.config_fields import as_paths
 from dopsd_jax.common.errors import UserError, raise_if
@@ -19,16 +20,16 @@ from dopsd_jax.data.prepared_parts import names_prepared
 from dopsd_jax.weights import converted
 
 CONFIG = "config.json"
-DEFAULT = "runs/zimage"  # the work directory
+RUNS = "runs"  # in it lies the work directory of a family, where none is named
 _PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "transformers", "numpy")
 
 
 def find_workdir(name: str | None, config: Mapping[str, Any]) -> epath.Path:
-    """The work directory that --workdir names, which may be `gs://`.
+    """The work directory that --workdir names, which may be `gs://`; else that of the family.
 
     Raises `UserError` for files of a run that need a file system.
     """
-    name = name or DEFAULT
+    name = name or f"{RUNS}/{families.named(config['family'])}"
     workdir = epath.Path(name)
     if not is_remote(name):
         workdir = workdir.expanduser()
