@@ -124,13 +124,16 @@ def run_some(
     """Runs that share a program, in one process."""
     import paper_run  # imports jax, which reads XLA_FLAGS once
     import paper_states
+    import paper_words
 
     from dopsd_jax.common import compile_cache
 
     compile_cache.keep()
     bench = paper_run.bench(Path(folder), tuple(students.items()))
-    states = functools.partial(paper_states.run, bench)
-    ways = {"alone": bench.run, "sequence": bench.sequence, "states": states}
+    states, words = (functools.partial(part.run, bench) for part in (paper_states, paper_words))
+    ways = {
+        "alone": bench.run, "sequence": bench.sequence, "states": states, "words": words
+    }  # fmt: skip
     for arm, concept, seed in runs:
         begun = time.process_time()
         found = ways[arm.kind](arm, concept, seed)

@@ -56,7 +56,7 @@ LONG = {
     "long, teacher frozen": {"teacher.weights": "frozen"},
 }
 SEQUENCE = (0, 1, 2, 3, 4)  # concepts that are learned one after another
-SEQUENTIAL = ("dopsd + anchor", "dopsd", "sft")
+SEQUENTIAL = ("dopsd + anchor", "1/2 anchors", "dopsd", "sft")
 OPEN, WHOLE = "open", "whole"  # captions: the word alone, or the whole arrangement
 
 
@@ -64,8 +64,8 @@ OPEN, WHOLE = "open", "whole"  # captions: the word alone, or the whole arrangem
 class Arm:
     """Runs that share a program: they differ in concept and seed.
 
-    kind: `alone`, one concept a run; `sequence`, one after another; `states`: nothing is trained,
-      see paper_states.py.
+    kind: `alone`, one concept a run; `sequence`, one after another; `states`, `words`:
+      nothing is trained, see paper_states.py and paper_words.py.
     captions: `OPEN` or `WHOLE`. student: `SHIPPED`, or one of `STUDENTS`.
     """
 
@@ -105,6 +105,8 @@ class Arm:
         """Concept (of a sequence the first) and seed of every run; one seed after another."""
         if self.kind == "states":
             return [(concept, 0) for concept in range(CONCEPTS)]
+        if self.kind == "words":
+            return [(0, 0)]
         if self.name in LONG:
             return [(0, 0), (1, 0)]
         if self.kind == "sequence":
@@ -137,6 +139,7 @@ def arms() -> Iterator[Arm]:
     for name in ABLATIONS:
         yield Arm(name, "lora", rate)
     yield Arm("dopsd", "lora", 0.0, kind="states")
+    yield Arm("dopsd", "lora", 0.0, kind="words")
     for name, student in itertools.product(COMPARED, STUDENTS):
         yield Arm(name, "lora", rate, student=student)
     for name in LONG:

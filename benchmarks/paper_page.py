@@ -111,6 +111,7 @@ def write(results: Path, page: Path, folder: Path) -> None:
     parts += part("Many steps", long(records))
     parts += part("One concept after another", sequences(records))
     parts += part("What the student is taught", targets(records))
+    parts += part("What a word is to the student", words(records))
     page.write_text("\n".join(parts), encoding="utf-8")
 
 
@@ -302,3 +303,20 @@ def targets(records: Records) -> list[str]:
             cells = " | ".join(f"{value:.3f}" for value in means)
             lines.append(f"| {states} | {node['sigma']:.3g} | {cells} |")
     return lines
+
+
+def words(records: Records) -> list[str]:
+    lines = [
+        "How far its pictures from the same noise are apart when one word differs, before",
+        "training: levels of 255, the mean of all pixels and pairs, and that of the nearest pair.",
+        "",
+        "| captions | what differs | mean | nearest pair |",
+        "|---|---|---|---|",
+    ]
+    if not records.words:
+        return [*lines, "| not run | | | |"]
+    return lines + [
+        f"| {form} | {kind} | {apart['mean']:.2f} | {apart['least']:.2f} |"
+        for form, kinds in records.words.items()
+        for kind, apart in kinds.items()
+    ]

@@ -94,11 +94,14 @@ class Records:
         self._runs: dict[tuple, dict] = defaultdict(dict)
         self._sequences: dict[str, list] = defaultdict(list)
         self.targets: list[dict] = []
+        self.words: dict[str, dict] = {}
         for record in records:
             if record["kind"] == "sequence":
                 self._sequences[record["name"]].append(record)
             elif record["kind"] == "states":
                 self.targets.append(record["targets"])
+            elif record["kind"] == "words":
+                self.words = record["words"]
             else:
                 key = [record[k] for k in ("name", "train", "rate", "captions", "student")]
                 self._runs[tuple(key)][record["concept"], record["seed"]] = record

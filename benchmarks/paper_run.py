@@ -277,6 +277,8 @@ def shown(found: Mapping[str, object]) -> str:
         return "identity " + ", ".join(f"{s['identity']:.2f}" for s in found["rounds"][-1])
     if "targets" in found:
         return "estimates of the teacher"
+    if "words" in found:
+        return "pictures of words"
     last = found["curve"][max(found["curve"])]
     return ", ".join(f"{name} {last[name]:.3f}" for name in SHOWN)
 

@@ -117,10 +117,16 @@ def test_the_page_says_what_was_not_run(many):
     parts = [
         page.methods(records, "lora", paper_arms.METHODS), page.worlds(records),
         page.students(records), page.ablations(records), page.anchors(records),
-        page.long(records), page.sequences(records), page.targets(records),
+        page.long(records), page.sequences(records), page.targets(records), page.words(records),
     ]  # fmt: skip
     for part in parts:
         assert any("not run" in line for line in part)
+
+
+def test_words_that_change_little_are_told():
+    found = {"open": {"two new words": {"mean": 1.5, "least": 0.25}}}
+    records = paper_records.Records([{"name": "dopsd", "kind": "words", "words": found}])
+    assert paper_page.words(records)[-1] == "| open | two new words | 1.50 | 0.25 |"
 
 
 def test_what_a_sequence_keeps_is_relative_to_what_each_run_had_learned():
