@@ -15,7 +15,7 @@ from dopsd_jax.common.background import Background
 from dopsd_jax.conditioning.features import Features
 from dopsd_jax.config import loading
 from dopsd_jax.data.loader import Batches
-from dopsd_jax.estimation import early_step
+from dopsd_jax.estimation import compiled_step, counted_step, early_step, remat
 from dopsd_jax.estimation.early_step import EarlyStep
 from dopsd_jax.parallel import sharding
 from dopsd_jax.run import build, data_set
@@ -102,6 +102,23 @@ def compiled(caplog):
     jax.config.update("jax_log_compiles", True)
     yield lambda: sum("XLA compilation of jit(step)" in r.getMessage() for r in caplog.records)
     jax.config.update("jax_log_compiles", False)
+
+
+@pytest.mark.parametrize("config", ["zimage:random", "flux2_klein:random"])
+def test_what_remat_auto_counts_has_the_anchors_of_the_run(config, pictures, tmp_path, monkeypatch):
+    counted, make = [], counted_step.make_program
+    monkeypatch.setattr(compiled_step, "device_memory", lambda device: 1 << 40)
+    keep = lambda *given: counted.append(make(*given)) or counted[-1]
+    monkeypatch.setattr(counted_step, "make_program", keep)
+    (tmp_path / "prompts.txt").write_text("a tree\na house by a tree")
+    own = ANCHORS | {"anchor.prompts": tmp_path / "prompts.txt", "remat": "auto"}
+    run = Run(pictures, tmp_path, config, **own)
+    run.features.survey()
+    assert remat.settle(run.config, run.pipe, run.features, run.mesh).remat == "none"
+    run.features.prepare()
+    _, _, held = run.given(0)
+    shapes = lambda tree: jax.tree.map(lambda x: (x.shape, x.dtype), tree)
+    assert shapes(counted[0].anchors) == shapes(held)
 
 
 @pytest.mark.parametrize("case", CASES)

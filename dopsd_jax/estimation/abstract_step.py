@@ -127,19 +127,21 @@ def make_program(
 ) -> Program:
     """The step of `config` on the network of `case`, in shapes only.
 
-    `contexts`: one sample's of student and teacher, instead of those with the rows of `case`.
-    Raises `UserError` for what the configuration asks and the network or the mesh cannot do.
+    `contexts`: one sample's of student and teacher, and an anchor's where there are any, instead of
+    those with the rows of `case`. Raises `UserError` for what the configuration asks and the
+    network or the mesh cannot do.
     """
     size = case.size
     sharding.check(mesh, size, batch_size=config.batch_size)
-    features = contexts or _features(config, case)
+    features = contexts[:2] if contexts else _features(config, case)
     kernel = attention.resolve(config.attention, platform, config.dtype, size.head_dim)
     own = case.family, size, kernel, mesh
     plan, graphdef, base = build.abstract_plan(config, *own, factor=case.cell)
     latent = (config.batch_size, *case.latent, size.channels)
     batch = batch_shapes(config, case, features, mesh)
     micro = anchor.micro_batches(config, sharding.sample_devices(mesh))
-    anchors = micro and jax.tree.map(samples(mesh, *micro), _anchor_features(config, case))
+    held = micro and (contexts[2] if contexts else _anchor_features(config, case))
+    anchors = micro and jax.tree.map(samples(mesh, *micro), held)
     positions = tuple(map(case.family.positions, features))
     return Program(plan, graphdef, base, batch, anchors, latent, kernel, positions)
 
