@@ -8,7 +8,7 @@ import time
 import jax
 import numpy as np
 import pytest
-from conftest import RANDOM_CONFIG, run_program
+from conftest import RANDOM_CONFIG, ROOT, run_program
 from PIL import Image
 
 from dopsd_jax.common.background import Background
@@ -26,7 +26,8 @@ CLASS = {
     "dreambooth.class_word": "circle square",
     "dreambooth.concept_word": "a",
 }
-ANCHORS = {"anchor.share": 0.5, "batch_size": 4, "accumulate": 2, "anchor.prompts": "general"}
+FEW_PROMPTS = f"{ROOT}/examples/miniature/ordinary.txt"
+ANCHORS = {"anchor.share": 0.5, "batch_size": 4, "accumulate": 2, "anchor.prompts": FEW_PROMPTS}
 CASES = {
     "a picture for the teacher": ("zimage:random", {}),
     "anchors, several micro-batches": ("zimage:random", ANCHORS),
