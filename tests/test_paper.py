@@ -54,7 +54,8 @@ def test_verdicts_follow_from_the_intervals_of_paired_differences():
     assert "**reproduced**" in verdict(many, "D-OPSD keeps the quality that SFT loses |")
     assert "open" in verdict(many, "PSO comes closer")
     assert "not run" in verdict(many, "D-OPSD learns the concept better than SFT on teacher")
-    assert "not testable" in verdict(many, "The method works on FLUX.2-klein")
+    assert "not testable" in verdict(many, "Four times the work")
+    assert "one run" in verdict(many, "The method works on FLUX.2-klein")
     swapped = [{**r, "name": {"dopsd": "sft", "sft": "dopsd"}.get(r["name"], r["name"])}
                for r in many]  # fmt: skip
     assert "**contradicted**" in verdict(swapped, "D-OPSD learns the concept better than SFT |")
