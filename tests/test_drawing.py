@@ -1,5 +1,6 @@
 """Pictures in batches: those that one alone would be, by one program for each shape."""
 
+import jax
 import numpy as np
 
 import dopsd_jax
@@ -29,6 +30,7 @@ def test_pictures_are_those_drawn_alone_in_the_order_of_the_wishes(random_model,
     traced = []
     rollout = dopsd.rollout
     monkeypatch.setattr(dopsd, "rollout", lambda *given: traced.append(1) or rollout(*given))
+    jax.clear_caches()  # other tests of this process may have drawn such pictures
     context = pipe.encode_prompt(PROMPTS)
     sizes = (32, 48), (32, 32), (32, 48), (32, 48)
     wishes = []

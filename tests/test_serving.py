@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import sys
 
+import jax
 import numpy as np
 import pytest
 from conftest import ROOT
@@ -68,6 +69,7 @@ def test_pictures_are_those_of_the_model_with_the_file_at_that_strength(
     traced = []
     rollout = dopsd.rollout
     monkeypatch.setattr(dopsd, "rollout", lambda *given: traced.append(1) or rollout(*given))
+    jax.clear_caches()  # other tests of this process may have drawn such pictures
     found = drawn(studio, ["a.safetensors"], [1.0, 0.5, 0.25])
     again = drawn(studio, ["dog/b.safetensors"], [0.5])  # another file of the same shape
     assert len(traced) == 1
