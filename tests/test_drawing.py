@@ -1,13 +1,16 @@
 """Pictures in batches: those that one alone would be, by one program for each shape."""
 
+import functools
+
 import jax
 import numpy as np
+import pytest
 
 import dopsd_jax
-from dopsd_jax import dopsd
+from dopsd_jax import dopsd, families
 from dopsd_jax.families import drawing
 from dopsd_jax.families.drawing import Wish, draw, filled, together
-from dopsd_jax.families.pipeline import start_noise
+from dopsd_jax.families.pipeline import pipeline, start_noise
 
 PROMPTS = ["a red circle", "a blue star", "a large green square on the left"]
 
@@ -48,3 +51,15 @@ def test_pictures_are_those_drawn_alone_in_the_order_of_the_wishes(random_model,
         alone = pipe([""], height=height, width=width, latents=noise, context=own)[0]
         assert np.abs(picture.astype(int) - alone).max() <= 1
     assert np.abs(found[0].astype(int) - found[2]).max() > 20, "all pictures are alike"
+
+
+@pytest.mark.parametrize("family", ["zimage", "flux2_klein"])
+def test_pictures_are_drawn_by_one_program_however_layers_are_trained(family, tmp_path):
+    folder = families.load(family).write_random_model(tmp_path)
+    found = []
+    for remat in ("none", "unrolled"):
+        pipe = pipeline(folder, remat=remat)
+        noise, context = start_noise(0, 1, pipe.latent_shape(32, 32)), pipe.encode_prompt(["a dog"])
+        sample = functools.partial(pipe.sample, noise=noise, context=context, grid=(1.0, 0.5, 0.0))
+        found.append(str(jax.make_jaxpr(sample)(pipe.split[1])))
+    assert found[0] == found[1]
