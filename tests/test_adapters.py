@@ -105,3 +105,33 @@ def test_an_update_is_the_product_with_delta(kind):
         else:
             change = x @ layer.adapters[str(part)].delta()
             assert relative_error(found - base, change) < 1e-5
+
+
+@pytest.mark.parametrize("kind", [Lora, Lokr])
+@pytest.mark.parametrize("fused_before", [False, True])
+def test_in_the_kernel_it_does_what_it_does_alone(kind, fused_before):
+    """Outputs and gradients; and only where nothing is lost by rounding, and many rows pay."""
+    layer = Dense((8, 4), (8, 4, 4), groups=2, fused_before=fused_before, rngs=nnx.Rngs(0))
+    douts = {0: 16} if fused_before else {0: 8, 2: 4}
+    slots = {str(i): attach.Slot("dense", i, None, 12, dout) for i, dout in douts.items()}
+    attach.attach(nnx.Dict(dense=layer), slots, 4, 6.0, jax.random.key(0), kind)
+    nnx.update(layer, noisy(nnx.state(layer, nnx.LoRAParam)))
+    assert all(adapter.is_wide for adapter in layer.adapters.values())
+
+    def products(run, adapters, x):
+        lines = jax.make_jaxpr(run)(adapters, x).jaxpr.eqns
+        return sum(e.primitive.name == "dot_general" and len(x) in e.outvars[0].aval.shape
+                   for e in lines)  # fmt: skip
+
+    x, found = jax.random.normal(jax.random.key(3), (20, 12)), []
+    for wide in (True, False):
+        for adapter in layer.adapters.values():
+            adapter.is_wide = wide
+        graphdef, adapters, base = nnx.split(layer, nnx.LoRAParam, ...)
+        run = lambda adapters, x, g=graphdef, b=base: nnx.merge(g, adapters, b)(x)
+        loss = lambda adapters, x, run=run: jnp.sum(jnp.sin(run(adapters, x)))
+        found.append(jax.value_and_grad(loss, argnums=(0, 1))(adapters, x))
+        assert (products(run, adapters, x) == 1) == wide
+        assert products(run, adapters, x.astype(jnp.bfloat16)) > 1
+        assert products(run, adapters, x[:11]) > 1
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6), *found)

@@ -111,6 +111,7 @@ def attach(
             scale[place] = kind.strength(slot.din, slot.dout, rank, alpha)
         adapter = kind.init(part_key, lead, slot.din, slot.dout, rank)
         adapter.scale = AdapterScale(jnp.asarray(scale))
+        adapter.is_wide = kind.is_wide_for(slot.din, slot.dout, rank)
         layer.adapters[str(part)] = adapter
 
 

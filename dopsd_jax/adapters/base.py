@@ -21,14 +21,15 @@ class Adapter(nnx.Module):
     """The trained change of one linear layer: y = x W + update(x).
 
     It is held by a `models.layers.Dense`, for one of its fused parts, under the part's number; the
-    `Dense` only calls `updates`. Its trained arrays are `nnx.LoRAParam`. In a stack of layers each
-    array has a leading axis of layers, and a scan over them calls `updates` for one at a time.
+    `Dense` only calls `updates` or `delta`. Its trained arrays are `nnx.LoRAParam`. In a stack of
+    layers each array has a leading axis of layers, and a scan over them uses one at a time.
 
     `export` and `load` are of one layer: `weights` are its trained arrays by attribute, without
     that axis.
     """
 
     scale: AdapterScale
+    is_wide: bool  # see `is_wide_for`
     title: ClassVar[str]
     module: ClassVar[type]  # what `export` makes
 
@@ -36,7 +37,7 @@ class Adapter(nnx.Module):
     def init(
         cls, key: jax.Array, lead: tuple[int, ...], din: int, dout: int, rank: int
     ) -> "Adapter":
-        """An adapter that changes nothing yet; `lead`: () or (layers,). `attach` sets `scale`."""
+        """One that changes nothing yet; `lead`: () or (layers,). `attach` sets the rest."""
         raise NotImplementedError
 
     @classmethod
@@ -75,6 +76,15 @@ class Adapter(nnx.Module):
     def products(cls, din: int, dout: int, rank: int) -> int:
         """Multiplications for one row of x in one layer."""
         return cls.size(din, dout, rank)
+
+    @classmethod
+    def is_wide_for(cls, din: int, dout: int, rank: int) -> bool:
+        """Whether its own work is not small beside its layer's, so that it is faster in the kernel.
+
+        Alone it has three products (forward, and two gradients) of narrow matrices, which run at
+        about half the speed of wide ones; in the kernel, one more of the layer's size.
+        """
+        return 2 * 3 * cls.products(din, dout, rank) > din * dout
 
     @staticmethod
     def export(weights: Mapping[str, np.ndarray], scale: float) -> Any:

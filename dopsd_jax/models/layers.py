@@ -22,7 +22,8 @@ class Dense(nnx.Module):
     of every part, whole heads if `groups` divides these. `din=(d0, d1)`: the inputs are parts in
     the same way (`inputs`). `fused_before`: the parts are of one PyTorch layer, with one adapter.
     `adapters.attach` fills `adapters`, keyed by the number of the layer, all of one kind; this
-    class only calls their `updates` (see `adapters.base.Adapter`).
+    class only calls their `updates`, or adds their `delta`s to the kernel where that is faster (see
+    `adapters.base.Adapter`).
     The product runs in x's type, whatever the kernel is stored in; `quantised.quantised` may put a
     `QuantisedKernel` in its place.
     """
@@ -47,20 +48,44 @@ class Dense(nnx.Module):
 
     def __call__(self, x: Float[Array, "... din"]) -> Float[Array, "... dout"]:
         free = (UNCONSTRAINED,) * (x.ndim - 1)
+        merges = self._merges(x)
         if isinstance(self.kernel, QuantisedKernel):
             y = self.kernel.apply(x)
         else:
-            y = x @ self.kernel[...].astype(x.dtype)
+            kernel = self.kernel[...].astype(x.dtype)
+            y = x @ (kernel + self._adapter_delta() if merges else kernel)
         y = constrain_batch(y, *free)
         if self.bias is not None:
             y = y + self.bias[...].astype(x.dtype)
-        if len(self.adapters):
+        if len(self.adapters) and not merges:
             y = constrain_batch(y + self._adapter_update(x), *free)
         return y
 
     def split(self, y: Float[Array, "... dout"]) -> list[Float[Array, "... _part"]]:
         """Cuts an output into its parts."""
         return self.outputs.split(y)
+
+    def _merges(self, x: Float[Array, "... din"]) -> bool:
+        """Whether x meets the kernel with the adapters in it, and not each alone.
+
+        One wide product then takes the place of many narrow ones, and a backward pass makes the
+        whole kernel's gradient for that of the adapters.
+        """
+        # Other types and other platforms round W + delta to fewer bits: small changes are lost.
+        exact = x.dtype == jnp.float32 and jax.default_backend() == "cpu"
+        fit = exact and not isinstance(self.kernel, QuantisedKernel)
+        many = math.prod(x.shape[:-1]) >= x.shape[-1]  # a few rows are not worth a new kernel
+        held = self.adapters.values()
+        return bool(fit and many and held and all(adapter.is_wide for adapter in held))
+
+    def _adapter_delta(self) -> Float[Array, "din dout"]:
+        ordered = lambda adapter: self.inputs.ordered(adapter.delta(), axis=0)
+        found = {layer: ordered(adapter) for layer, adapter in self.adapters.items()}
+        if self.fused_before:
+            return self.outputs.ordered(found["0"])
+        empty = lambda size: jnp.zeros((sum(self.inputs.sizes), size))
+        parts = enumerate(self.outputs.sizes)
+        return self.outputs.join([found.get(str(i), empty(size)) for i, size in parts])
 
     def _adapter_update(self, x: Float[Array, "... din"]) -> Float[Array, "... dout"]:
         layers = sorted(self.adapters, key=int)
