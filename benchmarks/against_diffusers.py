@@ -40,7 +40,7 @@ from dopsd_jax.common import program
 from dopsd_jax.common.errors import UserError
 from dopsd_jax.config.find import shipped
 from dopsd_jax.families.flux2_klein import random as klein
-from dopsd_jax.families.pipeline import start_noise
+from dopsd_jax.families.sampling import start_noise
 from dopsd_jax.models.flux2_config import ROWS_FIELD, Flux2Config
 from dopsd_jax.random_model import Size, write_random_model
 

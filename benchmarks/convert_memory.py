@@ -25,7 +25,7 @@ import numpy as np
 from dopsd_jax.common.progress import byte_progress
 from dopsd_jax.conversion.export import export_diffusers, export_single
 from dopsd_jax.conversion.importing import import_model
-from dopsd_jax.models.zimage import ZImageConfig, names
+from dopsd_jax.models.zimage_config import ZImageConfig, names
 from dopsd_jax.random_model import write_random_model
 from dopsd_jax.weights.safetensors_write import write_sharded
 from dopsd_jax.weights.tensors import TensorInfo, take

@@ -13,7 +13,7 @@ from paper_run import Bench
 
 from dopsd_jax.common.config_fields import name_or_list
 from dopsd_jax.common.flow import euler, x0_hat
-from dopsd_jax.families.pipeline import start_noise
+from dopsd_jax.families.sampling import start_noise
 from dopsd_jax.families.zimage import family
 from dopsd_jax.miniature import judge
 from dopsd_jax.miniature import world_scorers as judged

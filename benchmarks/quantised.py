@@ -18,7 +18,7 @@ from flax import nnx
 from dopsd_jax import dopsd
 from dopsd_jax.adapters import attach
 from dopsd_jax.families.zimage import family
-from dopsd_jax.models import quantised, zimage
+from dopsd_jax.models import quantised, zimage, zimage_config
 
 HEADS = flags.DEFINE_integer("heads", 10, "of 128; the published network has 30", lower_bound=1)
 LAYERS = flags.DEFINE_integer("layers", 6, "the published network has 30", lower_bound=1)
@@ -56,7 +56,7 @@ OUTLIERS, GAIN = 0.005, 10.0  # share of a kernel's inputs that are larger, and 
 def main(_) -> None:
     jax.config.update("jax_default_matmul_precision", "float32")
     quantised.SCHEMES[WHOLE] = quantised.Scheme("int8")
-    cfg = zimage.ZImageConfig(
+    cfg = zimage_config.ZImageConfig(
         dim=128 * HEADS.value, heads=HEADS.value, layers=LAYERS.value, refiner_layers=1
     )
     lines = [
@@ -88,7 +88,7 @@ def main(_) -> None:
     print(about)
 
 
-def compare(cfg: zimage.ZImageConfig, kind: str):
+def compare(cfg: zimage_config.ZImageConfig, kind: str):
     """(base, reference, error of kernels, error of the velocity, cosine) for each base type."""
     exact = network(cfg, kind)
     reference = measure(cfg, *exact)
@@ -102,12 +102,12 @@ def compare(cfg: zimage.ZImageConfig, kind: str):
         yield scheme, "bfloat16", *scores(found, result, kernels(short[2], scheme), kernels(half))
 
 
-def network(cfg: zimage.ZImageConfig, kind: str):
+def network(cfg: zimage_config.ZImageConfig, kind: str):
     """(graph, adapters that are not zero, base) with random weights."""
     net = zimage.ZImage(cfg, remat="full", rngs=nnx.Rngs(0))
     for part in (net.layers, net.noise_refiner):  # open gates: otherwise blocks hardly act
         part.modulation.bias[...] += 0.5
-    chosen = attach.select(attach.slots(zimage.names(cfg)), "blocks", family.LORA_PRESETS)
+    chosen = attach.select(attach.slots(zimage_config.names(cfg)), "blocks", family.LORA_PRESETS)
     attach.attach(net, chosen, 64, 128.0, jax.random.key(1))
     graphdef, adapter, base = nnx.split(net, nnx.LoRAParam, ...)
     leaves, tree = jax.tree.flatten(adapter)
@@ -150,7 +150,7 @@ def kernels(base: nnx.State, scheme: str | None = None) -> dict[str, np.ndarray]
     }
 
 
-def measure(cfg: zimage.ZImageConfig, graphdef, adapter, base):
+def measure(cfg: zimage_config.ZImageConfig, graphdef, adapter, base):
     """The student's first velocity and the gradient of one step, flat."""
     rng = np.random.default_rng(0)
     context = lambda rows: family.Context(

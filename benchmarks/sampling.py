@@ -60,7 +60,7 @@ def ours(folder) -> tuple[Callable, Callable, Callable]:
     import jax
 
     import dopsd_jax
-    from dopsd_jax.families.pipeline import start_noise
+    from dopsd_jax.families.sampling import start_noise
 
     pipe = dopsd_jax.load_pipeline(str(folder), dtype="float32" if DRY.value else "bfloat16")
     prompts = [PROMPT] * BATCH.value

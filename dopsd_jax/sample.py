@@ -96,8 +96,8 @@ from dopsd_jax.conditioning.padding import padded_rows, shapes_of
 from dopsd_jax.data.images import open_image
 from dopsd_jax.families.base import STUDENT
 from dopsd_jax.families.drawing import decoded, filled, together
-from dopsd_jax.families.pipeline import start_noise
 from dopsd_jax.families.prompts import prompt_features
+from dopsd_jax.families.sampling import start_noise
 from dopsd_jax.reporting import parameters, pictures
 from dopsd_jax.reporting.parameters import Parameters
 

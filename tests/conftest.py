@@ -37,7 +37,7 @@ from dopsd_jax.adapters import attach
 from dopsd_jax.common.atomic import partial_of
 from dopsd_jax.families.lora import lora_layers
 from dopsd_jax.families.zimage import family
-from dopsd_jax.models import zimage
+from dopsd_jax.models import zimage_config
 from dopsd_jax.random_model import write_random_model
 from dopsd_jax.weights.lora_files import LoraModule
 from dopsd_jax.weights.lora_write import write_lora
@@ -79,7 +79,7 @@ def lora_file(random_model, tmp_path_factory):
     """A strong random adapter of the miniature, as the training program would write it."""
     rng = np.random.default_rng(0)
     config = dopsd_jax.load_pipeline(str(random_model)).config
-    chosen = attach.select(attach.slots(zimage.names(config)), "blocks", family.LORA_PRESETS)
+    chosen = attach.select(attach.slots(zimage_config.names(config)), "blocks", family.LORA_PRESETS)
     modules = {
         path: LoraModule(
             rng.standard_normal((4, slot.din)).astype(np.float32) / slot.din**0.5,

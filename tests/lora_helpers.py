@@ -7,7 +7,7 @@ from diffusers import ZImageTransformer2DModel
 from safetensors.numpy import save_file
 
 from dopsd_jax.families.zimage.networks import ZIMAGE
-from dopsd_jax.models.zimage import ZImageConfig
+from dopsd_jax.models.zimage_config import ZImageConfig
 from dopsd_jax.weights.lora_dialects import layers_of
 from dopsd_jax.weights.lora_files import LoraModule
 

@@ -20,13 +20,13 @@ from dopsd_jax.adapters.lokr import Lokr
 from dopsd_jax.estimation.collectives import collectives
 from dopsd_jax.families.flux2_klein import family as klein
 from dopsd_jax.families.zimage import family
-from dopsd_jax.models import flux2, flux2_config, zimage
+from dopsd_jax.models import flux2, flux2_config, zimage, zimage_config
 from dopsd_jax.models.attention import attention, per_device, splash_attention
 from dopsd_jax.models.layers import Dense
 from dopsd_jax.parallel import sharding
 from dopsd_jax.training import optimizers, state, train_step
 
-CFG = zimage.ZImageConfig(
+CFG = zimage_config.ZImageConfig(
     dim=96, layers=2, refiner_layers=0, heads=4, caption_dim=16, axes_dims=(8, 8, 8)
 )
 KLEIN = flux2_config.Flux2Config(
@@ -62,7 +62,7 @@ def model(mode, cfg):
     net = zimage.ZImage(cfg, rngs=nnx.Rngs(0))
     if mode == "full":
         return nnx.split(net, nnx.Param, ...)
-    chosen = attach.select(attach.slots(zimage.names(cfg)), "blocks", family.LORA_PRESETS)
+    chosen = attach.select(attach.slots(zimage_config.names(cfg)), "blocks", family.LORA_PRESETS)
     attach.attach(net, chosen, RANK, 8.0, jax.random.key(1))
     graphdef, adapter, base = nnx.split(net, nnx.LoRAParam, ...)
     leaves, tree = jax.tree.flatten(adapter)

@@ -16,11 +16,11 @@ import numpy as np
 from dopsd_jax.config import schema
 from dopsd_jax.estimation.abstract_step import Workload, make_program
 from dopsd_jax.families.zimage import family
-from dopsd_jax.models import zimage
+from dopsd_jax.models import zimage_config
 from dopsd_jax.parallel import sharding
 
 GET_CONFIG = runpy.run_path(str(Path(__file__).parents[1] / "configs/zimage.py"))["get_config"]
-SIZE = zimage.ZImageConfig(
+SIZE = zimage_config.ZImageConfig(
     dim=32, layers=2, refiner_layers=0, heads=2, caption_dim=16, axes_dims=(4, 6, 6)
 )
 CASE = Workload(family, SIZE, height=32, width=48, rows_student=32, rows_teacher=64)

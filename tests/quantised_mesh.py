@@ -11,7 +11,7 @@ from mesh_step import CFG, batch
 
 from dopsd_jax.adapters import attach
 from dopsd_jax.families.zimage import family
-from dopsd_jax.models import quantised, zimage
+from dopsd_jax.models import quantised, zimage, zimage_config
 from dopsd_jax.parallel import sharding
 
 MESHES = ({"data": 2, "fsdp": 2, "tensor": 2}, {"fsdp": 8})
@@ -39,7 +39,9 @@ def main():
     jax.config.update("jax_default_matmul_precision", "float32")
     for scheme in quantised.SCHEMES:
         net = quantised.quantised(zimage.ZImage(CFG, remat="full", rngs=nnx.Rngs(0)), scheme)
-        chosen = attach.select(attach.slots(zimage.names(CFG)), "attention", family.LORA_PRESETS)
+        chosen = attach.select(
+            attach.slots(zimage_config.names(CFG)), "attention", family.LORA_PRESETS
+        )
         attach.attach(net, chosen, 4, 8.0, jax.random.key(1))
         parts = nnx.split(net, nnx.LoRAParam, ...)
         expected, _ = gradient(parts, sharding.make_mesh({"data": 1}, jax.devices()[:1]))

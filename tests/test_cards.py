@@ -19,7 +19,7 @@ from dopsd_jax.common import gpu_memory
 from dopsd_jax.config import schema
 from dopsd_jax.estimation import counted_step, encoders
 from dopsd_jax.estimation.abstract_step import Workload, make_program
-from dopsd_jax.models import zimage
+from dopsd_jax.models import zimage_config
 from dopsd_jax.models.flux2_config import Flux2Config
 from dopsd_jax.parallel import sharding
 
@@ -87,7 +87,7 @@ def test_a_text_encoder_is_the_one_that_the_transformer_was_made_for():
 
 
 SMALL = {
-    "zimage": zimage.ZImageConfig(
+    "zimage": zimage_config.ZImageConfig(
         dim=32, layers=1, refiner_layers=0, heads=2, caption_dim=8, axes_dims=(4, 6, 6)
     ),
     "flux2_klein": Flux2Config(

@@ -14,7 +14,7 @@ from dopsd_jax import dopsd
 from dopsd_jax.estimation import tpu_topologies
 from dopsd_jax.estimation.collectives import KINDS, collectives
 from dopsd_jax.families.zimage import family
-from dopsd_jax.models import zimage
+from dopsd_jax.models import zimage, zimage_config
 from dopsd_jax.parallel import sharding
 from dopsd_jax.training import state, train_step
 
@@ -26,7 +26,7 @@ pytestmark = [
     ),
 ]
 
-CFG = zimage.ZImageConfig(
+CFG = zimage_config.ZImageConfig(
     dim=640, layers=2, refiner_layers=0, heads=5, caption_dim=64, axes_dims=(32, 48, 48)
 )
 GRID, LATENT, ROWS = (1.0, 0.7, 0.0), (32, 40, 16), (128, 160)

@@ -16,7 +16,7 @@ from weights_helpers import SMALL, TRANSFORMER, run_python, same_modules, tensor
 from dopsd_jax.conversion.export import export_diffusers, export_single
 from dopsd_jax.conversion.importing import import_model
 from dopsd_jax.families.zimage.networks import VLM, ZIMAGE
-from dopsd_jax.models.zimage import ZImageConfig, names
+from dopsd_jax.models.zimage_config import ZImageConfig, names
 from dopsd_jax.random_model import write_random_model
 from dopsd_jax.weights import device_stack
 from dopsd_jax.weights.layouts import Found, in_layout

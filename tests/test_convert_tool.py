@@ -14,7 +14,7 @@ from weights_helpers import ROOT, SMALL, Interrupt, run_python, tensors_of
 
 from dopsd_jax.conversion import importing
 from dopsd_jax.conversion.importing import import_model
-from dopsd_jax.models.zimage import ZImageConfig, names
+from dopsd_jax.models.zimage_config import ZImageConfig, names
 from dopsd_jax.random_model import write_random_model
 from dopsd_jax.weights import converted
 from dopsd_jax.weights.safetensors_io import TensorFiles

@@ -14,7 +14,7 @@ from flax import nnx
 from dopsd_jax import dopsd
 from dopsd_jax.adapters import attach
 from dopsd_jax.families.zimage import family
-from dopsd_jax.models import zimage
+from dopsd_jax.models import zimage, zimage_config
 from dopsd_jax.training import optimizers, state, train_step
 from dopsd_jax.weights.lora_files import LoraModule
 
@@ -38,8 +38,8 @@ CASES = {
 def world():
     """The same transformer and adapters on both sides, and six micro-batches of captions."""
     model = reference.build_transformer(seed=0)
-    cfg = zimage.ZImageConfig.from_dict(dict(model.config), "config.json")
-    leaves = zimage.names(cfg)
+    cfg = zimage_config.ZImageConfig.from_dict(dict(model.config), "config.json")
+    leaves = zimage_config.names(cfg)
     ours = fill(
         nnx.eval_shape(lambda: zimage.ZImage(cfg, rngs=nnx.Rngs(0))),
         leaves,

@@ -10,7 +10,8 @@ import dopsd_jax
 from dopsd_jax import dopsd, families
 from dopsd_jax.families import drawing
 from dopsd_jax.families.drawing import Wish, draw, filled, together
-from dopsd_jax.families.pipeline import pipeline, start_noise
+from dopsd_jax.families.pipeline import pipeline
+from dopsd_jax.families.sampling import start_noise
 
 PROMPTS = ["a red circle", "a blue star", "a large green square on the left"]
 

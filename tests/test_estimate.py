@@ -23,15 +23,15 @@ from dopsd_jax.estimation import (
     tpu_topologies,
 )
 from dopsd_jax.families.zimage import family
-from dopsd_jax.models import attention, zimage
+from dopsd_jax.models import attention, zimage, zimage_config
 from dopsd_jax.parallel import sharding
 
 ROOT = pathlib.Path(__file__).parents[1]
-TINY = zimage.ZImageConfig(
+TINY = zimage_config.ZImageConfig(
     dim=32, layers=2, refiner_layers=1, heads=2, caption_dim=8, axes_dims=(4, 6, 6)
 )
 CASE = abstract_step.Workload(family, TINY, height=32, width=48, rows_student=32, rows_teacher=64)
-PUBLISHED = zimage.ZImageConfig()
+PUBLISHED = zimage_config.ZImageConfig()
 FULL_SIZE = abstract_step.Workload(
     family, PUBLISHED, height=1024, width=1024, rows_student=512, rows_teacher=1024
 )
@@ -206,7 +206,7 @@ def test_an_impossible_mesh_is_refused():
 
 
 def test_sizes_come_from_the_folder_or_are_the_published_ones(tmp_path):
-    published = zimage.ZImageConfig()
+    published = zimage_config.ZImageConfig()
 
     def size(model, full_size=False):
         return abstract_step.find_network(load_config(model=model), full_size)[1]

@@ -16,16 +16,16 @@ from dopsd_jax.families.work import adapter_work
 from dopsd_jax.families.zimage import family
 from dopsd_jax.methods import registry
 from dopsd_jax.methods.method import Count, Passes
-from dopsd_jax.models import zimage
+from dopsd_jax.models import zimage, zimage_config
 
-FULL = zimage.ZImageConfig()
-TINY = zimage.ZImageConfig(
+FULL = zimage_config.ZImageConfig()
+TINY = zimage_config.ZImageConfig(
     dim=96, layers=3, refiner_layers=2, heads=4, caption_dim=16, axes_dims=(8, 8, 8)
 )
 
 
 def chosen(cfg, targets="blocks"):
-    return attach.select(attach.slots(zimage.names(cfg)), targets, family.LORA_PRESETS)
+    return attach.select(attach.slots(zimage_config.names(cfg)), targets, family.LORA_PRESETS)
 
 
 def of_rank(rank):
@@ -102,7 +102,7 @@ def test_a_traced_step_has_the_counted_products(targets):
 @pytest.mark.parametrize("gradient", [False, True])
 def test_a_layer_costs_what_xla_says(gradient):
     """XLA's count of a program of two layers less that of one layer: scans are left out."""
-    cfg = zimage.ZImageConfig(dim=768, layers=2, heads=6, caption_dim=16)
+    cfg = zimage_config.ZImageConfig(dim=768, layers=2, heads=6, caption_dim=16)
     tokens, rank = 256, 16
     graphdef, adapter, base = adapted(cfg, "main", rank)
     rope = (jnp.ones((1, tokens, 1, cfg.head_dim // 2)),) * 2
@@ -122,8 +122,8 @@ def test_a_layer_costs_what_xla_says(gradient):
 
     two, one = (
         family.velocity_work(
-            zimage.ZImageConfig(**{**vars(cfg), "layers": n}), 32, 32, 0,
-            chosen(zimage.ZImageConfig(**{**vars(cfg), "layers": n}), "main"), of_rank(rank),
+            zimage_config.ZImageConfig(**{**vars(cfg), "layers": n}), 32, 32, 0,
+            chosen(zimage_config.ZImageConfig(**{**vars(cfg), "layers": n}), "main"), of_rank(rank),
         )
         for n in (2, 1)
     )  # fmt: skip

@@ -18,7 +18,7 @@ from dopsd_jax.common.flow import euler
 from dopsd_jax.config import schema
 from dopsd_jax.families.zimage import family
 from dopsd_jax.methods.flow_matching import Batch
-from dopsd_jax.models import zimage
+from dopsd_jax.models import zimage, zimage_config
 from dopsd_jax.models.names import to_flax
 from dopsd_jax.parallel import sharding
 from dopsd_jax.run import build
@@ -26,7 +26,7 @@ from dopsd_jax.training import optimizers, state
 from dopsd_jax.training.checkpoint import Checkpoints
 from dopsd_jax.weights.live import LiveTensors
 
-SIZE = zimage.ZImageConfig(
+SIZE = zimage_config.ZImageConfig(
     dim=48, layers=2, refiner_layers=2, heads=3, channels=4, caption_dim=16,
     axes_dims=(4, 6, 6), axes_lens=(160, 32, 32),
 )  # fmt: skip
@@ -228,7 +228,7 @@ def test_weight_decay_spares_norms_biases_and_learned_tokens():
 @pytest.mark.parametrize("host", [False, True])
 def test_parameters_in_training_read_as_tensors_of_the_checkpoint(host):
     """Every tensor, from device or host memory, in the type asked for; fused ones taken apart."""
-    student, leaves = world()[1], zimage.names(SIZE)
+    student, leaves = world()[1], zimage_config.names(SIZE)
     if host:
         place = jax.tree.leaves(student)[0].sharding.with_memory_kind("pinned_host")
         student = jax.device_put(student, place)

@@ -15,7 +15,7 @@ from flax import nnx
 
 from dopsd_jax import dopsd
 from dopsd_jax.families.zimage import family
-from dopsd_jax.models import zimage
+from dopsd_jax.models import zimage, zimage_config
 from dopsd_jax.training import optimizers, state, train_step
 from dopsd_jax.weights.live import LiveTensors
 
@@ -82,10 +82,10 @@ def torch_steps(model, batches, s: reference.Settings):
 def world():
     """The same transformer on both sides, and six micro-batches of captions."""
     model = reference.build_transformer(seed=0)
-    cfg = zimage.ZImageConfig.from_dict(dict(model.config), "config.json")
+    cfg = zimage_config.ZImageConfig.from_dict(dict(model.config), "config.json")
     ours = fill(
         nnx.eval_shape(lambda: zimage.ZImage(cfg, rngs=nnx.Rngs(0))),
-        zimage.names(cfg),
+        zimage_config.names(cfg),
         {k: v.numpy() for k, v in model.state_dict().items()},
     )
     rng = np.random.default_rng(3)
@@ -96,7 +96,7 @@ def world():
 
 def tensors(parameters, cfg):
     """By diffusers' names, through the view that also writes the delivered model."""
-    live = LiveTensors(parameters, zimage.names(cfg), "float32")
+    live = LiveTensors(parameters, zimage_config.names(cfg), "float32")
     return {name: live.read(name) for name in live.infos}
 
 

@@ -9,7 +9,7 @@ from conftest import ROOT, run_program
 from torch_reference import sample_with_diffusers
 
 import dopsd_jax
-from dopsd_jax.families.pipeline import start_noise
+from dopsd_jax.families.sampling import start_noise
 from dopsd_jax.families.zimage import networks
 from dopsd_jax.weights.stored import open_stored
 

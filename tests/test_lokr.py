@@ -23,7 +23,7 @@ from dopsd_jax.common.lora_options import LoraOption
 from dopsd_jax.config.fields import defaults
 from dopsd_jax.families.lora import attach_files
 from dopsd_jax.families.zimage import family
-from dopsd_jax.models import zimage
+from dopsd_jax.models import zimage, zimage_config
 from dopsd_jax.models.layers import Dense
 from dopsd_jax.training import trainable
 from dopsd_jax.training.optimizers import decayed
@@ -31,7 +31,7 @@ from dopsd_jax.weights.lora_files import read_adapter
 from dopsd_jax.weights.lora_write import write_lora
 from dopsd_jax.weights.safetensors_io import read_header
 
-SLOTS = attach.slots(zimage.names(CONFIG))
+SLOTS = attach.slots(zimage_config.names(CONFIG))
 # The block's layers are [48, 48] and [128, 48]: with factor 4 a rank of 3 makes products, 16 is
 # whole for the former.
 RANK, ALPHA = 3, 5.0

@@ -10,14 +10,14 @@ from flax import nnx
 from dopsd_jax.adapters import attach
 from dopsd_jax.common.errors import UserError
 from dopsd_jax.families.zimage.family import LORA_PRESETS, Context, denoiser
-from dopsd_jax.models import zimage
+from dopsd_jax.models import zimage, zimage_config
 from dopsd_jax.models.names import to_flax
 
-CFG = zimage.ZImageConfig(
+CFG = zimage_config.ZImageConfig(
     dim=48, layers=3, refiner_layers=2, heads=3, channels=4, caption_dim=20, axes_dims=(4, 6, 6),
     axes_lens=(128, 32, 32),
 )  # fmt: skip
-FULL = zimage.ZImageConfig()
+FULL = zimage_config.ZImageConfig()
 
 
 def build(chosen=None, rank=4, alpha=8.0):
@@ -43,7 +43,7 @@ def split(model):
 
 
 def choose(targets, cfg=CFG):
-    return attach.select(attach.slots(zimage.names(cfg)), targets, LORA_PRESETS)
+    return attach.select(attach.slots(zimage_config.names(cfg)), targets, LORA_PRESETS)
 
 
 def noisy(adapter, seed=2):
@@ -55,7 +55,7 @@ def noisy(adapter, seed=2):
 
 def merge(model, deltas):
     """Adds the changes [out, in], by PyTorch path, to the weights of a network."""
-    for leaf in zimage.names(CFG):
+    for leaf in zimage_config.names(CFG):
         names = [s.name.removesuffix(".weight") for s in leaf.sources]
         if not deltas.keys() & set(names):
             continue
@@ -104,7 +104,7 @@ def test_the_published_model_gets_238_layers_and_158760960_parameters_at_rank_64
     chosen = choose("blocks", FULL)
     assert len(chosen) == 238
     assert sum(64 * (s.din + s.dout) for s in chosen.values()) == 158_760_960
-    assert len(attach.slots(zimage.names(FULL))) == 276
+    assert len(attach.slots(zimage_config.names(FULL))) == 276
     assert len(choose("before_pr5", FULL)) == 5 * 34
     assert len(choose("main", FULL)) == 7 * 30
 

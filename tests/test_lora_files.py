@@ -21,7 +21,7 @@ from lora_helpers import (
 
 from dopsd_jax.common.errors import UserError
 from dopsd_jax.families.zimage.networks import ZIMAGE
-from dopsd_jax.models.zimage import ZImageConfig
+from dopsd_jax.models.zimage_config import ZImageConfig
 from dopsd_jax.weights.lora_dialects import STYLES, layers_of, stems
 from dopsd_jax.weights.lora_files import read_lora
 from dopsd_jax.weights.lora_settings import HEADER

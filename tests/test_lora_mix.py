@@ -23,7 +23,7 @@ from dopsd_jax.common.errors import UserError
 from dopsd_jax.common.lora_options import LoraOption, lora_option, lora_options
 from dopsd_jax.families.lora import attach_files
 from dopsd_jax.families.zimage import family
-from dopsd_jax.models import zimage
+from dopsd_jax.models import zimage, zimage_config
 from dopsd_jax.random_model import write_random_model
 from dopsd_jax.weights.lora_mix import read_mix
 from dopsd_jax.weights.safetensors_io import TensorFiles
@@ -90,7 +90,7 @@ def test_changes_add_up_with_their_strengths(files):
     assert {m.rank for m in modules.values()} == {4, 7}
     network = zimage.ZImage(CONFIG, rngs=nnx.Rngs(0))
     attach_files(network, family, CONFIG, given)
-    slots = attach.slots(zimage.names(CONFIG))
+    slots = attach.slots(zimage_config.names(CONFIG))
     trained = nnx.state(network, nnx.LoRAParam)
     attached = attach.export(trained, {p: slots[p] for p in modules}, 1.0)
     for found in (deltas(modules), deltas(attached)):

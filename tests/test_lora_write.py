@@ -27,7 +27,7 @@ from safetensors.numpy import load_file
 
 from dopsd_jax.common.errors import UserError
 from dopsd_jax.families.zimage.networks import ZIMAGE
-from dopsd_jax.models.zimage import ZImageConfig
+from dopsd_jax.models.zimage_config import ZImageConfig
 from dopsd_jax.weights.lora_dialects import WRITTEN, layers_of
 from dopsd_jax.weights.lora_files import read_lora
 from dopsd_jax.weights.lora_settings import HEADER

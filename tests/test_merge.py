@@ -7,7 +7,7 @@ from weights_helpers import SMALL, tensors_of
 from dopsd_jax.common.errors import UserError
 from dopsd_jax.conversion.export import export_diffusers, export_single
 from dopsd_jax.conversion.importing import import_model
-from dopsd_jax.models.zimage import ZImageConfig, names
+from dopsd_jax.models.zimage_config import ZImageConfig, names
 from dopsd_jax.random_model import write_random_model
 from dopsd_jax.weights.lora_files import LoraModule
 from dopsd_jax.weights.safetensors_io import TensorFiles

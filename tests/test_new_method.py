@@ -18,10 +18,10 @@ from dopsd_jax.estimation.abstract_step import Workload, make_program
 from dopsd_jax.families.zimage import family
 from dopsd_jax.methods import registry
 from dopsd_jax.methods.method import Method, Needs, Passes
-from dopsd_jax.models import zimage
+from dopsd_jax.models import zimage_config
 from dopsd_jax.parallel import sharding
 
-SIZE = zimage.ZImageConfig(
+SIZE = zimage_config.ZImageConfig(
     dim=32, layers=1, refiner_layers=0, heads=2, caption_dim=16, axes_dims=(4, 6, 6)
 )
 STRENGTH = Field("toy.strength", 0.5, "of the pull to zero", low=0, high=1)

@@ -22,7 +22,7 @@ from dopsd_jax.estimation import (
     remedies,
     tpu_topologies,
 )
-from dopsd_jax.models import zimage
+from dopsd_jax.models import zimage_config
 from dopsd_jax.models.layers import Dense, scan_blocks, stack
 from dopsd_jax.parallel import sharding
 from dopsd_jax.run import build
@@ -228,7 +228,7 @@ def test_the_tpu_compiler_keeps_no_more_than_a_few_layers():
     """Twice the layers: twice the base on the host, nearly the same memory on the device."""
 
     def needed(layers, **changes):
-        size = zimage.ZImageConfig(
+        size = zimage_config.ZImageConfig(
             dim=768, layers=layers, refiner_layers=1, heads=6, caption_dim=64,
             axes_dims=(32, 48, 48),
         )  # fmt: skip

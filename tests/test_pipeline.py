@@ -17,7 +17,7 @@ from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLIm
 
 import dopsd_jax
 from dopsd_jax.common.errors import UserError
-from dopsd_jax.families.pipeline import start_noise
+from dopsd_jax.families.sampling import start_noise
 from dopsd_jax.weights.safetensors_io import TensorFiles
 
 PROMPTS = ["a red circle", "a large blue star on the left, on a striped grey background"]

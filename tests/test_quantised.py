@@ -23,7 +23,7 @@ from dopsd_jax.config import schema
 from dopsd_jax.conversion.importing import import_model
 from dopsd_jax.estimation import abstract_step, compiled_step, tpu_topologies
 from dopsd_jax.families.zimage import family
-from dopsd_jax.models import quantised, zimage
+from dopsd_jax.models import quantised, zimage, zimage_config
 from dopsd_jax.models.layers import Dense, scan_blocks, stack
 from dopsd_jax.random_model import write_random_model
 from dopsd_jax.weights.load import load_component
@@ -300,7 +300,7 @@ def test_a_footprint_counts_codes(scheme, bits, monkeypatch):
     config = load_config("random", base_dtype=scheme)
     report = compiled_step.compile_step(config, CASE, jax.devices()[:1])
     sizes = {True: 0, False: 0}
-    for leaf in zimage.names(TINY):
+    for leaf in zimage_config.names(TINY):
         sizes[quantised.is_quantised(leaf.path)] += math.prod(leaf.shape)
     scales = report.account.live["base"] - sizes[True] * bits / 8 - 2 * sizes[False]
     assert 0 < scales < sizes[True]
@@ -320,7 +320,7 @@ def test_the_tpu_compiler_makes_no_copy_of_the_base():
 
     The base is large against all else here, so that a copy of it would be seen.
     """
-    size = zimage.ZImageConfig(
+    size = zimage_config.ZImageConfig(
         dim=768, layers=12, refiner_layers=1, heads=6, caption_dim=64, axes_dims=(32, 48, 48)
     )
     case = abstract_step.Workload(
@@ -330,6 +330,6 @@ def test_the_tpu_compiler_makes_no_copy_of_the_base():
     with jax.default_matmul_precision("default"):
         devices = tpu_topologies.devices("v5e-1")
         report = compiled_step.compile_step(config, case, devices)
-    kernels = [leaf for leaf in zimage.names(size) if quantised.is_quantised(leaf.path)]
+    kernels = [leaf for leaf in zimage_config.names(size) if quantised.is_quantised(leaf.path)]
     weights = sum(np.prod(leaf.shape) for leaf in kernels)
     assert report.temporaries < weights / 2, "bfloat16 copies would have 2 bytes a weight"

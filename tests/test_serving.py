@@ -77,7 +77,7 @@ def test_pictures_are_those_of_the_model_with_the_file_at_that_strength(
     monkeypatch.undo()
     for one, lora in zip(found, ([], [lora_file], [f"{lora_file}:0.5"]), strict=False):
         pipe = dopsd_jax.load_pipeline(random_model, lora=[str(path) for path in lora])
-        noise = dopsd_jax.families.pipeline.start_noise(3, 1, pipe.latent_shape(32, 32))
+        noise = dopsd_jax.families.sampling.start_noise(3, 1, pipe.latent_shape(32, 32))
         expected = pipe([PROMPT], latents=noise, **SIZES)[0].astype(int)
         assert np.abs(one.image - expected).max() <= 1, one.label
     assert np.abs(found[0].image.astype(int) - found[1].image).max() > 20

@@ -18,7 +18,7 @@ from weights_helpers import run_python
 from dopsd_jax.adapters import attach
 from dopsd_jax.common.errors import UserError
 from dopsd_jax.families.zimage import family
-from dopsd_jax.models import flux2, zimage
+from dopsd_jax.models import flux2, zimage, zimage_config
 from dopsd_jax.models.flux2_config import Flux2Config
 from dopsd_jax.parallel import sharding
 from dopsd_jax.training import state
@@ -145,27 +145,27 @@ def test_an_impossible_mesh_is_refused(sizes, message):
 def test_what_the_mesh_cannot_split_is_refused_all_at_once():
     mesh = abstract_mesh(data=4, fsdp=2, tensor=4)
     with pytest.raises(UserError) as caught:
-        sharding.check(mesh, zimage.ZImageConfig(), batch_size=12)
+        sharding.check(mesh, zimage_config.ZImageConfig(), batch_size=12)
     batch, heads = caught.value.problems
     assert batch.startswith("config.batch_size: 12 images cannot be spread over mesh.data 4 x mesh")
     assert batch.endswith("use a multiple of 8")
     assert heads.startswith("config.mesh.tensor: 4 does not divide the network's 30 heads")
     assert heads.endswith("it can be 1, 2, 5, 10")
     with pytest.raises(UserError) as caught:
-        sharding.check(abstract_mesh(fsdp=7, context=3), zimage.ZImageConfig(), batch_size=7)
+        sharding.check(abstract_mesh(fsdp=7, context=3), zimage_config.ZImageConfig(), batch_size=7)
     fsdp, context = caught.value.problems
     assert fsdp.startswith("config.mesh.fsdp: 7 does not divide the network's width 3840; it can")
     assert fsdp.endswith("be 1, 2, 3, 4, 5, 6, 8, 10, 12, 15, 16, 20")
     assert context.startswith("config.mesh.context: 3 does not divide the numbers of tokens, all m")
     assert context.endswith("multiples of 32; it can be 1, 2, 4, 8, 16")
     for sizes in ({"data": 4, "tensor": 5}, {"fsdp": 256}, {"context": 32, "tensor": 10}):
-        sharding.check(abstract_mesh(**sizes), zimage.ZImageConfig(), batch_size=256)
+        sharding.check(abstract_mesh(**sizes), zimage_config.ZImageConfig(), batch_size=256)
 
 
 @pytest.fixture(scope="module")
 def full_base():
     """Parameters of the published network, abstract."""
-    return published(zimage.ZImage, zimage.ZImageConfig())
+    return published(zimage.ZImage, zimage_config.ZImageConfig())
 
 
 def published(network, size):
@@ -235,8 +235,8 @@ def test_moments_and_teacher_are_split_as_their_parameter(full_base, name):
 
 
 def test_adapters_are_whole_everywhere():
-    cfg = zimage.ZImageConfig(layers=2, refiner_layers=1)
-    chosen = attach.select(attach.slots(zimage.names(cfg)), "blocks", family.LORA_PRESETS)
+    cfg = zimage_config.ZImageConfig(layers=2, refiner_layers=1)
+    chosen = attach.select(attach.slots(zimage_config.names(cfg)), "blocks", family.LORA_PRESETS)
 
     def build():
         net = zimage.ZImage(cfg, rngs=nnx.Rngs(0))

@@ -16,7 +16,7 @@ from dopsd_jax import dopsd, families
 from dopsd_jax.config.fields import defaults
 from dopsd_jax.estimation import abstract_step, compiled_step, program_text
 from dopsd_jax.models.flux2_config import Flux2Config
-from dopsd_jax.models.zimage import ZImageConfig
+from dopsd_jax.models.zimage_config import ZImageConfig
 from dopsd_jax.run import build
 
 ZIMAGE = {"dim": 128, "layers": 5, "refiner_layers": 2, "heads": 4, "caption_dim": 32}

@@ -20,7 +20,7 @@ from dopsd_jax.common.config_fields import name_or_list
 from dopsd_jax.common.errors import UserError
 from dopsd_jax.config import schema
 from dopsd_jax.config.fields import declared
-from dopsd_jax.families.pipeline import start_noise
+from dopsd_jax.families.sampling import start_noise
 from dopsd_jax.reporting.pictures import read_labels
 from dopsd_jax.run.lock import exclusive
 from dopsd_jax.run.workdir import open_workdir

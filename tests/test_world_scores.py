@@ -14,7 +14,7 @@ from dopsd_jax.common.flow import shifted_grid
 from dopsd_jax.conditioning.encoding import STUDENT, TEACHER
 from dopsd_jax.evaluation.drawing import Painter, Shot, without_adapters
 from dopsd_jax.evaluation.scorer import PairScorer
-from dopsd_jax.families.pipeline import start_noise
+from dopsd_jax.families.sampling import start_noise
 from dopsd_jax.families.zimage import family
 from dopsd_jax.miniature import captions, concepts, frechet, judge, world
 from dopsd_jax.miniature import world_scorers as scores

@@ -11,7 +11,7 @@ from fill import fill
 from flax import nnx
 
 from dopsd_jax.common.errors import UserError
-from dopsd_jax.models import zimage
+from dopsd_jax.models import zimage, zimage_config
 
 TINY = dict(
     all_patch_size=(2,), all_f_patch_size=(1,), in_channels=4, dim=48, n_layers=3,
@@ -41,12 +41,12 @@ def build(overrides=None, seed=0):
             p.copy_(torch.randn_like(p) * (0.1 if p.ndim == 1 else p.shape[-1] ** -0.5))
             if "norm" in name:
                 p.add_(1.0)
-    return model, zimage.ZImageConfig.from_dict(dict(model.config), "config.json")
+    return model, zimage_config.ZImageConfig.from_dict(dict(model.config), "config.json")
 
 
 def port(model, cfg, **options):
     tensors = {k: v.numpy() for k, v in model.state_dict().items()}
-    leaves = zimage.names(cfg)
+    leaves = zimage_config.names(cfg)
     assert {s.name: s.shape for leaf in leaves for s in leaf.sources} == {
         k: v.shape for k, v in tensors.items()
     }
@@ -202,11 +202,11 @@ def test_remat_changes_neither_value_nor_gradient(remat):
 
 def test_config_faults_are_all_named():
     with pytest.raises(UserError) as error:
-        zimage.ZImageConfig.from_dict(
+        zimage_config.ZImageConfig.from_dict(
             {k: v for k, v in TINY.items() if k not in ("dim", "n_heads")}, "t/config.json"
         )
     assert len(error.value.problems) == 2 and all(
         "t/config.json" in p for p in error.value.problems
     )
     with pytest.raises(UserError, match="axes_dims"):
-        zimage.ZImageConfig.from_dict(TINY | {"axes_dims": [4, 4, 4]}, "config.json")
+        zimage_config.ZImageConfig.from_dict(TINY | {"axes_dims": [4, 4, 4]}, "config.json")

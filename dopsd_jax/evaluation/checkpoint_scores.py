@@ -15,7 +15,8 @@ from dopsd_jax.evaluation import appearance, torch_scorers
 from dopsd_jax.evaluation.prompts import PLACEHOLDER, STYLE, TRAINING, with_class
 from dopsd_jax.evaluation.scorer import Case, Judge, PairScorer, SetScorer, judges, load_scorers
 from dopsd_jax.families.drawing import Wish, draw
-from dopsd_jax.families.pipeline import Pipeline, start_noise
+from dopsd_jax.families.pipeline import Pipeline
+from dopsd_jax.families.sampling import start_noise
 from dopsd_jax.parallel import multihost
 from dopsd_jax.run.heldout import BY_GAP, KEY
 from dopsd_jax.training.ranking import ANCHOR_GAP, BY_LOWEST_GAP, GAP, Order

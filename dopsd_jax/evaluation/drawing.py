@@ -19,7 +19,8 @@ from dopsd_jax.evaluation.scorer import Case, Picture, digest
 from dopsd_jax.evaluation.seeds import picture_seed
 from dopsd_jax.families.base import STUDENT, TEACHER, PaddedLengths
 from dopsd_jax.families.drawing import decoded, filled
-from dopsd_jax.families.pipeline import Pipeline, start_noise
+from dopsd_jax.families.pipeline import Pipeline
+from dopsd_jax.families.sampling import start_noise
 from dopsd_jax.parallel import multihost
 from dopsd_jax.parallel.sharding import BATCH_AXES
 

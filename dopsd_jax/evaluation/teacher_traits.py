@@ -28,7 +28,8 @@ from dopsd_jax.dopsd import Denoiser
 from dopsd_jax.evaluation.scorer import Picture
 from dopsd_jax.families.base import STUDENT, TEACHER, Features
 from dopsd_jax.families.drawing import Wish, draw
-from dopsd_jax.families.pipeline import Pipeline, start_noise
+from dopsd_jax.families.pipeline import Pipeline
+from dopsd_jax.families.sampling import start_noise
 from dopsd_jax.methods.options import OTHER_PICTURE
 from dopsd_jax.parallel import multihost
 from dopsd_jax.reporting.previews import Sample

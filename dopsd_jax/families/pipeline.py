@@ -14,11 +14,12 @@ from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Float, UInt8
 
-from dopsd_jax import dopsd, families
+from dopsd_jax import families
 from dopsd_jax.adapters import attach
 from dopsd_jax.common.errors import UserError, raise_if
 from dopsd_jax.common.json_files import read_json
 from dopsd_jax.common.lora_options import LoraOption
+from dopsd_jax.families import sampling
 from dopsd_jax.families.base import STUDENT, TEACHER, Family, Features, Request, Size, Tree
 from dopsd_jax.families.lora import attach_files
 from dopsd_jax.families.prompts import prompt_features
@@ -26,7 +27,7 @@ from dopsd_jax.models import attention as kernels
 from dopsd_jax.models import quantised
 from dopsd_jax.models.autoencoder import Autoencoder, to_uint8
 from dopsd_jax.models.tiling import Tiling
-from dopsd_jax.parallel import multihost, sharding
+from dopsd_jax.parallel import sharding
 from dopsd_jax.weights.load import load_component
 from dopsd_jax.weights.stored import open_stored, read_config, source_digest
 from dopsd_jax.weights.tokenizers import tokenizer_digest
@@ -292,7 +293,7 @@ class Pipeline:
     def velocity(self, x: Float[Array, "b h w c"], sigma, context: Tree) -> Float[Array, "b h w c"]:
         """dx/dsigma at a state, in float32."""
         sigma = jnp.asarray(sigma, jnp.float32)
-        return _velocity(self.family, *self.split, jnp.asarray(x), sigma, context)
+        return sampling.velocity(self.family, *self.split, jnp.asarray(x), sigma, context)
 
     def encode_image(self, images: UInt8[np.ndarray, "b H W 3"]) -> Float[Array, "b h w c"]:
         """Clean latents of images (the posterior's mode)."""
@@ -359,7 +360,7 @@ class Pipeline:
         """
         shape = self.latent_shape(height or self.own_size, width or self.own_size)
         if latents is None:
-            latents = start_noise(seed, len(prompts), shape)
+            latents = sampling.start_noise(seed, len(prompts), shape)
         elif jnp.shape(latents) != (len(prompts), *shape):
             raise ValueError(f"latents {jnp.shape(latents)}, needed {(len(prompts), *shape)}")
         grid = self.deployed_grid(shape, steps)
@@ -381,62 +382,6 @@ class Pipeline:
         graphdef, _, base = self.split
         base = base if strength == 1.0 else attach.scaled(base, strength)
         noise = jnp.asarray(noise, jnp.float32)
-        return _sample(
+        return sampling.sample(
             trained, base, noise, context, family=self.family, graphdef=graphdef, grid=grid
         )
-
-
-def merged(
-    graphdef: nnx.GraphDef, trainable: nnx.State, base: nnx.State, stacks: Sequence[str]
-) -> nnx.Module:
-    """The network, with what lies in the host's memory copied to the device.
-
-    `stacks`: parameters with a leading layer axis: the scan over their layers copies these.
-    """
-    flat = [
-        (path, leaf if path[0] in stacks else sharding.to_device(leaf))
-        for path, leaf in nnx.to_flat_state(trainable)
-    ]
-    return nnx.merge(graphdef, nnx.from_flat_state(flat), base)
-
-
-def start_noise(
-    seed: int, count: int, shape: tuple[int, ...], first: int = 0
-) -> Float[Array, "b h w c"]:
-    """Unit Gaussian start noise of images `first` and on; image i depends on (seed, i) only."""
-    return _start_noise(jax.random.key(seed), first, count=count, shape=shape)
-
-
-@functools.partial(jax.jit, static_argnames=("count", "shape"))
-def _start_noise(key, first, *, count, shape):
-    draw = lambda i: jax.random.normal(jax.random.fold_in(key, i), shape, jnp.float32)
-    return jax.vmap(draw)(first + jnp.arange(count))
-
-
-def too_long(prompt: str, count: int, limit: int, picture: int = 0) -> UserError:
-    """A prompt makes more tokens than the model takes; `picture`: how many are its picture's."""
-    start = prompt if len(prompt) < 60 else f"{prompt[:57]}..."
-    share, advice = "", "shorten it"
-    if picture:
-        share = f", {picture} of them for the picture"
-        advice += ", or lower teacher.min_pixels and teacher.max_pixels"
-    return UserError(
-        f"the prompt {start!r} makes {count} tokens with its template{share}, the model takes "
-        f"{limit}; {advice}"
-    )
-
-
-@functools.partial(jax.jit, static_argnums=(0, 1))
-def _velocity(family, graphdef, adapter, base, x, sigma, context):
-    net = family.denoiser(graphdef)
-    return net.velocity(adapter, base, x, sigma, context, net.precompute(adapter, base, context))
-
-
-@multihost.begin_together
-@functools.partial(jax.jit, static_argnames=("family", "graphdef", "grid"))
-def _sample(adapter, base, noise, context, *, family, graphdef, grid):
-    # A loop over the layers is soon compiled; only a backward pass is faster without.
-    network = nnx.merge(graphdef, adapter, base)
-    network.remat = "none"
-    net = family.denoiser(nnx.graphdef(network))
-    return dopsd.rollout(net, adapter, base, context, noise, grid)

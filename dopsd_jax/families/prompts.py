@@ -6,6 +6,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import UInt8
 
+from dopsd_jax.common.errors import UserError
 from dopsd_jax.families.base import STUDENT, Features
 
 TEXTS = 8  # at most so many are encoded together
@@ -40,3 +41,16 @@ def prompt_features(
             made = pipe.encode(STUDENT, own, [references] * len(filled))
             found.update(zip(some, made[: len(some)], strict=True))
     return [found[place] for place in range(len(prompts))]
+
+
+def too_long(prompt: str, count: int, limit: int, picture: int = 0) -> UserError:
+    """A prompt makes more tokens than the model takes; `picture`: how many are its picture's."""
+    start = prompt if len(prompt) < 60 else f"{prompt[:57]}..."
+    share, advice = "", "shorten it"
+    if picture:
+        share = f", {picture} of them for the picture"
+        advice += ", or lower teacher.min_pixels and teacher.max_pixels"
+    return UserError(
+        f"the prompt {start!r} makes {count} tokens with its template{share}, the model takes "
+        f"{limit}; {advice}"
+    )

@@ -42,7 +42,7 @@ DISTANCE = (
 TOLD = (
     Field("teacher.told", "all",
           "nodes at which the teacher has its context: all, or a list (0 is the noisiest); at the "
-          "others the network before training is asked, in the student's context", "name or list",
+          "others the network of anchor.teacher is asked, in the student's context", "name or list",
           change=NEVER),
 )
 LEVELS = (

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import numpy as np
 
-from dopsd_jax.models import autoencoder, qwen3, qwen3_vl, zimage
+from dopsd_jax.models import autoencoder, qwen3, qwen3_vl, zimage_config
 from dopsd_jax.models.autoencoder_config import AutoencoderConfig
 from dopsd_jax.models.names import Leaf, Source
 from dopsd_jax.random_model import configs
@@ -38,7 +38,7 @@ def write_random_model(folder: str | os.PathLike, seed: int = 0, size: Size | No
     write_tokenizer(folder / "tokenizer", QWEN3_TEMPLATE, max_length=131072)
 
     config = configs.transformer(size)
-    leaves = zimage.names(zimage.ZImageConfig.from_dict(config, "transformer"))
+    leaves = zimage_config.names(zimage_config.ZImageConfig.from_dict(config, "transformer"))
     write_network(folder / "transformer", config, leaves, "F32", seed)
 
     config = configs.autoencoder(size)

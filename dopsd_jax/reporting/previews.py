@@ -15,7 +15,8 @@ from dopsd_jax.data.holdout import RowsByShape
 from dopsd_jax.dopsd import Contexts
 from dopsd_jax.families.base import STUDENT, PaddedLengths
 from dopsd_jax.families.drawing import Wish, draw
-from dopsd_jax.families.pipeline import Pipeline, start_noise
+from dopsd_jax.families.pipeline import Pipeline
+from dopsd_jax.families.sampling import start_noise
 from dopsd_jax.parallel import multihost
 from dopsd_jax.reporting import pictures
 

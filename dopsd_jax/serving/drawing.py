@@ -13,8 +13,9 @@ from dopsd_jax.common.errors import UserError, raise_if
 from dopsd_jax.common.lora_options import LoraOption
 from dopsd_jax.conditioning.padding import longest, padded_rows, shapes_of
 from dopsd_jax.families.base import STUDENT, PaddedLengths, Tree
-from dopsd_jax.families.pipeline import Pipeline, start_noise
+from dopsd_jax.families.pipeline import Pipeline
 from dopsd_jax.families.prompts import prompt_features
+from dopsd_jax.families.sampling import start_noise
 from dopsd_jax.reporting import parameters
 from dopsd_jax.reporting.parameters import Lora, Parameters
 

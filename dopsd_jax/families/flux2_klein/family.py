@@ -21,7 +21,7 @@ from dopsd_jax.families.flux2_klein.networks import NETWORKS
 from dopsd_jax.families.flux2_klein.options import CONTEXTS, EDITING
 from dopsd_jax.families.flux2_klein.pipeline import KleinPipeline as Pipeline
 from dopsd_jax.families.flux2_klein.random import random_size, write_random_model
-from dopsd_jax.families.pipeline import merged
+from dopsd_jax.families.sampling import merged
 from dopsd_jax.families.texts import QWEN3_4B, QWEN3_8B
 from dopsd_jax.models.flux2 import STACKS, Flux2
 from dopsd_jax.models.flux2_config import TEXT_ROWS, Flux2Config

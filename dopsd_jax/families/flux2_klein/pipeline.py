@@ -16,7 +16,7 @@ from dopsd_jax.common.json_files import read_json
 from dopsd_jax.families.base import STUDENT, TEACHER, Features, Request
 from dopsd_jax.families.flux2_klein.options import INSTRUCTIONS
 from dopsd_jax.families.flux2_klein.references import prepare_reference, reference_size
-from dopsd_jax.families.pipeline import too_long
+from dopsd_jax.families.prompts import too_long
 from dopsd_jax.families.texts import TextPipeline, hidden_states, user_turn
 from dopsd_jax.weights.model_folder import INDEX
 

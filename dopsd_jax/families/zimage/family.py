@@ -15,13 +15,14 @@ from dopsd_jax.common.json_fields import Fields
 from dopsd_jax.data.padding import pad_stack
 from dopsd_jax.dopsd import Denoiser
 from dopsd_jax.families.base import TEACHER, Features, PaddedLengths
-from dopsd_jax.families.pipeline import merged
+from dopsd_jax.families.sampling import merged
 from dopsd_jax.families.texts import QWEN3_4B
 from dopsd_jax.families.zimage.flops import context_work, image_tokens, velocity_work
 from dopsd_jax.families.zimage.networks import NETWORKS
 from dopsd_jax.families.zimage.options import CONTEXTS, EDITING
 from dopsd_jax.families.zimage.pipeline import ZImagePipeline as Pipeline
-from dopsd_jax.models.zimage import PAD_MULTIPLE, STACKS, ZImage, ZImageConfig
+from dopsd_jax.models.zimage import STACKS, ZImage
+from dopsd_jax.models.zimage_config import PAD_MULTIPLE, ZImageConfig
 from dopsd_jax.random_model import configs as random_configs
 from dopsd_jax.random_model import write_random_model
 

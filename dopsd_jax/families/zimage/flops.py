@@ -7,8 +7,12 @@ from collections.abc import Mapping
 
 from dopsd_jax.adapters.attach import Slot
 from dopsd_jax.families.work import Products, Work, adapter_work, add
-from dopsd_jax.models import zimage
-from dopsd_jax.models.zimage import PAD_MULTIPLE, ZImageConfig
+from dopsd_jax.models.zimage_config import (
+    PAD_MULTIPLE,
+    TIME_FREQUENCIES,
+    TIME_HIDDEN,
+    ZImageConfig,
+)
 
 
 def image_tokens(cfg: ZImageConfig, height: int, width: int) -> int:
@@ -41,8 +45,8 @@ def velocity_work(
     tokens, real = image_tokens(cfg, height, width), height * width // cfg.patch**2
     pixels, mod = cfg.patch**2 * cfg.channels, cfg.modulation_dim
     layers = cfg.refiner_layers + cfg.layers
-    inputs = 2 * (real * pixels * cfg.dim + zimage.TIME_FREQUENCIES * zimage.TIME_HIDDEN)
-    time = 2 * (zimage.TIME_HIDDEN * mod + mod * cfg.dim * (4 * layers + 1))
+    inputs = 2 * (real * pixels * cfg.dim + TIME_FREQUENCIES * TIME_HIDDEN)
+    time = 2 * (TIME_HIDDEN * mod + mod * cfg.dim * (4 * layers + 1))
     final = 2 * (tokens + rows) * cfg.dim * pixels
     ends = Work(linear=inputs, trained=time + final)
     return add(

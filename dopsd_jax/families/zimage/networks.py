@@ -5,14 +5,14 @@ from collections.abc import Sequence
 
 from dopsd_jax.families.texts import TEXT_ENCODER
 from dopsd_jax.families.zimage import layouts
-from dopsd_jax.models import autoencoder, qwen3_vl, zimage
+from dopsd_jax.models import autoencoder, qwen3_vl, zimage, zimage_config
 from dopsd_jax.models.names import Leaf
 from dopsd_jax.weights import layouts_vae
 from dopsd_jax.weights.layouts import Layout, canonical
 from dopsd_jax.weights.networks import DIFFUSERS_BASE, TRANSFORMERS_BASE, Network
 
 
-def _zimage_layouts(config: zimage.ZImageConfig, leaves: Sequence[Leaf]) -> list[Layout]:
+def _zimage_layouts(config: zimage_config.ZImageConfig, leaves: Sequence[Leaf]) -> list[Layout]:
     # ComfyUI also reads the diffusers names behind its own prefix.
     behind_prefix = dataclasses.replace(
         canonical(leaves), name="prefixed", prefixes=layouts.PREFIXES[1:]
@@ -28,13 +28,13 @@ ZIMAGE = {
     "transformer": Network(
         "transformer",
         DIFFUSERS_BASE,
-        zimage.ZImageConfig.from_dict,
+        zimage_config.ZImageConfig.from_dict,
         lambda config, rngs: zimage.ZImage(config, rngs=rngs),
-        zimage.names,
+        zimage_config.names,
         others=_zimage_layouts,
         single=layouts.ORIGINAL,
         lora=lambda config: "Z-Image/lora",  # SAI model spec, as musubi-tuner writes it
-        licence=lambda config: "Apache-2.0" if config == zimage.ZImageConfig() else "",
+        licence=lambda config: "Apache-2.0" if config == zimage_config.ZImageConfig() else "",
     ),
     "text_encoder": TEXT_ENCODER,
     "vae": Network(

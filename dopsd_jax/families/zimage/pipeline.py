@@ -15,7 +15,7 @@ import numpy as np
 
 from dopsd_jax.common.json_files import read_json
 from dopsd_jax.families.base import STUDENT, TEACHER, Features, Request
-from dopsd_jax.families.pipeline import too_long
+from dopsd_jax.families.prompts import too_long
 from dopsd_jax.families.texts import TextPipeline
 from dopsd_jax.families.zimage import encoders, templates
 from dopsd_jax.models import qwen3_vl, vlm_images

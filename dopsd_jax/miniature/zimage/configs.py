@@ -4,7 +4,7 @@ import dataclasses
 
 from dopsd_jax.miniature import captions
 from dopsd_jax.miniature.render import SIDE
-from dopsd_jax.models import qwen3, qwen3_vl, zimage
+from dopsd_jax.models import qwen3, qwen3_vl, zimage_config
 from dopsd_jax.models.autoencoder_config import AutoencoderConfig
 from dopsd_jax.random_model import configs as random_configs
 from dopsd_jax.random_model.tokenizer import added_ids
@@ -127,7 +127,7 @@ def _language(size: Size) -> dict:
 def parsed(size: Size, scaling: float = 1.0, shift: float = 0.0):
     """The configurations as the networks take them: transformer, encoder, VLM, autoencoder."""
     return (
-        zimage.ZImageConfig.from_dict(transformer(size), "miniature"),
+        zimage_config.ZImageConfig.from_dict(transformer(size), "miniature"),
         qwen3.Qwen3Config.from_dict(text_encoder(size), "miniature"),
         qwen3_vl.Qwen3VLConfig.from_dict(vlm(size), "miniature"),
         AutoencoderConfig.from_dict(autoencoder(scaling, shift), "miniature"),

@@ -10,7 +10,7 @@ from dopsd_jax.miniature.optimizer import Parameters
 from dopsd_jax.miniature.zimage import configs
 from dopsd_jax.miniature.zimage.configs import Size
 from dopsd_jax.models import autoencoder as vae_model
-from dopsd_jax.models import qwen3, qwen3_vl, zimage
+from dopsd_jax.models import qwen3, qwen3_vl, zimage_config
 from dopsd_jax.random_model import configs as random_configs
 from dopsd_jax.random_model import write_json
 from dopsd_jax.random_model.tokenizer import QWEN3_TEMPLATE, QWEN3_VL_TEMPLATE, write_tokenizer
@@ -34,8 +34,9 @@ def write_model(
         write_json(partial / "model_index.json", random_configs.MODEL_INDEX)
         write_json(partial / "scheduler" / "scheduler_config.json", random_configs.SCHEDULER)
         write_words(partial / "tokenizer")
+        leaves_of = zimage_config.names(transformer)
         for room, config, leaves, weights, dtype in (
-            ("transformer", configs.transformer(size), zimage.names(transformer), drawn, "F32"),
+            ("transformer", configs.transformer(size), leaves_of, drawn, "F32"),
             ("vae", of_vae, vae_model.names(vae.cfg), optimizer.flat(vae)[1], "BF16"),
             ("text_encoder", of_text, qwen3.names(text), language, "BF16"),
             ("vlm", configs.vlm(size), qwen3_vl.names(vlm), both, "BF16"),
