@@ -239,7 +239,9 @@ def with_trigger(text: str, trigger: str) -> str:
     """The caption with the trigger's exact words: where the model put them, else in front."""
     if not (text and trigger):
         return text
-    exact, found = re.subn(re.escape(trigger), lambda _: trigger, text, flags=re.IGNORECASE)
+    # As words of their own: a hotdog is no dog. Only letters of scripts with blanks join words.
+    own = rf"(?<![A-Za-z0-9_]){re.escape(trigger)}(?![A-Za-z0-9_])"
+    exact, found = re.subn(own, lambda _: trigger, text, flags=re.IGNORECASE)
     return exact if found else f"{trigger}, {text}"
 
 

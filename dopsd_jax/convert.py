@@ -244,8 +244,10 @@ def run_inspect(args: argparse.Namespace) -> None:
 
 def run(args: argparse.Namespace) -> None:
     if "out" in args:
-        from dopsd_jax.common.atomic import remove_leftovers
+        from dopsd_jax.common.atomic import need_free, remove_leftovers
 
+        if args.run is not run_import:  # which goes on with what it left
+            need_free(args.out)  # a forgotten name makes the last file that is read the output
         remove_leftovers(args.out.parent, name=args.out.name)
         remove_leftovers(args.out, *args.out.glob("*"))
     args.run(args)

@@ -5,6 +5,7 @@ become the card's gallery, with their prompts. Log in once with `hf auth login`,
 """
 
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
 
 from dopsd_jax.common import program
@@ -26,7 +27,7 @@ from huggingface_hub.errors import HFValidationError
 
 from dopsd_jax.common.atomic import atomic_folder
 from dopsd_jax.common.errors import UserError, raise_if
-from dopsd_jax.reporting import model_card
+from dopsd_jax.reporting import model_card, parameters
 from dopsd_jax.reporting.model_card import Shown
 from dopsd_jax.reporting.parameters import read_texts
 from dopsd_jax.reporting.pictures import LABELS
@@ -48,7 +49,9 @@ def main() -> None:
     header = read_header(file).metadata
     base = BASE.value or model_card.base_model(header)
     terms = LICENCE.value or model_card.licence(header)
-    pictures = gallery(Path(PICTURES.value).expanduser()) if PICTURES.value else []
+    pictures, others = [], []
+    if PICTURES.value:
+        pictures, others = gallery(Path(PICTURES.value).expanduser(), parameters.digest(file))
     shown = [Shown(f"{FOLDER}/{path.name}", prompt) for path, prompt in pictures]
     with atomic_folder(out, replace=True) as folder:
         shutil.copyfile(file, folder / file.name)
@@ -61,17 +64,23 @@ def main() -> None:
     for name, missing in (("base_model", not base), ("license", not terms)):
         if missing:
             print(f"note: {file} does not say its {name}; the card has none: give --{name}")
+    if others:
+        print(
+            f"note: {len(others)} pictures were drawn without {file} and are left out, such as "
+            f"{others[0].name}"
+        )
     print(f"card: {out / 'README.md'}, {len(pictures)} pictures")
     if REPO.value:
         print(f"uploaded: {upload(out)}")
 
 
-def gallery(folder: Path) -> list[tuple[Path, str]]:
-    """The pictures of a folder with their prompts, without sheets of several.
+def gallery(folder: Path, digest: str) -> tuple[list[tuple[Path, str]], list[Path]]:
+    """The pictures of a folder with their prompts, without sheets of several; then the others.
 
-    Raises `UserError` for those without a prompt.
+    The others were drawn without the LoRA of this digest. Raises `UserError` for pictures without a
+    prompt, and where none was drawn with the LoRA.
     """
-    found, faults = [], []
+    found, others, faults = [], [], []
     for path in sorted(folder.glob("*.png")) if folder.is_dir() else ():
         try:
             texts = read_texts(path)
@@ -82,11 +91,23 @@ def gallery(folder: Path) -> list[tuple[Path, str]]:
             continue
         if not texts.get("prompt"):
             faults.append(f"{path}: has no prompt; `sample` writes it into the file: draw it again")
+        if _drawn_without(texts, digest, path):
+            others.append(path)
+            continue
         found.append((path, texts.get("prompt", "")))
     raise_if(faults)
     if not found:
-        raise UserError(f"--pictures {folder}: has no PNG files; draw some with `sample`")
-    return found
+        what = "was drawn with this file" if others else "is a PNG file"
+        raise UserError(f"--pictures {folder}: no picture there {what}; draw some with `sample`")
+    return found, others
+
+
+def _drawn_without(texts: Mapping[str, str], digest: str, path: Path) -> bool:
+    """Whether `sample` drew a picture without the LoRA, or with it at strength 0."""
+    if "lora" not in texts or parameters.CHUNK not in texts:
+        return False  # by another program
+    loras = parameters.parse(texts[parameters.CHUNK], str(path)).loras
+    return not any(lora.strength and lora.digest == digest for lora in loras)
 
 
 def upload(folder: Path) -> str:

@@ -118,6 +118,9 @@ def test_answers_become_one_line_with_the_trigger_once():
     assert caption.with_trigger("A [v] DOG runs.", "[V] dog") == "A [V] dog runs."
     assert caption.with_trigger("A dog runs.", "[V] dog") == "[V] dog, A dog runs."
     assert caption.with_trigger("", "[V] dog") == ""
+    assert caption.with_trigger("A hotdog stand.", "dog") == "dog, A hotdog stand."
+    assert caption.with_trigger("A hotdog for a Dog.", "dog") == "A hotdog for a dog."
+    assert caption.with_trigger("一只小狗。", "狗") == "一只小狗。"
 
 
 def test_what_counts_as_a_caption_is_what_training_takes(tmp_path):

@@ -137,6 +137,26 @@ def test_the_tools_errors_are_clear_lines(tiny, tmp_path, monkeypatch, capsys, a
     assert not any(tmp_path.iterdir())
 
 
+def test_a_forgotten_output_does_not_cost_the_last_file_that_is_read(
+    tiny, tmp_path, monkeypatch, capsys
+):
+    """Whatever the command writes: the last name is taken for the new file."""
+    monkeypatch.chdir(tmp_path)
+    for name in ("dog", "style"):
+        save_file({"x": np.zeros(2, np.float32)}, f"{name}.safetensors")
+    before = (tmp_path / "style.safetensors").read_bytes()
+    commands = (
+        ["merge", tiny, "dog.safetensors", "style.safetensors", "--format", "comfyui"],
+        ["export", tiny, "style.safetensors", "--format", "comfyui"],
+        ["lora", "dog.safetensors", "style.safetensors"],
+        ["extract", tiny, "dog.safetensors", "style.safetensors"],
+    )
+    for command in commands:
+        code, _, err = _tool(monkeypatch, capsys, *map(str, command))
+        assert code == 2 and "style.safetensors: already there" in err
+    assert (tmp_path / "style.safetensors").read_bytes() == before
+
+
 @pytest.mark.parametrize("command", [[], ["import"], ["export"], ["merge"], ["lora"], ["inspect"]])
 def test_the_tool_explains_itself(monkeypatch, capsys, command):
     code, out, _ = _tool(monkeypatch, capsys, *command, "--help")

@@ -12,8 +12,9 @@ from safetensors.numpy import save_file
 from test_prepared import problems_of
 
 from dopsd_jax import push
-from dopsd_jax.reporting import model_card
+from dopsd_jax.reporting import model_card, parameters
 from dopsd_jax.reporting.model_card import Shown
+from dopsd_jax.reporting.parameters import Lora, Parameters
 from dopsd_jax.reporting.pictures import save_picture
 from dopsd_jax.weights.safetensors_io import read_header
 
@@ -115,10 +116,26 @@ def test_faults_are_named(tmp_path, lora_file):
     assert wrong.returncode != 0 and "--repo dog: is no name of the hub" in wrong.stderr
     (tmp_path / "0.png").write_text("no picture")
     save_picture(tmp_path / "1.png", np.zeros((8, 8, 3), np.uint8), {})
-    problems = problems_of(push.gallery, tmp_path)
+    problems = problems_of(push.gallery, tmp_path, "")
     assert "0.png: is no picture" in problems[0] and "1.png: has no prompt" in problems[1]
-    (problem,) = problems_of(push.gallery, tmp_path / "nowhere")
-    assert "has no PNG files" in problem
+    (problem,) = problems_of(push.gallery, tmp_path / "nowhere", "")
+    assert "no picture there is a PNG file" in problem
+
+
+def test_the_gallery_has_no_pictures_that_were_drawn_without_the_file(tmp_path):
+    def draw(name, *loras):
+        made = Parameters("a dog", 8, 0, 8, 8, loras=loras)
+        save_picture(tmp_path / name, np.zeros((8, 8, 3), np.uint8), parameters.chunks(made))
+
+    draw("other.png", Lora("dog", 1.0, "b" * 12))
+    draw("base.png")
+    (problem,) = problems_of(push.gallery, tmp_path, "a" * 12)
+    assert "no picture there was drawn with this file" in problem
+    draw("own.png", Lora("style", 0.5, "b" * 12), Lora("dog", 0.8, "a" * 12))
+    draw("own_strength0.png", Lora("dog", 0.0, "a" * 12))
+    shown, others = push.gallery(tmp_path, "a" * 12)
+    assert shown == [(tmp_path / "own.png", "a dog")]
+    assert [path.name for path in others] == ["base.png", "other.png", "own_strength0.png"]
 
 
 def test_an_upload_that_fails_says_why(tmp_path, monkeypatch):

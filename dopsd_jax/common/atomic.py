@@ -125,8 +125,8 @@ def atomic_folder(path: str | os.PathLike, *, replace: bool = False) -> Iterator
     Raises `UserError` if the name is taken, unless `replace`.
     """
     path = Path(path)
-    if not replace and path.exists() and (not path.is_dir() or any(path.iterdir())):
-        raise UserError(f"{path}: already there; give another name, or remove it")
+    if not replace:
+        need_free(path)
     partial = partial_of(path)
     try:
         partial.mkdir(parents=True)
@@ -145,6 +145,12 @@ def write_text(path: str | os.PathLike, text: str) -> None:
     """Writes a small text file atomically."""
     with atomic_file(path) as file:
         file.write(text.encode())
+
+
+def need_free(path: Path) -> None:
+    """Raises `UserError` where something is already at `path`, other than an empty folder."""
+    if path.exists() and (not path.is_dir() or any(path.iterdir())):
+        raise UserError(f"{path}: already there; give another name, or remove it")
 
 
 def need_space(folder: str | os.PathLike, nbytes: int) -> None:

@@ -112,7 +112,8 @@ def _draw_tab(ui: ModuleType, page: Any, studio: Studio) -> None:
         factors = _told(ui, lambda: numbers(strengths or "1"))
         whole = lambda value: None if value is None else int(value)
         sizes = {"width": whole(width), "height": whole(height), "steps": whole(steps)}
-        drawn, pictures = studio.draw(prompt, whole(seed) or 0, loras, factors, **sizes), []
+        asked = prompt or "", whole(seed) or 0, loras or ()  # None: a field that was emptied
+        drawn, pictures = studio.draw(*asked, factors, **sizes), []
         while (one := _told(ui, lambda: next(drawn, None))) is not None:
             picture = Image.fromarray(one.image)
             picture.info |= parameters.chunks(one.made)  # a PNG file that is saved has them
