@@ -18,7 +18,9 @@ from dopsd_jax.config.flags import CONFIG, WORKDIR, parse
 from dopsd_jax.evaluation import seeds
 
 OPTIONS = program.options(__name__)
-LORA = OPTIONS.path("lora", None, "LoRA file of the tuned model")
+LORA = OPTIONS.loras(
+    "lora", [], "LoRA file of the tuned model, or FILE:STRENGTH; given several times, they add up"
+)
 MODEL = OPTIONS.path("model", None, "model folder of a full run, the tuned model")
 OUT = OPTIONS.path("out", None, "folder of the evaluation; default: WORKDIR/evaluation")
 PROMPTS = OPTIONS.path("prompts", None, "file of test prompts: .txt, one per line, or .jsonl")
@@ -41,7 +43,9 @@ if __name__ == "__main__":
 from ml_collections import ConfigDict
 
 from dopsd_jax.common.atomic import write_text
+from dopsd_jax.common.config_fields import highest
 from dopsd_jax.common.errors import UserError, raise_if
+from dopsd_jax.conditioning.encoding import TO_BUCKET
 from dopsd_jax.config import schema
 from dopsd_jax.data.images import open_image
 from dopsd_jax.data.prepared_parts import names_prepared
@@ -62,8 +66,8 @@ from dopsd_jax.evaluation.gallery import Gallery
 from dopsd_jax.evaluation.page import page
 from dopsd_jax.evaluation.results import Score
 from dopsd_jax.evaluation.scorer import Case, Judge, PairScorer, judges, load_scorers
-from dopsd_jax.families.base import TEACHER
 from dopsd_jax.families.pipeline import Pipeline
+from dopsd_jax.methods import registry
 from dopsd_jax.parallel import sharding
 from dopsd_jax.reporting.html_page import concept
 from dopsd_jax.reporting.pictures import GridRow, filled, reference_columns
@@ -135,7 +139,7 @@ def evaluate(config: ConfigDict, out: Path) -> None:
     facts = {
         "verdict": said,
         "config": schema.flat(config),
-        "facts": {**origin, "tuned": str(tuned.path) if tuned else None},
+        "facts": {**origin, "tuned": str(tuned) if tuned else None},
         "pictures": {
             "per_prompt": SEEDS.value,
             "first_seed": FIRST_SEED.value,
@@ -166,15 +170,14 @@ def find_tuned(config: ConfigDict) -> Tuned | None:
     if WORKDIR.value:
         return models.of_run(WORKDIR.value, config)
     if LORA.value:
-        path = Path(LORA.value).expanduser()
-        if not path.is_file():
-            raise UserError(f"--lora {LORA.value}: no such file")
-        return Tuned(path, whole=False)
+        missing = [path for path, _ in LORA.value if not path.exists()]
+        raise_if(f"--lora {path}: no such file" for path in missing)
+        return Tuned(tuple(LORA.value))
     if MODEL.value:
         path = Path(MODEL.value).expanduser()
         if not (path / "transformer").is_dir():
             raise UserError(f"--model {MODEL.value}: is no model folder (it has no transformer/)")
-        return Tuned(path, whole=True)
+        return Tuned(model=path)
     return None
 
 
@@ -230,6 +233,7 @@ def find_cases(
     scorers: Sequence[Judge],
 ) -> list[Case]:
     """The prompts to draw."""
+    config = unvaried(config)
     if own is None:
         dataset = data_set.open_data(config, home, pipe)
         return prompts.cases(
@@ -241,6 +245,8 @@ def find_cases(
             scored_text=any("prompt" in scorer.needs for scorer in scorers),
             first_seed=FIRST_SEED.value,
             words=(config.anchor.concept_word, config.data.trigger),
+            teacher_key=registry.teacher_key(config),
+            cuts_references=config.data.reference_crop == TO_BUCKET,
         )
     if tests:
         raise UserError(
@@ -249,6 +255,18 @@ def find_cases(
     rows = data_set.open_rows(config, home).rows
     shown = [open_image(row.image, data_set.limits(config)) for row in rows]
     return own.cases(COUNT.value, shown, FIRST_SEED.value)
+
+
+def unvaried(config: ConfigDict) -> ConfigDict:
+    """The configuration with every picture in one row: whole, not mirrored, at its largest.
+
+    So that rows have the same numbers, and with them the same noise, whatever a run makes of them.
+    """
+    plain = config.copy_and_resolve_references()
+    plain.data.flip, plain.data.crops, plain.data.folder_repeats = False, 1, False
+    with plain.ignore_type():
+        plain.data.resolution = highest(config.data.resolution)
+    return plain
 
 
 def write(
@@ -274,9 +292,7 @@ def write(
     rows, references = [], reference_columns(case.references for case in cases)
     for case in cases:
         shown = [
-            None
-            if arm.role == TEACHER and case.target is None
-            else gallery.picture(arm.key(Shot(case, 0)))
+            gallery.picture(arm.key(Shot(case, 0))) if arm.painter.asked(case, arm.role) else None
             for arm in every
         ]
         edited = filled(case.references, len(references))

@@ -1,6 +1,8 @@
 """The prompts of a real data set: which, with which noise, shown which picture, scored as what."""
 
 import json
+from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -8,9 +10,13 @@ from PIL import Image
 
 from dopsd_jax.common.errors import UserError
 from dopsd_jax.data.buckets import Bucket
+from dopsd_jax.data.concepts import other_pictures
+from dopsd_jax.data.images import open_image
 from dopsd_jax.data.measure import measure
 from dopsd_jax.data.rows import load_rows
 from dopsd_jax.evaluation import prompts, seeds
+from dopsd_jax.evaluation.drawing import Painter
+from dopsd_jax.families.base import STUDENT, TEACHER
 
 
 @pytest.fixture
@@ -106,3 +112,53 @@ def test_every_fault_of_a_file_of_prompts_is_named(tmp_path):
             prompts.read_prompts(path)
     with pytest.raises(UserError, match="no such file; name a file with --prompts"):
         prompts.read_prompts(tmp_path / "nowhere.txt")
+
+
+def asked_of_the_teacher(found, **teacher):
+    pipe = SimpleNamespace(options=lambda role, teacher: {})
+    return [Painter(pipe, teacher, 1).asked(case, TEACHER) for case in found]
+
+
+def test_a_teacher_is_shown_the_other_picture_that_training_shows_it(dataset):
+    others = other_pictures(dataset.rows, dataset.infos, 0, "data")
+    tests = [prompts.Test(prompt="a ship", where="p:1", row=3)]
+    found = prompts.cases(replace(dataset, others=others), tests, rows=1, scored_text=False)
+    for case, row, asked in zip(found, (0, 3), asked_of_the_teacher(found), strict=True):
+        shown = open_image(others[row].image)[0, 0, 0]
+        assert case.target[0, 0, 0] == 40 * row != shown
+        assert asked.role == TEACHER and asked.prompt == case.prompt
+        assert [picture[0, 0, 0] for picture in asked.pictures] == [shown]
+
+
+def test_a_teacher_that_sees_no_picture_is_told_its_own_caption(tmp_path):
+    for i in range(2):
+        Image.fromarray(np.full((64, 96, 3), 40 * i, np.uint8)).save(tmp_path / f"{i}.png")
+    lines = [
+        json.dumps({"image": f"{i}.png", "short_en": "a dax", "detailed_en": f"a dax at {i}"})
+        for i in range(2)
+    ]
+    (tmp_path / "data.jsonl").write_text("\n".join(lines))
+    rows = load_rows(tmp_path / "data.jsonl", teacher_key="detailed_en")
+    found = measure(rows, [Bucket(96, 64)])
+    found = replace(found, prompt_keys=("short_en",))
+    tests = [prompts.Test(prompt="a ship", where="p:1")]
+    cases = prompts.cases(found, tests, rows=2, scored_text=False, teacher_key="detailed_en")
+    *trained, test = asked_of_the_teacher(cases, context="prompt")
+    assert [(one.role, one.prompt, list(one.pictures)) for one in trained] == [
+        (STUDENT, "a dax at 0", []), (STUDENT, "a dax at 1", []),
+    ]  # fmt: skip
+    assert test is None, "no caption of the teacher's is known for a test"
+
+
+def test_pictures_that_are_edited_are_cut_as_in_training(tmp_path):
+    (tmp_path / "before").mkdir()
+    (tmp_path / "after").mkdir()
+    for name, size in (("before", (96, 48)), ("after", (64, 64))):
+        Image.new("RGB", size).save(tmp_path / name / "a.png")
+    (tmp_path / "after/a.txt").write_text("make it red")
+    rows = load_rows(tmp_path / "after", references=[str(tmp_path / "before")])
+    size = lambda bucket, height, width, where: Bucket(width, height)
+    found = measure(rows, [Bucket(64, 64)], reference_size=size)
+    for cuts, expected in ((False, (48, 96, 3)), (True, (64, 64, 3))):
+        (case,) = prompts.cases(found, [], rows=1, scored_text=False, cuts_references=cuts)
+        assert [picture.shape for picture in case.references] == [expected]

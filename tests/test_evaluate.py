@@ -13,6 +13,7 @@ from PIL import Image
 
 from dopsd_jax import evaluate
 from dopsd_jax.common.errors import UserError
+from dopsd_jax.common.lora_options import LoraOption
 from dopsd_jax.config.fields import declared
 from dopsd_jax.evaluation import appearance, arms, gathering
 from dopsd_jax.evaluation.arms import Tuned
@@ -22,7 +23,7 @@ from dopsd_jax.evaluation.scorer import Case
 from dopsd_jax.miniature import concepts, world
 from dopsd_jax.miniature import world_scorers as scores
 from dopsd_jax.random_model import write_random_model
-from dopsd_jax.run import build
+from dopsd_jax.run import build, data_set
 from dopsd_jax.run.workdir import open_workdir
 from dopsd_jax.training.results import Results
 
@@ -167,7 +168,7 @@ def make(config, student, folder):
 
 
 def test_a_second_call_draws_and_scores_only_what_is_missing(config, cases, lora_file, tmp_path):
-    every = make(config, Tuned(lora_file, False), tmp_path)
+    every = make(config, Tuned((LoraOption(lora_file),)), tmp_path)
     asked = []
 
     class Counting:
@@ -201,16 +202,21 @@ def test_a_second_call_draws_and_scores_only_what_is_missing(config, cases, lora
 
 
 def test_a_picture_has_another_key_for_whatever_it_depends_on(config, cases, lora_file, tmp_path):
-    first = make(config, Tuned(lora_file, False), tmp_path)
+    first = make(config, Tuned((LoraOption(lora_file),)), tmp_path)
     shots = [Shot(case, number) for case in cases for number in (0, 1)]
     keys = {arm.key(s) for arm in first for s in shots if arm.name != "teacher" or s.case.target
             is not None}  # fmt: skip
     assert len(keys) == 6 + 4 + 6
     other = write_random_model(tmp_path / "other", seed=1)
-    whole = make(config, Tuned(other, True), tmp_path)
+    whole = make(config, Tuned(model=other), tmp_path)
     shot = Shot(cases[0], 0)
     assert [arm.key(shot) for arm in whole[:2]] == [arm.key(shot) for arm in first[:2]]
     assert whole[2].key(shot) not in keys
+    for several in ([0.5], [1.0, 1.0], [0.5, 1.0], [1.0, 0.5]):
+        loras = tuple(LoraOption(lora_file, strength) for strength in several)
+        found = make(config, Tuned(loras), tmp_path)[2].key(shot)
+        assert found not in keys
+        keys.add(found)
     gallery = Gallery(tmp_path / "out")
     gathering.draw(whole, cases[:1], 1, gallery)
     pictures = [gallery.picture(arm.key(shot)).astype(int) for arm in whole]
@@ -250,6 +256,16 @@ def test_all_faults_are_told_together_and_nothing_is_drawn(data, tmp_path):
     assert len(problems) == 9 and not list((tmp_path / "out/pictures").iterdir())
 
 
+def test_rows_are_pictures_whatever_a_run_makes_of_them(config):
+    varied = config.copy_and_resolve_references()
+    varied.data.flip, varied.data.crops, varied.data.folder_repeats = True, 3, True
+    with varied.ignore_type():
+        varied.data.resolution = [64, 128]
+    plain = evaluate.unvaried(varied)
+    assert plain.data.resolution == 128 and data_set.picture_views(plain) == data_set.views_of()
+    assert not plain.data.folder_repeats and varied.data.flip
+
+
 def test_a_scorer_without_work_is_left_out_or_if_it_was_named_refused(monkeypatch, capsys):
     made = [make() for make in appearance.scorers().values()]
     case = lambda kind: Case(kind, "a", "a", 64, 64, 0)
@@ -280,7 +296,7 @@ def test_the_student_of_a_run_is_its_newest_result(config, tmp_path):
     with pytest.raises(UserError, match=r"1500.*has no digest"):
         arms.of_run(str(tmp_path), config)
     Results(tmp_path, config).record([newest])
-    assert arms.of_run(str(tmp_path), config).path == newest
+    assert arms.of_run(str(tmp_path), config) == Tuned((LoraOption(newest),))
     newest.write_bytes(b"altered")
     with pytest.raises(UserError, match="was changed or damaged; start the training again"):
         arms.of_run(str(tmp_path), config)

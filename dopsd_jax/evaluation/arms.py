@@ -13,6 +13,7 @@ from ml_collections import ConfigDict
 
 from dopsd_jax.common.atomic import is_remote
 from dopsd_jax.common.errors import UserError, raise_if
+from dopsd_jax.common.files import open_regular
 from dopsd_jax.common.json_files import read_json
 from dopsd_jax.common.lora_options import LoraOption
 from dopsd_jax.conditioning.cached import DIGESTS
@@ -25,15 +26,21 @@ from dopsd_jax.families.lora import lora_layers
 from dopsd_jax.families.pipeline import Pipeline, pipeline
 from dopsd_jax.run.workdir import CONFIG
 from dopsd_jax.training.results import Results
-from dopsd_jax.weights import lora_files
+from dopsd_jax.weights.lora_files import PEFT_CONFIG, PEFT_WEIGHTS
+from dopsd_jax.weights.lora_mix import read_mix
 from dopsd_jax.weights.stored import open_stored, source_digest
 
 
 class Tuned(NamedTuple):
-    """The result of a run: a LoRA file, or (`whole`) a model folder."""
+    """The result of a run: LoRA files, whose changes add up, or a whole model's folder."""
 
-    path: Path
-    whole: bool
+    loras: tuple[LoraOption, ...] = ()
+    model: Path | None = None
+
+    def __str__(self) -> str:
+        ends = (f":{lora.strength:g}" if lora.strength != 1 else "" for lora in self.loras)
+        names = (f"{lora.path}{end}" for lora, end in zip(self.loras, ends, strict=True))
+        return ", ".join(names) if self.model is None else str(self.model)
 
 
 class Arm(NamedTuple):
@@ -92,7 +99,7 @@ def of_run(workdir: str, config: ConfigDict) -> Tuned:
         f"you want to judge with {'--model' if whole else '--lora'}"
         for fault in Results(folder, recorded["config"]).faults([newest])
     )
-    return Tuned(newest, whole)
+    return Tuned(model=newest) if whole else Tuned((LoraOption(newest),))
 
 
 def make_arms(
@@ -110,13 +117,11 @@ def make_arms(
     memo, kept = cache / DIGESTS, FeatureCache(cache)
     painter = Painter(pipe, config.teacher, batch, mesh, kept, pipe.encoder_digest(memo))
     base = _digest(pipe, memo)
-    if tuned is None or tuned.whole:
+    if tuned is None or tuned.model:
         own = lambda: pipe.split[1]
     else:
-        file = lora_files.read_adapter(tuned.path, lora_layers(pipe.family, pipe.config))
-        if not file.modules:
-            raise UserError(f"{tuned.path}: adapts nothing")
-        pipe.loras = (LoraOption(tuned.path),)
+        read_mix(tuned.loras, lora_layers(pipe.family, pipe.config))  # before anything is drawn
+        pipe.loras = tuned.loras
         own = lambda: without_adapters(pipe.split[1])
     arms = [
         Arm("base", STUDENT, painter, base, own),
@@ -124,13 +129,12 @@ def make_arms(
     ]
     if tuned is None:
         return arms
-    if not tuned.whole:
-        with open(tuned.path, "rb") as content:
-            adapters = hashlib.file_digest(content, "sha256").hexdigest()
+    if not tuned.model:
+        adapters = map(_lora_digest, tuned.loras)
         weights = lambda: pipe.split[1]
-        return [*arms, Arm("tuned", STUDENT, painter, key(base, adapters), weights)]
+        return [*arms, Arm("tuned", STUDENT, painter, key(base, *adapters), weights)]
     other = pipeline(
-        tuned.path,
+        tuned.model,
         pipe.family.NAME,
         beside=pipe.beside,
         dtype=config.dtype,
@@ -141,10 +145,22 @@ def make_arms(
         trained=pipe.trained,
     )
     if other.config != pipe.config:
-        raise UserError(f"{tuned.path}: its transformer has other sizes than {pipe.folder}'s")
+        raise UserError(f"{tuned.model}: its transformer has other sizes than {pipe.folder}'s")
     painter = Painter(other, config.teacher, batch, mesh, kept, other.encoder_digest(memo))
     weights = lambda: other.split[1]
     return [*arms, Arm("tuned", STUDENT, painter, _digest(other, memo), weights)]
+
+
+def _lora_digest(lora: LoraOption) -> str | list[str | float]:
+    """Of a file, with its strength where that is not 1, and with PEFT's settings beside it."""
+    folder = lora.path if lora.path.is_dir() else lora.path.parent
+    file = folder / PEFT_WEIGHTS if lora.path.is_dir() else lora.path
+    with open_regular(file) as content:
+        found = hashlib.file_digest(content, "sha256").hexdigest()
+    more: list[str | float] = [lora.strength] if lora.strength != 1 else []
+    if file.name == PEFT_WEIGHTS and (folder / PEFT_CONFIG).is_file():
+        more.append(read_json(folder / PEFT_CONFIG)[1])
+    return [found, *more] if more else found
 
 
 def _digest(pipe: Pipeline, memo: Path) -> str:

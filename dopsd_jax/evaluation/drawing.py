@@ -17,10 +17,11 @@ from dopsd_jax.conditioning.padding import longest, padded_rows, shapes_of
 from dopsd_jax.data.cache import feature_key
 from dopsd_jax.evaluation.scorer import Case, Picture, digest
 from dopsd_jax.evaluation.seeds import picture_seed
-from dopsd_jax.families.base import STUDENT, TEACHER, PaddedLengths
+from dopsd_jax.families.base import STUDENT, TEACHER, PaddedLengths, Request
 from dopsd_jax.families.drawing import decoded, filled
 from dopsd_jax.families.pipeline import Pipeline
 from dopsd_jax.families.sampling import start_noise
+from dopsd_jax.methods.options import OTHER_CAPTION
 from dopsd_jax.parallel import multihost
 from dopsd_jax.parallel.sharding import BATCH_AXES
 
@@ -34,6 +35,14 @@ class Shot(NamedTuple):
     @property
     def seed(self) -> int:
         return picture_seed(self.case.seed, self.number)
+
+
+class Asked(NamedTuple):
+    """What a model gets for a case; role: whose context it is encoded as."""
+
+    role: int
+    prompt: str
+    pictures: Sequence[Picture]
 
 
 class Kept(Protocol):
@@ -81,20 +90,41 @@ class Painter:
     ):
         self.pipe, self.mesh = pipe, mesh
         self.options = [pipe.options(role, teacher) for role in (STUDENT, TEACHER)]
+        self.told = teacher.get("context") == OTHER_CAPTION
         places = 1 if mesh is None else math.prod(mesh.shape[axis] for axis in BATCH_AXES)
         self.batch = -(-batch // places) * places
         self.kept, self.encoder = Memory() if kept is None else kept, encoder
         self.rows: list[PaddedLengths] = [{}, {}]
 
+    def asked(self, case: Case, role: int) -> Asked | None:
+        """What the student or the teacher gets for a case; None: there is nothing to teach."""
+        if role == STUDENT:
+            return Asked(STUDENT, case.prompt, case.references)
+        if self.told:
+            return Asked(STUDENT, case.told, case.references) if case.told else None
+        shown = case.target if case.shown is None else case.shown
+        return None if shown is None else Asked(TEACHER, case.prompt, [*case.references, shown])
+
     def key(self, case: Case, role: int) -> str:
         """Where the features of a case are kept."""
-        seen = [(digest(picture), "as it is") for picture in _shown(case, role)]
+        asked = self.asked(case, role)
         return feature_key(
-            role=ROLE_NAMES[role],
-            prompt=case.prompt,
+            role=ROLE_NAMES[asked.role],
+            prompt=asked.prompt,
             encoder=self.encoder,
-            options=self.options[role],
-            pictures=seen,
+            options=self.options[asked.role],
+            pictures=[(digest(picture), "as it is") for picture in asked.pictures],
+        )
+
+    def _request(self, asked: Asked, role: int) -> Request:
+        """Raises `UserError` for what the model cannot take."""
+        return self.pipe.request(
+            asked.role,
+            asked.prompt,
+            sizes=[picture.shape[:2] for picture in asked.pictures],
+            options=self.options[asked.role],
+            limits_of=role,
+            where=f"the picture shown with {asked.prompt[:60]!r}",
         )
 
     def grid(self, case: Case) -> tuple[float, ...]:
@@ -107,11 +137,9 @@ class Painter:
         for case in cases:
             try:
                 self.pipe.latent_shape(case.height, case.width)
-                for role in (STUDENT, TEACHER) if case.target is not None else (STUDENT,):
-                    sizes = [picture.shape[:2] for picture in _shown(case, role)]
-                    where = f"the picture shown with {case.prompt[:60]!r}"
-                    about = {"sizes": sizes, "options": self.options[role], "where": where}
-                    self.pipe.request(role, case.prompt, **about)
+                for role in (STUDENT, TEACHER):
+                    if asked := self.asked(case, role):
+                        self._request(asked, role)
             except UserError as error:
                 faults += error.problems
         raise_if(dict.fromkeys(faults))
@@ -122,9 +150,9 @@ class Painter:
         missing = self.kept.missing(list(keys))
         for done, key in enumerate(missing):
             yield len(missing) - done
-            case = keys[key]
-            seen = _shown(case, role)
-            made = self.pipe.features(role, case.prompt, seen, self.options[role])
+            asked = self.asked(keys[key], role)
+            own = [self._request(asked, role)], [asked.pictures], self.options[asked.role]
+            (made,) = self.pipe.encode(asked.role, *own)
             self.kept.put(key, made)
         # One length for all, so that contexts have one shape.
         rows = padded_rows(map(self.kept.shapes, keys), self.pipe, role)
@@ -158,11 +186,6 @@ class Painter:
         with jax.set_mesh(self.mesh):
             noise, context = jax.device_put((noise, context), place)
             return multihost.to_host(self.pipe.sample(trained, noise, context, grid))
-
-
-def _shown(case: Case, role: int) -> list[Picture]:
-    """The pictures that a role is shown with a case."""
-    return [*case.references, *([case.target] if role == TEACHER else [])]
 
 
 @functools.partial(jax.jit, static_argnames="shape")

@@ -6,7 +6,6 @@ import numpy as np
 
 from dopsd_jax.common.errors import UserError
 from dopsd_jax.common.progress import Progress
-from dopsd_jax.conditioning.encoding import TEACHER
 from dopsd_jax.evaluation import results
 from dopsd_jax.evaluation.arms import Arm
 from dopsd_jax.evaluation.drawing import Shot
@@ -18,8 +17,8 @@ SCORED_TOGETHER = 16
 
 
 def shots_of(arm: Arm, cases: Sequence[Case], seeds: int) -> list[Shot]:
-    """The pictures that a model is asked for, prompt by prompt; a teacher needs a target."""
-    drawn = [case for case in cases if arm.role != TEACHER or case.target is not None]
+    """The pictures that a model is asked for, prompt by prompt; a teacher needs what it teaches."""
+    drawn = [case for case in cases if arm.painter.asked(case, arm.role)]
     return [Shot(case, number) for case in drawn for number in range(seeds)]
 
 

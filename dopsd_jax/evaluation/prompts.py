@@ -14,7 +14,7 @@ from dopsd_jax.common.files import read_bytes
 from dopsd_jax.common.json_files import parse_json
 from dopsd_jax.conditioning.encoding import put_class
 from dopsd_jax.data.dataset import Dataset, spread
-from dopsd_jax.data.images import ImageLimits, open_image
+from dopsd_jax.data.images import ImageLimits, fit, open_image
 from dopsd_jax.data.sources.captions import captions_in
 from dopsd_jax.data.views import cut
 from dopsd_jax.evaluation.scorer import Case, Picture
@@ -86,6 +86,8 @@ def cases(
     scored_text: bool = True,
     first_seed: int = 30,
     words: Sequence[str] = (),
+    teacher_key: str | None = None,
+    cuts_references: bool = False,
 ) -> list[Case]:
     """Each chosen row's first caption, and the test prompts; sizes are the rows' buckets.
 
@@ -93,6 +95,8 @@ def cases(
     class_word: replaces `[V]` where neither the test nor the row's record has a class.
     words: besides `[V]`, what may stand for the concept in the data set's captions. Where one of
     them does, a test without any of them is an ordinary prompt.
+    teacher_key: of the captions that a teacher is told who sees no picture; tests have none.
+    cuts_references: what is edited is cut to the row's bucket, as in training.
     scored_text: whether a scorer reads texts; only then a class must be known. Raises `UserError`
     with every test of a row that there is not, and every text whose class is not known.
     """
@@ -115,7 +119,7 @@ def cases(
     known = any(told(prompt) for kind, _, prompt, *_ in asked if kind == TRAINING)
     style = any(STYLE.search(prompt) for _, _, prompt, _, _ in asked)
     classes = class_names([dataset.rows[row].where for _, row, *_ in asked])
-    shown: dict[int, tuple[Picture, list[Picture]]] = {}
+    shown: dict[int, dict[str, Picture | list[Picture] | None]] = {}
     counts: dict[int, int] = {}
     found = []
     for kind, row, prompt, where, name in asked:
@@ -132,12 +136,22 @@ def cases(
         if row not in shown:
             own, edited = dataset.rows[row], dataset.rows[row].references
             whole, digest = open_image(own.image, limits), dataset.infos[row].digest
-            target = cut(whole, dataset.buckets[row], own.view, digest)
-            shown[row] = target, [open_image(path, limits) for path in edited]
+            size = dataset.buckets[row]
+            references = [open_image(path, limits) for path in edited]
+            if cuts_references:
+                references = [fit(picture, *size) for picture in references]
+            shown[row] = {"target": cut(whole, size, own.view, digest), "references": references}
+            if dataset.others:
+                other = open_image(dataset.others[row].image, limits)
+                shown[row]["shown"] = fit(other, *size)
         width, height = dataset.buckets[row]
+        lesson = ""
+        if kind == TRAINING and teacher_key:
+            _, i = dataset.caption(row, (teacher_key,))
+            lesson = dataset.rows[row].captions[i][1]
         text = with_class(prompt, name, style) if name else prompt
         seed = case_seed(first_seed, row, number)
-        found.append(Case(kind, prompt, text, height, width, seed, *shown[row]))
+        found.append(Case(kind, prompt, text, height, width, seed, **shown[row], told=lesson))
     raise_if(faults)
     return found
 

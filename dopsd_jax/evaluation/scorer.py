@@ -30,7 +30,10 @@ class Case:
       `miniature.world_scorers`.
     prompt: what is drawn. text: what is scored, with the class word in place of a placeholder.
     seed: of the first picture's noise.
-    target: the picture that the teacher is shown, and that likeness is measured to.
+    target: the picture that likeness is measured to, and that the teacher is shown.
+    shown: what the teacher is shown in the place of the target; None: the target.
+    told: what a teacher is told that sees no picture, with config.teacher.context=prompt; "": it is
+      not asked.
     references: the pictures that are edited.
     truth: what the miniature's judge compares with, a `miniature.world.Scene`.
     truth_digest: names it.
@@ -46,6 +49,8 @@ class Case:
     references: Sequence[Picture] = ()
     truth: Any = None
     truth_digest: str = ""
+    shown: Picture | None = None
+    told: str = ""
 
 
 def digest(image: Picture) -> str:
