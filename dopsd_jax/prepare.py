@@ -118,21 +118,28 @@ def prepare(
     name, work = f"shard {shard} of {shards}", []
     with multihost.together():
         todo = undone(folder, manifest, shard, shards, name)
+        index = data_set.picture_index(config, workdir, name)
+        numbers_of = lambda some: [row for part in some for row in manifest.rows_of(part)]
+        share = lambda numbers: dataclasses.replace(rows, rows=Chosen(rows.rows, numbers), sets=())
+        measured = lambda rows: measure(
+            rows,
+            data_set.data_buckets(config, pipe.size_multiple),
+            data_set.limits(config),
+            index=index,
+            reference_size=data_set.reference_size(config, pipe),
+            levels=data_set.data_levels(config, pipe.size_multiple),
+            masked=config.data.masks,
+        )
+        own = range(shard, manifest.parts, shards)
+        others = data_set.shows_others(config, pipe.family)
+        if done := [part for part in own if part not in todo]:
+            changed = outdated(folder, manifest, done, measured(share(numbers_of(done))))
+            # A changed picture may be shown with any other row.
+            todo = list(own) if changed and others else sorted([*todo, *changed])
         if todo:
-            numbers = [row for part in todo for row in manifest.rows_of(part)]
-            share = dataclasses.replace(rows, rows=Chosen(rows.rows, numbers), sets=())
-            index = data_set.picture_index(config, workdir, name)
-            measured = lambda rows: measure(
-                rows,
-                data_set.data_buckets(config, pipe.size_multiple),
-                data_set.limits(config),
-                index=index,
-                reference_size=data_set.reference_size(config, pipe),
-                levels=data_set.data_levels(config, pipe.size_multiple),
-                masked=config.data.masks,
-            )
-            dataset = measured(share)
-            if data_set.shows_others(config, pipe.family):  # they may lie in another shard
+            numbers = numbers_of(todo)
+            dataset = measured(share(numbers))
+            if others:  # they may lie in another shard
                 whole = data_set.with_others(config, measured(rows))
                 dataset = dataclasses.replace(dataset, others=whole.part(numbers).others)
             if len(numbers) == manifest.rows:  # else other shards may have masks
@@ -209,6 +216,31 @@ def undone(
     count = f"{len(own)} of {manifest.parts} parts, {len(own) - len(todo)} done"
     print(f"{name}: {count}", flush=True)
     return todo
+
+
+def outdated(
+    folder: epath.Path, manifest: parts.Manifest, done: Sequence[int], dataset: Dataset
+) -> list[int]:
+    """The parts that were made of other pictures; `dataset`: the rows of `done` as they are now."""
+    found, row = [], 0
+    for part in done:
+        path = folder / parts.part_name(part)
+        told = parts.read_part(path, manifest.identity).rows
+        changed = [old["picture"] for i, old in enumerate(told, row) if _facts(dataset, i) != [
+            old["digest"], old["references"], old.get(parts.MASK, [""])[0]
+        ]]  # fmt: skip
+        if changed:
+            print(f"{path}: {changed[0]} was changed since (it is made again now)", flush=True)
+            found.append(part)
+        row += len(told)
+    return found
+
+
+def _facts(dataset: Dataset, row: int) -> list:
+    """The digests of a row's pictures, as JSON has them: its own, its references', its mask's."""
+    edited = dataset.references[row] if dataset.references else ()
+    references = [[one.digest, list(one.size)] for one in edited]
+    return [dataset.infos.digest(row), references, dataset.masks[row] if dataset.masks else ""]
 
 
 def anchors_beside(

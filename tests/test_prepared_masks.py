@@ -83,3 +83,27 @@ def test_a_preparation_goes_on_with_its_own_masks_only(tmp_path):
     with pytest.raises(UserError) as caught:
         prepare.open_folder(path, own._replace(settings=settings))
     assert "begun with masks ['files', 8], now none; give another --out" in caught.value.problems[0]
+
+
+def test_parts_are_made_again_whose_pictures_or_masks_have_changed(random_model, tmp_path):
+    data, out = folder(tmp_path / "a", 1), tmp_path / "set"
+    common = (
+        f"--config={ROOT}/configs/zimage.py:random", f"--config.model={random_model}",
+        f"--config.data.path={data}", "--config.data.buckets=64x48", "--config.data.masks=files",
+        f"--workdir={tmp_path / 'work'}", f"--out={out}", "--rows_per_part=1",
+    )  # fmt: skip
+
+    def made():
+        """The numbers of the parts that a call writes."""
+        before = {path: path.stat().st_mtime_ns for path in out.glob("part-*")}
+        done = run_program("prepare", *common)
+        assert done.returncode == 0, done.stderr
+        after = {path: path.stat().st_mtime_ns for path in out.glob("part-*")}
+        return [i for i, path in enumerate(sorted(after)) if before.get(path) != after[path]]
+
+    assert made() == [0, 1, 2] and made() == []
+    Image.new("RGB", (64, 48)).save(tmp_path / "a/2.png")
+    assert made() == [2] and made() == []
+    mask = np.where(left_half(), 0, 255).astype(np.uint8)
+    Image.fromarray(mask).save(tmp_path / "a/1_mask.png")
+    assert made() == [1] and made() == []
