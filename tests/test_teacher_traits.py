@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from dopsd_jax.common.errors import UserError
 from dopsd_jax.conditioning.padding import longest, padded_rows, shapes_of
 from dopsd_jax.evaluation import teacher_traits as traits
 
@@ -118,3 +119,21 @@ def test_obedience_is_of_all_rows_together():
     still = GOOD._replace(moved=3.0, student_moved=0.01)
     assert traits.obedience([GOOD, still]) == pytest.approx(48 / 50.01)
     assert traits.obedience([GOOD._replace(moved=None)]) is None
+
+
+def test_of_ordinary_prompts_the_first_that_the_model_takes_is_the_other_caption():
+    def features(role, text, pictures, options):
+        if len(text) > 5:
+            raise UserError(f"{text}: too long")
+        asked.append((role, text, len(pictures), options))
+        return {"text": np.zeros((len(text), 1), np.float32)}
+
+    asked = []
+    take = lambda texts: traits._first_taken(
+        SimpleNamespace(features=features), texts, (PICTURES[:1], PICTURES[:2]), ({}, {"said": 1})
+    )
+    found = take(["too long", "short", "other"])
+    assert found.text == "short"
+    assert asked == [(0, "short", 1, {}), (1, "short", 2, {"said": 1})]
+    with pytest.raises(UserError, match="also long"):
+        take(["too long", "also long"])

@@ -8,7 +8,7 @@ draws each row from several noises and says what was found, in numbers and in on
 
 import functools
 import itertools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -18,6 +18,7 @@ from jaxtyping import Float
 from ml_collections import ConfigDict
 from PIL import Image
 
+from dopsd_jax.common.errors import UserError
 from dopsd_jax.common.flow import euler
 from dopsd_jax.conditioning.anchors import GENERAL, lines_of
 from dopsd_jax.conditioning.cached import sees_picture
@@ -87,18 +88,38 @@ def other_captions(
     """
     if dataset.features is not None or not sees_picture(config, pipe.family):
         return None
-    encoder, ordinary, found = Encoder(pipe, dataset, config), lines_of(GENERAL), []
+    encoder, found = Encoder(pipe, dataset, config), []
+    ordinary = [text for _, text in lines_of(GENERAL)]
     texts = [encoder.text(dataset.caption(row, dataset.prompt_keys), STUDENT) for row in rows]
     for number, (row, own) in enumerate(zip(rows, texts, strict=True)):
-        text = texts[(number + 1) % len(texts)]
-        if text == own:
-            text = ordinary[number % len(ordinary)][1]
-        made = [
-            pipe.features(role, text, encoder.pictures(row, role), encoder.options[role])
-            for role in (STUDENT, TEACHER)
-        ]
-        found.append(Other(text, *made))
+        text, first = texts[(number + 1) % len(texts)], number % len(ordinary)
+        able = [text] if text != own else [*ordinary[first:], *ordinary[:first]]
+        pictures = [encoder.pictures(row, role) for role in (STUDENT, TEACHER)]
+        found.append(_first_taken(pipe, able, pictures, encoder.options))
     return found
+
+
+def _first_taken(
+    pipe: Pipeline,
+    texts: Sequence[str],
+    pictures: Sequence[Sequence[Picture]],
+    options: Sequence[Mapping[str, Any]],
+) -> Other:
+    """The first of the texts that the model takes: a miniature takes no long ones.
+
+    pictures, options: by role. Raises `UserError` where it takes none.
+    """
+    problems: list[str] = []
+    for text in texts:
+        try:
+            made = [
+                pipe.features(role, text, pictures[role], options[role])
+                for role in (STUDENT, TEACHER)
+            ]
+            return Other(text, *made)
+        except UserError as error:
+            problems += error.problems
+    raise UserError(*problems)
 
 
 def shown_pictures(
