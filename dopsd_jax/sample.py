@@ -97,7 +97,7 @@ from dopsd_jax.data.images import open_image
 from dopsd_jax.families.base import STUDENT
 from dopsd_jax.families.drawing import decoded, filled, together
 from dopsd_jax.families.prompts import prompt_features
-from dopsd_jax.families.sampling import start_noise
+from dopsd_jax.families.sampling import finite, start_noise
 from dopsd_jax.reporting import parameters, pictures
 from dopsd_jax.reporting.parameters import Parameters
 
@@ -159,7 +159,7 @@ def main() -> None:
             noise = np.concatenate([start_noise(seed, 1, shape) for seed, _ in some])
             context = pipe.family.collate([features[number] for _, number in some], padded)
             latents = np.asarray(pipe.sample(trained, noise, context, grid, factor))
-            yield from decoded(pipe, latents[:count], size)
+            yield from decoded(pipe, finite(latents, factor)[:count], size)
 
     sheets = {seed: [pictures.GridRow(prompt, []) for prompt in asked] for seed in seeds()}
     for factor in factors:

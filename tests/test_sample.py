@@ -134,9 +134,11 @@ def test_weights_are_no_wider_than_activations_unless_one_asks():
     assert kinds.drawn_base("float32", "bfloat16") == "float32"
 
 
-def test_push_takes_the_pictures_and_leaves_the_sheets(sheets):
+def test_push_takes_the_pictures_and_leaves_the_sheets_and_the_base(sheets, lora_file):
     out, _ = sheets
-    assert len(push.gallery(out)) == 8
+    shown, others = push.gallery(out, parameters.digest(lora_file))
+    assert len(shown) == 4 and all("_strength2" in path.name for path, _ in shown)
+    assert len(others) == 4 and all("_strength0" in path.name for path in others)
 
 
 @pytest.mark.parametrize(

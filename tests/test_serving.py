@@ -103,6 +103,12 @@ def test_a_file_that_is_written_again_is_read_again(random_model, lora_file, tmp
     assert before.made.loras[0].digest != after.made.loras[0].digest
 
 
+def test_a_strength_that_is_too_large_is_said_not_drawn_black(studio):
+    with pytest.raises(UserError, match=r"not made of finite numbers \(strength 1e\+38"):
+        drawn(studio, ["a.safetensors"], [1e38])
+    assert len(drawn(studio, ["a.safetensors"])) == 2
+
+
 def test_without_files_the_base_is_drawn(random_model):
     (one,) = drawn(Studio(dopsd_jax.load_pipeline(random_model), "m", None), [], [1.0, 0.5])
     assert one.label == "base"

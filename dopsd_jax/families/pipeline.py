@@ -365,7 +365,8 @@ class Pipeline:
             raise ValueError(f"latents {jnp.shape(latents)}, needed {(len(prompts), *shape)}")
         grid = self.deployed_grid(shape, steps)
         context = self.encode_prompt(prompts, references) if context is None else context
-        return self.decode(self.sample(self.split[1], latents, context, grid, strength))
+        drawn = self.sample(self.split[1], latents, context, grid, strength)
+        return self.decode(sampling.finite(drawn, strength))
 
     def sample(
         self,

@@ -5,10 +5,12 @@ from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float
 
 from dopsd_jax import dopsd
+from dopsd_jax.common.errors import UserError
 from dopsd_jax.families.base import Family, Tree
 from dopsd_jax.parallel import multihost, sharding
 
@@ -32,6 +34,21 @@ def start_noise(
 ) -> Float[Array, "b h w c"]:
     """Unit Gaussian start noise of images `first` and on; image i depends on (seed, i) only."""
     return _start_noise(jax.random.key(seed), first, count=count, shape=shape)
+
+
+def finite(
+    latents: Float[Array | np.ndarray, "b h w c"], strength: float = 1.0
+) -> Float[Array | np.ndarray, "b h w c"]:
+    """The drawn latents. Raises `UserError` if a number is not finite: the picture would be black.
+
+    strength: that of the adapters.
+    """
+    if not np.isfinite(np.asarray(latents)).all():
+        raise UserError(
+            f"what was drawn is not made of finite numbers (strength {strength:g} of the LoRA files, "
+            "if there are any); lower it, or look at the model with `convert inspect --verify`"
+        )
+    return latents
 
 
 @functools.partial(jax.jit, static_argnames=("count", "shape"))
