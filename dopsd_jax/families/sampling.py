@@ -45,8 +45,8 @@ def finite(
     """
     if not np.isfinite(np.asarray(latents)).all():
         raise UserError(
-            f"what was drawn is not made of finite numbers (strength {strength:g} of the LoRA files, "
-            "if there are any); lower it, or look at the model with `convert inspect --verify`"
+            f"the drawn picture is not made of finite numbers (strength {strength:g} of LoRA "
+            "files, if there are any); lower it, or look at the model with `convert inspect --verify`"
         )
     return latents
 
