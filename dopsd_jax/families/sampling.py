@@ -46,7 +46,7 @@ def finite(
     if not np.isfinite(np.asarray(latents)).all():
         raise UserError(
             f"the drawn picture is not made of finite numbers (strength {strength:g} of LoRA "
-            "files, if there are any); lower it, or look at the model with `convert inspect --verify`"
+            "files, if there are any); lower it, or look at the model: convert inspect --verify"
         )
     return latents
 
