@@ -143,10 +143,8 @@ def einsum_attention(q, k, v, lengths, *, causal: bool):
     if causal:
         logits += jnp.where(jnp.arange(m) > jnp.arange(n)[:, None], HIDDEN, 0.0)
     weights = jnp.exp(logits - jax.lax.stop_gradient(jnp.max(logits, axis=-1, keepdims=True)))
-    y = jnp.einsum(
-        "bhnm,bhmd->bhnd", weights.astype(v.dtype), v, preferred_element_type=jnp.float32
-    )
-    y = y / jnp.sum(weights, axis=-1, keepdims=True)
+    y = jnp.einsum("bhnm,bhmd->bhnd", weights.astype(v.dtype), v)
+    y = y.astype(jnp.float32) / jnp.sum(weights, axis=-1, keepdims=True)
     return y.astype(q.dtype).swapaxes(1, 2)
 
 
