@@ -70,6 +70,12 @@ CLAIMS = (
           "full", "dopsd", "sft", CRISP),
     Claim("Full: D-OPSD keeps what the base can do, PSO does not",
           "Table 2, GenEval .717 against .248", "full", "dopsd", "pso", RETENTION),
+    Claim("A teacher that is the student itself is worse than EMA 0.9999", "ablation figure",
+          "lora", "long, EMA 0.9999", "long, teacher live", IDENTITY),
+    Claim("EMA 0.9 is worse than EMA 0.9999", "ablation figure",
+          "lora", "long, EMA 0.9999", "long, EMA 0.9", IDENTITY),
+    Claim("A frozen teacher teaches less than EMA 0.9999", "ablation figure",
+          "lora", "long, EMA 0.9999", "long, teacher frozen", IDENTITY),
 )  # fmt: skip
 
 NOT_HERE = "not testable here"
