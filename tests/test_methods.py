@@ -19,7 +19,7 @@ from dopsd_jax.common.errors import UserError
 from dopsd_jax.conditioning.encoding import class_prompt
 from dopsd_jax.conditioning.features import Features
 from dopsd_jax.config import schema
-from dopsd_jax.config.fields import declared
+from dopsd_jax.config.fields import declared, defaults
 from dopsd_jax.data.loader import BatchIndex
 from dopsd_jax.families.base import STUDENT
 from dopsd_jax.methods import registry
@@ -78,6 +78,25 @@ def test_every_field_of_a_method_is_known_and_used_by_some():
         asked = [f.name for f in method.fields if not f.when]  # others need more than a method
         assert set(asked) <= declared().keys()
         schema.check(config, asked)
+
+
+@pytest.mark.parametrize(
+    ("fields", "said"),
+    [
+        ({}, None),
+        ({"teacher.weights": "live"}, "config.teacher.weights = live"),
+        ({"teacher.decay": 0.9}, "config.teacher.decay = 0.9"),
+        ({"teacher.decay": 0.999}, None),
+        ({"teacher.decay": 0.9, "teacher.weights": "frozen"}, None),
+        ({"teacher.weights": "live", "method": "offpolicy"}, None),
+        ({"teacher.weights": "live", "method": "sft"}, None),
+    ],
+)
+def test_a_teacher_that_follows_the_student_closely_is_warned_of(fields, said):
+    config = defaults()
+    config.update_from_flattened_dict(fields)
+    found = registry.notes(config)
+    assert [note.split(":")[1].strip() for note in found] == ([said] if said else [])
 
 
 def test_only_what_a_method_compares_with_is_kept():

@@ -16,6 +16,9 @@ if TYPE_CHECKING:
     from dopsd_jax.dopsd import Denoiser
     from dopsd_jax.methods.losses import Schedule
 
+# Decays with which D-OPSD was seen to end in pictures of nothing; docs/results.md, "Many steps".
+COLLAPSING = 0.9
+
 
 def _loss(name: str) -> Callable:
     """The function of `methods.losses`, which is imported when it is first called."""
@@ -172,6 +175,23 @@ def teacher(config: Config) -> Teacher:
     if keeps == "teacher":
         return Teacher(**{name: config["teacher"][name] for name in Teacher._fields})
     return Teacher("frozen" if keeps == "start" else "live")
+
+
+def notes(config: Config) -> list[str]:
+    """What to say of settings that are allowed and seldom meant."""
+    weights = teacher(config)
+    if config["method"] != "dopsd" or weights.weights == "frozen":
+        return []
+    if weights.weights == "live":
+        name, what = "weights = live", "is the student itself"
+    elif weights.decay <= COLLAPSING:
+        name, what = f"decay = {weights.decay:g}", "is the student of a few steps before"
+    else:
+        return []
+    return [
+        f"warning: config.teacher.{name}: the teacher {what}; such runs end in pictures of nothing "
+        "after some hundred steps (docs/results.md); the recipes have ema, 0.9999"
+    ]
 
 
 def told(config: Config) -> str | tuple[int, ...]:

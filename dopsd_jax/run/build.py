@@ -134,7 +134,8 @@ def find_vlm(
 
 def notes(config: ConfigDict, pipe: Pipeline) -> list[str]:
     """What to say of the model before a run."""
-    return [] if registry.method(config).base else pipe.notes()
+    own = [] if registry.method(config).base else pipe.notes()
+    return [*own, *registry.notes(config)]
 
 
 def check_method(config: ConfigDict, pipe: Pipeline) -> None:
