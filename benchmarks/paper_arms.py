@@ -54,6 +54,7 @@ LONG = {
     "long, EMA 0.999": {"teacher.decay": 0.999},
     "long, EMA 0.9999": {"teacher.decay": 0.9999},
     "long, teacher frozen": {"teacher.weights": "frozen"},
+    "long, EMA 0.9999, 1/4 anchors": {"teacher.decay": 0.9999, **ANCHOR},
 }
 SEQUENCE = (0, 1, 2, 3, 4)  # concepts that are learned one after another
 SEQUENTIAL = ("dopsd + anchor", "1/2 anchors", "dopsd", "sft")
