@@ -49,6 +49,7 @@ def agree():
         multihost.to_host(draw()), np.asarray(jax.random.normal(jax.random.key(3), (8, 5)))
     )
     none_begins_before_all_have_compiled()
+    a_program_of_4_bit_weights_runs_and_is_compiled_once(NamedSharding(mesh, PartitionSpec()))
     print("agreed", flush=True)
 
 
@@ -66,7 +67,9 @@ def none_begins_before_all_have_compiled():
         def compile(self):
             time.sleep(jax.process_index())
             compiled.append(time.time())
-            return lambda x: (time.time(), x)
+
+        def __call__(self, x, *, size):
+            return time.time(), x
 
     run = multihost.begin_together(Slow())
     begun, x = run(np.ones(2), size=3)
@@ -76,6 +79,21 @@ def none_begins_before_all_have_compiled():
     assert min(t for t, _ in times) >= max(t for _, t in times)
     run(np.ones(3), size=3)
     assert len(compiled) == 2
+
+
+def a_program_of_4_bit_weights_runs_and_is_compiled_once(everywhere):
+    seen = []
+    listen = lambda event, seconds, fun_name="", **more: seen.append((event, fun_name))
+    jax.monitoring.register_event_duration_secs_listener(listen)
+
+    @jax.jit
+    def of_4_bits(codes):
+        return jnp.sum(codes.astype(jnp.float32))
+
+    codes = jax.device_put(np.full((3, 4), 7, np.uint8).astype(jnp.uint4), everywhere)
+    assert multihost.begin_together(of_4_bits)(codes) == 84
+    own = [event for event, name in seen if "of_4_bits" in name]
+    assert own.count("/jax/core/compile/backend_compile_duration") == 1, own
 
 
 def refuse():

@@ -86,17 +86,19 @@ def begin_together(jitted: Callable) -> Callable:
     some processes may find the program in a shared cache. All call it, with arrays of the same
     shapes; static arguments go by name.
     """
-    programs = {}
+    compiled = set()
 
     def call(*args, **static):
         if jax.process_count() == 1:
             return jitted(*args, **static)
         leaves, tree = jax.tree.flatten(args)
         key = tree, tuple(map(jax.typeof, leaves)), tuple(sorted(static.items()))
-        if key not in programs:
+        if key not in compiled:
             with together():
-                programs[key] = jitted.lower(*args, **static).compile()
-        return programs[key](*args)
+                jitted.lower(*args, **static).compile()  # the call below finds it
+            compiled.add(key)
+        # Not what was compiled itself: that refuses 4-bit arrays that lie on a mesh (jax 0.10.2).
+        return jitted(*args, **static)
 
     return call
 
