@@ -47,6 +47,8 @@ def test_rows_and_tests_have_the_noise_of_the_protocol(dataset):
     assert [c.target[0, 0, 0] for c in found] == [0, 120, 0, 120, 0, 120, 0]
     assert {(c.height, c.width) for c in found} == {(64, 96)}
     assert seeds.picture_seed(331, 0) == 331 and seeds.picture_seed(331, 2) == 2_000_331
+    last = seeds.case_seed(2**31 - 1, 10**6)
+    assert seeds.picture_seed(last, seeds.MOST - 1) < 2**32
 
 
 def test_the_class_word_is_scored_and_the_placeholder_drawn(dataset):

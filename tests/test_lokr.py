@@ -182,8 +182,12 @@ def test_what_cannot_be_attached_or_written_is_a_line(tmp_path):
     uneven = dict(modules)
     uneven[BLOCK[1]] = trained(factor=8)[2][BLOCK[1]]
     write_lora(path, uneven, LAYERS)
+    attach_files(net, family, CONFIG, [LoraOption(plain)])
+    before = nnx.state(net, nnx.LoRAParam)
     with pytest.raises(UserError, match=r"factors of several kinds; .* merge"):
         attach_files(net, family, CONFIG, [LoraOption(path)])
+    # What was attached before stays.
+    jax.tree.map(np.testing.assert_array_equal, nnx.state(net, nnx.LoRAParam), before)
     part = dict(modules)
     part[BLOCK[0]] = dataclasses.replace(part[BLOCK[0]], first=4)
     out = tmp_path / "c.safetensors"

@@ -20,7 +20,7 @@ from dopsd_jax.evaluation.seeds import picture_seed
 from dopsd_jax.families.base import STUDENT, TEACHER, PaddedLengths, Request
 from dopsd_jax.families.drawing import decoded, filled
 from dopsd_jax.families.pipeline import Pipeline
-from dopsd_jax.families.sampling import start_noise
+from dopsd_jax.families.sampling import finite, start_noise
 from dopsd_jax.methods.options import OTHER_CAPTION
 from dopsd_jax.parallel import multihost
 from dopsd_jax.parallel.sharding import BATCH_AXES
@@ -180,12 +180,13 @@ class Painter:
         context = self.pipe.family.collate(features, self.rows[role])
         grid = self.pipe.deployed_grid(shape)
         noise = _noise(np.array([shot.seed for shot in shots], np.uint32), shape)
+        draw = lambda *own: multihost.to_host(self.pipe.sample(trained, *own, grid))
         if self.mesh is None:
-            return multihost.to_host(self.pipe.sample(trained, noise, context, grid))
+            return finite(draw(noise, context))
         place = NamedSharding(self.mesh, PartitionSpec(BATCH_AXES))
         with jax.set_mesh(self.mesh):
             noise, context = jax.device_put((noise, context), place)
-            return multihost.to_host(self.pipe.sample(trained, noise, context, grid))
+            return finite(draw(noise, context))
 
 
 @functools.partial(jax.jit, static_argnames="shape")

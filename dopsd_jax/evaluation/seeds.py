@@ -6,6 +6,7 @@ pictures of a prompt add multiples of `FURTHER`. All models draw a picture from 
 """
 
 BASE, ROW, FURTHER = 30, 100, 1_000_000
+MOST = 2000  # pictures of a prompt: all seeds have 32 bits
 
 
 def case_seed(base: int, row: int, test: int | None = None) -> int:

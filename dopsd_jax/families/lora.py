@@ -23,9 +23,8 @@ def attach_files(
     """
     slots = attach.slots(family.NETWORKS["transformer"].names(size))
     modules = read_mix(loras, lora_layers(family, size))
-    attach.detach(model)
     if not modules:
-        return
+        return attach.detach(model)
     chosen = {name: slots[name] for name in modules}
     where = ", ".join(str(lora.path) for lora in loras)
     found = kinds.of_modules(modules.values())
@@ -35,6 +34,7 @@ def attach_files(
             "`python -m dopsd_jax.convert merge` writes a model that has it in its weights"
         )
     kind, rank = found
+    attach.detach(model)
     attach.attach(model, chosen, rank, rank, jax.random.key(0), kind)
     adapter = nnx.state(model, nnx.LoRAParam)
     nnx.update(model, attach.load(adapter, chosen, modules, 1.0, where, kind))
