@@ -199,8 +199,6 @@ def run_lora(args: argparse.Namespace) -> None:
     from dopsd_jax.weights.lora_header import kept
     from dopsd_jax.weights.lora_write import write_lora
 
-    if args.out.resolve() == args.source.resolve():
-        raise UserError(f"{args.out}: is the source; give another name")
     layers = layers_for(args.model, args.source)
     lora = read_adapter(args.source, layers, args.transformer_only)
     dtype = TYPES.get(args.dtype, lora.dtype)
@@ -247,6 +245,8 @@ def run(args: argparse.Namespace) -> None:
         from dopsd_jax.common.atomic import need_free, remove_leftovers
 
         if args.run is not run_import:  # which goes on with what it left
+            if "source" in args and args.out.resolve() == Path(args.source).resolve():
+                raise UserError(f"{args.out}: is the source; give another name")
             need_free(args.out)  # a forgotten name makes the last file that is read the output
         remove_leftovers(args.out.parent, name=args.out.name)
         remove_leftovers(args.out, *args.out.glob("*"))

@@ -13,7 +13,7 @@ from dopsd_jax import dopsd, train
 from dopsd_jax.adapters import attach
 from dopsd_jax.common.files import local_file
 from dopsd_jax.config.loading import load
-from dopsd_jax.families import pipeline
+from dopsd_jax.families import pipeline, sampling
 from dopsd_jax.reporting import previews
 from dopsd_jax.training import trainable
 
@@ -75,7 +75,7 @@ def test_what_was_written_draws_what_is_live(adapters, random_model, tmp_path):
     before, after = picture(live), picture(written)
     for name in before:
         np.testing.assert_allclose(before[name].delta(), after[name].delta(), rtol=1e-6, atol=1e-7)
-    noise = pipeline.start_noise(0, 1, pipe.latent_shape(32, 32))
+    noise = sampling.start_noise(0, 1, pipe.latent_shape(32, 32))
     context = pipe.encode_prompt(["a red circle"])
     drawn = [
         pipe.decode(pipe.sample(state, noise, context, (1.0, 0.5, 0.0)))
