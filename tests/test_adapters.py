@@ -131,7 +131,8 @@ def test_in_the_kernel_it_does_what_it_does_alone(kind, fused_before):
         run = lambda adapters, x, g=graphdef, b=base: nnx.merge(g, adapters, b)(x)
         loss = lambda adapters, x, run=run: jnp.sum(jnp.sin(run(adapters, x)))
         found.append(jax.value_and_grad(loss, argnums=(0, 1))(adapters, x))
-        assert (products(run, adapters, x) == 1) == wide
+        # On other platforms the sum would be rounded.
+        assert (products(run, adapters, x) == 1) == (wide and jax.default_backend() == "cpu")
         assert products(run, adapters, x.astype(jnp.bfloat16)) > 1
         assert products(run, adapters, x[:11]) > 1
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6), *found)

@@ -50,5 +50,8 @@ def add(*works: Work) -> Work:
 
 
 def adapter_work(chosen: Iterable[Slot], products: Products) -> int:
-    """FLOP of the adapters of the chosen layers for one row of their inputs."""
+    """FLOP of the adapters of the chosen layers for one row of their inputs.
+
+    As they act alone; on a processor those of small networks act in the kernels (`layers.Dense`).
+    """
     return 2 * sum(map(products, chosen))

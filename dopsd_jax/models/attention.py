@@ -132,20 +132,20 @@ def einsum_attention(q, k, v, lengths, *, causal: bool):
     The sum of the weights divides the output, not each of n x m weights: on a processor a backward
     pass takes half the time of `jax.nn.dot_product_attention`'s.
     """
-    n, m, shared = q.shape[1], k.shape[1], q.shape[2] // k.shape[2]
-    k, v = (jnp.repeat(x, shared, axis=2) if shared > 1 else x for x in (k, v))
-    q, k, v = (x.swapaxes(1, 2) for x in (q, k, v))
-    logits = jnp.einsum("bhnd,bhmd->bhnm", q, k, preferred_element_type=jnp.float32)
-    logits *= q.shape[-1] ** -0.5
+    (b, n, h, d), (m, g) = q.shape, k.shape[1:3]
+    # The queries of heads that share a key are rows of one product: keys are not repeated.
+    q = q.reshape(b, n, g, h // g, d).transpose(0, 2, 3, 1, 4).reshape(b, g, -1, d)
+    k, v = k.swapaxes(1, 2), v.swapaxes(1, 2)
+    logits = jnp.einsum("bgnd,bgmd->bgnm", q, k, preferred_element_type=jnp.float32) * d**-0.5
     if lengths is not None:
-        hidden = jnp.arange(m) >= lengths[:, None, None, None]
-        logits += jnp.where(hidden, HIDDEN, 0.0)
+        logits += jnp.where(jnp.arange(m) >= lengths[:, None, None, None], HIDDEN, 0.0)
     if causal:
-        logits += jnp.where(jnp.arange(m) > jnp.arange(n)[:, None], HIDDEN, 0.0)
+        position = jnp.tile(jnp.arange(n), h // g)[:, None]
+        logits += jnp.where(jnp.arange(m) > position, HIDDEN, 0.0)
     weights = jnp.exp(logits - jax.lax.stop_gradient(jnp.max(logits, axis=-1, keepdims=True)))
-    y = jnp.einsum("bhnm,bhmd->bhnd", weights.astype(v.dtype), v)
-    y = y.astype(jnp.float32) / jnp.sum(weights, axis=-1, keepdims=True)
-    return y.astype(q.dtype).swapaxes(1, 2)
+    y = jnp.einsum("bgnm,bgmd->bgnd", weights.astype(v.dtype), v)
+    y = (y.astype(jnp.float32) / jnp.sum(weights, axis=-1, keepdims=True)).astype(q.dtype)
+    return y.reshape(b, g, h // g, n, d).transpose(0, 3, 1, 2, 4).reshape(b, n, h, d)
 
 
 def cudnn_attention(q, k, v, lengths, *, causal: bool):
