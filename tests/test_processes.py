@@ -106,28 +106,48 @@ BATCH = (
 )
 
 
+# XLA on a processor orders two collective operations by their starts alone. One that needs nothing
+# of a loop may run beside the operations inside it, on one device earlier than on another: gloo,
+# which knows messages by their order, then ends the process. (Without several processes they are
+# known by name.) It happened once in some fifty runs, on a machine with much else to do.
+SWAPPED = "Received data size doesn't match expected size"
+
+
+def stopped(command, workdir):
+    """Two processes, four devices each, of which one gets SIGTERM after three steps; as `group`."""
+    port, log = free_port(), workdir / "metrics.jsonl"
+    both = [start(command, i, port, JAX_NUM_CPU_DEVICES="4") for i in range(2)]
+    try:
+        patience = time.monotonic() + 500
+        while not (log.exists() and log.read_text().count("\n") >= 3):
+            if any(p.poll() is not None for p in both) or time.monotonic() > patience:
+                break
+            time.sleep(0.1)
+        else:
+            both[1].send_signal(signal.SIGTERM)
+            [p.wait(timeout=300) for p in both]
+    finally:
+        [p.kill() for p in both]
+    return [(p.wait(), *p.communicate()) for p in both]
+
+
 @pytest.fixture(scope="module")
 def preempted(random_run, tmp_path_factory):
     """A run on two processes that SIGTERM to one of them stopped; and their outputs."""
-    workdir = tmp_path_factory.mktemp("two") / "run"
-    for name in ("random_model", "random_data"):
-        shutil.copytree(random_run / name, workdir / name)
-    command = [
-        "-m", "dopsd_jax.train", *RANDOM_CONFIG, *BATCH, "--config.steps=500",
-        "--config.mesh.fsdp=2", "--config.mesh.context=2", f"--workdir={workdir}",
-    ]  # fmt: skip
-    port = free_port()
-    both = [start(command, i, port, JAX_NUM_CPU_DEVICES="4") for i in range(2)]
-    log = workdir / "metrics.jsonl"
-    patience = time.monotonic() + 500
-    while not (log.exists() and log.read_text().count("\n") >= 3):
-        ended = [p for p in both if p.poll() is not None]
-        if ended or time.monotonic() > patience:  # not as an assertion: its text would be cut
-            pytest.fail("\n".join(text for p in ended for text in p.communicate()) or "too slow")
-        time.sleep(0.1)
-    both[1].send_signal(signal.SIGTERM)
-    outputs = [p.communicate(timeout=300) for p in both]
-    return workdir, [(p.returncode, *output) for p, output in zip(both, outputs, strict=True)]
+    for _ in range(3):
+        workdir = tmp_path_factory.mktemp("two") / "run"
+        for name in ("random_model", "random_data"):
+            shutil.copytree(random_run / name, workdir / name)
+        command = [
+            "-m", "dopsd_jax.train", *RANDOM_CONFIG, *BATCH, "--config.steps=500",
+            "--config.mesh.fsdp=2", "--config.mesh.context=2", f"--workdir={workdir}",
+        ]  # fmt: skip
+        outcomes = stopped(command, workdir)
+        if not any(SWAPPED in stderr for _, _, stderr in outcomes):
+            break
+    if any(status < 0 for status, _, _ in outcomes):  # not as an assertion: its text would be cut
+        pytest.fail("\n".join(text for outcome in outcomes for text in outcome[1:]))
+    return workdir, outcomes
 
 
 def test_sigterm_to_one_process_stops_all_after_one_step(preempted):
