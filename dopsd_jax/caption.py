@@ -239,8 +239,9 @@ def with_trigger(text: str, trigger: str) -> str:
     """The caption with the trigger's exact words: where the model put them, else in front."""
     if not (text and trigger):
         return text
-    # As words of their own: a hotdog is no dog. Only letters of scripts with blanks join words.
-    own = rf"(?<![A-Za-z0-9_]){re.escape(trigger)}(?![A-Za-z0-9_])"
+    # As words of their own: a hotdog is no dog. Scripts without blanks, from Thai on, have no such.
+    joins = r"[^\W\u0e00-\u1dff\u2000-\U0010ffff]"
+    own = rf"(?<!{joins}){re.escape(trigger)}(?!{joins})"
     exact, found = re.subn(own, lambda _: trigger, text, flags=re.IGNORECASE)
     return exact if found else f"{trigger}, {text}"
 

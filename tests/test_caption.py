@@ -121,6 +121,10 @@ def test_answers_become_one_line_with_the_trigger_once():
     assert caption.with_trigger("A hotdog stand.", "dog") == "dog, A hotdog stand."
     assert caption.with_trigger("A hotdog for a Dog.", "dog") == "A hotdog for a dog."
     assert caption.with_trigger("一只小狗。", "狗") == "一只小狗。"
+    assert caption.with_trigger("Ein Rüde.", "de") == "de, Ein Rüde."
+    assert caption.with_trigger("Éclair, ça.", "clair") == "clair, Éclair, ça."
+    assert caption.with_trigger("Đồng hồ", "đồng") == "đồng hồ"
+    assert caption.with_trigger("Đồng hồ", "ng") == "ng, Đồng hồ"
 
 
 def test_what_counts_as_a_caption_is_what_training_takes(tmp_path):

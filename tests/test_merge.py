@@ -1,5 +1,6 @@
 """Adapters merged into full weights."""
 
+import dataclasses
 import numpy as np
 import pytest
 from weights_helpers import SMALL, tensors_of
@@ -64,6 +65,15 @@ def test_a_merged_single_file_is_the_merged_folder(tiny, tmp_path):
     export_single(tmp_path / "folder", tmp_path / "a.safetensors")
     export_single(tiny, tmp_path / "b.safetensors", lora=lora, dtype="BF16")
     assert tensors_of(tmp_path / "a.safetensors") == tensors_of(tmp_path / "b.safetensors")
+
+
+def test_a_fault_names_the_folder_that_was_asked_for(tiny, tmp_path):
+    """Not the hidden one in which it is written."""
+    lora = {name: dataclasses.replace(m, b=m.b * 1e30) for name, m in _adapters().items()}
+    with pytest.raises(UserError, match="beyond F16") as caught:
+        export_diffusers(tiny, tmp_path / "out", lora=lora, dtype="F16")
+    assert f"{tmp_path}/out/" in str(caught.value) and "partial" not in str(caught.value)
+    assert not list(tmp_path.iterdir())
 
 
 def test_adapters_that_do_not_fit_are_all_listed(tiny, tmp_path):

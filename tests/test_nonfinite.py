@@ -25,16 +25,16 @@ from dopsd_jax.training.nonfinite import (
 )
 
 
-def toy_step(skip, decay=0.5, rate=0.1, scale=1.0):
+def toy_step(skip, decay=0.5, rate=0.1, scale=1.0, tx=None, lr=lambda step: 0.1):
     """A step whose gradient is its batch, around two numbers; and the state before it."""
 
     def method(student, teacher, base, batch, noise, key):
         gradient = jnp.broadcast_to(batch, student.shape)
         return Losses(jnp.sum(batch * 0 + 1), jnp.ones(1), jnp.ones(1), jnp.ones((1, 2))), gradient
 
-    tx = optax.chain(optax.scale(scale), optax.adam(rate))
+    tx = tx or optax.chain(optax.scale(scale), optax.adam(rate))
     teacher = state.Teacher(decay=decay)
-    step = train_step.make_step(method, tx, teacher, lambda step: 0.1, 0, skip=skip)
+    step = train_step.make_step(method, tx, teacher, lr, 0, skip=skip)
     return step, state.create(jnp.ones(2), teacher, tx)
 
 
@@ -69,6 +69,17 @@ def test_a_skipped_step_changes_the_count_alone():
     left_out, _ = run(*toy_step(True), [1.0, 2.0])
     assert skipped.step == 3
     same(skipped._replace(step=0), left_out._replace(step=0))
+
+
+def test_the_learning_rate_told_is_the_one_that_moved_the_student():
+    """A refused step does not move the schedule either."""
+    schedule = optax.linear_schedule(1.0, 0.0, 10)
+    step, train = toy_step(True, tx=optax.sgd(schedule), lr=schedule)
+    for number, gradient in enumerate([1.0, np.nan, 1.0, 1.0]):
+        before = np.asarray(train.student)
+        train, metrics = run(step, train, [gradient], [number])
+        if np.isfinite(gradient):
+            np.testing.assert_allclose(before - train.student, metrics[0]["lr"], rtol=1e-6)
 
 
 @pytest.mark.parametrize(

@@ -137,6 +137,8 @@ def atomic_folder(path: str | os.PathLike, *, replace: bool = False) -> Iterator
         _sync_folder(path.parent)
     except OSError as error:
         raise disk_error(error, path) from error
+    except UserError as error:  # of a file inside, under the name that it was to have
+        raise UserError(*(p.replace(str(partial), str(path)) for p in error.problems)) from error
     finally:
         shutil.rmtree(partial, ignore_errors=True)
 

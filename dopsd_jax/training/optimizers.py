@@ -61,6 +61,13 @@ def optimizer(config: Mapping) -> optax.GradientTransformation:
     )
 
 
+def scheduled(opt_state: optax.OptState, step: jax.Array) -> jax.Array:
+    """The steps that the schedule has counted: refused ones are not. `step` without a schedule."""
+    is_count = lambda state: isinstance(state, optax.ScaleByScheduleState)
+    states = jax.tree.leaves(opt_state, is_leaf=is_count)
+    return next((state.count for state in states if is_count(state)), step)
+
+
 def decayed(parameters: Tree) -> Tree:
     """True for every parameter that weight decay applies to: all kernels, and adapters."""
     name = lambda path: jax.tree_util.keystr(path, simple=True, separator=".")

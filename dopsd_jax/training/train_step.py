@@ -13,6 +13,7 @@ from dopsd_jax.dopsd import Losses, Teachers
 from dopsd_jax.methods.flow_matching import start_noise
 from dopsd_jax.methods.method import Teacher
 from dopsd_jax.parallel.sharding import constrain_batch, per_shard, to_device
+from dopsd_jax.training import optimizers
 from dopsd_jax.training.nonfinite import PARTS
 from dopsd_jax.training.state import TrainState, all_finite, ema, step_key
 
@@ -128,7 +129,8 @@ def make_step(
             }
         else:
             gradient = jax.tree.map(lambda g: g / count, gradient)
-        updates, opt_state = tx.update(gradient, to_device(state.opt_state), state.student)
+        before = to_device(state.opt_state)
+        updates, opt_state = tx.update(gradient, before, state.student)
         student = optax.apply_updates(state.student, updates)
         shadow = state.teacher
         if teacher.weights == "ema":
@@ -151,7 +153,7 @@ def make_step(
             "norm_ratio": jnp.sqrt(jnp.divide(*jnp.nanmean(losses.power, axis=(0, 1)))),
             "grad_norm": grad_norm,
             **of_anchors,
-            "lr": jnp.asarray(lr(state.step), jnp.float32),
+            "lr": jnp.asarray(lr(optimizers.scheduled(before, state.step)), jnp.float32),
             "finite": jnp.stack([finite[part] for part in PARTS]),
         }
         good = jnp.all(metrics["finite"])

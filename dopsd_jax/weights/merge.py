@@ -41,4 +41,5 @@ class Merged:
             update = module.delta(rows)
             update += array.astype(np.float32)
             array = update
-        return array.astype(self.infos[name].numpy, copy=False)
+        with np.errstate(over="ignore"):  # the writer refuses what is beyond a type, in a line
+            return array.astype(self.infos[name].numpy, copy=False)
