@@ -1,6 +1,7 @@
 """Adapters merged into full weights."""
 
 import dataclasses
+
 import numpy as np
 import pytest
 from weights_helpers import SMALL, tensors_of
