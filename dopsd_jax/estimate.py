@@ -27,7 +27,11 @@ TEACHER_ROWS = OPTIONS.integer(
     "teacher_rows", None, "caption tokens of the teacher; default: a long caption", 1, 10**6
 )
 REFERENCES = OPTIONS.integer(
-    "references", 0, "pictures of the same size that are edited, if the model can", 0, 10
+    "references",
+    None,
+    "pictures of the same size that a row edits; default: 1 with config.data.references, else 0",
+    0,
+    10,
 )
 
 if __name__ == "__main__":
@@ -68,6 +72,9 @@ def main() -> int:
         jax.config.update("jax_platforms", "cpu")  # whatever else is here is left alone
     devices = [] if gpu else tpu_topologies.devices(topology)
     family, size, factor, origin = abstract_step.find_network(config, FULL_SIZE.value)
+    references = REFERENCES.value
+    if references is None:
+        references = int(bool(config.data.references))
     case = Workload(
         family,
         size,
@@ -75,7 +82,7 @@ def main() -> int:
         width=WIDTH.value or highest(config.data.resolution),
         rows_student=STUDENT_ROWS.value or family.ROWS[STUDENT],
         rows_teacher=TEACHER_ROWS.value or family.ROWS[TEACHER],
-        references=REFERENCES.value,
+        references=references,
         factor=factor,
     )
     how = "counting" if gpu else "compiling"

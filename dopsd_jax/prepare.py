@@ -89,7 +89,7 @@ def main() -> None:
     with contextlib.ExitStack() as stack:
         with multihost.together():
             # Other shards may be at work in the same folder: each has a lock of its own.
-            file = f"lock-{shard}-of-{shards}.json"
+            file = f"{parts.LOCK}{shard}-of-{shards}.json"
             stack.enter_context(exclusive(out, "preparation", file=file))
             remove_leftovers(out)
         prepare(config, workdir, out, shard, shards)
@@ -99,18 +99,19 @@ def prepare(
     config: ConfigDict, workdir: epath.Path, out: epath.Path, shard: int, shards: int
 ) -> None:
     """Writes one shard's parts to `out`."""
+    new = parts.holds_nothing(out)
 
     def open_source():
         pipe, _ = build.open_pipeline(config, workdir)
         rows = data_set.open_rows(config, workdir)
         roots = name_roots(data_set.data_paths(config, workdir))
         manifest = describe_source(config, workdir, pipe, rows, roots)
-        return pipe, rows, roots, manifest, open_folder(out, manifest)
+        return pipe, rows, roots, manifest, open_folder(out, manifest, new)
 
     pipe, rows, roots, manifest, folder = multihost.first_alone(open_source)
     if config.anchor.share:
         keys = data_set.trained_keys(config, rows.prompt_keys)
-        open_anchors = lambda: anchors_beside(config, workdir, pipe, rows, keys, out)
+        open_anchors = lambda: anchors_beside(config, workdir, pipe, rows, keys, out, new)
         prompts, of_anchors, beside = multihost.first_alone(open_anchors)
 
     # ---- This shard's share of it, without what is done. Everything that can be wrong with its
@@ -250,13 +251,14 @@ def anchors_beside(
     rows: Rows,
     keys: Sequence[str],
     out: epath.Path,
+    new: bool,
 ) -> tuple[Dataset, parts.Manifest, epath.Path]:
     """The prompts of config.anchor as a data set, and the folder for their features."""
     prompts = anchors.prompt_set(anchors.choose(config, rows.rows, keys))
     made_from = anchors.settings(config, pipe, data_set.cache_folder(config, workdir))
     source = source_digest(prompts.rows, ())
     manifest = parts.Manifest(len(prompts.rows), ROWS.value, (anchors.KEY,), source, made_from)
-    return prompts, manifest, open_folder(out / anchors.FOLDER, manifest)
+    return prompts, manifest, open_folder(out / anchors.FOLDER, manifest, new)
 
 
 def own_share() -> tuple[int, int]:
@@ -329,8 +331,11 @@ def write_parts(
         caption += len(own)
 
 
-def open_folder(folder: epath.Path, manifest: parts.Manifest) -> epath.Path:
-    """Makes the folder, or checks that what it holds was made from the same."""
+def open_folder(folder: epath.Path, manifest: parts.Manifest, new: bool = False) -> epath.Path:
+    """Makes the folder, or checks that what it holds was made from the same.
+
+    new: it holds nothing yet: what was begun there had faults, which are mended now.
+    """
     if not parts.is_prepared(folder):
         parts.make_folder(folder)
         parts.write_manifest(folder, manifest)
@@ -357,6 +362,9 @@ def open_folder(folder: epath.Path, manifest: parts.Manifest) -> epath.Path:
         for name in old.settings | manifest.settings
         if old.settings.get(name) != manifest.settings.get(name)
     ]
+    if faults and new:
+        parts.write_manifest(folder, manifest)
+        return folder
     errors.raise_if(faults)
     return folder
 

@@ -189,6 +189,7 @@ def test_other_compiler_errors_are_not_swallowed(monkeypatch):
         ({"width": 8208}, "--width: 8208 must be a multiple of 16"),
         ({"rows_student": 33}, "--student_rows: 33 must be a multiple of 32, from 32 to 1504"),
         ({"rows_teacher": 1536}, "--teacher_rows: 1536 must be a multiple of 32"),
+        ({"references": 2}, "--references: 2: models of the family zimage edit no pictures"),
     ],
 )
 def test_an_impossible_case_is_refused(case, message):
@@ -239,6 +240,17 @@ def test_without_the_tpu_compiler_one_line_says_so(monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(UserError, match="needs the TPU compiler, libtpu, which this Python does"):
         tpu_topologies.devices("v5p:2x2x1")
+
+
+@pytest.mark.parametrize(
+    ("preset", "options", "counted"),
+    [("tiny_edit", [], 1), ("tiny_edit", ["--references=2"], 2), ("tiny", [], 0)],
+)
+def test_rows_that_edit_are_counted_with_a_reference(preset, options, counted):
+    config = f"--config=configs/flux2_klein.py:{preset}"
+    done = run_program("estimate", config, "--device=24GB", *options)
+    assert done.returncode == 0, done.stderr
+    assert f", {counted} references;" in done.stdout
 
 
 @pytest.mark.slow

@@ -333,6 +333,30 @@ def test_prepared_on_many_devices_and_processes_then_trained_without_encoders(ra
     assert (tmp_path / "run" / picture).exists()
 
 
+def test_faults_that_are_mended_do_not_ask_for_another_folder(random_model, tmp_path):
+    """Nothing was made of the data as they were; where something was, they must be the same."""
+    data, out = write_folder(tmp_path / "data", count=2), tmp_path / "set"
+    caption = next(data.glob("*.txt"))
+    common = (
+        *RANDOM_CONFIG, f"--config.model={random_model}", f"--config.data.path={data}",
+        f"--workdir={tmp_path}", f"--out={out}",
+    )  # fmt: skip
+    caption.write_text("word " * 2000)
+    done = run_program("prepare", *common)
+    assert done.returncode == 2 and "shorten it" in done.stderr
+    caption.write_text("a shorter one")
+    other = out / f"{parts.LOCK}1-of-2.json"  # of a shard that may be about to write
+    other.touch()
+    done = run_program("prepare", *common)
+    assert done.returncode == 2 and "was begun with other captions" in done.stderr
+    other.unlink()
+    done = run_program("prepare", *common)
+    assert done.returncode == 0, done.stderr
+    caption.write_text("another")
+    done = run_program("prepare", *common)
+    assert done.returncode == 2 and "was begun with other captions" in done.stderr
+
+
 def test_all_captions_that_are_too_long_are_named_at_once(random_model, tmp_path):
     folder = write_folder(tmp_path / "set", count=5)
     for path in sorted(folder.glob("*.txt"))[:4]:

@@ -46,6 +46,7 @@ from dopsd_jax.weights.safetensors_write import header_bytes
 from dopsd_jax.weights.tensors import CODES, DTYPES, TensorInfo
 
 MANIFEST = "prepared.json"
+LOCK = "lock-"  # of a shard that is at work
 FORMAT = 3
 TYPES = ("BF16", "F32", "I32")  # of features
 MAX_SMALL = 256 << 20  # bytes of each of the arrays that describe the features
@@ -157,6 +158,18 @@ def _are_sets(sets: list, weights: list, rows: int) -> bool:
 
 def part_name(number: int) -> str:
     return f"part-{number:06d}.safetensors"
+
+
+def holds_nothing(out: epath.Path) -> bool:
+    """Whether a preparation has made no part there yet, and only one shard is at work there.
+
+    Others may be about to write parts of the manifest as it is; a store does not say whether.
+    """
+    if is_remote(out):
+        return False
+    names = [path.name for path in Path(out).rglob("*")]
+    is_locked_by_others = sum(name.startswith(LOCK) for name in names) > 1
+    return not is_locked_by_others and not any(name.startswith("part-") for name in names)
 
 
 def layout_of(arrays: Mapping[str, Any]) -> Layout:

@@ -188,6 +188,11 @@ def _features(config, case: Workload) -> list:
         )
         if pixels % side or not 0 < pixels <= limit
     ]
+    if case.references and not family.EDITING:
+        faults.append(
+            f"--references: {case.references}: models of the family {family.NAME} edit no "
+            "pictures; leave it out, and config.data.references too"
+        )
     found, dtype = [], jnp.dtype(config.dtype)
     for role, name, rows in (
         (STUDENT, "student_rows", case.rows_student),

@@ -175,8 +175,6 @@ def abstract_features(
     references: int = 0,
 ) -> Context:
     """One sample's context in shapes; the teacher's says where the picture's tokens stand."""
-    if references:
-        raise UserError(f"{references}: models of the family {NAME} edit no pictures; leave it out")
     if rows % PAD_MULTIPLE or not 0 < rows <= size.max_caption:
         raise UserError(
             f"{rows} must be a multiple of {PAD_MULTIPLE}, from {PAD_MULTIPLE} to "
