@@ -113,7 +113,13 @@ def train(config: ConfigDict, workdir: epath.Path) -> int | None:
     multihost.first_alone(features.prepare)
     about = multihost.first_alone(
         lambda: origin.header_strings(
-            config, pipe, cache, len(dataset.rows), facts["data"], facts["model_revision"]
+            config,
+            pipe,
+            cache,
+            len(dataset.rows),
+            bool(dataset.references),
+            facts["data"],
+            facts["model_revision"],
         )
     )
     with multihost.together():  # only now is nothing left that a change can be refused for

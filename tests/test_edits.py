@@ -123,6 +123,17 @@ def test_folders_of_the_same_names(tmp_path):
     assert "data.references auto: no such folder" in problem
 
 
+def test_a_missing_reference_is_not_made_up_from_those_of_others(tmp_path):
+    for name in ("dog.png", "dog_1.png", "dog_2.png"):
+        picture(tmp_path / "set" / name).with_suffix(".txt").write_text("put a hat on it")
+        picture(tmp_path / "before" / name)
+    load = lambda: load_rows(tmp_path / "set", references=[str(tmp_path / "before")])
+    assert names(load()) == [(f"{name}.png", [f"{name}.png"]) for name in ("dog", "dog_1", "dog_2")]
+    (tmp_path / "before" / "dog.png").unlink()
+    problems = problems_of(load)
+    assert all("to edit, which dog has too; put one of this" in p for p in problems), problems
+
+
 def test_batches_hold_one_number_and_one_size_of_references(tmp_path):
     sizes = [[(96, 96)], [(96, 96)], [(100, 101)], [(96, 96), (64, 200)], [(64, 200), (96, 96)]] * 3
     rows = []

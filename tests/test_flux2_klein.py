@@ -21,6 +21,7 @@ from dopsd_jax.common.errors import UserError
 from dopsd_jax.common.lora_options import LoraOption
 from dopsd_jax.conditioning.features import Features
 from dopsd_jax.config import loading, schema
+from dopsd_jax.config.fields import defaults
 from dopsd_jax.conversion.export import export_diffusers
 from dopsd_jax.conversion.importing import import_model
 from dopsd_jax.data.buckets import make_buckets
@@ -32,7 +33,9 @@ from dopsd_jax.families.lora import lora_layers
 from dopsd_jax.families.pipeline import pipeline
 from dopsd_jax.models.flux2_config import Flux2Config
 from dopsd_jax.run import build, data_set
+from dopsd_jax.run.origin import header_strings
 from dopsd_jax.weights.lora_files import LoraModule
+from dopsd_jax.weights.lora_settings import EDITS
 from dopsd_jax.weights.lora_write import write_lora
 
 KLEIN_4B = Flux2Config()
@@ -349,6 +352,13 @@ def test_a_lora_of_ours_is_loaded_by_diffusers(folder, theirs, tmp_path):
     ).images[0]  # fmt: skip
     theirs.unload_lora_weights()
     assert np.abs(tuned - np.round(255 * expected)).max() <= 2
+
+
+def test_a_lora_file_says_that_it_edits(pipe, tmp_path):
+    config = defaults()
+    config.model, config.data.path = str(pipe.folder), "after"
+    said = [header_strings(config, pipe, tmp_path, 3, edits, "d", None) for edits in (True, False)]
+    assert said[0].keys() - said[1].keys() == {EDITS}
 
 
 def test_a_model_is_imported_and_exported_exactly(folder, tmp_path):

@@ -44,6 +44,11 @@ def test_teacher_text_is_the_published_template_with_the_image_first(prompt, dou
     assert teacher_text(prompt, 12, doubled=doubled) == expanded
 
 
+def test_half_a_character_is_no_prompt():
+    with pytest.raises(UserError, match=r"the prompt 'a \\udcff dog' is no UTF-8 text"):
+        student_text("a \udcff dog")
+
+
 def test_marks_of_an_image_in_a_prompt_are_refused():
     with pytest.raises(UserError) as caught:
         teacher_text("a <|image_pad|> and <|vision_end|>", 4, where="rows.jsonl:3")

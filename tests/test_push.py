@@ -1,5 +1,7 @@
 """A LoRA file on the hub: the card says what the file says, and nothing in it breaks the page."""
 
+import ast
+import inspect
 import re
 from types import SimpleNamespace
 
@@ -16,6 +18,7 @@ from dopsd_jax.reporting import model_card, parameters
 from dopsd_jax.reporting.model_card import Shown
 from dopsd_jax.reporting.parameters import Lora, Parameters
 from dopsd_jax.reporting.pictures import save_picture
+from dopsd_jax.weights.lora_settings import EDITS
 from dopsd_jax.weights.safetensors_io import read_header
 
 HEADER = {
@@ -55,6 +58,20 @@ def test_the_card_says_what_the_file_says():
         "widget": [{"text": "a [V] dog", "output": {"url": "pictures/0.png"}}],
     }
     assert "num_inference_steps=8" in text and "| rank | 16 |" in text
+
+
+def test_the_card_of_an_editor_gives_the_pipeline_a_picture():
+    header = {k: v for k, v in HEADER.items() if k != "modelspec.trigger_phrase"}
+    text = of(header | {EDITS: "True"})
+    assert front(text)["pipeline_tag"] == "image-to-image" in front(text)["tags"]
+    code = re.search("```python\n(.*?)```", text, re.DOTALL)[1]
+    (call,) = (one for one in ast.walk(ast.parse(code)) if "image" in _given(one))
+    assert _given(call) <= inspect.signature(Flux2KleinPipeline.__call__).parameters.keys()
+    assert "image=" not in of(header) and 'pipe("what to draw"' in of(header)
+
+
+def _given(node):
+    return {own.arg for own in node.keywords} if isinstance(node, ast.Call) else set()
 
 
 @pytest.mark.parametrize("pipeline", [ZImagePipeline, Flux2KleinPipeline])

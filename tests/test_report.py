@@ -86,6 +86,14 @@ def test_a_page_says_what_was_trained(tmp_path, config, kind):
     assert page.inside("p", "header")[0] == kind
 
 
+def test_an_editor_is_drawn_with_by_a_picture(tmp_path):
+    (tmp_path / "lora").mkdir()
+    (tmp_path / "lora" / "step_5.safetensors").write_bytes(b"")
+    config = {"model": "a", "data.references": "before", "data.path": "after"}
+    *_, draw = run(tmp_path, 5, config={"config": config}).inside("code", "section")
+    assert "--reference" in shlex.split(draw) and "a after" not in draw
+
+
 def test_each_step_is_tied_to_its_file(tmp_path):
     (tmp_path / "lora").mkdir()
     (tmp_path / "lora" / "step_011.safetensors").write_bytes(b"")  # of no run

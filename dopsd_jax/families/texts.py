@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh, PartitionSpec
 from jaxtyping import Array, Float, Int
 
+from dopsd_jax.common.errors import UserError
 from dopsd_jax.families.pipeline import Pipeline
 from dopsd_jax.models import qwen3
 from dopsd_jax.models.names import Leaf
@@ -68,7 +69,15 @@ class TextPipeline(Pipeline):
 
 
 def user_turn(prompt: str) -> str:
-    """The prompt in Qwen3's chat template: one user turn, and the start of the answer."""
+    """The prompt in Qwen3's chat template: one user turn, and the start of the answer.
+
+    Raises `UserError` for one that is no text: half a character, as a terminal of another encoding
+    or a client of `serve` may send it.
+    """
+    try:
+        prompt.encode()
+    except UnicodeEncodeError:
+        raise UserError(f"the prompt {prompt[:57]!a} is no UTF-8 text; write it again") from None
     return f"<|im_start|>user\n{prompt}<|im_end|>\n<|im_start|>assistant\n"
 
 

@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 from dopsd_jax.weights.hub import HUB_ID
-from dopsd_jax.weights.lora_settings import OWN
+from dopsd_jax.weights.lora_settings import EDITS, OWN
 
 # Such as Apache-2.0: the hub's list has it in small letters. Others are `other`, with their name.
 LISTED = re.compile(r"[A-Za-z0-9.-]+")
@@ -51,8 +51,9 @@ def card(
 def _front(header: Mapping[str, str], shown: Sequence[Shown], base: str, terms: str) -> str:
     """What the hub reads. A JSON string is a YAML string, so nothing in it can break out."""
     quoted = lambda text: json.dumps(text, ensure_ascii=False)
-    lines = ["library_name: diffusers", "pipeline_tag: text-to-image"]
-    lines += ["tags: [lora, diffusers, text-to-image, d-opsd, dopsd_jax]"]
+    task = "image-to-image" if EDITS in header else "text-to-image"
+    lines = ["library_name: diffusers", f"pipeline_tag: {task}"]
+    lines += [f"tags: [lora, diffusers, {task}, d-opsd, dopsd_jax]"]
     if base:
         lines += [f"base_model: {quoted(base)}", "base_model_relation: adapter"]
     if LISTED.fullmatch(terms):
@@ -105,17 +106,24 @@ def _use(header: Mapping[str, str], file: str, base: str, repo: str) -> str:
     trigger = header.get("modelspec.trigger_phrase", "")
     steps = header.get(f"{OWN}sampling_steps", "")
     number = steps if steps.isdecimal() else "8"
-    prompt = json.dumps(f"{trigger} on a skateboard".strip(), ensure_ascii=False)
-    return f"""## Use
+    prompt = f"{trigger} on a skateboard" if trigger else "what to draw"
+    loaded = shown = ""
+    if EDITS in header:
+        prompt = f"what to do with {trigger}" if trigger else "what to do"
+        loaded = "\nfrom diffusers.utils import load_image"
+        shown = ', image=load_image("picture_to_edit.png")'
+    since = " (LoKr: diffusers 0.42 or later)" if _kind(header) == "LoKr" else ""
+    prompt = json.dumps(prompt, ensure_ascii=False)
+    return f"""## Use{since}
 
 ```python
 import torch
-from diffusers import DiffusionPipeline
+from diffusers import DiffusionPipeline{loaded}
 
 base = {json.dumps(base or "BASE MODEL")}
 pipe = DiffusionPipeline.from_pretrained(base, torch_dtype=torch.bfloat16)
 pipe.load_lora_weights({json.dumps(repo or ".")}, weight_name={json.dumps(file)})
-image = pipe({prompt}, num_inference_steps={number}, guidance_scale=0.0).images[0]
+image = pipe({prompt}{shown}, num_inference_steps={number}, guidance_scale=0.0).images[0]
 ```
 
 ComfyUI: put the file into `models/loras`, node *LoraLoaderModelOnly*, strength 1."""

@@ -172,7 +172,9 @@ def _result(workdir: epath.Path, config: Mapping[str, Any], ranking: Mapping[str
     if path.parent.name == "lora" and isinstance(model, str) and model != "random":
         word = html_page.concept(config, "")
         parts.append(html_page.remark("Draw with it:"))
-        parts.append(html_page.copied(run_settings.sample_command(model, path, word)))
+        edits = bool(config.get("data.references"))
+        drawn = run_settings.sample_command(model, path, word, edits)
+        parts.append(html_page.copied(drawn))
     return html_page.section(f"The file: {why}", *parts)
 
 

@@ -32,10 +32,13 @@ def command(content: Mapping[str, Any]) -> str:
     return html_page.section("Train it again", html_page.copied(typed))
 
 
-def sample_command(model: str, lora: epath.Path, word: str) -> str:
-    """word: of the concept, for the prompt."""
+def sample_command(model: str, lora: epath.Path, word: str, edits: bool) -> str:
+    """word: of the concept, for the prompt. edits: whether the rows edited pictures."""
     prompt = f"a {word}" if word else "what to draw"
-    options = ("--model", model, "--lora", str(lora), "--prompt", prompt, "--out", "pictures")
+    options = ["--model", model, "--lora", str(lora)]
+    if edits:
+        prompt, options = "what to do", [*options, "--reference", "picture_to_edit.png"]
+    options += ["--prompt", prompt, "--out", "pictures"]
     return shlex.join(["python", "-m", "dopsd_jax.sample", *options])
 
 

@@ -12,16 +12,23 @@ from ml_collections import ConfigDict
 from dopsd_jax.common.config_fields import as_paths, highest
 from dopsd_jax.conditioning.cached import DIGESTS
 from dopsd_jax.families.pipeline import Pipeline
-from dopsd_jax.weights.lora_settings import OWN
+from dopsd_jax.weights.lora_settings import EDITS, OWN
 
 
 def header_strings(
-    config: ConfigDict, pipe: Pipeline, cache: Path, rows: int, data: str, revision: str | None
+    config: ConfigDict,
+    pipe: Pipeline,
+    cache: Path,
+    rows: int,
+    edits: bool,
+    data: str,
+    revision: str | None,
 ) -> dict[str, str]:
     """The header strings of the LoRA files of a run; none for one that trains the whole network.
 
-    rows, data: how many pictures, and the digest of the data set. revision: of config.model on the
-    hub. The model's digest is computed once and kept in `cache`, like those of the encoders.
+    rows, edits, data: how many pictures, whether they edit others, and the digest of the data set.
+    revision: of config.model on the hub. The model's digest is computed once and kept in `cache`,
+    like those of the encoders.
     """
     if config.train == "full":
         return {}
@@ -43,6 +50,8 @@ def header_strings(
         f"{OWN}sampling_steps": str(steps),
         f"{OWN}guidance": "1",
     }
+    if edits:
+        found[EDITS] = "True"
     if config.data.trigger:
         found["modelspec.trigger_phrase"] = config.data.trigger
         # The field in which ComfyUI extensions look for trigger words.

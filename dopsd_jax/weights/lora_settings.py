@@ -17,6 +17,7 @@ HEADER = "lora_adapter_metadata"  # diffusers' header string with PEFT's setting
 HEADER_PREFIX = "transformer."
 OWN = "dopsd_jax."  # our own header strings
 BASE = OWN + "base"  # config.json of the network that a file is for
+EDITS = OWN + "edits"  # there where the rows that it was trained on edit pictures
 # Single header strings in which trainers put alpha and rank.
 ALPHAS = ("alpha", "lora_alpha", "network_alpha", "ss_network_alpha")
 RANKS = ("rank", "lora_rank", "r", "network_dim", "ss_network_dim")

@@ -73,6 +73,7 @@ class Folders:
     def __init__(self, names: Sequence[str]):
         self.paths = [Path(name).expanduser() for name in names]
         self._found: list[dict[str, list[tuple[int, str]]]] = []
+        self._taken: dict[str, str] = {}  # by the first picture that has them
         for path in self.paths:
             if not path.is_dir():
                 raise UserError(
@@ -112,6 +113,13 @@ class Folders:
                 f"has no picture to edit in {where}; put one of the same name there, or unset "
                 "data.references for rows that edit none"
             ]
+        for path in paths:
+            if (first := self._taken.setdefault(path, key)) != key:
+                # a_1.png is what a_1.png edits, or one of those of a.png: not both.
+                return [], [
+                    f"has {path} to edit, which {os.path.normpath(first)} has too; put "
+                    "one of this very name there"
+                ]
         if len(paths) > MAX_REFERENCES:
             return [], [f"has {len(paths)} pictures to edit; keep {MAX_REFERENCES} at most"]
         return paths, []
