@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 import re
 import shlex
 
@@ -256,6 +257,18 @@ def test_broken_pictures_are_named_and_the_rest_is_shown(tmp_path):
     page = Page(write_report(tmp_path).read_text())
     assert [image["alt"] for image in page.all("img")] == ["base: a fox", "tuned: a fox"]
     assert any("step_000001.png cannot be read" in text for text in page.text)
+    sample_path(tmp_path, 1).unlink()
+    os.mkfifo(sample_path(tmp_path, 1))  # opened, it would wait for a writer
+    page = Page(write_report(tmp_path).read_text())
+    assert any("cannot be read (is a device or a pipe" in text for text in page.text)
+
+
+def test_a_best_file_without_its_ranking_names_no_step(tmp_path):
+    (tmp_path / "lora").mkdir()
+    for name in ("step_5", "best"):
+        (tmp_path / "lora" / f"{name}.safetensors").write_bytes(b"")
+    page = run(tmp_path, 5)
+    assert "The file: the best checkpoint" in page.text
 
 
 def test_broken_files_are_named(tmp_path):

@@ -9,6 +9,7 @@ from PIL import Image
 
 from dopsd_jax.common.atomic import write_text
 from dopsd_jax.common.errors import UserError
+from dopsd_jax.common.files import open_regular
 from dopsd_jax.common.json_files import read_json
 from dopsd_jax.common.progress import duration
 from dopsd_jax.data.images import DECODE_ERRORS
@@ -166,7 +167,9 @@ def _result(workdir: epath.Path, config: Mapping[str, Any], ranking: Mapping[str
     path, why = _file(workdir, steps[-1]), f"step {steps[-1]}"
     best = workdir / "lora" / checkpoint_ranking.BEST
     if best.exists():
-        path, why = best, f"the best checkpoint, step {run_settings.text_of(ranking.get('best'))}"
+        found = ranking.get("best")
+        step = "" if found is None else f", step {run_settings.text_of(found)}"
+        path, why = best, f"the best checkpoint{step}"
     parts = [html_page.copied(str(path))]
     model = config.get("model")
     if path.parent.name == "lora" and isinstance(model, str) and model != "random":
@@ -283,8 +286,10 @@ def _samples(workdir: epath.Path) -> str:
 def _opened(path: epath.Path) -> tuple[Sequence[str], list[tuple[str, list]]] | str:
     """Columns and rows of a grid, or why there are none."""
     try:
-        with path.open("rb") as file, Image.open(file) as image:
+        with open_regular(path) as file, Image.open(file) as image:
             labels, sheet = read_labels(image), image.convert("RGB")
+    except UserError as error:
+        return f"cannot be read ({str(error).removeprefix(f'{path}: ')})"
     except DECODE_ERRORS as error:
         return f"cannot be read ({error})"
     if labels is None:
