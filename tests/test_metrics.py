@@ -44,6 +44,7 @@ def test_float32_has_its_shortest_form_and_only_finite_numbers_are_written(tmp_p
     assert plain(float("nan")) is None and plain(np.float32("inf")) is None
     assert plain(jnp.array([1.0, jnp.nan, -jnp.inf])) == [1.0, None, None]
     assert plain(jnp.array([1, 2])) == [1, 2] and plain(np.bool_(True)) is True
+    assert plain({"a": [jnp.float32(0.5)]}) == {"a": [0.5]}  # of no run, but in its file
     assert plain(1e-300) == 1e-300 and plain(3) == 3 and plain("a") == "a"
     with MetricsWriter(tmp_path) as writer:
         writer.write({"step": 1, "loss": jnp.nan})

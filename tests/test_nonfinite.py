@@ -9,6 +9,7 @@ import numpy as np
 import optax
 import pytest
 
+from dopsd_jax.common.errors import UserError
 from dopsd_jax.data.buckets import Bucket, Shape
 from dopsd_jax.data.loader import BatchIndex
 from dopsd_jax.data.table import DataRow
@@ -51,6 +52,15 @@ def run(step, train, gradients, numbers=None):
 def same(a, b):
     for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True):
         np.testing.assert_array_equal(x, y)
+
+
+def test_records_that_are_of_no_step_are_one_line_each():
+    good = {"step": 1, "loss": None, "grad_norm": 0.5}
+    assert Guard([good]).skipped == 1
+    with pytest.raises(UserError) as caught:
+        Guard([good, {"step": 2}, good | {"step": 3, "loss": "x"}])
+    assert len(caught.value.problems) == 3
+    assert caught.value.problems[2].startswith("metrics.jsonl: step 3 has no number under 'loss'")
 
 
 @pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])

@@ -12,6 +12,8 @@ from typing import Any
 
 import numpy as np
 
+from dopsd_jax.common.errors import raise_if
+
 FOLDER = "incidents"  # of the work directory: one file for each such step
 PARTS = ("loss", "gradient", "student", "teacher", "optimizer")  # what must be finite in a step
 MAX_SKIPPED = 10  # refused steps in a row; then the batch is not the cause
@@ -65,10 +67,18 @@ def finite(metrics: Mapping[str, Any]) -> bool:
 class Guard:
     """Follows a run's metrics. `records`: those of the steps before, so that a resumed run agrees.
 
-    skipped: refused steps so far; in_a_row: how many of the last ones.
+    skipped: refused steps so far; in_a_row: how many of the last ones. Raises `UserError` for
+    records that are not of a step.
     """
 
     def __init__(self, records: Sequence[Mapping[str, Any]] = ()):
+        measured = lambda value: value is None or type(value) in (int, float)
+        raise_if(
+            f"metrics.jsonl: step {record['step']} has no number under {name!r}; remove its line"
+            for record in records
+            for name in ("loss", "grad_norm")
+            if name not in record or not measured(record[name])
+        )
         self.spikes = Spikes([record["loss"] for record in records])
         bad = [not finite(record) for record in records]
         self.skipped = sum(bad)
