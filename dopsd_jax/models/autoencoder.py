@@ -33,14 +33,40 @@ class Conv(nnx.Module):
         self.bias = nnx.Param(jnp.zeros((dout,)))
 
     def __call__(self, x: Float[Array, "b h w din"]) -> Float[Array, "b h2 w2 dout"]:
-        y = jax.lax.conv_general_dilated(
-            x,
-            self.kernel[...].astype(x.dtype),
-            window_strides=(self.stride, self.stride),
-            padding=self.padding,
-            dimension_numbers=("NHWC", "HWIO", "NHWC"),
-        )
+        y = _convolve(x, self.kernel[...], self.padding, self.stride)
         return y + self.bias[...].astype(x.dtype)
+
+    def of_doubled(self, x: Float[Array, "b h w din"]) -> Float[Array, "b 2*h 2*w dout"]:
+        """That of `x` at twice its size by nearest neighbour, for 3x3, in 4/9 of the products.
+
+        Of three rows in the large picture two are one row of `x`: their kernels are added. Which
+        two depends on whether the row of the result is even; so for columns.
+        """
+
+        def halved(kernel, axis: int, odd: int):
+            first, middle, last = jnp.split(kernel, 3, axis)
+            pair = (first + middle, last) if odd else (first, middle + last)
+            return jnp.concatenate(pair, axis)
+
+        (b, h, w, _), kernel = x.shape, self.kernel[...].astype(jnp.float32)
+        parts = [
+            _convolve(x, halved(halved(kernel, 0, i), 1, j), ((1 - i, i), (1 - j, j)))
+            for i in (0, 1)
+            for j in (0, 1)
+        ]
+        y = jnp.stack(parts, axis=3).reshape(b, h, w, 2, 2, -1).swapaxes(2, 3)
+        return y.reshape(b, 2 * h, 2 * w, -1) + self.bias[...].astype(x.dtype)
+
+
+def _convolve(x, kernel, padding, stride: int = 1):
+    """In the type of `x`."""
+    return jax.lax.conv_general_dilated(
+        x,
+        kernel.astype(x.dtype),
+        window_strides=(stride, stride),
+        padding=padding,
+        dimension_numbers=("NHWC", "HWIO", "NHWC"),
+    )
 
 
 class GroupNorm(nnx.Module):
@@ -53,11 +79,18 @@ class GroupNorm(nnx.Module):
 
     def __call__(self, x: Float[Array, "b h w d"]) -> Float[Array, "b h w d"]:
         b, _, _, d = x.shape
-        y = x.astype(jnp.float32).reshape(b, -1, self.groups, d // self.groups)
-        y = y - jnp.mean(y, axis=(1, 3), keepdims=True)
-        y = y * jax.lax.rsqrt(jnp.mean(y * y, axis=(1, 3), keepdims=True) + NORM_EPS)
-        y = y.reshape(x.shape) * self.scale[...].astype(jnp.float32)
-        return (y + self.bias[...].astype(jnp.float32)).astype(x.dtype)
+        y = x.astype(jnp.float32).reshape(b, -1, d)
+        # Over space first, whole channels side by side: on a processor in a third of the time.
+        y = y - self._over_groups(jnp.mean(y, axis=1))
+        factor = jax.lax.rsqrt(self._over_groups(jnp.mean(y * y, axis=1)) + NORM_EPS)
+        y = y * (factor * self.scale[...].astype(jnp.float32))
+        return (y + self.bias[...].astype(jnp.float32)).astype(x.dtype).reshape(x.shape)
+
+    def _over_groups(self, means: Float[Array, "b d"]) -> Float[Array, "b 1 d"]:
+        """Each channel's mean over the channels of its group."""
+        b, d = means.shape
+        grouped = jnp.mean(means.reshape(b, self.groups, -1), axis=2)
+        return jnp.repeat(grouped, d // self.groups, axis=1)[:, None]
 
 
 class ResnetBlock(nnx.Module):
@@ -149,7 +182,7 @@ class UpLevel(nnx.Module):
             x = resnet(x)
         if self.upsample is None:
             return x
-        return self.upsample(jnp.repeat(jnp.repeat(x, 2, axis=1), 2, axis=2))
+        return self.upsample.of_doubled(x)
 
 
 class Encoder(nnx.Module):
