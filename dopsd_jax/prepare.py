@@ -8,9 +8,7 @@ where it was stopped. See docs/data.md.
 
 import contextlib
 import dataclasses
-import hashlib
 import io
-import json
 import os
 import zlib
 from collections.abc import Mapping, Sequence
@@ -38,29 +36,21 @@ from etils import epath
 from ml_collections import ConfigDict
 from PIL import Image
 
-from dopsd_jax.common import errors
 from dopsd_jax.common.atomic import is_remote, remove_leftovers
-from dopsd_jax.common.config_fields import as_list
 from dopsd_jax.common.errors import UserError
 from dopsd_jax.common.progress import Progress
-from dopsd_jax.conditioning import anchors
-from dopsd_jax.conditioning.cached import DIGESTS, sees_picture
+from dopsd_jax.conditioning.cached import sees_picture
 from dopsd_jax.conditioning.encoding import Encoder
-from dopsd_jax.conditioning.features import prepared_settings
 from dopsd_jax.data import prepared_parts as parts
 from dopsd_jax.data import sets
-from dopsd_jax.data.blobs import Blob
 from dopsd_jax.data.dataset import Dataset, describe, spread
 from dopsd_jax.data.measure import measure
-from dopsd_jax.data.prepared import short
-from dopsd_jax.data.rows import Rows
-from dopsd_jax.data.table import WHOLE, Chosen, DataRow
+from dopsd_jax.data.table import WHOLE, Chosen
 from dopsd_jax.data.varied import EMPTY
 from dopsd_jax.families.base import STUDENT, TEACHER
-from dopsd_jax.families.pipeline import Pipeline
 from dopsd_jax.methods import registry
 from dopsd_jax.parallel import multihost
-from dopsd_jax.run import build, data_set
+from dopsd_jax.run import build, data_set, prepared_folder
 from dopsd_jax.run.lock import exclusive
 from dopsd_jax.run.workdir import find_workdir
 
@@ -104,14 +94,16 @@ def prepare(
     def open_source():
         pipe, _ = build.open_pipeline(config, workdir)
         rows = data_set.open_rows(config, workdir)
-        roots = name_roots(data_set.data_paths(config, workdir))
-        manifest = describe_source(config, workdir, pipe, rows, roots)
-        return pipe, rows, roots, manifest, open_folder(out, manifest, new)
+        roots = prepared_folder.name_roots(data_set.data_paths(config, workdir))
+        manifest = prepared_folder.describe_source(config, workdir, pipe, rows, roots, ROWS.value)
+        return pipe, rows, roots, manifest, prepared_folder.open_folder(out, manifest, new)
 
     pipe, rows, roots, manifest, folder = multihost.first_alone(open_source)
     if config.anchor.share:
         keys = data_set.trained_keys(config, rows.prompt_keys)
-        open_anchors = lambda: anchors_beside(config, workdir, pipe, rows, keys, out, new)
+        open_anchors = lambda: prepared_folder.anchors_beside(
+            config, workdir, pipe, rows, keys, out, new, ROWS.value
+        )
         prompts, of_anchors, beside = multihost.first_alone(open_anchors)
 
     # ---- This shard's share of it, without what is done. Everything that can be wrong with its
@@ -134,7 +126,9 @@ def prepare(
         own = range(shard, manifest.parts, shards)
         others = data_set.shows_others(config, pipe.family)
         if done := [part for part in own if part not in todo]:
-            changed = outdated(folder, manifest, done, measured(share(numbers_of(done))))
+            changed = prepared_folder.outdated(
+                folder, manifest, done, measured(share(numbers_of(done)))
+            )
             # A changed picture may be shown with any other row.
             todo = list(own) if changed and others else sorted([*todo, *changed])
         if todo:
@@ -212,53 +206,11 @@ def undone(
     """The parts of this shard that are not there yet."""
     own = range(shard, manifest.parts, shards)
     with ThreadPoolExecutor(THREADS) as pool:
-        done = pool.map(lambda part: is_done(folder, part, manifest), own)
+        done = pool.map(lambda part: prepared_folder.is_done(folder, part, manifest), own)
         todo = [part for part, whole in zip(own, done, strict=True) if not whole]
     count = f"{len(own)} of {manifest.parts} parts, {len(own) - len(todo)} done"
     print(f"{name}: {count}", flush=True)
     return todo
-
-
-def outdated(
-    folder: epath.Path, manifest: parts.Manifest, done: Sequence[int], dataset: Dataset
-) -> list[int]:
-    """The parts that were made of other pictures; `dataset`: the rows of `done` as they are now."""
-    found, row = [], 0
-    for part in done:
-        path = folder / parts.part_name(part)
-        told = parts.read_part(path, manifest.identity).rows
-        changed = [old["picture"] for i, old in enumerate(told, row) if _facts(dataset, i) != [
-            old["digest"], old["references"], old.get(parts.MASK, [""])[0]
-        ]]  # fmt: skip
-        if changed:
-            print(f"{path}: {changed[0]} was changed since (it is made again now)", flush=True)
-            found.append(part)
-        row += len(told)
-    return found
-
-
-def _facts(dataset: Dataset, row: int) -> list:
-    """The digests of a row's pictures, as JSON has them: its own, its references', its mask's."""
-    edited = dataset.references[row] if dataset.references else ()
-    references = [[one.digest, list(one.size)] for one in edited]
-    return [dataset.infos.digest(row), references, dataset.masks[row] if dataset.masks else ""]
-
-
-def anchors_beside(
-    config: ConfigDict,
-    workdir: epath.Path,
-    pipe: Pipeline,
-    rows: Rows,
-    keys: Sequence[str],
-    out: epath.Path,
-    new: bool,
-) -> tuple[Dataset, parts.Manifest, epath.Path]:
-    """The prompts of config.anchor as a data set, and the folder for their features."""
-    prompts = anchors.prompt_set(anchors.choose(config, rows.rows, keys))
-    made_from = anchors.settings(config, pipe, data_set.cache_folder(config, workdir))
-    source = source_digest(prompts.rows, ())
-    manifest = parts.Manifest(len(prompts.rows), ROWS.value, (anchors.KEY,), source, made_from)
-    return prompts, manifest, open_folder(out / anchors.FOLDER, manifest, new)
 
 
 def own_share() -> tuple[int, int]:
@@ -276,20 +228,6 @@ def own_share() -> tuple[int, int]:
     if shard >= shards:
         raise UserError(f"--shard={shard}: must be below --shards={shards}")
     return shard, shards
-
-
-def describe_source(
-    config: ConfigDict, workdir: epath.Path, pipe: Pipeline, rows: Rows, roots: Sequence[Path]
-) -> parts.Manifest:
-    """What all parts have in common."""
-    memo = data_set.cache_folder(config, workdir) / DIGESTS
-    made_from = data_set.data_settings(config, pipe) | prepared_settings(config, pipe, memo)
-    source = source_digest(rows.rows, roots)
-    several = tuple((Path(one.path).name, len(one.rows)) for one in rows.sets)
-    weights = tuple(map(str, as_list(config.data.weights))) if several else ()
-    return parts.Manifest(
-        len(rows.rows), ROWS.value, rows.prompt_keys, source, made_from, several, weights
-    )
 
 
 def write_parts(
@@ -331,82 +269,6 @@ def write_parts(
         caption += len(own)
 
 
-def open_folder(folder: epath.Path, manifest: parts.Manifest, new: bool = False) -> epath.Path:
-    """Makes the folder, or checks that what it holds was made from the same.
-
-    new: it holds nothing yet: what was begun there had faults, which are mended now.
-    """
-    if not parts.is_prepared(folder):
-        parts.make_folder(folder)
-        parts.write_manifest(folder, manifest)
-        return folder
-    old = parts.read_manifest(folder)
-    faults = [
-        f"{folder}: was begun with {what} {was}, now {now}; give another --out, or set it back"
-        for what, was, now in (
-            ("--rows_per_part", old.rows_per_part, manifest.rows_per_part),
-            ("prompt keys", old.prompt_keys, manifest.prompt_keys),
-            ("rows", old.rows, manifest.rows),
-            ("data sets", old.sets, manifest.sets),
-            ("config.data.weights", old.weights, manifest.weights),
-        )
-        if was != now
-    ]
-    if not faults and old.source != manifest.source:
-        faults.append(
-            f"{folder}: was begun with other captions or names of pictures; give another --out"
-        )
-    faults += [
-        f"{folder}: was begun with {name} {short(old.settings.get(name))}, now "
-        f"{short(manifest.settings.get(name))}; give another --out, or set it back"
-        for name in old.settings | manifest.settings
-        if old.settings.get(name) != manifest.settings.get(name)
-    ]
-    if faults and new:
-        parts.write_manifest(folder, manifest)
-        return folder
-    errors.raise_if(faults)
-    return folder
-
-
-def is_done(folder: epath.Path, part: int, manifest: parts.Manifest) -> bool:
-    """Whether a part is there and whole; one that is not is made again."""
-    path = folder / parts.part_name(part)
-    with parts.reading(path):
-        if not path.exists():
-            return False
-    try:
-        parts.read_part(path, manifest.identity)
-    except UserError as error:
-        print(f"{error.problems[0]} (it is made again now)", flush=True)
-        return False
-    return True
-
-
-def name_roots(paths: Sequence[str | Path]) -> tuple[Path, ...]:
-    """The folders below which pictures are named; of several data sets the names say which."""
-    roots = [Path(path).expanduser() for path in paths]
-    roots = [root if root.is_dir() else root.parent for root in roots]
-    return tuple(roots if len(roots) == 1 else (root.parent for root in roots))
-
-
-def source_digest(rows: Sequence[DataRow], roots: Sequence[Path]) -> str:
-    """sha256 over the rows as they are named and captioned, wherever the folders lie."""
-    total = hashlib.sha256()
-    for row in rows:
-        names = [picture_name(picture, roots) for picture in (row.image, *row.references)]
-        mask = [picture_name(row.mask, roots)] if row.mask else []
-        total.update(json.dumps([*names, row.captions, *mask]).encode())
-    return total.hexdigest()
-
-
-def picture_name(picture: Path | Blob, roots: Sequence[Path]) -> str:
-    """Its name below the data set's folder."""
-    name = str(picture)
-    starts = (f"{root}{os.sep}" for root in roots)
-    return name.removeprefix(next((start for start in starts if name.startswith(start)), ""))
-
-
 def png(image: np.ndarray) -> bytes:
     """A picture or a mask as PNG file."""
     file = io.BytesIO()
@@ -434,7 +296,7 @@ def record(
     further |= {parts.MASK: [dataset.masks[row], *mask]} if mask else {}
     return {
         "captions": [list(caption) for caption in dataset.rows[row].captions],
-        "picture": picture_name(dataset.rows[row].image, roots),
+        "picture": prepared_folder.picture_name(dataset.rows[row].image, roots),
         "digest": info.digest,
         "notes": list(info.notes),
         "size": [info.width, info.height],

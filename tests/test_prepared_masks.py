@@ -9,11 +9,10 @@ from test_masks import left_half
 from test_methods import config_of, open_features
 from test_prepared import write
 
-from dopsd_jax import prepare
 from dopsd_jax.common.errors import UserError
 from dopsd_jax.data import prepared_parts as parts
 from dopsd_jax.data.loader import BatchIndex
-from dopsd_jax.run import build, data_set
+from dopsd_jax.run import build, data_set, prepared_folder
 
 FIELDS = {"data__buckets": "64x48", "data__flip": True, "data__weights": "1,2"}
 
@@ -78,10 +77,10 @@ def test_masks_that_a_prepared_set_does_not_have(random_model, tmp_path):
 def test_a_preparation_goes_on_with_its_own_masks_only(tmp_path):
     path = write(tmp_path / "set", masked=True)
     own = parts.read_manifest(path)
-    assert prepare.open_folder(path, own) == path
+    assert prepared_folder.open_folder(path, own) == path
     settings = {k: v for k, v in own.settings.items() if k != "masks"}
     with pytest.raises(UserError) as caught:
-        prepare.open_folder(path, own._replace(settings=settings))
+        prepared_folder.open_folder(path, own._replace(settings=settings))
     assert "begun with masks ['files', 8], now none; give another --out" in caught.value.problems[0]
 
 
