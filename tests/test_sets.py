@@ -12,7 +12,6 @@ from PIL import Image
 from test_loader import KEYS, make, make_rows, same, split
 from test_prepared import problems_of, write
 
-from dopsd_jax import prepare
 from dopsd_jax.common.config_fields import as_paths
 from dopsd_jax.config.fields import defaults
 from dopsd_jax.data import prepared_parts as parts
@@ -23,7 +22,7 @@ from dopsd_jax.data.measure import measure
 from dopsd_jax.data.prepared_parts import names_prepared
 from dopsd_jax.data.rows import load_sets
 from dopsd_jax.data.sets import among, parts_of, shares_of
-from dopsd_jax.run import data_set
+from dopsd_jax.run import data_set, prepared_folder
 
 
 def folder_of(path, count, caption="a mug"):
@@ -131,10 +130,13 @@ def test_a_damaged_list_of_sets_is_told(tmp_path, wrong):
 
 def test_pictures_of_several_sets_are_named_with_their_set(tmp_path):
     one, two = folder_of(tmp_path / "a", 1), table_of(tmp_path / "b/d.csv", ["caption"])
-    assert prepare.name_roots([one]) == (tmp_path / "a",)
-    roots = prepare.name_roots([one, two])
+    assert prepared_folder.name_roots([one]) == (tmp_path / "a",)
+    roots = prepared_folder.name_roots([one, two])
     rows = load_sets([one, two], ()).rows
-    assert [prepare.picture_name(row.image, roots) for row in rows] == ["a/0.png", "b/a.png"]
+    assert [prepared_folder.picture_name(row.image, roots) for row in rows] == [
+        "a/0.png",
+        "b/a.png",
+    ]
 
 
 def test_a_configuration_names_several_sets(tmp_path):
