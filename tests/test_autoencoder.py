@@ -15,7 +15,7 @@ from flax import nnx
 
 from dopsd_jax.common.errors import UserError
 from dopsd_jax.models import autoencoder, flux2_autoencoder
-from dopsd_jax.models.autoencoder import Autoencoder, names, to_uint8
+from dopsd_jax.models.autoencoder import Autoencoder, Conv, names, to_uint8
 from dopsd_jax.models.autoencoder_config import AutoencoderConfig
 from dopsd_jax.models.tiling import Tiling, run_tiled
 
@@ -135,6 +135,21 @@ def test_whole_autoencoder_equals_diffusers(name):
     z = random(2, 5, 3, cfg.latent_channels)
     expected = torch_call(lambda z: torch_model.decode(z).sample, z)
     assert relative_error(jax.jit(Autoencoder.decode)(model, z), expected) <= TOLERANCE
+
+
+@pytest.mark.parametrize("shape", [(2, 3, 5, 4), (1, 1, 2, 4)])
+def test_a_convolution_of_the_doubled_picture_is_torchs(shape):
+    """Though it never makes the doubled picture; at the borders too, and with sides of one."""
+    conv = Conv(4, 6, 3, rngs=nnx.Rngs(0))
+    conv.bias[...] = jnp.arange(6.0)
+    x = np.random.default_rng(0).standard_normal(shape, np.float32)
+    doubled = torch.nn.functional.interpolate(
+        torch.from_numpy(x).permute(0, 3, 1, 2), scale_factor=2, mode="nearest"
+    )
+    kernel = torch.from_numpy(np.array(conv.kernel[...])).permute(3, 2, 0, 1)
+    bias = torch.from_numpy(np.array(conv.bias[...]))
+    expected = torch.nn.functional.conv2d(doubled, kernel, bias, padding=1).permute(0, 2, 3, 1)
+    assert relative_error(conv.of_doubled(jnp.asarray(x)), expected.numpy()) < 1e-6
 
 
 def test_log_variance_is_clipped():

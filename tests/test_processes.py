@@ -109,7 +109,7 @@ BATCH = (
 # XLA on a processor orders two collective operations by their starts alone. One that needs nothing
 # of a loop may run beside the operations inside it, on one device earlier than on another: gloo,
 # which knows messages by their order, then ends the process. (Without several processes they are
-# known by name.) It happened once in some fifty runs, on a machine with much else to do.
+# known by name.) It was seen once, on a machine with much else to do.
 SWAPPED = "Received data size doesn't match expected size"
 
 
@@ -125,9 +125,11 @@ def stopped(command, workdir):
             time.sleep(0.1)
         else:
             both[1].send_signal(signal.SIGTERM)
-            [p.wait(timeout=300) for p in both]
+            for process in both:
+                process.wait(timeout=300)
     finally:
-        [p.kill() for p in both]
+        for process in both:
+            process.kill()
     return [(p.wait(), *p.communicate()) for p in both]
 
 
