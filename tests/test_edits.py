@@ -116,9 +116,12 @@ def test_folders_of_the_same_names(tmp_path):
         ("c.png", ["c.jpg", "c.png"]),
     ]
     (tmp_path / "set" / "pose" / "a.png").unlink()
-    (tmp_path / "set" / "before" / "a.png").unlink()
     (problem,) = problems_of(load_rows, tmp_path / "set", references=folders)
     assert "a.png: has no picture to edit in " in problem
+    assert folders[1] in problem and folders[0] not in problem
+    (tmp_path / "set" / "before" / "a.png").unlink()
+    (problem,) = problems_of(load_rows, tmp_path / "set", references=folders)
+    assert all(folder in problem for folder in folders)
     (problem,) = problems_of(load_rows, tmp_path / "set", references=["auto"])
     assert "data.references auto: no such folder" in problem
 

@@ -60,7 +60,16 @@ def vocabulary(nonce: bool = True) -> list[str]:
 
 def says_place(text: str) -> bool:
     """Whether a caption says where its first thing stands."""
-    return any(words in text for wordings in PLACE_WORDS.values() for words in wordings)
+    return around_place(text) is not None
+
+
+def around_place(text: str) -> tuple[str, str] | None:
+    """What a caption says before and behind the words that tell a place; None: it tells none."""
+    for words in (words for wordings in PLACE_WORDS.values() for words in wordings):
+        before, found, behind = text.partition(f" {words}")
+        if found:
+            return before, behind
+    return None
 
 
 def caption(scene: Scene, rng: np.random.Generator, whole: bool = False) -> str:

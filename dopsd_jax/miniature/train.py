@@ -1,7 +1,8 @@
 """Makes a miniature from nothing: python -m dopsd_jax.miniature.train --family NAME --out DIR
 
 Autoencoder, then encoders and transformer by flow matching, then the few-step model by endpoint
-regression and distribution matching, then the model folder. A second call goes on where the first
+regression and distribution matching, with --keeping_steps also what a picture in context must not
+move, then the model folder. A second call goes on where the first
 was stopped.
 """
 
@@ -24,6 +25,7 @@ from dopsd_jax.miniature import (
     families,
     few_steps,
     gates,
+    keeping,
     matching,
     optimizer,
     pretrain,
@@ -46,6 +48,7 @@ AUTOENCODER_STEPS = OPTIONS.integer("autoencoder_steps", 2600, "of 8 pictures", 
 PRETRAIN_STEPS = OPTIONS.integer("pretrain_steps", 12000, "of 48 samples", lower_bound=1)
 ENDPOINT_STEPS = OPTIONS.integer("endpoint_steps", 120, "of 32 samples", lower_bound=1)
 MATCHING_STEPS = OPTIONS.integer("matching_steps", 480, "of 48 samples", lower_bound=1)
+KEEPING_STEPS = OPTIONS.integer("keeping_steps", 0, "of 40 samples; 0: none", lower_bound=0)
 
 MANY_STEPS = 20  # of the sampler before distillation, which has the guidance that is distilled
 PROBE_STEPS = 10  # of its probes during training
@@ -95,6 +98,9 @@ def main() -> None:
     few = trained(few, "endpoint", grid=family.grid)
     few = matching.stage(family, few, many, MATCHING_STEPS.value)
     few = trained(few, "matching", grid=family.grid)
+    if KEEPING_STEPS.value:
+        source = source._replace(family=keeping.Places(family, sampler, few))
+        few = trained(keeping.stage(family, few, KEEPING_STEPS.value), "keeping", grid=family.grid)
     if not (out / "model").exists():
         family.write(out / "model", few, vae)
     log(f"the model: {out / 'model'}")

@@ -100,18 +100,19 @@ class Folders:
 
     def of_picture(self, folder: str, stem: str) -> tuple[list[str], list[str]]:
         """The references of a picture `stem` in `folder`, relative to the data set; faults."""
-        key, paths = normal(os.path.join(folder, stem)), []
-        for found in self._found:
+        key, paths, without = normal(os.path.join(folder, stem)), [], []
+        for path, found in zip(self.paths, self._found, strict=True):
             own = sorted(found.get(key, []))
             whole = [name for number, name in own if number < 0]
             if len(whole) > 1:
                 return [], [f"{listing(whole)} have one name; keep one"]
             paths += whole or [name for _, name in own]
-        if not paths:
-            where = listing(self.paths)
+            without += [] if own else [path]
+        if without:
+            # What another folder has must not take its place: their order is what they mean.
             return [], [
-                f"has no picture to edit in {where}; put one of the same name there, or unset "
-                "data.references for rows that edit none"
+                f"has no picture to edit in {listing(without)}; put one of the same name there, or "
+                "unset data.references for rows that edit none"
             ]
         for path in paths:
             if (first := self._taken.setdefault(path, key)) != key:

@@ -1,0 +1,124 @@
+"""The stage that keeps places: it asks for the model's own choice, and for nothing else."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import transformers
+
+from dopsd_jax.miniature import captions, few_steps, keeping, optimizer, pool, render, world
+from dopsd_jax.miniature.flux2_klein import configs, pairs
+from dopsd_jax.miniature.flux2_klein.family import Miniature
+
+SMALL = Miniature(configs.Size(heads=1, double_layers=1, single_layers=1, text_dim=24))
+PLACES = list(world.PLACES)
+
+
+@pytest.fixture(scope="module")
+def texts(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("words") / "tokenizer"
+    SMALL.write_words(folder)
+    return SMALL.texts(transformers.AutoTokenizer.from_pretrained(folder))
+
+
+@pytest.fixture(scope="module")
+def few():
+    """Weights whose velocity is not zero."""
+    _, parameters = optimizer.flat(SMALL.start(0))
+    name = "transformer.final_linear.kernel"
+    parameters[name] = 0.1 * jax.random.normal(jax.random.key(1), parameters[name].shape)
+    return parameters
+
+
+class Chooser:
+    """Draws a thing at the place that the noise's first value tells."""
+
+    encode = staticmethod(lambda images: np.zeros((len(images), *SMALL.latent), np.float32))
+
+    def __init__(self, texts):
+        self.texts, self.asked = texts, []
+
+    def latents(self, parameters, prompts, images, noise, grid, guidance):
+        assert images is None and grid == SMALL.grid and guidance == 1
+        self.asked += prompts
+        return noise
+
+    def decode(self, latents):
+        rng, scenes = np.random.default_rng(0), []
+        for place in chosen(latents):
+            thing = world.Thing(shape=0, colour=0, size=0, place=int(place), texture=0)
+            scenes.append(world.random_scene(rng, (thing,)))
+        return render.render(world.compose(scenes, None))
+
+
+def chosen(noise):
+    return np.abs(1e3 * noise[:, 0, 0, 0]).astype(int) % len(PLACES)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def small_pools():
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(pool, "POOL", 64)
+        patch.setattr(pairs, "PAIRS", 32)
+        patch.setattr(keeping, "CHOSEN", 80)
+        yield
+
+
+@pytest.fixture(scope="module")
+def source(texts, few):
+    places = keeping.Places(SMALL, Chooser(texts), few)
+    return places, places.scenes(0, 0, Chooser.encode)
+
+
+def test_the_place_that_is_told_is_the_one_that_was_chosen(source):
+    places, found = source
+    assert places.sampler.asked == found.prompts
+    assert not any(captions.says_place(prompt) for prompt in found.prompts)
+    for text, prompt, place in zip(found.placed, found.prompts, chosen(found.noise), strict=True):
+        assert any(words in text for words in captions.PLACE_WORDS[PLACES[place]])
+        assert "".join(captions.around_place(text)) == prompt
+    short = np.mean([len(prompt.split()) <= 3 for prompt in found.prompts])
+    assert 0.3 < short < 0.9
+
+
+def test_student_and_teacher_differ_in_what_they_are_told_of_the_place_alone(source, texts):
+    places, found = source
+    kept, *own = places.batches(found, texts, np.random.default_rng(1), 8, 16)
+    assert list(places.kinds) == [keeping.KEPT, *SMALL.kinds]
+    assert sum(places.kinds.values()) == pytest.approx(1)
+    assert not np.array_equal(kept.told.ids, kept.away.ids)
+    assert len(kept.told.references) == len(kept.away.references) == 1
+    assert len(own) == len(SMALL.kinds)
+    for batch in own:
+        assert batch.away is batch.told
+
+
+def test_what_was_found_is_kept_and_an_untold_place_is_learned(source, texts, few):
+    """The loss is 0 where both are told the same, and its gradient is not where they are not."""
+    places, found = source
+    kept, *own = places.batches(found, texts, np.random.default_rng(1), 8, 16)
+    loss = jax.jit(jax.value_and_grad(keeping.loss(SMALL, few)))
+    keys = lambda batch: jax.random.split(jax.random.key(0), len(batch.latents))
+    assert loss(few, own[1], keys(own[1]))[0] < 1e-9
+    value, gradient = loss(few, kept, keys(kept))
+    assert value > 1e-6 and any(np.any(np.asarray(g)) for g in gradient.values())
+
+
+def test_the_loss_is_of_the_models_own_states(source, texts, few):
+    """Written out for one sample: Euler steps of the student, the teacher's velocity there."""
+    places, found = source
+    kept, *_ = places.batches(found, texts, np.random.default_rng(1), 8, 16)
+    one = jax.tree.map(lambda a: a[:1], kept)
+    moved = {name: value + 0.01 for name, value in few.items()}
+    keys = jax.random.split(jax.random.key(0), 1)
+    net, old = (optimizer.merge(SMALL.abstract(), weights) for weights in (moved, few))
+    student = few_steps.told(net, one, keys)
+    teacher = few_steps.told(old, one._replace(told=one.away), keys)
+    x, total = jnp.asarray(one.noise), 0.0
+    for sigma, following in zip(SMALL.grid[:-1], SMALL.grid[1:], strict=True):
+        level = jnp.full(1, sigma)
+        v = student(x, level)
+        total += float(jnp.mean((v - teacher(x, level)) ** 2))
+        x = x + (following - sigma) * v
+    value = keeping.loss(SMALL, few)(moved, one, keys)
+    assert float(value) == pytest.approx(total / (len(SMALL.grid) - 1), rel=1e-4)
