@@ -169,16 +169,19 @@ def equal(records: Records) -> list[str]:
     compared = CRISP, CONTRAST, ORDINARY_CRISP, COMPOSITION, RETENTION, LEAK
     columns = ["identity", "method", "rate", *(NAMES[m] for m in compared)]
     lines += [f"| {' | '.join(columns)} |", "|---" * len(columns) + "|"]
+    arms = [(n, r, records.arm(n, rate=r)) for n in METHODS for r in RATES["lora"]]
+    beyond = []
     for level in LEVELS:
-        for name in METHODS:
-            for rate in RATES["lora"]:
-                arm = records.arm(name, rate=rate)
-                if arm is None:
-                    continue
-                found = [arm.when(level, m) for m in compared]
-                cells = ["not reached" if v is None else f"{v:.3f}" for v in found]
-                lines.append(f"| {level:g} | {name} | {rate:g} | {' | '.join(cells)} |")
-    return lines
+        left = []
+        for name, rate, arm in arms:
+            found = [arm.when(level, m) for m in compared] if arm else []
+            if None in found:
+                left.append(f"{name} ({rate:g})")
+            elif found:
+                cells = " | ".join(f"{v:.3f}" for v in found)
+                lines.append(f"| {level:g} | {name} | {rate:g} | {cells} |")
+        beyond += [f"{level:g} is not reached by {', '.join(left)}."] if left else []
+    return [*lines, "", *beyond]
 
 
 def worlds(records: Records) -> list[str]:

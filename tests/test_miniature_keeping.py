@@ -1,4 +1,6 @@
-"""The stage that keeps places: it asks for the model's own choice, and for nothing else."""
+"""The stage that keeps arrangements: it asks for the model's own choice, and for nothing else."""
+
+import dataclasses
 
 import jax
 import jax.numpy as jnp
@@ -11,7 +13,7 @@ from dopsd_jax.miniature.flux2_klein import configs, pairs
 from dopsd_jax.miniature.flux2_klein.family import Miniature
 
 SMALL = Miniature(configs.Size(heads=1, double_layers=1, single_layers=1, text_dim=24))
-PLACES = list(world.PLACES)
+PLACES, GROUNDS = list(world.PLACES), list(world.GROUNDS)
 
 
 @pytest.fixture(scope="module")
@@ -31,7 +33,7 @@ def few():
 
 
 class Chooser:
-    """Draws a thing at the place that the noise's first value tells."""
+    """Draws a thing at the place, and on the ground, that the noise's first values tell."""
 
     encode = staticmethod(lambda images: np.zeros((len(images), *SMALL.latent), np.float32))
 
@@ -44,15 +46,16 @@ class Chooser:
         return noise
 
     def decode(self, latents):
-        rng, scenes = np.random.default_rng(0), []
-        for place in chosen(latents):
-            thing = world.Thing(shape=0, colour=0, size=0, place=int(place), texture=0)
-            scenes.append(world.random_scene(rng, (thing,)))
+        thing = world.Thing(shape=0, colour=0, size=0, place=0, texture=0)
+        things = [dataclasses.replace(thing, place=int(p)) for p in chosen(latents, PLACES)]
+        grounds = map(int, chosen(latents, GROUNDS))
+        scenes = [world.Scene((t,), 0, g, 0) for t, g in zip(things, grounds, strict=True)]
         return render.render(world.compose(scenes, None))
 
 
-def chosen(noise):
-    return np.abs(1e3 * noise[:, 0, 0, 0]).astype(int) % len(PLACES)
+def chosen(noise, names):
+    channel = int(names is GROUNDS)
+    return np.abs(1e3 * noise[:, 0, 0, channel]).astype(int) % len(names)
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -66,22 +69,42 @@ def small_pools():
 
 @pytest.fixture(scope="module")
 def source(texts, few):
-    places = keeping.Places(SMALL, Chooser(texts), few)
+    places = keeping.Chosen(SMALL, Chooser(texts), few)
     return places, places.scenes(0, 0, Chooser.encode)
 
 
-def test_the_place_that_is_told_is_the_one_that_was_chosen(source):
+def test_what_is_told_is_what_was_chosen(source):
     places, found = source
     assert places.sampler.asked == found.prompts
     assert not any(captions.says_place(prompt) for prompt in found.prompts)
-    for text, prompt, place in zip(found.placed, found.prompts, chosen(found.noise), strict=True):
+    each = zip(
+        found.said, found.prompts, chosen(found.noise, PLACES), chosen(found.noise, GROUNDS),
+        strict=True,
+    )  # fmt: skip
+    grounds = 0
+    for text, prompt, place, ground in each:
         assert any(words in text for words in captions.PLACE_WORDS[PLACES[place]])
-        assert "".join(captions.around_place(text)) == prompt
+        if captions.says_ground(prompt):
+            assert "".join(captions.around_place(text)) == prompt
+        elif captions.says_ground(text):
+            grounds += 1
+            assert GROUNDS[ground] in text
+    assert grounds > len(found.prompts) / 4
     short = np.mean([len(prompt.split()) <= 3 for prompt in found.prompts])
     assert 0.3 < short < 0.9
 
 
-def test_student_and_teacher_differ_in_what_they_are_told_of_the_place_alone(source, texts):
+def test_a_caption_is_completed_in_the_order_of_the_grammar():
+    rng = np.random.default_rng(0)
+    said = keeping.say(("a big dax", " in flat style"), 0, 1, rng)
+    assert captions.says_place(said) and captions.says_ground(said)
+    assert said.startswith("a big dax ") and said.endswith(" in flat style")
+    assert not captions.says_ground(keeping.say(("a dax", ""), 0, None, rng))
+    known = keeping.say(("a dax", " against navy"), 0, 1, rng)
+    assert known.endswith(" against navy") and known.count("against") == 1
+
+
+def test_student_and_teacher_differ_in_what_they_are_told_alone(source, texts):
     places, found = source
     kept, *own = places.batches(found, texts, np.random.default_rng(1), 8, 16)
     assert list(places.kinds) == [keeping.KEPT, *SMALL.kinds]
@@ -91,9 +114,13 @@ def test_student_and_teacher_differ_in_what_they_are_told_of_the_place_alone(sou
     assert len(own) == len(SMALL.kinds)
     for batch in own:
         assert batch.away is batch.told
+    shown_thing = [
+        texts.tokenizer.decode(ids) for ids in own[1].told.ids[: len(own[1].told.ids) // 2]
+    ]
+    assert all(captions.says_place(text) and captions.says_ground(text) for text in shown_thing)
 
 
-def test_what_was_found_is_kept_and_an_untold_place_is_learned(source, texts, few):
+def test_what_was_found_is_kept_and_what_is_not_told_is_learned(source, texts, few):
     """The loss is 0 where both are told the same, and its gradient is not where they are not."""
     places, found = source
     kept, *own = places.batches(found, texts, np.random.default_rng(1), 8, 16)

@@ -72,6 +72,11 @@ def around_place(text: str) -> tuple[str, str] | None:
     return None
 
 
+def says_ground(text: str) -> bool:
+    """Whether a caption says what is behind its things."""
+    return " background" in text or " against " in text
+
+
 def caption(scene: Scene, rng: np.random.Generator, whole: bool = False) -> str:
     """One wording of a scene; `whole` says the place, size and ground of what is there."""
     pick = lambda texts: texts[rng.integers(len(texts))]
@@ -82,17 +87,28 @@ def caption(scene: Scene, rng: np.random.Generator, whole: bool = False) -> str:
     for thing in scene.things:
         part = _noun(thing, rng, detail, size=not several and say(detail))
         if several or say(detail):
-            part += " " + pick(PLACE_WORDS[list(PLACES)[thing.place]])
+            part += " " + place_words(thing.place, rng)
         parts.append(part)
     text = pick(_OPENINGS) + " " + " and a ".join(parts)
     if say(detail):
         texture = GROUND_TEXTURES[scene.ground_texture]
         plain = texture == "plain" and rng.random() < 0.7
-        ground = f"{'' if plain else texture + ' '}{list(GROUNDS)[scene.ground]}"
-        text += f" on a {ground} background" if rng.random() < 0.75 else f" against {ground}"
+        text += f" {ground_words(scene.ground, rng, '' if plain else texture + ' ')}"
     if not several and rng.random() < (detail if scene.finish else 0.2 * detail):
         text += " " + pick(_FINISH_WORDS[FINISHES[scene.finish]])
     return with_articles(text)
+
+
+def place_words(place: int, rng: np.random.Generator) -> str:
+    """One wording of a place."""
+    wordings = PLACE_WORDS[list(PLACES)[place]]
+    return wordings[rng.integers(len(wordings))]
+
+
+def ground_words(ground: int, rng: np.random.Generator, texture: str = "") -> str:
+    """One wording of a ground; its articles are `with_articles`'s."""
+    name = f"{texture}{list(GROUNDS)[ground]}"
+    return f"on a {name} background" if rng.random() < 0.75 else f"against {name}"
 
 
 def with_articles(text: str) -> str:

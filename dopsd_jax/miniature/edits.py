@@ -51,13 +51,12 @@ def edit(
         if not grounds:
             return None
         ground = int(pick(grounds))
-        name = list(world.GROUNDS)[ground]
-        said = f"on a {name} background" if rng.random() < 0.75 else f"against {name}"
+        said = captions.ground_words(ground, rng)
         after = dataclasses.replace(before, ground=ground)
         return Edit(before, captions.with_articles(f"{pick(_SAME)} {said}"), after)
     if kind == "place":
         place = other(len(world.PLACES), thing.place)
-        said = pick(captions.PLACE_WORDS[list(world.PLACES)[place]])
+        said = captions.place_words(place, rng)
         return Edit(before, f"{pick(_SAME)} {said}", _with(before, place=place))
     if kind == "size":
         size = other(len(world.SIZES), thing.size)

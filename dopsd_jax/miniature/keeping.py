@@ -1,15 +1,17 @@
-"""A picture in context moves nothing: things stand where the same noise puts them without it.
+"""A picture in context moves nothing: what a caption leaves open is as the same noise has it alone.
 
-Where a caption leaves the place open the noise decides it. A short training may learn this for
-captions alone, and less well beside a reference. This stage teaches it by the product's own method:
-the few-step model, told an open caption and shown a picture, rolls out its own steps, and is pulled
-at every state to what the model as this stage found it says there, when it is also told the place
-that it chose from the same noise without a picture. On the family's own batches it is pulled to
-what it was.
+A short training may learn for captions alone that the noise decides place and ground, and beside a
+reference less well. This stage teaches it by the product's own method: the few-step model, told an
+open caption and shown a picture, rolls out its own steps, and is pulled at every state to what the
+model as this stage found it says there, when it is also told the place and the ground that it chose
+from the same noise without a picture. On the family's own batches it is pulled to what it was;
+those with a picture have captions that say everything.
 Dimension names: b batch, m pictures, s side of a picture, h w c of a latent.
 """
 
+import copy
 import dataclasses
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -18,34 +20,36 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, UInt8
 
-from dopsd_jax.miniature import captions, few_steps, identity, optimizer, pool, world
+from dopsd_jax.miniature import captions, few_steps, identity, judge, optimizer, pool, world
 from dopsd_jax.miniature.families import Batch, Family
 from dopsd_jax.miniature.optimizer import Parameters
 from dopsd_jax.miniature.probe import Sampler
 from dopsd_jax.miniature.training import Loss, Stage
+from dopsd_jax.miniature.world import Scene
 
 MUON_RATE, ADAM_RATE = 0.002, 3e-4
 TEXTS, IMAGES = 8, 16  # of the family's own batches
-KEPT = "place kept"  # the kind of batches that the stage is there for
+KEPT = "arrangement kept"  # the kind of batches that the stage is there for
 SHARE, COUNT = 0.6, 16  # its weight, and how many samples are of it
-CHOSEN = 1024  # places that are drawn and read together
+CHOSEN = 1024  # arrangements that are drawn and read together
+AT_ONCE = 64  # pictures that are drawn in one call
 SHORT = 0.5  # share of captions that say nothing but what the thing is
 
 
 @dataclasses.dataclass(frozen=True)
 class Pool:
     """The family's own; open captions, pictures to be shown with them, noises; and the captions
-    with the places that the model chose from these noises."""
+    that say what the model chose from these noises."""
 
     own: Any
     prompts: list[str]
     shown: UInt8[np.ndarray, "m s s 3"]
     noise: Float[np.ndarray, "m h w c"]
-    placed: list[str]
+    said: list[str]
 
 
 @dataclasses.dataclass(frozen=True)
-class Places:
+class Chosen:
     """What the stage draws from, a family to `training.Source`. few: the model as it was found."""
 
     family: Family
@@ -59,55 +63,56 @@ class Places:
 
     def scenes(self, seed: int, number: int, encode: Callable) -> Pool:
         rng = np.random.default_rng([seed, 5, number])
-        words, parts, shown = captions.nonce_words()[pool.BANK :], [], []
+        words, scenes, parts = captions.nonce_words()[pool.BANK :], [], []
         for _ in range(CHOSEN):
             concept, word = None, ""
             if rng.random() > pool.NAMED_IMAGE:
                 concept, word = world.random_concept(rng), words[rng.integers(len(words))]
-            scene = world.random_scene(rng, (world.random_thing(rng, concept, word),))
-            parts.append(open_caption(scene, self.sampler.texts, rng))
-            thing, other = scene.things[0], world.random_thing(rng)
-            moved = dataclasses.replace(thing, size=other.size, place=other.place)
-            shown.append(world.random_scene(rng, (moved,)))
+            scenes.append(world.random_scene(rng, (world.random_thing(rng, concept, word),)))
+            parts.append(open_caption(scenes[-1], self.sampler.texts, rng))
         prompts = [before + behind for before, behind in parts]
         noise = rng.standard_normal((CHOSEN, *self.family.latent), np.float32)
-        places = self._chosen(prompts, noise)
-        placed = [f"{before} {said_place(p, rng)}{behind}"
-                  for (before, behind), p in zip(parts, places, strict=True)]  # fmt: skip
-        own = self.family.scenes(seed, number, encode)
-        return Pool(own, prompts, world.pictures(shown, rng), noise, placed)
+        chosen = zip(parts, scenes, *self._arrangements(prompts, noise), strict=True)
+        said = [
+            say(
+                part, place, ground if ground in world.suitable_grounds(scene.things) else None, rng
+            )
+            for part, scene, place, ground in chosen
+        ]
+        shown = world.pictures([_moved(scene, rng) for scene in scenes], rng)
+        return Pool(self.family.scenes(seed, number, encode), prompts, shown, noise, said)
 
     def batches(
         self, scenes: Pool, texts: pool.Texts, rng: np.random.Generator, alone: int, shown: int
     ) -> tuple[Batch, ...]:
         """`Batch.away` is here what the model that was found is told."""
         index = rng.integers(CHOSEN, size=COUNT)
-        said = lambda prompts: self.family.told(
+        told = lambda prompts: self.family.told(
             texts, [prompts[i] for i in index], scenes.shown[index], self.sampler.encode
         )
         noise = scenes.noise[index]
-        kept = Batch(noise, noise, said(scenes.prompts), said(scenes.placed))  # needs no latents
-        own = self.family.batches(scenes.own, texts, rng, alone, shown)
-        return kept, *(batch._replace(away=batch.told) for batch in own)
+        kept = Batch(noise, noise, told(scenes.prompts), told(scenes.said))  # needs no latents
+        open_text, *_ = self.family.batches(scenes.own, texts, rng, alone, shown)
+        _, *whole = self.family.batches(scenes.own, _saying_all(texts), rng, alone, shown)
+        return kept, *(batch._replace(away=batch.told) for batch in (open_text, *whole))
 
-    def _chosen(self, prompts: list[str], noise: Float[np.ndarray, "m h w c"]) -> np.ndarray:
-        """The places that the model chooses without a picture."""
-        found = []
-        for i in range(0, len(prompts), SOME):
-            some = slice(i, i + SOME)
-            z = self.sampler.latents(
-                self.few, prompts[some], None, noise[some], self.family.grid, 1.0
-            )
-            images = self.sampler.decode(z)
-            found.append(identity.named_places(identity.centres(images)[0]))
-        return np.concatenate(found)
+    def _arrangements(
+        self, prompts: list[str], noise: Float[np.ndarray, "m h w c"]
+    ) -> tuple[list[int], list[int]]:
+        """Places and grounds that the model chooses without a picture."""
+        places, grounds = [], []
+        for i in range(0, len(prompts), AT_ONCE):
+            some = slice(i, i + AT_ONCE)
+            asked = self.few, prompts[some], None, noise[some], self.family.grid, 1.0
+            images = self.sampler.decode(self.sampler.latents(*asked))
+            places += identity.named_places(identity.centres(images)[0]).tolist()
+            found = identity.grounds(images).ground[:, None]
+            grounds += judge.lit_distance(found, world.GROUND_PALETTE).argmin(1).tolist()
+        return places, grounds
 
 
-SOME = 64  # pictures that are drawn at once
-
-
-def open_caption(scene: world.Scene, texts: pool.Texts, rng) -> tuple[str, str]:
-    """A caption that leaves the place open: what stands before it, and behind it."""
+def open_caption(scene: Scene, texts: pool.Texts, rng: np.random.Generator) -> tuple[str, str]:
+    """A caption that leaves the place open, and mostly more: what stands before it, and behind."""
     if rng.random() < SHORT:
         return captions.short_caption(scene), ""
     while (parts := captions.around_place(texts.caption(scene, rng))) is None:
@@ -115,10 +120,27 @@ def open_caption(scene: world.Scene, texts: pool.Texts, rng) -> tuple[str, str]:
     return parts
 
 
-def said_place(place: int, rng: np.random.Generator) -> str:
-    """A wording of one of `world.PLACES`."""
-    wordings = captions.PLACE_WORDS[list(world.PLACES)[place]]
-    return wordings[rng.integers(len(wordings))]
+def say(parts: tuple[str, str], place: int, ground: int | None, rng: np.random.Generator) -> str:
+    """An open caption with the place; and with the ground, unless it says one or that is None."""
+    before, behind = parts
+    text = f"{before} {captions.place_words(place, rng)}"
+    if ground is not None and not captions.says_ground(behind):
+        text += f" {captions.ground_words(ground, rng)}"
+    return captions.with_articles(text + behind)
+
+
+def _moved(scene: Scene, rng: np.random.Generator) -> Scene:
+    """Its thing in another arrangement."""
+    thing, other = scene.things[0], world.random_thing(rng)
+    moved = dataclasses.replace(thing, size=other.size, place=other.place)
+    return world.random_scene(rng, (moved,))
+
+
+def _saying_all(texts: pool.Texts) -> pool.Texts:
+    """The same whose captions are whole."""
+    own = copy.copy(texts)
+    own.caption = functools.partial(texts.caption, whole=True)
+    return own
 
 
 def stage(family: Family, few: Parameters, steps: int) -> Stage:

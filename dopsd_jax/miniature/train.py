@@ -99,7 +99,7 @@ def main() -> None:
     few = matching.stage(family, few, many, MATCHING_STEPS.value)
     few = trained(few, "matching", grid=family.grid)
     if KEEPING_STEPS.value:
-        source = source._replace(family=keeping.Places(family, sampler, few))
+        source = source._replace(family=keeping.Chosen(family, sampler, few))
         few = trained(keeping.stage(family, few, KEEPING_STEPS.value), "keeping", grid=family.grid)
     if not (out / "model").exists():
         family.write(out / "model", few, vae)
