@@ -65,7 +65,8 @@ def says_place(text: str) -> bool:
 
 def around_place(text: str) -> tuple[str, str] | None:
     """What a caption says before and behind the words that tell a place; None: it tells none."""
-    for words in (words for wordings in PLACE_WORDS.values() for words in wordings):
+    said = [words for wordings in PLACE_WORDS.values() for words in wordings]
+    for words in sorted(said, key=len, reverse=True):  # "down at the bottom" has "at the bottom"
         before, found, behind = text.partition(f" {words}")
         if found:
             return before, behind
