@@ -76,8 +76,9 @@ class Runs:
         Pictures before training are of other objects: a level that the first step that was scored
         has passed is read there.
         """
-        score = [self.curve(IDENTITY, n).mean() for n in self.steps[1:]]
-        other = [self.curve(measure, n).mean() for n in self.steps[1:]]
+        mean = lambda name, step: statistics.mean(self.curve(name, step)).value  # as in `final`
+        score = [mean(IDENTITY, n) for n in self.steps[1:]]
+        other = [mean(measure, n) for n in self.steps[1:]]
         if score[0] >= level:
             return float(other[0])
         for i in range(1, len(score)):

@@ -3,6 +3,7 @@
 from pathlib import Path
 
 import jax
+import numpy as np
 import paper_arms
 import paper_claims
 import paper_exam
@@ -91,6 +92,17 @@ def test_equal_scores_are_read_off_the_lines_between_steps():
     assert arm.when(level, CRISP) == pytest.approx(1 - 0.4 * (first + last) / 2)
     assert arm.when(0.11, CRISP) == pytest.approx(1 - 0.4 * first)  # passed before the first
     assert arm.when(0.9, CRISP) is None
+
+
+def test_an_arm_reaches_the_mean_that_it_ends_with():
+    """However the mean of these scores is rounded."""
+    rng = np.random.default_rng(0)
+    for _ in range(50):
+        many = runs("sft", 0.7)
+        for one in many:
+            one["curve"][str(paper_arms.STEPS)][IDENTITY] = 0.7 + 0.2 * rng.random()
+        arm = paper_records.Records(many).arm("sft")
+        assert arm.when(arm.final(IDENTITY).value, CRISP) == pytest.approx(arm.final(CRISP).value)
 
 
 def test_goals_are_met_or_missed_by_what_was_found():
