@@ -2,8 +2,7 @@
 
 Autoencoder, then encoders and transformer by flow matching, then the few-step model by endpoint
 regression and distribution matching, with --keeping_steps also what a picture in context must not
-move, then the model folder. A second call goes on where the first
-was stopped.
+move, then the model folder. A second call goes on where the first was stopped.
 """
 
 import dataclasses
