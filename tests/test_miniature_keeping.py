@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import transformers
+from miniature_helpers import moving, texts_of
 
 from dopsd_jax.miniature import captions, few_steps, keeping, optimizer, pool, render, world
 from dopsd_jax.miniature.flux2_klein import configs, pairs
@@ -18,18 +18,12 @@ PLACES, GROUNDS = list(world.PLACES), list(world.GROUNDS)
 
 @pytest.fixture(scope="module")
 def texts(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("words") / "tokenizer"
-    SMALL.write_words(folder)
-    return SMALL.texts(transformers.AutoTokenizer.from_pretrained(folder))
+    return texts_of(SMALL, tmp_path_factory.mktemp("words"))
 
 
 @pytest.fixture(scope="module")
 def few():
-    """Weights whose velocity is not zero."""
-    _, parameters = optimizer.flat(SMALL.start(0))
-    name = "transformer.final_linear.kernel"
-    parameters[name] = 0.1 * jax.random.normal(jax.random.key(1), parameters[name].shape)
-    return parameters
+    return moving(SMALL)
 
 
 class Chooser:

@@ -7,10 +7,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
-import transformers
 from conftest import relative_error
 from diffusers import Flux2KleinPipeline
 from flax import nnx
+from miniature_helpers import moving, texts_of
 
 import dopsd_jax
 from dopsd_jax.families.base import STUDENT
@@ -37,18 +37,13 @@ EDIT = "the same thing, smaller"
 
 @pytest.fixture(scope="module")
 def texts(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("words") / "tokenizer"
-    SMALL.write_words(folder)
-    return SMALL.texts(transformers.AutoTokenizer.from_pretrained(folder))
+    return texts_of(SMALL, tmp_path_factory.mktemp("words"))
 
 
 @pytest.fixture(scope="module")
 def start():
     """Parameters as they will be stored, whose velocity is not zero."""
-    _, parameters = optimizer.flat(SMALL.start(0))
-    name = "transformer.final_linear.kernel"
-    parameters[name] = 0.1 * jax.random.normal(jax.random.key(1), parameters[name].shape)
-    return {k: v.astype(jnp.bfloat16).astype(jnp.float32) for k, v in parameters.items()}
+    return {k: v.astype(jnp.bfloat16).astype(jnp.float32) for k, v in moving(SMALL).items()}
 
 
 @pytest.fixture(scope="module")

@@ -1,5 +1,6 @@
 """The miniature's training: what is trained is what is exported, and a stopped run goes on."""
 
+import os
 from types import SimpleNamespace
 
 import jax
@@ -7,10 +8,10 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-import transformers
 from conftest import relative_error
 from flax import nnx
 from jax.sharding import SingleDeviceSharding
+from miniature_helpers import moving, texts_of
 from torch_reference import sample_with_diffusers
 
 import dopsd_jax
@@ -44,18 +45,13 @@ PROMPT = "a large dax on the left on a navy background"
 
 @pytest.fixture(scope="module")
 def texts(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("words") / "tokenizer"
-    SMALL.write_words(folder)
-    return SMALL.texts(transformers.AutoTokenizer.from_pretrained(folder))
+    return texts_of(SMALL, tmp_path_factory.mktemp("words"))
 
 
 @pytest.fixture(scope="module")
 def start():
     """Parameters whose velocity is not zero; those of the encoders as they will be stored."""
-    _, parameters = optimizer.flat(SMALL.start(0))
-    key = jax.random.key(1)
-    kernel = parameters["transformer.final_linear.kernel"]
-    parameters["transformer.final_linear.kernel"] = 0.1 * jax.random.normal(key, kernel.shape)
+    parameters = moving(SMALL)
     stored = lambda value: value.astype(jnp.bfloat16).astype(jnp.float32)
     return {k: v if k.startswith("transformer") else stored(v) for k, v in parameters.items()}
 
@@ -125,6 +121,17 @@ def test_a_model_of_other_sizes_is_no_start(folder, monkeypatch):
     train._check_sizes(SMALL, start, learned, vae)
     with pytest.raises(errors.UserError, match=r"--start .*other sizes"):
         train._check_sizes(SMALL, pretrain.start(Miniature(), 0), learned, vae)
+
+
+def test_a_model_of_fewer_steps_is_written_anew(tmp_path):
+    model, state = tmp_path / "model", tmp_path / "matching.safetensors"
+    state.touch()
+    assert train._is_older(model, state)
+    model.mkdir()
+    os.utime(state, (1000, 1000))
+    assert not train._is_older(model, state)  # a call that only measures leaves it
+    os.utime(model, (900, 900))
+    assert train._is_older(model, state)
 
 
 def test_a_stopped_run_goes_on_bit_for_bit(texts, tmp_path, monkeypatch):

@@ -7,6 +7,7 @@ move, then the model folder. A second call goes on where the first was stopped.
 
 import dataclasses
 import json
+import shutil
 import time
 from pathlib import Path
 
@@ -96,14 +97,21 @@ def main() -> None:
     few = endpoint.stage(family, many, ENDPOINT_STEPS.value)
     few = trained(few, "endpoint", grid=family.grid)
     few = matching.stage(family, few, many, MATCHING_STEPS.value)
-    few = trained(few, "matching", grid=family.grid)
+    few, last = trained(few, "matching", grid=family.grid), "matching"
     if KEEPING_STEPS.value:
         source = source._replace(family=keeping.Chosen(family, sampler, few))
-        few = trained(keeping.stage(family, few, KEEPING_STEPS.value), "keeping", grid=family.grid)
-    if not (out / "model").exists():
+        few = keeping.stage(family, few, KEEPING_STEPS.value)
+        few, last = trained(few, "keeping", grid=family.grid), "keeping"
+    if _is_older(out / "model", out / f"{last}.safetensors"):
+        shutil.rmtree(out / "model", ignore_errors=True)
         family.write(out / "model", few, vae)
     log(f"the model: {out / 'model'}")
     _scores(out, many, sampler, log)
+
+
+def _is_older(model: Path, state: Path) -> bool:
+    """Whether the state is of more steps than the model's folder, or the folder is not there."""
+    return not model.exists() or model.stat().st_mtime < state.stat().st_mtime
 
 
 def _check_sizes(
