@@ -185,8 +185,9 @@ class Bench:
         now = jax.device_put(now, jax.devices()[0])
         step, losses, anchors = self._step(config, pipe), [], features.anchors
         for n in range(config.steps):
-            batch = features.batch(batches.batch(n), 1)
-            held = anchors and anchors.batch(n, np.arange(anchors.micro.size))
+            index = batches.batch(n)
+            batch = features.batch(index, 1)
+            held = anchors and anchors.batch(index, np.arange(anchors.micro.size))
             now, metrics = step(config.learning_rate, seed, now, pipe.split[2], batch, n, held)
             losses.append(metrics["loss"])
             if n + 1 in looks:

@@ -130,11 +130,13 @@ def tiny(c: ConfigDict) -> ConfigDict:
 
 def tiny_edit(c: ConfigDict) -> ConfigDict:
     """The same word for the editor, from twelve pairs: `a dax in its place`."""
-    pairs = shipped("examples", "klein_miniature") / "pairs"
-    c.data.path = str(pairs / "after")
-    c.data.references = str(pairs / "before")
+    klein = shipped("examples", "klein_miniature")
+    c.data.path = str(klein / "pairs" / "after")
+    c.data.references = str(klein / "pairs" / "before")
     c.teacher.context = "gt_ref"
     c.teacher.instruction = "like the last"
+    c.anchor.edit = True
+    c.anchor.prompts = str(klein / "edits.txt")
     return c
 
 

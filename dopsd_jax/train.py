@@ -206,7 +206,7 @@ def train(config: ConfigDict, workdir: epath.Path) -> int | None:
     load = lambda index: (
         index.shape.bucket,
         features.batch(own(index), config.accumulate),
-        anchors and anchors.batch(index.n, places_of_anchors),
+        anchors and anchors.batch(index, places_of_anchors),
     )
     rate = lambda steps: f"{steps * effective_batch:.3g} images/s"
     quiet = not multihost.is_first()

@@ -70,8 +70,13 @@ def test_a_copy_of_the_start_is_kept_only_where_nothing_else_has_it(fields, wher
     [
         ({"anchor.prompts": "class"}, "anchor.class_word: is empty; name what the concept is"),
         ({"anchor.prompts": "new_words"}, "anchor.concept_word: is empty, and so is"),
-        ({"anchor.prompts": ""}, "anchor.prompts: is empty; name general, class, new_words, or a"),
+        (
+            {"anchor.prompts": ""},
+            "anchor.prompts: is empty; name general, class, new_words, edits, or a",
+        ),
         ({"anchor.share": "1"}, "anchor.share: 1.0 must be at most 0.9"),
+        ({"anchor.edit": "true"}, "config.data.references names none; set it to false"),
+        ({"anchor.prompts": "edits"}, "edits are instructions, and without config.anchor.edit an"),
         (
             {"anchor.teacher": "teacher", "method": "sft"},
             "anchor.teacher: names the teacher, which has no weights of its own with config.method",
@@ -224,7 +229,7 @@ def test_a_file_of_prompts_is_read_by_lines_and_each_text_counts_once(tmp_path):
         chosen(str(path))
     with pytest.raises(
         UserError,
-        match=r"no such file; config.anchor.prompts takes general, class, new",
+        match=r"no such file; config.anchor.prompts takes general, class, new_words, edits, or",
     ):
         chosen(str(tmp_path / "none.txt"))
 

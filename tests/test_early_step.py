@@ -72,7 +72,7 @@ class Run:
         """What the n-th step is given."""
         index, anchors = self.batches.batch(n), self.features.anchors
         own = self.features.batch(index, self.config.accumulate)
-        held = anchors and anchors.batch(n, np.arange(anchors.micro.size))
+        held = anchors and anchors.batch(index, np.arange(anchors.micro.size))
         put = lambda tree: sharding.put_batch(tree, self.mesh)
         return index.shape, put(own), anchors and put(held)
 

@@ -1,10 +1,11 @@
 """The prompts of anchors (`methods.anchor`): which they are, their features, and whose turn it is.
 
-To the encoders they are a data set whose rows have no picture.
+To the encoders they are a data set whose rows have no picture. Where anchors edit pictures, these
+are added to the features of a prompt when a batch is made.
 """
 
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -22,13 +23,13 @@ from dopsd_jax.conditioning.padding import check_channels, padded_rows
 from dopsd_jax.data.buckets import Bucket
 from dopsd_jax.data.dataset import Dataset, spread
 from dopsd_jax.data.images import ImageInfo
-from dopsd_jax.data.loader import turn
+from dopsd_jax.data.loader import BatchIndex, turn
 from dopsd_jax.data.picture_index import Infos
-from dopsd_jax.data.prepared import Prepared
+from dopsd_jax.data.prepared import Caption, Prepared
 from dopsd_jax.data.prepared_parts import is_prepared
 from dopsd_jax.data.sources.captions import captions_in
 from dopsd_jax.data.table import DataRow, Table
-from dopsd_jax.families.base import STUDENT, Tree
+from dopsd_jax.families.base import STUDENT, Features, Tree
 from dopsd_jax.families.pipeline import Pipeline
 from dopsd_jax.methods import anchor
 from dopsd_jax.methods.anchor import Micro
@@ -37,18 +38,30 @@ from dopsd_jax.methods.method import Needs
 FOLDER = "anchors"  # of a prepared data set
 KEY = "prompt"
 FIELD = "config.anchor.prompts"
-GENERAL = Path(__file__).parents[1] / "data" / "prompts" / "general.txt"
+_SHIPPED = Path(__file__).parents[1] / "data" / "prompts"
+GENERAL, EDITS = _SHIPPED / "general.txt", _SHIPPED / "edits.txt"
+_LISTS = {anchor.GENERAL: GENERAL, anchor.EDITS: EDITS}
 MOST_NEW = 256  # prompts with new words
 _SYLLABLES = (("bl", "dr", "fl", "gr", "kl", "pr", "sn", "tr", "v", "z"), "aeiou", "bdfgklmnprstvz")
 
 
 class Anchors:
-    """The anchors of a run. `micro`: those of a step. folder: of the cache."""
+    """The anchors of a run. `micro`: those of a step. folder: of the cache.
+
+    of_row: the student's features of a caption of the data set, whose pictures anchors edit.
+    """
 
     def __init__(
-        self, pipe: Pipeline, dataset: Dataset, config: ConfigDict, folder: Path, micro: Micro
+        self,
+        pipe: Pipeline,
+        dataset: Dataset,
+        config: ConfigDict,
+        folder: Path,
+        micro: Micro,
+        of_row: Callable[[Caption], Features],
     ):
         self.pipe, self.micro, self.seed = pipe, micro, config.seed
+        self.edit, self.of_row = config.anchor.edit, of_row
         if dataset.features is None:
             self.prompts = prompt_set(choose(config, dataset.rows, dataset.prompt_keys))
             self.store = CachedFeatures(pipe, self.prompts, config, folder, Needs())
@@ -86,25 +99,47 @@ class Anchors:
         """The prompts of a step."""
         return [self.prompts.rows[number].captions[0][1] for number in self.numbers(step)]
 
-    def batch(self, step: int, places: Int64[np.ndarray, " p"]) -> Tree:
-        """Their contexts, with a leading axis of micro-batches; `places`: of each, to load here."""
-        numbers = np.reshape(self.numbers(step), self.micro)[:, places]
+    def batch(self, index: BatchIndex, places: Int64[np.ndarray, " p"]) -> Tree:
+        """Their contexts beside a batch, with a leading axis of micro-batches.
+
+        index: the whole batch, whose rows' pictures anchors edit. places: of each micro-batch, to
+        load here.
+        """
+        numbers = np.reshape(self.numbers(index.n), self.micro)[:, places]
         features = [self.store.load((int(row), 0), (STUDENT,))[0] for row in numbers.ravel()]
+        if self.edit:
+            beside = np.arange(self.micro.count * self.micro.size).reshape(self.micro)[:, places]
+            rows = [int(place) % len(index.rows) for place in beside.ravel()]
+            given = [(int(index.rows[i]), int(index.captions[i])) for i in rows]
+            features = [
+                self._editing(own, self.of_row(c)) for own, c in zip(features, given, strict=True)
+            ]
         whole = self.pipe.family.collate(features, self.rows)
         return jax.tree.map(lambda x: x.reshape(*numbers.shape, *x.shape[1:]), whole)
 
-    def outline(self) -> Tree:
-        """Arrays like the context of a prompt, from `survey` on."""
+    def outline(self, row: Features) -> Tree:
+        """Arrays like the context of an anchor, from `survey` on.
+
+        row: arrays like the features of a caption of the batch.
+        """
         like = self.store.outline((0, 0), STUDENT)
-        return self.pipe.family.collate([like], self.rows)
+        return self.pipe.family.collate(
+            [self._editing(like, row) if self.edit else like], self.rows
+        )
+
+    @staticmethod
+    def _editing(own: Features, row: Features) -> Features:
+        """A prompt's features with the references of a row: see `Family.EDITING`."""
+        return {**row, **own}
 
     def describe(self) -> str:
         """The anchors in a line."""
         names = dict.fromkeys(map(_kind, self.prompts.rows))
         counts = [f"{len(own)} {name}" for own, name in zip(self.kinds, names, strict=True)]
+        what = "prompts, which edit the rows' references" if self.edit else "prompts"
         return (
             f"anchors: {self.micro.count * self.micro.size} a step, {self.micro.count} x "
-            f"{self.micro.size}, of {' and '.join(counts)} prompts"
+            f"{self.micro.size}, of {' and '.join(counts)} {what}"
         )
 
     def digest(self) -> str:
@@ -131,7 +166,7 @@ def choose(config: ConfigDict, rows: Sequence[DataRow], keys: Sequence[str]) -> 
         if kind in (anchor.CLASS, anchor.NEW_WORDS):
             found += _replaced(config, kind, rows, keys)
         else:
-            path = GENERAL if kind == anchor.GENERAL else Path(kind).expanduser()
+            path = _LISTS.get(kind) or Path(kind).expanduser()
             found += [Prompt(kind, f"{path}:{line}", text) for line, text in lines_of(path)]
     first: dict[str, Prompt] = {}
     for prompt in found:

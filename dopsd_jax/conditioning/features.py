@@ -135,7 +135,8 @@ class Features:
         else:
             self.store = CachedFeatures(pipe, dataset, config, folder, self.needs)
         micro = anchor.micro_batches(config, multiple)
-        self.anchors = micro and Anchors(pipe, dataset, config, folder, micro)
+        of_row = lambda caption: self._load(caption, STUDENT)
+        self.anchors = micro and Anchors(pipe, dataset, config, folder, micro, of_row)
         self.own_prompts = OwnPrompts(pipe, config, folder)
         # Prepared data bring weights of their own, which the configuration then does not tell.
         told = dataset.features is None or as_list(config.data.weights)
@@ -210,15 +211,19 @@ class Features:
         return self._contexts(self._load, captions, given, rows)
 
     def outlines(self) -> dict[Shape, list[Tree]]:
-        """One sample's contexts of student and teacher for each shape of rows, in shapes and types.
+        """One sample's contexts for each shape of rows, in shapes and types, from `survey` on.
 
-        From `survey` on; a teacher that is not asked has the student's.
+        Of student and teacher, and of an anchor where there are any; a teacher that is not asked
+        has the student's.
         """
         found, keys = {}, self.dataset.prompt_keys
         for shape, rows in self.dataset.rows_by_shape().items():
             caption = self.dataset.caption(int(rows[0]), keys)
             student, teacher = map(one_sample, self._contexts(self.store.outline, [caption]))
             found[shape] = [student, student if teacher is None else teacher]
+            if self.anchors:
+                like = self.store.outline(caption, STUDENT)
+                found[shape].append(one_sample(self.anchors.outline(like)))
         return found
 
     def _contexts(

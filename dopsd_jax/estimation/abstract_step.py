@@ -170,9 +170,10 @@ def batch_shapes(
 
 
 def _anchor_features(config, case: Workload):
-    """One anchor's context: a caption as long as the student's, without pictures."""
+    """One anchor's context: a caption as long as the student's, with its references or none."""
     dtype, rows = jnp.dtype(config.dtype), case.rows_student
-    return case.family.abstract_features(case.size, STUDENT, rows, dtype, *case.latent)
+    shape = (*case.latent, case.references * config.anchor.edit)
+    return case.family.abstract_features(case.size, STUDENT, rows, dtype, *shape)
 
 
 def _features(config, case: Workload) -> list:

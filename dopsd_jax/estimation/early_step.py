@@ -19,7 +19,7 @@ from ml_collections import ConfigDict
 
 from dopsd_jax.common.background import Background
 from dopsd_jax.common.errors import one_line
-from dopsd_jax.conditioning.features import Features, one_sample
+from dopsd_jax.conditioning.features import Features
 from dopsd_jax.data.buckets import Shape
 from dopsd_jax.estimation import abstract_step, remat
 from dopsd_jax.families.base import Tree
@@ -102,11 +102,11 @@ def given(
     All in shapes, types and placements; from `Features.survey` on.
     """
     pipe, anchors, outlines = features.pipe, features.anchors, features.outlines()
-    if anchors:
-        put = abstract_step.samples(mesh, *anchors.micro)
-        anchors = jax.tree.map(put, one_sample(anchors.outline()))
     for shape in shapes:
+        student, teacher, *held = outlines[shape]
         width, height = shape.bucket
         case = abstract_step.workload(pipe, height, width)
-        batch = abstract_step.batch_shapes(config, case, outlines[shape], mesh)
-        yield batch, anchors, (config.batch_size, *pipe.latent_shape(height, width))
+        batch = abstract_step.batch_shapes(config, case, (student, teacher), mesh)
+        put = anchors and abstract_step.samples(mesh, *anchors.micro)
+        beside = jax.tree.map(put, held[0]) if held else None
+        yield batch, beside, (config.batch_size, *pipe.latent_shape(height, width))

@@ -8,7 +8,7 @@ from ml_collections import ConfigDict
 
 from dopsd_jax.common.config_fields import as_list
 from dopsd_jax.common.errors import UserError
-from dopsd_jax.conditioning.features import Features, one_sample
+from dopsd_jax.conditioning.features import Features
 from dopsd_jax.estimation import compiled_step, counted_step, memory
 from dopsd_jax.estimation.abstract_step import Workload, workload
 from dopsd_jax.families.pipeline import Pipeline
@@ -89,12 +89,11 @@ def choose(
 def _largest(pipe: Pipeline, features: Features) -> tuple[Workload, list]:
     """The picture and the contexts with the most tokens, as `make_program` takes them."""
     family, found = pipe.family, []
-    held = [one_sample(features.anchors.outline())] if features.anchors else []
     for shape, contexts in features.outlines().items():
         width, height = shape.bucket
         case = workload(pipe, height, width)
         tokens = family.image_tokens(pipe.config, *case.latent) + family.positions(contexts[0])
-        found.append((tokens, case, [*contexts, *held]))
+        found.append((tokens, case, contexts))
     return max(found, key=lambda each: each[0])[1:]
 
 

@@ -52,7 +52,8 @@ class Options(Protocol):
     CONTEXTS: the values of config.teacher.context besides `prompt` (another caption), and for each
       whether the teacher is shown the row's picture.
     EDITING: those of them that are for rows with references, pictures that are edited; empty where
-      the family edits none. Students see the references of their rows in every context.
+      the family edits none. Students see the references of their rows in every context, as features
+      of their own: the others of a caption are the same without them.
     FIELDS: the family's own. Of a field in the group `teacher`, the last part of its name is what
       `Pipeline.options` calls it, where features depend on it.
     """

@@ -1,8 +1,9 @@
 """The on-policy anchor: a share of each step holds the student to its start. Imports no JAX.
 
-Anchors are ordinary prompts without pictures. The student rolls out on them as on the rows of the
-data set, and at every state it is pulled to the velocity that the network before training has for
-the *same* prompt. At the first step the two are equal; later what differs is what was forgotten.
+Anchors are ordinary prompts without pictures; those of an editor may edit pictures of the data set.
+The student rolls out on them as on the rows of the data set, and at every state it is pulled to the
+velocity that the network before training has for the *same* prompt. At the first step the two are
+equal; later what differs is what was forgotten.
 The loss is `losses.anchor`, the prompts are `conditioning.anchors`.
 """
 
@@ -16,21 +17,25 @@ from dopsd_jax.methods.options import DISTANCE
 
 Config = Mapping[str, Any]
 
-GENERAL, CLASS, NEW_WORDS = "general", "class", "new_words"
-KINDS = (GENERAL, CLASS, NEW_WORDS)  # of prompts; anything else is a file
+GENERAL, CLASS, NEW_WORDS, EDITS = "general", "class", "new_words", "edits"
+KINDS = (GENERAL, CLASS, NEW_WORDS, EDITS)  # of prompts; anything else is a file
 # Fields of methods that decide the anchors' loss with every method.
 USED = ("loss", "loss_steps", *(field.name for field in DISTANCE))
 ON = {"anchor.share": POSITIVE}
 # fmt: off
 FIELDS = (
     Field("anchor.share", 0.0,
-          "weight of the anchors, prompts without pictures on which the student is held to its "
-          "start, and their share of a step's images; they come beside batch_size", low=0,
+          "weight of the anchors, prompts without target pictures on which the student is held to "
+          "its start, and their share of a step's images; they come beside batch_size", low=0,
           high=0.9, change=NEVER),
     Field("anchor.prompts", GENERAL,
           "prompts of the anchors: general (500 shipped ones); class (the captions with "
           "anchor.class_word for the concept's word); new_words (with words that mean nothing); "
-          "or a text file, a prompt a line", "list", when=ON, change=NEVER),
+          "edits (200 shipped instructions for anchor.edit); or a text file, a prompt a line",
+          "list", when=ON, change=NEVER),
+    Field("anchor.edit", False,
+          "for rows with references: whether each anchor is given those of a row of its step and "
+          "its prompt is an instruction for them", when=ON, change=NEVER),
     Field("anchor.concept_word", "",
           "word of the captions that stands for the concept; empty: data.trigger", when=ON,
           change=NEVER),
@@ -94,6 +99,16 @@ def faults(given: Config, keeps: str) -> list[str]:
     if CLASS in kinds and not given["anchor.class_word"].strip():
         found.append(
             "config.anchor.class_word: is empty; name what the concept is an example of, as dog"
+        )
+    if given["anchor.edit"] and not as_list(given["data.references"]):
+        found.append(
+            "config.anchor.edit: anchors edit the pictures of the data set's rows, and "
+            "config.data.references names none; set it to false"
+        )
+    if EDITS in kinds and not given["anchor.edit"]:
+        found.append(
+            f"config.anchor.prompts: {EDITS} are instructions, and without config.anchor.edit an "
+            "anchor has no picture to edit; set that to true, or name other prompts"
         )
     none = keeps == "none" or (keeps == "teacher" and given["teacher.weights"] == "live")
     if given["anchor.teacher"] == "teacher" and none:

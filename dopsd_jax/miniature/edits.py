@@ -95,6 +95,14 @@ def random_edit(
             return found
 
 
+def instructions(count: int, seed: int = 0) -> list[str]:
+    """Different instructions of random edits, which say nothing of the picture that is edited."""
+    rng, found = np.random.default_rng([seed, 10]), {}
+    while len(found) < count:
+        found[random_edit(rng).text] = None
+    return list(found)
+
+
 def pictures(seed: Sequence[int], *series: Sequence[Scene]) -> list[UInt8[np.ndarray, "n s s 3"]]:
     """Pictures of each series; what varies a little is the same in the k-th scene of each."""
     return [world.pictures(list(scenes), np.random.default_rng(seed)) for scenes in series]
