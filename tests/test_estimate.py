@@ -1,5 +1,6 @@
 """The step compiles for devices that are not here, at its true size, and says what it needs."""
 
+import dataclasses
 import importlib.util
 import json
 import pathlib
@@ -17,6 +18,7 @@ from dopsd_jax.estimation import (
     abstract_step,
     collectives,
     compiled_step,
+    counted_step,
     flops,
     memory,
     remedies,
@@ -126,7 +128,7 @@ def test_what_does_not_fit_is_explained(local_report, monkeypatch):
 
 
 def test_advice_is_priced():
-    """Four devices: what the compiler needed beyond the account stays, the rest is counted."""
+    """Four devices: what the compiler needed beyond the account goes with a device's images."""
     config = load_config("random", **{"batch_size": 8, "mesh.data": 4, "base_dtype": "float32"})
     axes = (AxisType.Auto,) * 4
 
@@ -160,7 +162,21 @@ def test_advice_is_priced():
     assert needed[-1] <= report.capacity < needed[-2]
     changes = {name: value for remedy in together for name, value in remedy.fields.items()}
     mended = load_config("random", **changes)
-    assert needed[-1] == total(mended, (1, 4, 1, 1)).total + rest
+    assert mended.batch_size == 4
+    assert needed[-1] == pytest.approx(total(mended, (1, 4, 1, 1)).total + rest / 2, abs=1)
+
+
+@pytest.mark.parametrize("changes", [{"batch_size": 4}, {"train": "full", "batch_size": 2}])
+def test_advice_for_a_card_is_what_the_changed_configuration_is_counted_to_need(changes):
+    config, gpu = load_config("random", **changes), counted_step.find_gpu("24GB")
+    report = dataclasses.replace(counted_step.count_step(config, CASE, gpu), capacity=1.0)
+    single, _, _ = remedies.advise(config, CASE, report)
+    assert {"batch_size": 1, "accumulate": changes["batch_size"]} in [r.fields for r in single]
+    for remedy in single:
+        changed = config.copy_and_resolve_references()
+        changed.update_from_flattened_dict(remedy.fields)
+        expected = counted_step.count_step(changed, CASE, gpu).needed
+        assert remedy.needed == pytest.approx(expected, abs=1), remedy.fields
 
 
 def test_hopeless_runs_are_told_how_many_devices_they_need(monkeypatch):

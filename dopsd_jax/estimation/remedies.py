@@ -1,7 +1,7 @@
 """What to change when a step does not fit, each change with the memory that it leaves.
 
 The estimate is the memory of the changed configuration, counted from shapes, and what the compiler
-needed beyond this count for the present one.
+needs beyond this count: as for the present one, in proportion to `counted_step.rest`.
 """
 
 import math
@@ -12,8 +12,8 @@ from ml_collections import ConfigDict
 
 from dopsd_jax.common.config_fields import as_list
 from dopsd_jax.common.errors import UserError
-from dopsd_jax.estimation import abstract_step, memory
-from dopsd_jax.estimation.abstract_step import Workload, make_program
+from dopsd_jax.estimation import abstract_step, counted_step, memory
+from dopsd_jax.estimation.abstract_step import Workload
 from dopsd_jax.estimation.compiled_step import Report
 from dopsd_jax.methods import registry
 from dopsd_jax.models import kinds
@@ -41,24 +41,28 @@ class Pricing:
         self.config, self.case = memory.countable(config), case
         self.platform = "cpu" if report.device_kind == "cpu" else memory.PLATFORM
         self.devices = math.prod(report.mesh.values())
-        # What the compiler needs and shapes do not tell; unknown if it never came to that.
-        self.rest = 0 if report.needed is None else report.needed - report.account.total
-        self.prices: dict[tuple, int] = {}
+        self.kind, self.prices = report.device_kind, {}
+        # What the compiler needed beyond the count, of what is expected; 0 if it never came so far.
+        beyond = 0 if report.needed is None else report.needed - report.account.total
+        self.share = beyond / self._count({}, self.devices)[1]
 
     def needed(self, fields: Mapping[str, Any], devices: int | None = None) -> int:
         """Bytes of one device. Raises `UserError` for a configuration that cannot be."""
         devices = devices or self.devices
         key = devices, *sorted(fields.items())
         if key not in self.prices:
-            self.prices[key] = self._count(fields, devices) + self.rest
+            counted, beyond = self._count(fields, devices)
+            self.prices[key] = counted + round(self.share * beyond)
         return self.prices[key]
 
-    def _count(self, fields: Mapping[str, Any], devices: int) -> int:
+    def _count(self, fields: Mapping[str, Any], devices: int) -> tuple[int, int]:
+        """What is counted, and what a compiler is expected to need beside it."""
         config = self.config.copy_and_resolve_references()
         config.update_from_flattened_dict(fields)
         mesh = abstract_step.abstract_mesh(config, devices)
-        program = make_program(config, self.case, mesh, self.platform)
-        return memory.count(config, program, mesh).total
+        own = config, self.case, mesh, self.platform
+        _, held, needed = counted_step.need(*own, kind=self.kind)
+        return held.total, needed - held.total
 
 
 def advise(
