@@ -35,4 +35,5 @@ def load_pipeline(
     beside = {"vlm": hub.resolve(vlm, patterns=hub.ROOT).path} if vlm else None
     pipe = pipeline(folder, beside=beside, dtype=dtype, base_dtype=base_dtype, loras=loras)
     pipe.use_attention("auto")
+    _ = pipe.adapters  # files with faults are told now, not when the transformer is loaded
     return pipe

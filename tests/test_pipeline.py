@@ -193,3 +193,16 @@ def _edit(path, **fields):
 
 def _truncate(path):
     path.write_bytes(path.read_bytes()[:-100])
+
+
+def test_lora_files_with_faults_are_told_when_the_model_is_opened(
+    random_model, lora_file, tmp_path
+):
+    broken = tmp_path / "broken.safetensors"
+    broken.write_bytes(lora_file.read_bytes()[:-100])
+    with pytest.raises(UserError, match="broken"):
+        dopsd_jax.load_pipeline(str(random_model), lora=[str(lora_file), str(broken)])
+    pipe = dopsd_jax.load_pipeline(str(random_model), lora=str(lora_file))
+    assert "adapters" in pipe.__dict__ and "transformer" not in pipe.__dict__
+    _ = pipe.transformer
+    assert "adapters" not in pipe.__dict__  # the transformer has them

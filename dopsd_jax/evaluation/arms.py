@@ -22,12 +22,10 @@ from dopsd_jax.data.cache import FeatureCache
 from dopsd_jax.evaluation.drawing import Painter, Shot, without_adapters
 from dopsd_jax.evaluation.gallery import key
 from dopsd_jax.families.base import STUDENT, TEACHER
-from dopsd_jax.families.lora import lora_layers
 from dopsd_jax.families.pipeline import Pipeline, pipeline
 from dopsd_jax.run.workdir import CONFIG
 from dopsd_jax.training.results import Results
 from dopsd_jax.weights.lora_files import PEFT_CONFIG, PEFT_WEIGHTS
-from dopsd_jax.weights.lora_mix import read_mix
 from dopsd_jax.weights.stored import open_stored, source_digest
 
 
@@ -120,8 +118,8 @@ def make_arms(
     if tuned is None or tuned.model:
         own = lambda: pipe.split[1]
     else:
-        read_mix(tuned.loras, lora_layers(pipe.family, pipe.config))  # before anything is drawn
         pipe.loras = tuned.loras
+        _ = pipe.adapters  # files with faults are told before anything is drawn
         own = lambda: without_adapters(pipe.split[1])
     arms = [
         Arm("base", STUDENT, painter, base, own),

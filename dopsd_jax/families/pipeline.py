@@ -21,7 +21,7 @@ from dopsd_jax.common.json_files import read_json
 from dopsd_jax.common.lora_options import LoraOption
 from dopsd_jax.families import sampling
 from dopsd_jax.families.base import STUDENT, TEACHER, Family, Features, Request, Size, Tree
-from dopsd_jax.families.lora import attach_files
+from dopsd_jax.families.lora import Adapters, attach_files, attach_found, read_files
 from dopsd_jax.families.prompts import prompt_features
 from dopsd_jax.models import attention as kernels
 from dopsd_jax.models import quantised
@@ -141,9 +141,14 @@ class Pipeline:
             sharding_for=self.sharding_for,
             build=lambda size, rngs: build(size, rngs=rngs),
         )
-        if self.loras:
-            attach_files(model, self.family, self.config, self.loras)
+        attach_found(model, self.family, self.config, self.adapters)
+        del self.adapters  # the transformer has them
         return model
+
+    @functools.cached_property
+    def adapters(self) -> Adapters | None:
+        """What the LoRA files hold, until the transformer is loaded. Raises `UserError`."""
+        return read_files(self.family, self.config, self.loras)
 
     @functools.cached_property
     def split(self) -> tuple[nnx.GraphDef, nnx.State, nnx.State]:
