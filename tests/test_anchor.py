@@ -75,7 +75,6 @@ def test_a_copy_of_the_start_is_kept_only_where_nothing_else_has_it(fields, wher
             "anchor.prompts: is empty; name general, class, new_words, edits, or a",
         ),
         ({"anchor.share": "1"}, "anchor.share: 1.0 must be at most 0.9"),
-        ({"anchor.edit": "true"}, "config.data.references names none; set it to false"),
         ({"anchor.prompts": "edits"}, "edits are instructions, and without config.anchor.edit an"),
         (
             {"anchor.teacher": "teacher", "method": "sft"},

@@ -199,6 +199,12 @@ def test_rows_and_context_must_fit(pictures, context, other, edits, message):
         data_set.check_references(config, klein, data)
     config.teacher.context = other
     data_set.check_references(config, klein, data)
+    config.anchor.share, config.anchor.edit = 0.5, True
+    if not edits:
+        with pytest.raises(UserError, match=r"anchor.edit: .* edit none .*; set it to false"):
+            data_set.check_references(config, klein, data)
+    else:
+        data_set.check_references(config, klein, data)
 
 
 def test_a_family_that_edits_nothing_takes_no_rows_that_do():

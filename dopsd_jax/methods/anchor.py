@@ -100,11 +100,6 @@ def faults(given: Config, keeps: str) -> list[str]:
         found.append(
             "config.anchor.class_word: is empty; name what the concept is an example of, as dog"
         )
-    if given["anchor.edit"] and not as_list(given["data.references"]):
-        found.append(
-            "config.anchor.edit: anchors edit the pictures of the data set's rows, and "
-            "config.data.references names none; set it to false"
-        )
     if EDITS in kinds and not given["anchor.edit"]:
         found.append(
             f"config.anchor.prompts: {EDITS} are instructions, and without config.anchor.edit an "

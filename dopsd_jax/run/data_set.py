@@ -164,17 +164,22 @@ def reference_size(config: ConfigDict, pipe: Pipeline) -> ReferenceSize:
 
 
 def check_references(config: ConfigDict, family: Family, dataset: Dataset) -> None:
-    """Raises `UserError` where the teacher's context is not for rows like these."""
-    context, there = config.teacher.context, bool(dataset.references)
-    if not registry.needs(config).teacher or context == OTHER_CAPTION:
-        return
-    if there != (context in family.EDITING):
+    """Raises `UserError` where anchors or the teacher's context are not for rows like these."""
+    context, there, faults = config.teacher.context, bool(dataset.references), []
+    shown = registry.needs(config).teacher and context != OTHER_CAPTION
+    if shown and there != (context in family.EDITING):
         other = [name for name in family.CONTEXTS if (name in family.EDITING) == there]
         what = "edit pictures" if there else "edit none (config.data.references)"
-        raise UserError(
+        faults.append(
             f"config.teacher.context: {context} does not fit the rows of {config.data.path}, which "
             f"{what}; use {' or '.join((*other, OTHER_CAPTION))}"
         )
+    if config.anchor.share and config.anchor.edit and not there:
+        faults.append(
+            f"config.anchor.edit: anchors edit the pictures of the rows, and those of "
+            f"{config.data.path} edit none (config.data.references); set it to false"
+        )
+    raise_if(faults)
 
 
 def asked_keys(config: ConfigDict) -> tuple[str, ...]:
