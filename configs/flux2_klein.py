@@ -4,9 +4,10 @@
 SIZE: `4b`, `9b`. TASK: `identity`, the teacher is shown the picture as the reference of the editing
 branch; `edit`, rows with pictures to edit, and the teacher is shown the result as its last
 reference; `prompt`, the teacher has another caption, under the key detailed_en. TRAIN: `lora`;
-`full`, every parameter, for several large devices. SIZE_identity_lora has anchors, which hold
-ordinary prompts where they were (docs/results.md); `4b_released`, `9b_released`: the same as
-released, without them. `4b_12gb`, `9b_24gb` and so on: `4b` and `9b`
+`full`, every parameter, for several large devices. SIZE_identity_lora and SIZE_edit_lora have
+anchors, which hold ordinary prompts where they were (docs/results.md), or other edits
+(docs/flux2-klein.md); `4b_released`, `9b_released`, `4b_released_edit`, `9b_released_edit`: the
+same as released, without them. `4b_12gb`, `9b_24gb` and so on: `4b` and `9b`
 for one GPU with 12, 16, 24, 48 or 80 GB (docs/gpus.md). Set config.data.path, and config.model to a
 folder if you have one. `:tiny`, `:tiny_edit`: the same programs, for both tasks, on the trained
 miniature, minutes on a laptop. `:random`, `:random_full`: on a network with random weights and
@@ -24,7 +25,7 @@ from dopsd_jax.config.loading import choose
 SIZES, TASKS, TRAIN = ("4b", "9b"), ("identity", "edit", "prompt"), ("lora", "full")
 PRESETS = tuple("_".join(parts) for parts in itertools.product(SIZES, TASKS, TRAIN))
 
-RELEASED = tuple(f"{size}_released" for size in SIZES)
+RELEASED = tuple(f"{size}_{name}" for size in SIZES for name in ("released", "released_edit"))
 ANCHORS = 0.125  # as in configs/zimage.py
 # What the recipe must give up on one GPU. A step is of four images, as in the recipe.
 ONE_IMAGE = {"batch_size": 1, "accumulate": 4}
@@ -63,6 +64,8 @@ def get_config(arg: str | None = None) -> ConfigDict:
         tiny_edit(c)
     elif "edit" in rest:
         edit(c)
+    if rest == ["edit", "lora"]:
+        editing_anchors(c)
     if "prompt" in rest:
         prompt(c)
     if "full" in rest:
@@ -73,10 +76,18 @@ def get_config(arg: str | None = None) -> ConfigDict:
 
 
 def edit(c: ConfigDict) -> ConfigDict:
-    """The editor itself, as in the released recipe, which has 8 rows a step."""
+    """The editor itself; the released recipe has 8 rows a step."""
     c.teacher.context = "gt_ref"
     c.data.references = "auto"
     c.batch_size = 8
+    return c
+
+
+def editing_anchors(c: ConfigDict) -> ConfigDict:
+    """The smallest share that keeps other edits, by docs/flux2-klein.md."""
+    c.anchor.share = 0.25
+    c.anchor.edit = True
+    c.anchor.prompts = "edits"
     return c
 
 
