@@ -55,8 +55,12 @@ def _pictures(strips: Path, path: Path) -> bool:
         if file.exists():
             with Image.open(file) as image:
                 found[title] = np.asarray(image)
-    if not found:
-        return path.exists()
+    if missing := [title for title in STRIPS if title not in found]:
+        if path.exists():  # of a call with other runs in its folder
+            print(f"{path.name}: left as it is; {strips} has nothing of {', '.join(missing)}")
+            return True
+        if not found:
+            return False
     figure, axes = plt.subplots(len(found), 1, figsize=(8, 1.15 * len(found)), squeeze=False)
     columns = max(image.shape[1] for image in found.values()) // SIDE
     for axis, (title, image) in zip(axes[:, 0], found.items(), strict=True):

@@ -13,6 +13,7 @@ import paper_run
 import pytest
 from paper_arms import Arm
 from paper_records import CRISP, IDENTITY, MEASURES, RETENTION
+from PIL import Image
 
 from dopsd_jax.conditioning.encoding import STUDENT, TEACHER
 
@@ -208,3 +209,26 @@ def test_a_run_goes_through_the_programs_of_today(tmp_path, monkeypatch):
         bench.train(config, 0, bench.start(config, 0), {})
     assert [("anchor_gap" in metrics) for metrics, _ in seen] == [False, True]
     assert [start for _, start in seen] == [False, True]  # what anchors hold a later run to
+
+
+def test_the_figure_of_pictures_is_not_drawn_anew_from_some_of_them(tmp_path, capsys):
+    pytest.importorskip("matplotlib")
+    import paper_figures
+
+    kept, strips = tmp_path / "pictures.png", tmp_path / "strips"
+    strips.mkdir()
+    strip = np.zeros((64, 6 * 64, 3), np.uint8)
+    names = [
+        a if isinstance(a, str) else a.key(0, 0).replace("|", " ")
+        for a in paper_figures.STRIPS.values()
+    ]
+    assert not paper_figures._pictures(strips, kept)
+    for name in names[:-1]:
+        Image.fromarray(strip).save(strips / f"{name}.png")
+    kept.write_bytes(b"drawn before")
+    assert paper_figures._pictures(strips, kept) and kept.read_bytes() == b"drawn before"
+    assert "left as it is" in capsys.readouterr().out
+    Image.fromarray(strip).save(strips / f"{names[-1]}.png")
+    assert paper_figures._pictures(strips, kept)
+    with Image.open(kept) as drawn:
+        assert drawn.height > 9 * 64
