@@ -84,7 +84,7 @@ def edit(c: ConfigDict) -> ConfigDict:
 
 
 def editing_anchors(c: ConfigDict) -> ConfigDict:
-    """The smallest share that keeps other edits, by docs/flux2-klein.md."""
+    """A share that kept all other edits: docs/flux2-klein.md, "A miniature"."""
     c.anchor.share = 0.25
     c.anchor.edit = True
     c.anchor.prompts = "edits"
@@ -146,6 +146,8 @@ def tiny_edit(c: ConfigDict) -> ConfigDict:
     c.data.references = str(klein / "pairs" / "before")
     c.teacher.context = "gt_ref"
     c.teacher.instruction = "like the last"
+    c.steps = 160
+    c.checkpoint_every = c.sample_every = 80
     c.anchor.edit = True
     c.anchor.prompts = str(klein / "edits.txt")
     return c
