@@ -12,12 +12,11 @@ from pathlib import Path
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
-# Tests compile more than they run. Without fusions' own emitters, and with each program compiled in
-# one piece, that is faster; later releases have other options.
-FASTER = " --xla_cpu_use_fusion_emitters=false --xla_cpu_parallel_codegen_split_count=1"
+# Tests compile more than they run: without fusions' own emitters, where there is a choice, faster.
 os.environ.setdefault(
     "XLA_FLAGS",
-    "--xla_backend_optimization_level=0" + FASTER * version("jaxlib").startswith("0.10."),
+    "--xla_backend_optimization_level=0"
+    + " --xla_cpu_use_fusion_emitters=false" * version("jaxlib").startswith("0.10."),
 )
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
