@@ -33,7 +33,7 @@ def load_pipeline(
     loras = lora_options(lora)
     folder = hub.resolve(path).path
     beside = {"vlm": hub.resolve(vlm, patterns=hub.ROOT).path} if vlm else None
-    pipe = pipeline(folder, beside=beside, dtype=dtype, base_dtype=base_dtype, loras=loras)
+    pipe = pipeline(folder, beside=beside, dtype=dtype, base_dtype=base_dtype)
     pipe.use_attention("auto")
-    _ = pipe.adapters  # files with faults are told now, not when the transformer is loaded
+    pipe.plan_loras(loras)
     return pipe

@@ -185,7 +185,8 @@ def test_an_unknown_name_is_refused():
 def test_a_loaded_pipeline_has_the_kernel_of_the_platform(monkeypatch, platform, kernel):
     made = Pipeline.__new__(Pipeline)
     made.dtype = jnp.dtype("bfloat16")
-    made.__dict__ |= {"config": SimpleNamespace(head_dim=128), "adapters": None}
+    made.__dict__["config"] = SimpleNamespace(head_dim=128)
+    made.plan_loras = lambda loras: None
     monkeypatch.setattr("dopsd_jax.families.pipeline.pipeline", lambda *_, **__: made)
     monkeypatch.setattr("dopsd_jax.weights.hub.resolve", lambda path: SimpleNamespace(path=path))
     monkeypatch.setattr(jax, "default_backend", lambda: platform)

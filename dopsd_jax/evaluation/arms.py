@@ -118,8 +118,7 @@ def make_arms(
     if tuned is None or tuned.model:
         own = lambda: pipe.split[1]
     else:
-        pipe.loras = tuned.loras
-        _ = pipe.adapters  # files with faults are told before anything is drawn
+        pipe.plan_loras(tuned.loras)  # files with faults are told before anything is drawn
         own = lambda: without_adapters(pipe.split[1])
     arms = [
         Arm("base", STUDENT, painter, base, own),

@@ -155,6 +155,14 @@ class Pipeline:
         """The transformer as (graphdef, trained, base): all adapters, by default, and the rest."""
         return nnx.split(self.transformer, self.trained, ...)
 
+    def plan_loras(self, loras: Sequence[LoraOption]) -> None:
+        """The adapters that the transformer will be loaded with; the files are read now.
+
+        Raises `UserError` for files with faults.
+        """
+        self.adapters = read_files(self.family, self.config, loras)
+        self.loras = tuple(loras)
+
     def use_loras(self, loras: Sequence[LoraOption]) -> None:
         """Puts the adapters of these files in the place of those that are attached.
 
