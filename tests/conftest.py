@@ -35,6 +35,7 @@ check_shapes(
 import dopsd_jax
 from dopsd_jax.adapters import attach
 from dopsd_jax.common.atomic import partial_of
+from dopsd_jax.common.errors import UserError
 from dopsd_jax.families.lora import lora_layers
 from dopsd_jax.families.zimage import family
 from dopsd_jax.models import zimage_config
@@ -53,6 +54,13 @@ def pytest_configure(config):
         os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.1")
         jax.config.update("jax_compilation_cache_dir", folder)
         config.add_cleanup(lambda: shutil.rmtree(folder, ignore_errors=True))
+
+
+def problems_of(call, *args, **kwargs) -> tuple[str, ...]:
+    """The lines of the `UserError` that a call must raise."""
+    with pytest.raises(UserError) as caught:
+        call(*args, **kwargs)
+    return caught.value.problems
 
 
 def left_by_killed(path: Path) -> Path:

@@ -7,9 +7,9 @@ import tarfile
 
 import numpy as np
 import pytest
+from conftest import problems_of
 from PIL import Image
 
-from dopsd_jax.common.errors import UserError
 from dopsd_jax.data.buckets import make_buckets
 from dopsd_jax.data.cache import FeatureCache
 from dopsd_jax.data.images import open_image
@@ -52,12 +52,6 @@ def write_folder(folder, count):
         (folder / f"{i:03}.png").write_bytes(png(i))
         (folder / f"{i:03}.txt").write_text(f"picture {i}")
     return folder
-
-
-def problems_of(call, *args, **kwargs):
-    with pytest.raises(UserError) as caught:
-        call(*args, **kwargs)
-    return caught.value.problems
 
 
 def content(rows):

@@ -4,11 +4,10 @@ import json
 import re
 
 import pytest
-from conftest import ROOT, run_program
+from conftest import ROOT, problems_of, run_program
 
 from dopsd_jax.common import config_fields
 from dopsd_jax.common.config_fields import POSITIVE, TRUE, Field, as_list, name_or_list
-from dopsd_jax.common.errors import UserError
 from dopsd_jax.config import changes, flags, loading, schema
 from dopsd_jax.config.fields import choices, conditions, declared, defaults
 from dopsd_jax.config.reference import help_text, markdown
@@ -28,12 +27,6 @@ def config_with(name, value):
     *groups, last = name.split(".")
     (config[groups[0]] if groups else config)[last] = value
     return config
-
-
-def problems_of(call, *args):
-    with pytest.raises(UserError) as caught:
-        call(*args)
-    return caught.value.problems
 
 
 @pytest.mark.parametrize("field", NUMBERS, ids=lambda f: f.name)

@@ -6,6 +6,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+from conftest import problems_of
 from PIL import Image
 
 from dopsd_jax.common.errors import UserError
@@ -34,12 +35,6 @@ def table(folder, rows):
     path = folder / "edits.jsonl"
     path.write_text("\n".join(json.dumps(row) for row in rows))
     return path
-
-
-def problems_of(call, *args, **kwargs):
-    with pytest.raises(UserError) as caught:
-        call(*args, **kwargs)
-    return caught.value.problems
 
 
 def names(rows):

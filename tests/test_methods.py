@@ -11,11 +11,10 @@ import jax
 import methods_step
 import numpy as np
 import pytest
-from conftest import ROOT, relative_error, run_program
+from conftest import ROOT, problems_of, relative_error, run_program
 from ml_collections import ConfigDict
 from PIL import Image
 
-from dopsd_jax.common.errors import UserError
 from dopsd_jax.conditioning.encoding import class_prompt
 from dopsd_jax.conditioning.features import Features
 from dopsd_jax.config import schema
@@ -39,12 +38,6 @@ def config_of(**fields):
     config = GET_CONFIG("random")
     config.update_from_flattened_dict({k.replace("__", "."): v for k, v in fields.items()})
     return config
-
-
-def problems_of(call, *args, **kwargs):
-    with pytest.raises(UserError) as caught:
-        call(*args, **kwargs)
-    return caught.value.problems
 
 
 # --- Configurations

@@ -9,7 +9,7 @@ import zlib
 import jax
 import numpy as np
 import pytest
-from conftest import RANDOM_CONFIG, left_by_killed, run_program
+from conftest import RANDOM_CONFIG, left_by_killed, problems_of, run_program
 from etils import epath
 from PIL import Image
 from test_processes import free_port, start
@@ -88,12 +88,6 @@ def write(
         path = folder / parts.part_name(number)
         parts.write_part(path, manifest.identity, layouts, order, records, pictures)
     return folder
-
-
-def problems_of(call, *args, **kwargs):
-    with pytest.raises(UserError) as caught:
-        call(*args, **kwargs)
-    return caught.value.problems
 
 
 @pytest.mark.parametrize("dtype", [np.float32, jax.numpy.bfloat16])

@@ -4,9 +4,10 @@ import time
 import tracemalloc
 
 import pytest
+from conftest import problems_of
 from PIL import Image
 
-from dopsd_jax.common.errors import UserError, few
+from dopsd_jax.common.errors import few
 from dopsd_jax.data.rows import load_rows
 from dopsd_jax.data.sources.captions import UPSTREAM_KEYS
 
@@ -22,12 +23,6 @@ def write_jsonl(path, *records):
     lines = [r if isinstance(r, str) else json.dumps(r, ensure_ascii=False) for r in records]
     path.write_text("\n".join(lines) + "\n", encoding="utf-8")
     return path
-
-
-def problems_of(call, *args, **kwargs):
-    with pytest.raises(UserError) as caught:
-        call(*args, **kwargs)
-    return caught.value.problems
 
 
 # --- D-OPSD jsonl

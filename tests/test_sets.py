@@ -7,10 +7,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from conftest import problems_of
 from etils import epath
 from PIL import Image
 from test_loader import KEYS, make, make_rows, same, split
-from test_prepared import problems_of, write
+from test_prepared import write
 
 from dopsd_jax.common.config_fields import as_paths
 from dopsd_jax.config.fields import defaults

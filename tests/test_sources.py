@@ -9,9 +9,9 @@ import unicodedata
 
 import numpy as np
 import pytest
+from conftest import problems_of
 from PIL import Image
 
-from dopsd_jax.common.errors import UserError
 from dopsd_jax.data import rows as rows_module
 from dopsd_jax.data.buckets import Bucket
 from dopsd_jax.data.images import inspect_image, open_image
@@ -34,12 +34,6 @@ def picture(path, kind="PNG", **options):
 def captioned(path, caption="a mug", kind="PNG"):
     picture(path, kind)
     path.with_suffix(".txt").write_bytes(caption.encode())
-
-
-def problems_of(call, *args, **kwargs):
-    with pytest.raises(UserError) as caught:
-        call(*args, **kwargs)
-    return caught.value.problems
 
 
 def texts(rows):

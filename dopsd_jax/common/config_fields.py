@@ -184,7 +184,10 @@ def as_list(value: str | list | tuple) -> tuple:
     """A field that is a list, or one string with commas between the items."""
     if not isinstance(value, str):
         return tuple(value)
-    return tuple(item.strip() for item in value.strip("()[] ").split(",") if item.strip())
+    text = value.strip()
+    if text[:1] + text[-1:] in ("()", "[]") and not any(c in "()[]" for c in text[1:-1]):
+        text = text[1:-1]  # as Python writes a list; the brackets of "[V] dog, (red)" are its own
+    return tuple(item.strip() for item in text.split(",") if item.strip())
 
 
 def as_numbers(value: int | list | tuple) -> tuple[int, ...]:

@@ -59,10 +59,23 @@ class OwnPrompts:
 
 
 def chosen(config: ConfigDict) -> Sequence[Prompt]:
-    """The prompts that the field names: itself, or the lines of text files. Raises `UserError`."""
-    found = []
-    for item in as_list(config.sample_prompts):
-        if str(item).endswith(".txt"):
+    """The prompts that the field names: itself, or the lines of text files.
+
+    A string is one prompt with its commas, or names text files with commas between them. Raises
+    `UserError`.
+    """
+    value, found = config.sample_prompts, []
+    items = as_list(value)
+    files = [str(item).endswith(".txt") for item in items]
+    if isinstance(value, str) and not all(files):
+        if len(items) > 1 and any(files):
+            raise UserError(
+                f"{FIELD}: {value!r} names text files and prompts; write all prompts into a text "
+                "file, a prompt a line"
+            )
+        items, files = (value.strip(),), (False,)
+    for item, file in zip(items, files, strict=True):
+        if file:
             path = Path(item).expanduser()
             lines = lines_of(path, FIELD)
             found += [Prompt(FIELD, f"{path}:{line}", text) for line, text in lines]

@@ -88,7 +88,7 @@ _RUN = (
     Field("sample_rows", 4, "rows of the data set in the grids", low=1, high=1024, change=ALWAYS),
     Field("sample_prompts", "",
           "more prompts in the grids, as with the new word in another scene, or ordinary ones: "
-          "themselves, or text files (.txt), a prompt a line", "list", change=ALWAYS),
+          "one itself, or text files (.txt), a prompt a line", "list", change=ALWAYS),
 )
 _MODEL = (
     Field("model", "", "model folder, converted checkpoint, or hub id owner/name", "path",
