@@ -81,7 +81,7 @@ def parser(program: str) -> argparse.ArgumentParser:
         "K kohya, Q PEFT folder, Y LyCORIS; a LoKr can be written as D, Cs, Y"
     ))  # fmt: skip
     p.add_argument("--model", type=local_path, help=(
-        "model it is for; default: what its header names, else the published Z-Image"
+        "model it is for; default: what its header names, else the published one that it fits"
     ))  # fmt: skip
     _add_transformer_only(p)
     p.add_argument("--dtype", choices=TYPES, help="default: as the source file has it")
@@ -131,7 +131,7 @@ def run_import(args: argparse.Namespace) -> None:
     from dopsd_jax.common.progress import byte_progress
     from dopsd_jax.conversion.importing import import_model
     from dopsd_jax.weights import hub
-    from dopsd_jax.weights.found_files import components
+    from dopsd_jax.weights.found_files import components, strangers
     from dopsd_jax.weights.safetensors_io import TensorFiles
 
     files = {"vae": args.vae, "text_encoder": args.text_encoder}
@@ -143,7 +143,13 @@ def run_import(args: argparse.Namespace) -> None:
     if args.base and not single:
         raise UserError(f"{args.source}: --base goes with a single file, which this is not")
     if single:
-        inside = components(TensorFiles.open(args.source).infos)
+        names = TensorFiles.open(args.source).infos
+        inside = components(names)
+        if others := strangers(names):
+            print(
+                f"note: {args.source}: {len(others)} tensors belong to none of its networks that "
+                f"are read here, and are left out, such as {others[0]!r}"
+            )
         for name in inside | {"transformer"}:
             files[name] = files.get(name) or Path(args.source)
     files = {name: file for name, file in files.items() if file is not None}
@@ -242,15 +248,28 @@ def run_inspect(args: argparse.Namespace) -> None:
 
 def run(args: argparse.Namespace) -> None:
     if "out" in args:
-        from dopsd_jax.common.atomic import need_free, remove_leftovers
+        from dopsd_jax.common.atomic import need_file, need_free, remove_leftovers
 
         if args.run is not run_import:  # which goes on with what it left
             if "source" in args and args.out.resolve() == Path(args.source).resolve():
                 raise UserError(f"{args.out}: is the source; give another name")
-            need_free(args.out)  # a forgotten name makes the last file that is read the output
+            # A forgotten name makes the last file that is read the output.
+            (need_file if _makes_file(args) else need_free)(args.out)
+            if _makes_file(args) and args.out.suffix != ".safetensors":
+                raise UserError(
+                    f"{args.out}: give a name that ends in .safetensors; other programs show no "
+                    "other files"
+                )
         remove_leftovers(args.out.parent, name=args.out.name)
         remove_leftovers(args.out, *args.out.glob("*"))
     args.run(args)
+
+
+def _makes_file(args: argparse.Namespace) -> bool:
+    """Whether the output is a file, not a folder."""
+    if args.run is run_lora:
+        return args.to != "Q"
+    return args.run is run_extract or ("format" in args and args.format == "comfyui")
 
 
 def main(program: str = "python -m dopsd_jax.convert") -> None:

@@ -32,6 +32,7 @@ from dopsd_jax.reporting.model_card import Shown
 from dopsd_jax.reporting.parameters import read_texts
 from dopsd_jax.reporting.pictures import LABELS
 from dopsd_jax.weights.hub import HUB_ID, NETWORK_ERRORS
+from dopsd_jax.weights.lora_dialects import split_name
 from dopsd_jax.weights.safetensors_io import read_header
 
 FOLDER = "pictures"
@@ -46,7 +47,10 @@ def main() -> None:
     )
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise UserError(f"--out {out}: is there already; name a new folder")
-    header = read_header(file).metadata
+    found = read_header(file)
+    if not any(split_name(name)[1] for name in found.tensors):
+        raise UserError(f"--lora {file}: holds no LoRA; name a file lora/step_N.safetensors")
+    header = found.metadata
     base = BASE.value or model_card.base_model(header)
     terms = LICENCE.value or model_card.licence(header)
     pictures, others = [], []
@@ -66,8 +70,8 @@ def main() -> None:
             print(f"note: {file} does not say its {name}; the card has none: give --{name}")
     if others:
         print(
-            f"note: {len(others)} pictures were drawn without {file} and are left out, such as "
-            f"{others[0].name}"
+            f"note: {len(others)} pictures were not drawn with {file} by `sample` and are left "
+            f"out, such as {others[0].name}"
         )
     print(f"card: {out / 'README.md'}, {len(pictures)} pictures")
     if REPO.value:
@@ -77,37 +81,37 @@ def main() -> None:
 def gallery(folder: Path, digest: str) -> tuple[list[tuple[Path, str]], list[Path]]:
     """The pictures of a folder with their prompts, without sheets of several; then the others.
 
-    The others were drawn without the LoRA of this digest. Raises `UserError` for pictures without a
-    prompt, and where none was drawn with the LoRA.
+    The others were drawn without the LoRA of this digest, or by another program: their text may be
+    a whole workflow with the paths of a machine. Raises `UserError` where none was drawn with it.
     """
     found, others, faults = [], [], []
     for path in sorted(folder.glob("*.png")) if folder.is_dir() else ():
         try:
             texts = read_texts(path)
+            if LABELS in texts:
+                continue
+            prompt = _drawn_with(texts, digest, path)
         except UserError as error:
             faults += error.problems
             continue
-        if LABELS in texts:
-            continue
-        if not texts.get("prompt"):
-            faults.append(f"{path}: has no prompt; `sample` writes it into the file: draw it again")
-        if _drawn_without(texts, digest, path):
+        if prompt is None:
             others.append(path)
-            continue
-        found.append((path, texts.get("prompt", "")))
+        else:
+            found.append((path, prompt))
     raise_if(faults)
     if not found:
-        what = "was drawn with this file" if others else "is a PNG file"
+        what = "was drawn with this file by `sample`" if others else "is a PNG file"
         raise UserError(f"--pictures {folder}: no picture there {what}; draw some with `sample`")
     return found, others
 
 
-def _drawn_without(texts: Mapping[str, str], digest: str, path: Path) -> bool:
-    """Whether `sample` drew a picture without the LoRA, or with it at strength 0."""
-    if "lora" not in texts or parameters.CHUNK not in texts:
-        return False  # by another program
-    loras = parameters.parse(texts[parameters.CHUNK], str(path)).loras
-    return not any(lora.strength and lora.digest == digest for lora in loras)
+def _drawn_with(texts: Mapping[str, str], digest: str, path: Path) -> str | None:
+    """The prompt of a picture that `sample` drew with the LoRA; None for any other."""
+    if not {"lora", parameters.CHUNK} <= texts.keys():
+        return None  # by another program
+    made = parameters.parse(texts[parameters.CHUNK], str(path))
+    used = any(lora.strength and lora.digest == digest for lora in made.loras)
+    return made.prompt if used else None
 
 
 def upload(folder: Path) -> str:

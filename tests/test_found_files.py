@@ -108,12 +108,14 @@ def test_other_quantisations_are_named(model, native, tmp_path):
         open_stored(model / "transformer", TRANSFORMER, path)
 
 
-def test_all_networks_are_found_in_one_file(model, native, tmp_path):
+def test_all_networks_are_found_in_one_file(model, native, tmp_path, capsys):
     arrays = {f"model.diffusion_model.{n}": a for n, a in native.items()}
     encoder = load_file(model / "text_encoder" / "model.safetensors")
     arrays |= {f"text_encoders.qwen3_4b.transformer.{n}": a for n, a in encoder.items()}
     (file,) = (model / "vae").glob("*.safetensors")
     arrays |= {f"vae.{n}": a for n, a in load_file(file).items()}
+    arrays["text_encoders.qwen3_4b.logit_scale"] = np.ones((), np.float32)  # ComfyUI saves it
+    arrays |= {"clip_vision.x": np.ones(2, np.float32), "scaled_fp8": np.ones(2, np.float32)}
     path = _save(tmp_path / "all.safetensors", arrays)
     base = tmp_path / "base"  # its own weights must not be needed
     shutil.copytree(model, base)
@@ -123,6 +125,8 @@ def test_all_networks_are_found_in_one_file(model, native, tmp_path):
     args = ["import", str(path), str(tmp_path / "out"), "--base", str(base)]
     parsed = convert.parser("convert").parse_args(args)
     parsed.run(parsed)
+    assert "1 tensors belong to none of its networks" in (said := capsys.readouterr().out)
+    assert "'clip_vision.x'" in said
     for component in ("text_encoder", "vae"):
         theirs = open_stored(model / component, _network(component)).tensors
         ours = open_stored(tmp_path / "out" / component, _network(component)).tensors

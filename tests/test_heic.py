@@ -5,8 +5,8 @@ import tarfile
 
 import numpy as np
 import pytest
+from conftest import problems_of
 from PIL import Image
-from test_prepared import problems_of
 
 from dopsd_jax.data import heic
 from dopsd_jax.data.images import inspect_image, open_image

@@ -6,8 +6,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
-from conftest import RANDOM_CONFIG, run_program
-from test_prepared import problems_of
+from conftest import RANDOM_CONFIG, problems_of, run_program
 
 from dopsd_jax.config import schema
 from dopsd_jax.config.fields import defaults

@@ -103,6 +103,18 @@ def test_the_header_gives_the_scale(tmp_path):
     assert lora["layers.0.attention.to_q"].scale == 2
 
 
+def test_a_pattern_may_name_a_layer_as_the_file_does(tmp_path):
+    modules = random_modules()
+    ranks = dict.fromkeys(("attention.out", "w1", "w2", "w3"), 4)
+    alphas = {"layers.0.attention.qkv": 36, "out": 4, "w1": 4}
+    header = _header(r=12, lora_alpha=12, rank_pattern=ranks, alpha_pattern=alphas)
+    path = save(tmp_path / "x.safetensors", native_names(modules, "transformer."), header)
+    found = read_lora(path, LAYERS).modules
+    assert found["layers.0.attention.to_k"].scale == 3
+    assert found["layers.1.attention.to_k"].scale == 1
+    assert found["layers.0.attention.to_out.0"].scale == 1
+
+
 @pytest.mark.parametrize("alpha, applied", [(8, 2.0), (4, 2.0), (2, None)])
 def test_alpha_in_two_places_is_applied_once(tmp_path, alpha, applied):
     tensors = split_names(random_modules(), "diffusion_model.", alpha=8)
@@ -128,6 +140,7 @@ def test_alpha_in_two_places_is_applied_once(tmp_path, alpha, applied):
         (_header(rank_pattern={"(": 3}), "is not a pattern"),
         (_header(alpha_pattern=[1]), "alpha_pattern is not a table"),
         (_header(init_lora_weights="pissa_niter_4"), "changes the base model"),
+        (_header(init_lora_weights="lora_ga"), "changes the base model"),
     ],
 )
 def test_bad_settings_are_named(tmp_path, metadata, message):

@@ -42,10 +42,9 @@ def _names(modules, prefix, **kinds):
     [
         ({"format": "pt", "alpha": "8", "rank": "4"}, 2.0),
         ({"lora_alpha": "2.0"}, 0.5),
-        ({"ss_network_alpha": "2", "ss_network_dim": "4"}, 0.5),
-        ({"ss_network_alpha": "None", "ss_network_dim": "4"}, 1.0),
+        ({"network_alpha": "2", "network_dim": "4"}, 0.5),
+        ({"network_alpha": "None", "network_dim": "4"}, 1.0),
         ({"rank": "4"}, 1.0),
-        ({"alpha": "8", "ss_network_alpha": "8.0"}, 2.0),
     ],
 )
 def test_a_scale_that_stands_only_in_the_header_is_applied(tmp_path, metadata, scale):
@@ -70,10 +69,23 @@ def test_a_scale_in_the_header_that_cannot_be_is_named(tmp_path, metadata, messa
         read_lora(path, LAYERS)
 
 
+@pytest.mark.parametrize("alpha, rank", [("1", "4"), ("8.0", "32"), ("0", "4"), ("Dynamic",) * 2])
+def test_what_kohya_says_of_the_training_is_no_scale(tmp_path, alpha, rank):
+    """musubi-tuner's converter multiplies alpha in and keeps these strings; a resized file has the
+    alpha tensors and the word Dynamic."""
+    modules, metadata = random_modules(scale=1.0), {"ss_network_alpha": alpha, "ss_network_dim": rank}
+    path = save(tmp_path / "x.safetensors", _names(modules, "diffusion_model."), metadata)
+    same_change(read_lora(path, LAYERS).modules, modules, bound=0)
+    modules = random_modules(scale=0.5)
+    tensors = _names(modules, "lora_unet_", underscores=True, alpha=2, **DOWN)
+    path = save(tmp_path / "y.safetensors", tensors, metadata)
+    same_change(read_lora(path, LAYERS).modules, modules, bound=0)
+
+
 def test_alpha_tensors_go_before_single_header_strings(tmp_path):
-    """kohya writes both; converted to fused layers, only the tensors are right."""
+    """Converted to fused layers, only the tensors are right."""
     modules = random_modules(scale=2.0)
-    metadata = {"ss_network_alpha": "8", "ss_network_dim": "4"}
+    metadata = {"alpha": "8", "rank": "4"}
     tensors = native_names(modules, "lora_unet_", True, alpha=8, **DOWN)
     same_change(
         read_lora(save(tmp_path / "x.safetensors", tensors, metadata), LAYERS).modules,

@@ -8,11 +8,10 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from conftest import relative_error
+from conftest import problems_of, relative_error
 from methods_step import CASE, GET_CONFIG
 from PIL import Image
 from test_baselines import GRID, LEVELS, NET, SHAPE, equal, nodes, world
-from test_prepared import problems_of
 
 from dopsd_jax import dopsd
 from dopsd_jax.data.buckets import Bucket, make_buckets

@@ -3,7 +3,8 @@
 import sys
 
 import pytest
-from test_archives import BUCKETS, content, png, problems_of, write_folder
+from conftest import problems_of
+from test_archives import BUCKETS, content, png, write_folder
 
 from dopsd_jax.data.measure import measure
 from dopsd_jax.data.rows import load_rows

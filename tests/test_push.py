@@ -8,10 +8,9 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import yaml
-from conftest import run_program
+from conftest import problems_of, run_program
 from diffusers import Flux2KleinPipeline, ZImagePipeline
 from safetensors.numpy import save_file
-from test_prepared import problems_of
 
 from dopsd_jax import push
 from dopsd_jax.reporting import model_card, parameters
@@ -117,7 +116,9 @@ def test_no_text_of_a_header_breaks_the_page(text):
 def test_the_folder_is_what_is_uploaded(tmp_path, lora_file, monkeypatch):
     pictures, out = tmp_path / "pictures", tmp_path / "out"
     pictures.mkdir()
-    save_picture(pictures / "0.png", np.zeros((8, 8, 3), np.uint8), {"prompt": "a toy"})
+    own = Lora("toy", 1.0, parameters.digest(lora_file))
+    made = parameters.chunks(Parameters("a toy", 8, 0, 8, 8, loras=(own,)))
+    save_picture(pictures / "0.png", np.zeros((8, 8, 3), np.uint8), made)
     done = run_program("push", f"--lora={lora_file}", f"--pictures={pictures}", f"--out={out}")
     assert done.returncode == 0, done.stderr
     names = sorted(str(p.relative_to(out)) for p in out.rglob("*") if p.is_file())
@@ -129,12 +130,17 @@ def test_the_folder_is_what_is_uploaded(tmp_path, lora_file, monkeypatch):
 
 
 def test_faults_are_named(tmp_path, lora_file):
+    model = tmp_path / "model.safetensors"
+    save_file({"layers.0.weight": np.zeros((2, 2), np.float32)}, model)
+    wrong = run_program("push", f"--lora={model}", f"--out={tmp_path}/o")
+    assert wrong.returncode == 2 and "holds no LoRA; name a file lora/step_N" in wrong.stderr
     wrong = run_program("push", f"--lora={lora_file}", f"--out={tmp_path}/o", "--repo=dog")
     assert wrong.returncode != 0 and "--repo dog: is no name of the hub" in wrong.stderr
     (tmp_path / "0.png").write_text("no picture")
-    save_picture(tmp_path / "1.png", np.zeros((8, 8, 3), np.uint8), {})
+    wrong = {"lora": "", parameters.CHUNK: "a dog"}
+    save_picture(tmp_path / "1.png", np.zeros((8, 8, 3), np.uint8), wrong)
     problems = problems_of(push.gallery, tmp_path, "")
-    assert "0.png: is no picture" in problems[0] and "1.png: has no prompt" in problems[1]
+    assert "0.png: is no picture" in problems[0] and "1.png: its parameters have" in problems[1]
     (problem,) = problems_of(push.gallery, tmp_path / "nowhere", "")
     assert "no picture there is a PNG file" in problem
 
@@ -146,13 +152,16 @@ def test_the_gallery_has_no_pictures_that_were_drawn_without_the_file(tmp_path):
 
     draw("other.png", Lora("dog", 1.0, "b" * 12))
     draw("base.png")
+    workflow = {"prompt": '{"3": {"class_type": "KSampler"}}', "workflow": "{}"}
+    save_picture(tmp_path / "comfy.png", np.zeros((8, 8, 3), np.uint8), workflow)
     (problem,) = problems_of(push.gallery, tmp_path, "a" * 12)
     assert "no picture there was drawn with this file" in problem
     draw("own.png", Lora("style", 0.5, "b" * 12), Lora("dog", 0.8, "a" * 12))
     draw("own_strength0.png", Lora("dog", 0.0, "a" * 12))
     shown, others = push.gallery(tmp_path, "a" * 12)
     assert shown == [(tmp_path / "own.png", "a dog")]
-    assert [path.name for path in others] == ["base.png", "other.png", "own_strength0.png"]
+    names = [path.name for path in others]
+    assert names == ["base.png", "comfy.png", "other.png", "own_strength0.png"]
 
 
 def test_an_upload_that_fails_says_why(tmp_path, monkeypatch):

@@ -3,7 +3,8 @@
 import json
 
 import pytest
-from test_sources import picture, problems_of, texts
+from conftest import problems_of
+from test_sources import picture, texts
 
 from dopsd_jax.data.rows import load_rows
 

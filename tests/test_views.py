@@ -2,8 +2,8 @@
 
 import numpy as np
 import pytest
+from conftest import problems_of
 from PIL import Image
-from test_prepared import problems_of
 
 from dopsd_jax.config.fields import declared, defaults
 from dopsd_jax.data import measure as measure_module

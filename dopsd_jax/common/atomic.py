@@ -151,8 +151,18 @@ def write_text(path: str | os.PathLike, text: str) -> None:
 
 def need_free(path: Path) -> None:
     """Raises `UserError` where something is already at `path`, other than an empty folder."""
-    if path.exists() and (not path.is_dir() or any(path.iterdir())):
+    # Not Path.exists: in Python 3.11 it raises for a name that is too long.
+    if os.path.exists(path) and (not path.is_dir() or any(path.iterdir())):
         raise UserError(f"{path}: already there; give another name, or remove it")
+
+
+def need_file(path: Path) -> None:
+    """Raises `UserError` where no new file can be made at `path`."""
+    need_free(path)
+    if os.path.isdir(path):
+        raise UserError(f"{path}: is a folder; give the name of a new file")
+    if not os.path.isdir(path.parent):
+        raise UserError(f"{path.parent}: no such folder; create it first")
 
 
 def need_space(folder: str | os.PathLike, nbytes: int) -> None:

@@ -1,6 +1,7 @@
 """A LoRA file as options name it: FILE, or FILE:STRENGTH."""
 
 import math
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -34,7 +35,7 @@ def lora_option(text: str) -> LoraOption:
         strength = float(number)
     except ValueError:
         colon = ""
-    if not colon or Path(text).exists():
+    if not colon or os.path.exists(text):
         path, strength = text, 1.0
     if not path:
         raise ValueError("names no file; write FILE or FILE:STRENGTH")

@@ -14,7 +14,13 @@ from dopsd_jax.weights.found_files import components, readable
 from dopsd_jax.weights.hub import MODEL_MANIFEST
 from dopsd_jax.weights.layouts import Found, as_canonical, recognise
 from dopsd_jax.weights.lora_dialects import UNSUPPORTED_PARTS, Layers, layers_of, split_name
-from dopsd_jax.weights.lora_files import PEFT_CONFIG, PEFT_WEIGHTS, LoraModule, read_adapter
+from dopsd_jax.weights.lora_files import (
+    PEFT_CONFIG,
+    PEFT_WEIGHTS,
+    LoraModule,
+    closest,
+    read_adapter,
+)
 from dopsd_jax.weights.lora_settings import BASE
 from dopsd_jax.weights.model_folder import INDEX, check_assets, is_converted_model
 from dopsd_jax.weights.networks import Network, present
@@ -52,7 +58,7 @@ def layers_for(model: Path | None, lora: Path | None = None) -> Layers:
     """The layers of a model's transformer.
 
     Without a model, of the one that the LoRA file `lora` says it was made for; else of the
-    published one of the first family.
+    published one that its factors fit.
     """
     if model is not None:
         whole = is_converted_model(model) or (model / INDEX).is_file()
@@ -63,8 +69,12 @@ def layers_for(model: Path | None, lora: Path | None = None) -> Layers:
     file = lora / PEFT_WEIGHTS if lora is not None and lora.is_dir() else lora
     text = read_header(file).metadata.get(BASE) if file is not None else None
     if text is None:
-        family = families.load(families.AUTO)
-        return layers_of(family.NETWORKS["transformer"], next(iter(family.PUBLISHED.values())))
+        published = [
+            layers_of(family.NETWORKS["transformer"], size)
+            for family in families.every()
+            for size in family.PUBLISHED.values()
+        ]
+        return published[0] if file is None else closest(file, published)
     where = f"{file}: header string {BASE}"
     content = parse_json(text, where)
     candidates = [family.NETWORKS["transformer"] for family in families.every()]

@@ -65,7 +65,9 @@ class Watched:
     def steps(self) -> int | None:
         """How many steps the run shall have."""
         path = self.workdir / CONFIG
-        written = read_json(path)[0] if path.exists() else None
+        written = (
+            read_json(path, again="is the run still being written?")[0] if path.exists() else None
+        )
         config = written.get("config") if isinstance(written, dict) else None
         found = config.get("steps") if isinstance(config, dict) else None
         return found if type(found) is int and found > 0 else None

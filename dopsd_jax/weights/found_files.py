@@ -30,6 +30,8 @@ BEGINNINGS = {
     "text_encoder": re.compile(r"(text_encoders\.[^.]+|cond_stage_model)\.(transformer\.)?"),
     "vae": re.compile(r"(vae|first_stage_model)\."),
 }
+# Parameters that ComfyUI saves with every text encoder, and that none of these networks has.
+LEFT_OUT = re.compile(r"(text_encoders\.[^.]+|cond_stage_model)\.logit_scale")
 # Beside quantised weights: their scales, of activations (not used here), and how they were made.
 SCALES = (".scale_weight", ".weight_scale")
 UNUSED = (".scale_input", ".input_scale", ".comfy_quant")
@@ -47,13 +49,24 @@ def components(names) -> set[str]:
     return found if len(found) > 1 else set()
 
 
+def strangers(names) -> list[str]:
+    """Tensors of a file with several networks that belong to none of them."""
+    known = (*BEGINNINGS.values(), LEFT_OUT)
+    return [
+        name
+        for name in (names if components(names) else ())
+        if name.rpartition(".")[2] != MARK and not any(one.match(name) for one in known)
+    ]
+
+
 def readable(tensors: Tensors, component: str) -> Tensors:
     """The tensors of one network of a file, in floating types. Raises `UserError`."""
     if any(COMPILED in name for name in tensors.infos):
         tensors = _renamed(tensors, {name: name.replace(COMPILED, "") for name in tensors.infos})
     if component in components(tensors.infos):
         beginning = BEGINNINGS[component]
-        own = {name: name for name in tensors.infos if beginning.match(name)}
+        mine = (name for name in tensors.infos if beginning.match(name))
+        own = {name: name for name in mine if not LEFT_OUT.fullmatch(name)}
         if component != "transformer":  # whose prefix is known, and kept for exports
             own = {name: beginning.sub("", name, count=1) for name in own}
         tensors = _renamed(tensors, own)

@@ -3,6 +3,7 @@
 import dataclasses
 import math
 import os
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -121,6 +122,27 @@ def read_adapter(path: str | Path, layers: Layers, transformer_only: bool = Fals
     return LoraFile(modules, dialect, dtype, files.metadata)
 
 
+def closest(path: Path, candidates: Sequence[Layers]) -> Layers:
+    """Of the layers of several models those that most factors of an adapter's file fit.
+
+    The first where none fits better. Raises `UserError`.
+    """
+    infos = TensorFiles.open(path).infos
+
+    def fitting(layers: Layers) -> tuple[int, int]:
+        table, named, fit = stems(layers, list(STYLES)), 0, 0
+        for name, info in infos.items():
+            stem, part, *_ = split_name(name)
+            if part is None or stem not in table:
+                continue
+            target, named = table[stem][1], named + 1
+            needed = {"a": target.width, "b": sum(target.rows)}.get(part)
+            fit += needed is not None and needed in info.shape[part == "a" :][:1]
+        return fit, named
+
+    return max(candidates, key=fitting)
+
+
 def _peft_folder(folder: Path) -> tuple[Path, Settings]:
     if (folder / PEFT_CONFIG).is_file():
         return folder / PEFT_WEIGHTS, from_peft(folder / PEFT_CONFIG)
@@ -209,7 +231,7 @@ def _decode(path: Path, files: TensorFiles, groups, settings: Settings | None):
             if parts.keys() & set(lokr.PARTS):
                 found = _kronecker(files, target, parts)
             else:
-                found = _cut(target, _whole(files, target, parts, settings))
+                found = _cut(target, _whole(files, stem, target, parts, settings))
             for name, module in found.items():
                 if name in modules:
                     raise ValueError(f"adapts {name}, which another name in the file adapts too")
@@ -220,8 +242,10 @@ def _decode(path: Path, files: TensorFiles, groups, settings: Settings | None):
     return modules
 
 
-def _whole(files: TensorFiles, target: Target, parts: dict[str, str], settings) -> LoraModule:
-    """The adapter as the file has it. Raises ValueError with what is wrong."""
+def _whole(
+    files: TensorFiles, stem: str, target: Target, parts: dict[str, str], settings
+) -> LoraModule:
+    """The adapter as the file has it, named `stem`. Raises ValueError with what is wrong."""
     missing = [part for part in ("a", "b") if part not in parts]
     if missing:
         names = {"a": "lora_A (down)", "b": "lora_B (up)"}
@@ -237,7 +261,7 @@ def _whole(files: TensorFiles, target: Target, parts: dict[str, str], settings) 
     factors = _factor(files, parts["a"]), _factor(files, parts["b"])
     if settings is not None and settings.loose and "alpha" in parts:
         settings = None
-    stated = settings.scale(target.paths[0], a[0]) if settings else 1.0
+    stated = settings.scale((target.paths[0], stem), a[0]) if settings else 1.0
     if "alpha" not in parts:
         return LoraModule(*factors, stated)
     scale = _alpha(files, parts["alpha"]) / a[0]

@@ -14,7 +14,7 @@ from dopsd_jax.weights.lora_settings import ALPHAS, BASE, HEADER, OWN, RANKS
 
 KEPT = ("modelspec.", "ss_", OWN)  # beginnings of the strings that a rewritten file keeps
 # What a rewritten file must not keep: it was said of the source's tensors.
-NETWORK = ("ss_network_module", "ss_network_args")
+NETWORK = tuple(f"ss_network_{name}" for name in ("module", "args", "dim", "alpha"))
 STALE = (*ALPHAS, *RANKS, *NETWORK, HEADER, "modelspec.hash_sha256")
 
 

@@ -5,7 +5,7 @@ import functools
 import itertools
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,11 +18,12 @@ HEADER_PREFIX = "transformer."
 OWN = "dopsd_jax."  # our own header strings
 BASE = OWN + "base"  # config.json of the network that a file is for
 EDITS = OWN + "edits"  # there where the rows that it was trained on edit pictures
-# Single header strings in which trainers put alpha and rank.
-ALPHAS = ("alpha", "lora_alpha", "network_alpha", "ss_network_alpha")
-RANKS = ("rank", "lora_rank", "r", "network_dim", "ss_network_dim")
+# Single header strings in which trainers put alpha and rank. Not kohya's ss_network_alpha: it says
+# how a file was trained, beside alpha tensors; programs that multiply these in leave it as it was.
+ALPHAS = ("alpha", "lora_alpha", "network_alpha")
+RANKS = ("rank", "lora_rank", "r", "network_dim")
 # Starts that also change the base weights, so that the file alone is not the whole change.
-CHANGES_BASE = ("pissa", "olora", "corda", "loftq", "orthogonal")
+CHANGES_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
 AGAIN = "save the adapter again"
 MAX_PATTERNS, MAX_CHOICES = 100, 64
 
@@ -115,22 +116,24 @@ class Settings:
     root: bool = False
     loose: bool = False
 
-    def scale(self, path: str, rank: int) -> float:
-        """The scale of a layer. Raises ValueError with what is wrong."""
-        expected = _first(self.ranks, path, self.rank)
+    def scale(self, paths: Sequence[str], rank: int) -> float:
+        """The scale of a layer, by any of its names. Raises ValueError with what is wrong."""
+        expected = _first(self.ranks, paths, self.rank)
         if expected not in (None, rank):
             raise ValueError(f"has rank {rank}, but {self.where} says {expected}")
-        alpha = _first(self.alphas, path, self.alpha)
+        alpha = _first(self.alphas, paths, self.alpha)
         return alpha / (math.sqrt(rank) if self.root else rank)
 
 
-def _first(patterns: Mapping[str, Any], path: str, default: Any) -> Any:
-    """The value of the first pattern that a path matches: PEFT's own rule."""
+def _first(patterns: Mapping[str, Any], paths: Sequence[str], default: Any) -> Any:
+    """The value of the first pattern that one of the names matches: PEFT's own rule."""
     for pattern, value in patterns.items():
-        if path == pattern or path.endswith(f".{pattern}"):
-            return value
-        if not _PLAIN.fullmatch(pattern) and _pattern(pattern).matches(path):
-            return value
+        plain = _PLAIN.fullmatch(pattern)
+        for path in paths:
+            if path == pattern or path.endswith(f".{pattern}"):
+                return value
+            if not plain and _pattern(pattern).matches(path):
+                return value
     return default
 
 
