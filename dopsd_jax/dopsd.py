@@ -188,12 +188,29 @@ def make_nodes(
     sigma = jnp.asarray(grid, jnp.float32)
     weight = jnp.asarray(step_weights(loss, grid), jnp.float32)
     loss_mask, told_at = draw_loss_mask(loss_steps, len(weight), key), told_mask(told, len(weight))
+    _check_weights(step_weights(loss, grid), loss_steps)
     if told_at is not None and not isinstance(loss_steps, str) and not {*told} & {*loss_steps}:
         raise UserError(
             f"config.teacher.told: none of the steps {list(told)} is in config.loss_steps, "
             f"{list(loss_steps)}, so the teacher's context would never be used; name one that is"
         )
     return Nodes(sigma[:-1], sigma[1:], weight, loss_mask, told_at)
+
+
+def _check_weights(weights: Sequence[float], loss_steps: str | Sequence[int]) -> None:
+    """Raises `UserError` for steps that may be the only ones with a loss and have no weight."""
+    if loss_steps == "all" or all(weights):
+        return
+    if isinstance(loss_steps, str):
+        idle = len(weights) - sum(map(bool, weights)) >= int(loss_steps.rpartition(":")[2])
+    else:
+        idle = not any(weights[step] for step in loss_steps)
+    if idle:
+        raise UserError(
+            f"config.loss: {list(weights)} may have no weight at any step of config.loss_steps, "
+            f"{loss_steps if isinstance(loss_steps, str) else list(loss_steps)}, and then nothing "
+            "is learned; give those steps weights, or choose others"
+        )
 
 
 def told_mask(told: str | Sequence[int], count: int) -> Bool[Array, " K"] | None:

@@ -295,7 +295,7 @@ def train(config: ConfigDict, workdir: epath.Path) -> int | None:
     elif step < config.steps:
         progress.note(f"stopped after step {step}, which is saved; the same command goes on")
         return STOPPED_EXIT
-    for line in run_scores.finish(scores, state.student, workdir):
+    for line in run_scores.finish(scores, getattr(state, config.export_weights), workdir):
         multihost.say(line)
     if checkpoint_scores:
         multihost.say("\n".join(checkpoint_scores.result()))

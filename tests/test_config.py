@@ -234,6 +234,17 @@ def test_what_may_change_is_what_the_fields_declare(tmp_path):
         assert "is not a configuration of a run" in problem
 
 
+def test_steps_that_decide_the_learning_rate_change_on_request_only():
+    for schedule, free in (("constant", True), ("linear", False), ("cosine", False)):
+        old = {"config": schema.flat(config_with("lr_schedule", schedule)), "facts": {}}
+        new = {"config": old["config"] | {"steps": old["config"]["steps"] + 1}, "facts": {}}
+        made, faults = changes.compare(old, new, [])
+        assert not made and len(faults) == (not free)
+        assert all("--allow_changes=steps" in fault for fault in faults)
+        made, faults = changes.compare(old, new, ["steps"])
+        assert not faults and [one["field"] for one in made] == ["steps"] * (not free)
+
+
 def test_a_field_that_is_younger_than_the_run_had_its_default():
     new = {"config": schema.flat(RANDOM), "facts": {}}
     old = {"config": {k: v for k, v in new["config"].items() if k != "data.trigger"}, "facts": {}}

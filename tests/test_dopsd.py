@@ -49,6 +49,19 @@ def nodes(loss="x0", loss_steps="all", grid=GRID):
     return dopsd.make_nodes(grid, loss, loss_steps, jax.random.key(0))
 
 
+@pytest.mark.parametrize(
+    ("loss", "loss_steps", "fine"),
+    [((0, 1, 1, 1), [0], False), ((0, 1, 1, 1), [0, 1], True), ((0, 1, 1, 1), "random:1", False),
+     ((0, 1, 1, 1), "random:2", True), ((0, 0, 0, 1), "all", True)],
+)  # fmt: skip
+def test_some_step_with_a_loss_has_a_weight(loss, loss_steps, fine):
+    if fine:
+        assert nodes(loss, loss_steps).weight.tolist() == list(loss)
+        return
+    with pytest.raises(UserError, match=r"config\.loss: .* may have no weight at any step"):
+        nodes(loss, loss_steps)
+
+
 def losses_and_gradient(student, teacher, base, contexts, noise, the_nodes, every=True, **more):
     own = functools.partial(dopsd.loss_and_gradient, toy_denoiser(), every_step=every, **more)
     return jax.jit(own)(student, teacher, base, contexts, noise, the_nodes)

@@ -66,6 +66,13 @@ def picture(height, width, seed=0):
     return np.asarray(Image.fromarray(small).resize((width, height), Image.Resampling.BICUBIC))
 
 
+def test_references_are_in_the_order_of_their_numbers():
+    """Ten are allowed, and the wanted result is one more."""
+    features = {f"reference{k}": np.full((1, 1, 1), k) for k in range(11)}
+    context = family.collate([{"text": np.zeros((1, 1))} | features], ())
+    assert [int(latent.item()) for latent in context.references] == list(range(11))
+
+
 def test_the_folder_names_its_family(folder):
     assert families.of_folder(folder) is family
 

@@ -73,7 +73,10 @@ def test_a_scale_in_the_header_that_cannot_be_is_named(tmp_path, metadata, messa
 def test_what_kohya_says_of_the_training_is_no_scale(tmp_path, alpha, rank):
     """musubi-tuner's converter multiplies alpha in and keeps these strings; a resized file has the
     alpha tensors and the word Dynamic."""
-    modules, metadata = random_modules(scale=1.0), {"ss_network_alpha": alpha, "ss_network_dim": rank}
+    modules, metadata = (
+        random_modules(scale=1.0),
+        {"ss_network_alpha": alpha, "ss_network_dim": rank},
+    )
     path = save(tmp_path / "x.safetensors", _names(modules, "diffusion_model."), metadata)
     same_change(read_lora(path, LAYERS).modules, modules, bound=0)
     modules = random_modules(scale=0.5)

@@ -55,6 +55,16 @@ def config_of(**fields):
         ({"method": "dreambooth"}, "", "config.dreambooth.class_word: is empty"),
         ({"method": "sft", "offload": "teacher"}, "", "config.offload: names the teacher"),
         ({"method": "pso", "export_weights": "teacher"}, "", "which keeps the start only"),
+        (
+            {"teacher.weights": "frozen", "export_weights": "teacher"},
+            "",
+            "which stays as it begins with config.teacher.weights = frozen",
+        ),
+        (
+            {"teacher.decay": 1.0, "export_weights": "teacher"},
+            "",
+            "which stays as it begins with config.teacher.decay = 1.0",
+        ),
         ({"teacher__context": "prompt"}, "", "config.teacher.prompt_key: is empty"),
         ({"method": "sft", "sft__sigma": "beta"}, "", "'beta' is not one of logit_normal"),
         ({"method": "pso", "pso__beta": -1.0}, "", "config.pso.beta: -1.0 must be at least 0"),
@@ -232,6 +242,10 @@ def test_a_row_without_the_teachers_caption_is_named(tmp_path):
     config = config_of(data__path="x", **prompt)
     (problem,) = problems_of(data_set.trained_keys, config, ("detailed_en",))
     assert "is the only caption key" in problem
+    config = config_of(data__path="x", data__prompt_keys="short_en,detailed_en", **prompt)
+    (note,) = registry.notes(config)
+    assert "config.data.prompt_keys names the teacher's captions, 'detailed_en'" in note
+    assert not registry.notes(config_of(data__path="x", data__prompt_keys="short_en", **prompt))
 
 
 # --- Steps and runs

@@ -17,12 +17,14 @@ from dopsd_jax.conditioning.features import check_prepared, prepared_settings
 from dopsd_jax.config import schema
 from dopsd_jax.config.loading import load
 from dopsd_jax.data import holdout
+from dopsd_jax.data.buckets import make_buckets
 from dopsd_jax.data.concepts import other_pictures
 from dopsd_jax.data.images import ImageInfo
 from dopsd_jax.data.measure import measure
 from dopsd_jax.data.prepared import Prepared
 from dopsd_jax.data.rows import load_rows
 from dopsd_jax.data.table import DataRow
+from dopsd_jax.data.views import views_of
 from dopsd_jax.evaluation import teacher_traits
 from dopsd_jax.families.flux2_klein import family as klein
 from dopsd_jax.families.pipeline import pipeline
@@ -154,6 +156,24 @@ def test_the_teacher_is_shown_it_in_the_rows_bucket_and_the_cache_knows(
     for row in range(4):
         assert own.key((row, 0), STUDENT) == other.key((row, 0), STUDENT)
         assert own.key((row, 0), TEACHER) != other.key((row, 0), TEACHER)
+
+
+def test_the_cache_tells_another_picture_shown_whole_from_a_mirrored_one(
+    table, random_model, tmp_path
+):
+    """A row is mirrored; the picture of another row, which its teacher is shown, is not."""
+    pipe, keys = pipeline(random_model), {}
+    for context in ("vlm", "other"):
+        config, _ = opened(table, context)
+        dataset = measure(load_rows(table, views=views_of(mirrored=True)), make_buckets(64))
+        if context == "other":
+            others = other_pictures(dataset.rows, dataset.infos, config.seed, str(table))
+            dataset = dataclasses.replace(dataset, others=others)
+        store = CachedFeatures(pipe, dataset, config, tmp_path, registry.needs(config))
+        for row in range(len(dataset.rows)):
+            picture, text = store.encoder.shown(row), dataset.rows[row].captions[0]
+            known = text, picture.shape, picture.tobytes()
+            assert keys.setdefault(store.key((row, 0), TEACHER), known) == known
 
 
 @pytest.mark.parametrize(("made", "now"), [({}, "other"), ({"shown": "other"}, "vlm")])

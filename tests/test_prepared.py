@@ -5,6 +5,7 @@ import json
 import os
 import shutil
 import zlib
+from types import SimpleNamespace
 
 import jax
 import numpy as np
@@ -24,6 +25,7 @@ from dopsd_jax.data.prepared import Prepared
 from dopsd_jax.data.rows import load_rows
 from dopsd_jax.families.pipeline import pipeline
 from dopsd_jax.random_model.synthetic import write_folder
+from dopsd_jax.run import data_set
 
 SETTINGS = {"buckets": [[64, 64]], "dtype": "float32"}
 CHANNELS = 6
@@ -47,6 +49,19 @@ def png(image):
 
 def longest(prepared, role):
     return max(shapes["text"][0] for shapes in prepared.shapes(role))
+
+
+def test_ways_of_reading_rows_are_those_that_the_data_were_prepared_with():
+    config = defaults()
+    config.data.trigger, config.data.folder_repeats = "dax", True
+    assert data_set.reading(config) == {"trigger": "dax", "folder_repeats": True}
+    of = lambda **made: SimpleNamespace(folder="set", manifest=SimpleNamespace(settings=made))
+    data_set.check_reading(config, of(reading=data_set.reading(config)))
+    data_set.check_reading(config, of())  # an older set does not say
+    data_set.check_reading(defaults(), of(reading=data_set.reading(config)))
+    first, second = problems_of(data_set.check_reading, config, of(reading={"trigger": "ohwx"}))
+    assert "config.data.folder_repeats: has no effect on prepared data" in first
+    assert "config.data.trigger" in second and "was prepared with ohwx; leave it out" in second
 
 
 def write(

@@ -16,13 +16,14 @@ from test_prepared import write
 from dopsd_jax.common.config_fields import as_paths
 from dopsd_jax.config.fields import defaults
 from dopsd_jax.data import prepared_parts as parts
-from dopsd_jax.data.buckets import make_buckets
+from dopsd_jax.data.buckets import Bucket, Shape, make_buckets
 from dopsd_jax.data.dataset import describe
 from dopsd_jax.data.loader import Batches
 from dopsd_jax.data.measure import measure
 from dopsd_jax.data.prepared_parts import names_prepared
 from dopsd_jax.data.rows import load_sets
-from dopsd_jax.data.sets import among, parts_of, shares_of
+from dopsd_jax.data.sets import among, draws_per_epoch, parts_of, real_shares, shares_of
+from dopsd_jax.data.sets import describe as describe_sets
 from dopsd_jax.run import data_set, prepared_folder
 
 
@@ -164,6 +165,25 @@ def test_rows_are_drawn_in_the_proportions_of_the_weights():
     same(again.batch(31), batches.batch(31))
 
 
+@pytest.mark.parametrize("batch_size", [1, 4])
+@pytest.mark.parametrize("weights", [(14, 10), (3, 1), (1, 1)])
+def test_shares_hold_over_many_shapes_and_what_is_drawn_is_told(weights, batch_size):
+    """One row of each set in every shape: rounded shape by shape, 1.4 draws would be 1."""
+    sets = parts_of("ab", (10, 10), shares_of(weights, 2))
+    rows = {Shape(Bucket(64 + 16 * i, 64)): np.array([i, 10 + i]) for i in range(10)}
+    batches = Batches(rows, make_rows(20), KEYS, batch_size=batch_size, seed=0, sets=sets)
+    epochs = 40 if batch_size > 1 else 1
+    drawn = [batches.batch(n).rows < 10 for n in range(epochs * batches.per_epoch)]
+    real = real_shares(draws_per_epoch(list(rows.values()), sets), batch_size)
+    assert sum(real) == pytest.approx(1)
+    assert np.mean(drawn) == pytest.approx(real[0], abs=0.03 if batch_size > 1 else 1e-9)
+    wanted = weights[0] / sum(weights)
+    lines = describe_sets(sets, list(rows.values()), batch_size)
+    assert (abs(real[0] - wanted) > 0.01) == ("in batches of one shape" in lines[0])
+    if batch_size == 1:
+        assert real[0] == pytest.approx(wanted)
+
+
 def test_weights_hold_for_the_rows_that_are_trained_on(tmp_path):
     """Most of the pictures that are held out may be of one set."""
     paths = [folder_of(tmp_path / "a", 8), folder_of(tmp_path / "b", 12)]
@@ -174,7 +194,7 @@ def test_weights_hold_for_the_rows_that_are_trained_on(tmp_path):
         assert sum(map(len, held.values())) == config.data.holdout
         left = [sum(len(one.of(ids)) for ids in rows.values()) for one in own.sets]
         assert sum(left) == 20 - config.data.holdout
-        drawn = [one.draws(count) for one, count in zip(own.sets, left, strict=True)]
+        drawn = [one.draws([count])[0] for one, count in zip(own.sets, left, strict=True)]
         assert drawn[0] / sum(drawn) == pytest.approx(0.75, abs=0.5 / sum(drawn))
         assert min(one.times for one in own.sets) == 1
         batches = Batches(rows, make_rows(20), KEYS, batch_size=1, seed=0, sets=own.sets)

@@ -55,7 +55,8 @@ class Field:
     list`, `path`, or `paths or store` (several, gs://); if not given, the type of the default. low,
     high: bounds of a number, included; above: excluded. unit: of a number. choices: what a name may
     be. listed: what the items of a list may be. when: values that other fields must have so that
-    this one has an effect. change: whether it may differ when a run is continued.
+    this one has an effect. change: whether it may differ when a run is continued. asked_with:
+    values of other fields with which that is on request, although `change` is always.
     """
 
     name: str
@@ -70,6 +71,7 @@ class Field:
     listed: tuple[str, ...] = ()
     when: Mapping[str, tuple[str, ...]] = dataclasses.field(default_factory=dict)
     change: str = ON_REQUEST
+    asked_with: Mapping[str, tuple[str, ...]] = dataclasses.field(default_factory=dict)
 
     def __post_init__(self):
         if not self.kind:
@@ -77,6 +79,11 @@ class Field:
         low = self.low if self.above is None else self.above
         if self.kind in NUMBERS and (low is None or self.high is None):
             raise TypeError(f"{self.name}: a number needs a lower and an upper bound")
+
+    def change_in(self, given: Mapping[str, Any]) -> str:
+        """`change` of a run with these values of the fields."""
+        asked = any(given.get(name) in values for name, values in self.asked_with.items())
+        return ON_REQUEST if asked and self.change == ALWAYS else self.change
 
     def fault(self, value: Any) -> str | None:
         """What is wrong with a value, as a message goes on after it; None: nothing."""

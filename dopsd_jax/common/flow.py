@@ -36,7 +36,7 @@ def check_grid(nodes: Sequence[float], field: str) -> tuple[float, ...]:
     if nodes and nodes[-1] != 0.0:
         nodes = (*nodes, 0.0)
     falls = all(a > b for a, b in itertools.pairwise(nodes))
-    if len(nodes) < 2 or not falls or nodes[0] > 1.0:
+    if len(nodes) < 2 or not falls or nodes[0] != 1.0:  # a rollout begins with noise alone
         raise UserError(
             f"{field}: {list(nodes)} is not a grid; give noise levels that fall from 1 towards 0, "
             "for example [1, 0.9, 0.75, 0.5]"

@@ -12,6 +12,7 @@ from dopsd_jax.conditioning.encoding import PRIOR, Encoder, Shapes
 from dopsd_jax.data.cache import FeatureCache, feature_key
 from dopsd_jax.data.dataset import Dataset
 from dopsd_jax.data.prepared import Caption
+from dopsd_jax.data.table import WHOLE
 from dopsd_jax.data.varied import EMPTY
 from dopsd_jax.data.views import view_name
 from dopsd_jax.families.base import STUDENT, TEACHER, Family
@@ -87,9 +88,10 @@ class CachedFeatures:
 
     def _shown(self, row: int) -> tuple[str, str]:
         """What the row's teacher is shown; see `Encoder.shown`."""
-        own, crop = self._picture(row)
         others = self.dataset.others
-        return (others[row].digest if others else own), crop
+        if not others:
+            return self._picture(row)
+        return others[row].digest, view_name(self.dataset.buckets[row], WHOLE)
 
     def _picture(self, row: int) -> tuple[str, str]:
         name = view_name(self.dataset.buckets[row], self.dataset.rows[row].view)

@@ -3,6 +3,7 @@
 import re
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
 
 import jax
 import numpy as np
@@ -10,8 +11,9 @@ from jaxtyping import Float, UInt8
 from ml_collections import ConfigDict
 
 from dopsd_jax.common.errors import UserError, raise_if
+from dopsd_jax.data.blobs import Blob
 from dopsd_jax.data.dataset import Dataset
-from dopsd_jax.data.images import fit, open_image
+from dopsd_jax.data.images import ImageLimits, fit, open_image
 from dopsd_jax.data.masks import cut_mask, open_mask
 from dopsd_jax.data.prepared import Caption
 from dopsd_jax.data.views import cut
@@ -33,22 +35,26 @@ class Encoder:
         self.pipe, self.dataset = pipe, dataset
         self.to_bucket = config.data.reference_crop == TO_BUCKET
         self.dreambooth = config.dreambooth
+        self.limits = ImageLimits(max_pixels=config.data.max_pixels)
         self.options = [pipe.options(role, config.teacher) for role in (STUDENT, TEACHER)]
+
+    def _open(self, path: Path | Blob) -> UInt8[np.ndarray, "H W 3"]:
+        return open_image(path, self.limits)
 
     def image(self, row: int) -> np.ndarray:
         """The row's picture as training sees it: cut to its bucket."""
         own, digest = self.dataset.rows[row], self.dataset.infos[row].digest
-        return cut(open_image(own.image), self.dataset.buckets[row], own.view, digest)
+        return cut(self._open(own.image), self.dataset.buckets[row], own.view, digest)
 
     def shown(self, row: int) -> np.ndarray:
         """The picture that the row's teacher is shown, cut to the row's bucket."""
         if not self.dataset.others:
             return self.image(row)
-        return fit(open_image(self.dataset.others[row].image), *self.dataset.buckets[row])
+        return fit(self._open(self.dataset.others[row].image), *self.dataset.buckets[row])
 
     def references(self, row: int) -> list[np.ndarray]:
         """The pictures that the row edits, as the model is given them."""
-        found = [open_image(path) for path in self.dataset.rows[row].references]
+        found = [self._open(path) for path in self.dataset.rows[row].references]
         bucket = self.dataset.buckets[row]
         return [fit(picture, *bucket) if self.to_bucket else picture for picture in found]
 
@@ -75,7 +81,7 @@ class Encoder:
         own, bucket = self.dataset.rows[row], self.dataset.buckets[row]
         factor = self.pipe.vae_config.factor
         digest = self.dataset.infos[row].digest
-        cells = cut_mask(open_mask(own), bucket, own.view, digest, factor)
+        cells = cut_mask(open_mask(own, self.limits), bucket, own.view, digest, factor)
         if not own.view.crop and not cells.any():
             raise UserError(
                 f"{own.mask or own.image}: the part that counts is cut off where its picture goes "

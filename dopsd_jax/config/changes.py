@@ -43,7 +43,7 @@ def compare(
         # A field that is younger than the run: its default keeps what was done before.
         default = fields[name].default if name in fields else None
         was, now = old["config"].get(name, default), new["config"].get(name)
-        change = fields[name].change if name in fields else NEVER
+        change = fields[name].change_in(new["config"]) if name in fields else NEVER
         if was == now or change == ALWAYS:
             continue
         group = DATA if name.startswith(f"{DATA}.") else name

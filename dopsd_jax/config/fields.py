@@ -38,8 +38,10 @@ _RUN = (
     Field("method", "dopsd", "training method (docs/methods.md)", change=NEVER),
     Field("train", "lora", "lora: adapters beside the frozen network; full: every parameter",
           choices=("lora", "full"), change=NEVER),
-    Field("seed", 30, "seed of all random numbers of the run", low=0, high=2**63 - 1),
-    _steps("steps", 2000, "optimizer steps of the run", 1, change=ALWAYS),
+    Field("seed", 30, "seed of all random numbers of the run", low=0, high=2**32 - 1),
+    _steps("steps", 2000, "optimizer steps of the run; may change freely with a constant "
+           "lr_schedule, whose end they are else", 1, change=ALWAYS,
+           asked_with={"lr_schedule": ("linear", "cosine")}),
     Field("batch_size", 4, "images per micro-batch, on all devices together", low=1, high=65536),
     Field("accumulate", 1, "micro-batches per step, all from one bucket", low=1, high=65536),
     _steps("checkpoint_every", 500, "steps between two checkpoints; each writes a LoRA file",

@@ -199,4 +199,11 @@ def _teacher(given: Mapping[str, Any]) -> list[str]:
         faults.append(
             f"config.export_weights: names the teacher, which has no weights of its own with {why}"
         )
+    still = {"teacher.weights": "frozen", "teacher.decay": 1.0}
+    for name, value in still.items() if given["export_weights"] == "teacher" else ():
+        if keeps == "teacher" and given[name] == value:
+            faults.append(
+                f"config.export_weights: names the teacher, which stays as it begins with "
+                f"config.{name} = {value}; set it to student"
+            )
     return faults

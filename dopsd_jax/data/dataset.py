@@ -14,7 +14,7 @@ from dopsd_jax.data.buckets import Bucket, Reference, Shape
 from dopsd_jax.data.concepts import Shown
 from dopsd_jax.data.picture_index import Infos
 from dopsd_jax.data.prepared import Caption, Prepared
-from dopsd_jax.data.sets import PartOfRows, draws_per_epoch
+from dopsd_jax.data.sets import PartOfRows
 from dopsd_jax.data.sources.collector import Examples
 from dopsd_jax.data.table import WHOLE, Chosen, RowList, in_parts
 from dopsd_jax.data.varied import EMPTY
@@ -126,15 +126,15 @@ def describe(
     """The data set in a few lines, for a report; `trained`: its rows that are used, None: all."""
     by_shape = dataset.rows_by_shape()
     used = by_shape if trained is None else trained
-    draws = [draws_per_epoch(rows, dataset.sets) for rows in used.values()]
-    batches = sum(-(-drawn // batch_size) for drawn in draws)
-    repeated = batches * batch_size - sum(draws)
+    draws = np.sum(sets.draws_per_epoch(list(used.values()), dataset.sets), axis=0)
+    batches = int(np.sum(-(-draws // batch_size)))
+    repeated = batches * batch_size - int(np.sum(draws))
     pictures, held = dataset.infos.distinct(), len(dataset.rows) - sum(map(len, used.values()))
     lines = [
         f"data: {len(dataset.rows)} rows (a picture with its captions), {pictures} different "
         f"pictures, digest {dataset.digest()[:12]}"
     ]
-    lines += sets.describe(dataset.sets)
+    lines += sets.describe(dataset.sets, list(used.values()), batch_size)
     if dataset.masks:
         whole = [row for row, mask in enumerate(dataset.masks) if not mask]
         named = Examples.of(whole, dataset.rows.where)

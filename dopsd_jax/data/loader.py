@@ -95,9 +95,8 @@ class Batches:
         self.seed = seed
         self.draw, self.dropout = draw, dropout
         self.sets = sets if any(one.times != 1 for one in sets) else ()
-        draws = [draws_per_epoch(ids, self.sets) for ids in self.rows_by_shape.values()]
-        counts = (-(-drawn // batch_size) for drawn in draws)
-        self.per_epoch = sum(counts)
+        self.draws = draws_per_epoch(list(self.rows_by_shape.values()), self.sets)
+        self.per_epoch = sum(-(-sum(own) // batch_size) for own in zip(*self.draws, strict=True))
         self._plan = functools.lru_cache(maxsize=2)(self._make_plan)
 
     def _make_plan(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
@@ -105,7 +104,7 @@ class Batches:
         shapes, rows = [], []
         for number, (shape, ids) in enumerate(self.rows_by_shape.items()):
             sides = (*shape.bucket, *itertools.chain(*shape.references))
-            ids = self._repeated(ids, epoch, *sides)
+            ids = self._repeated(ids, number, epoch, *sides)
             shuffled = ids[permutation(len(ids), self.seed, epoch, _ROWS, *sides)]
             count = -(-len(ids) // self.batch_size)
             rows.append(np.resize(shuffled, (count, self.batch_size)))  # repeats from the start
@@ -113,13 +112,13 @@ class Batches:
         order = permutation(self.per_epoch, self.seed, epoch, _BATCHES)
         return np.concatenate(shapes)[order], np.concatenate(rows)[order]
 
-    def _repeated(self, ids: np.ndarray, epoch: int, *sides: int) -> np.ndarray:
+    def _repeated(self, ids: np.ndarray, shape: int, epoch: int, *sides: int) -> np.ndarray:
         """Rows of a shape, each as often as it is used in an epoch."""
         found = []
         for number, one in enumerate(self.sets):
             own = one.of(ids)
             own = own[permutation(len(own), self.seed, epoch, _SETS, number, *sides)]
-            found.append(np.resize(own, one.draws(len(own))))
+            found.append(np.resize(own, self.draws[number][shape]))
         return np.concatenate(found) if found else ids
 
     def shapes_between(self, first: int, stop: int) -> list[Shape]:

@@ -15,6 +15,8 @@ from dopsd_jax.common.errors import raise_if
 from dopsd_jax.data.table import Captions, DataRow, Derived, RowList
 from dopsd_jax.data.varied import EMPTY
 
+CLOSE = 0.01  # a share that is so near to the wanted one is that
+
 
 class PartOfRows(NamedTuple):
     """The rows of one data set among all. `times`: how often each is used in an epoch, 1 or more.
@@ -31,21 +33,47 @@ class PartOfRows(NamedTuple):
         """Those row numbers that are this set's."""
         return ids[(ids >= self.rows.start) & (ids < self.rows.stop)]
 
-    def draws(self, count: int) -> int:
-        """How often `count` of its rows are used in an epoch, together."""
-        return round(self.times * count)
+    def draws(self, counts: Sequence[int]) -> list[int]:
+        """How often its rows are used in an epoch; `counts`: how many there are of each shape.
+
+        Rounded together: were each shape rounded alone, sets of many shapes would miss their share.
+        """
+        exact = [self.times * count for count in counts]
+        whole = [int(one) for one in exact]
+        left = round(sum(exact)) - sum(whole)
+        most = sorted(range(len(exact)), key=lambda i: whole[i] - exact[i])
+        return [n + (i in most[:left]) for i, n in enumerate(whole)]
 
 
-def draws_per_epoch(ids: Int64[np.ndarray, " n"], sets: Sequence[PartOfRows]) -> int:
-    """How often these rows are used in an epoch, together."""
-    return sum(one.draws(len(one.of(ids))) for one in sets) if sets else len(ids)
+def draws_per_epoch(
+    ids: Sequence[Int64[np.ndarray, " _"]], sets: Sequence[PartOfRows]
+) -> list[list[int]]:
+    """How often the rows of each shape, `ids`, are used in an epoch: by set, then by shape."""
+    if not sets:
+        return [[len(own) for own in ids]]
+    return [one.draws([len(one.of(own)) for own in ids]) for one in sets]
 
 
-def describe(sets: Sequence[PartOfRows]) -> list[str]:
-    """A line for each of several data sets."""
+def real_shares(draws: Sequence[Sequence[int]], batch_size: int) -> list[float]:
+    """The share of each set in all batches, of which the last of a shape is filled up with more.
+
+    draws: see `draws_per_epoch`.
+    """
+    of_shape = np.sum(draws, axis=0)
+    filled = -(-of_shape // batch_size) * batch_size
+    return (np.asarray(draws) / of_shape @ filled / filled.sum()).tolist()
+
+
+def describe(
+    sets: Sequence[PartOfRows], ids: Sequence[Int64[np.ndarray, " _"]] = (), batch_size: int = 0
+) -> list[str]:
+    """A line for each of several data sets; `ids`: the rows of each shape, if batches are known."""
+    real = real_shares(draws_per_epoch(ids, sets), batch_size) if sets and ids else ()
     lines = []
-    for one in sets:
+    for number, one in enumerate(sets):
         share = "" if one.share is None else f", {float(one.share):.3g} of all draws"
+        if share and real and abs(real[number] - one.share) > CLOSE:
+            share += f" by data.weights, {real[number]:.3g} in batches of one shape"
         times = f"each used {float(one.times):.3g} times an epoch"
         lines.append(f"set {one.path}: {len(one.rows)} rows, {times}{share}")
     return lines

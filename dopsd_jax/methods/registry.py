@@ -7,7 +7,7 @@ import importlib
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
-from dopsd_jax.common.config_fields import Field, name_or_list
+from dopsd_jax.common.config_fields import Field, as_list, name_or_list
 from dopsd_jax.methods import anchor
 from dopsd_jax.methods.method import Config, Count, Method, Needs, Passes, Teacher
 from dopsd_jax.methods.options import DISTANCE, LEVELS, NODES, OTHER_CAPTION, TEACHER, TOLD
@@ -179,18 +179,24 @@ def teacher(config: Config) -> Teacher:
 
 def notes(config: Config) -> list[str]:
     """What to say of settings that are allowed and seldom meant."""
-    weights = teacher(config)
+    found, weights, key = [], teacher(config), teacher_key(config)
+    if key is not None and key in as_list(config["data"]["prompt_keys"]):
+        found.append(
+            f"warning: config.data.prompt_keys names the teacher's captions, {key!r}: told the "
+            "same, it has nothing to teach with them"
+        )
     if config["method"] != "dopsd" or weights.weights == "frozen":
-        return []
+        return found
     if weights.weights == "live":
         name, what = "weights = live", "is the student itself"
     elif weights.decay <= COLLAPSING:
         name, what = f"decay = {weights.decay:g}", "is the student of a few steps before"
     else:
-        return []
+        return found
     return [
+        *found,
         f"warning: config.teacher.{name}: the teacher {what}; such runs end in pictures of nothing "
-        "after some hundred steps (docs/results.md); the recipes have ema, 0.9999"
+        "after some hundred steps (docs/results.md); the recipes have ema, 0.9999",
     ]
 
 

@@ -245,7 +245,13 @@ def _plan(
 
 
 def make_gap(config: ConfigDict, net: Denoiser, schedule: Schedule) -> Callable:
-    """The gap of a state on one batch, by config.method; see `train_step.make_gap`."""
+    """The gap of a state on one batch, by config.method; see `train_step.make_gap`.
+
+    Of all nodes where the steps draw some: a batch would be judged at the same few for ever.
+    """
+    if isinstance(name_or_list(config.loss_steps), str):
+        config = config.copy_and_resolve_references()
+        config.loss_steps = "all"
     own = registry.loss_function(config, net, schedule), registry.draw(config)
     return train_step.make_gap(*own, registry.start(config), registry.told(config) != "all")
 

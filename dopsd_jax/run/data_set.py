@@ -12,6 +12,7 @@ from dopsd_jax.common.config_fields import as_list, as_numbers, as_paths
 from dopsd_jax.common.errors import UserError, raise_if
 from dopsd_jax.conditioning.cached import sees_picture
 from dopsd_jax.conditioning.encoding import TO_BUCKET
+from dopsd_jax.config.fields import defaults
 from dopsd_jax.data import holdout, sets
 from dopsd_jax.data.buckets import Bucket, make_buckets, parse_buckets
 from dopsd_jax.data.cache import FeatureCache
@@ -22,7 +23,7 @@ from dopsd_jax.data.images import ImageLimits
 from dopsd_jax.data.masks import FILES, OFF
 from dopsd_jax.data.measure import ReferenceSize, measure
 from dopsd_jax.data.picture_index import PictureIndex
-from dopsd_jax.data.prepared import MASKS, Prepared
+from dopsd_jax.data.prepared import MASKS, Prepared, short
 from dopsd_jax.data.prepared_parts import AGAIN, Manifest, names_prepared
 from dopsd_jax.data.rows import Rows, load_sets
 from dopsd_jax.data.sets import PartOfRows, parts_of, shares_of
@@ -49,6 +50,7 @@ ROW_OPTIONS = (
     "image_key",
     "trigger",
 )
+READING = "reading"  # in the settings of a prepared data set: see `reading`
 RANDOM = "random"  # config.model, config.data.path: made in the work directory
 
 
@@ -61,6 +63,7 @@ def open_data(config: ConfigDict, workdir: Path, pipe: Pipeline) -> Dataset:
         keys += (other,) if keys and other else ()
         prepared = Prepared(*as_paths(config.data.path), keys or None)
         prepared.check({MASKS: None} | data_settings(config, pipe), SETTINGS)
+        check_reading(config, prepared)
         raise_if(
             f"{config.data.path}: is damaged (a row of {bucket}, which is no bucket); {AGAIN}"
             for bucket in sorted({*prepared.buckets} - {*buckets})
@@ -113,6 +116,23 @@ def data_settings(config: ConfigDict, pipe: Pipeline) -> dict[str, object]:
     if config.data.masks == OFF:
         return {"buckets": buckets}
     return {"buckets": buckets, MASKS: [config.data.masks, pipe.vae_config.factor]}
+
+
+def reading(config: ConfigDict) -> dict[str, object]:
+    """How the rows are read, where it is not as usual; a prepared data set keeps it."""
+    usual = defaults().data
+    return {name: config.data[name] for name in ROW_OPTIONS if config.data[name] != usual[name]}
+
+
+def check_reading(config: ConfigDict, prepared: Prepared) -> None:
+    """Raises `UserError` for ways of reading rows that a prepared data set was not made with."""
+    made = prepared.manifest.settings.get(READING)
+    raise_if(
+        f"config.data.{name}: has no effect on prepared data, and {prepared.folder} was prepared "
+        f"with {short(made.get(name, defaults().data[name]))}; leave it out, or prepare it again"
+        for name, value in (reading(config).items() if isinstance(made, dict) else ())
+        if made.get(name) != value
+    )
 
 
 def check_masks(config: ConfigDict, dataset: Dataset) -> None:

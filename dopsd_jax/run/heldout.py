@@ -83,12 +83,16 @@ class Heldout:
             self.anchor_gaps.append(float(metrics["anchor_gap"]))
 
     def score(self, step: int, state: TrainState, files: Sequence[epath.Path]) -> dict[str, float]:
-        """The scores of a state; `files`: what was written of it, the best LoRA file is copied."""
-        found = {ranking.GAP: self._gap(state)}
+        """The scores of the weights that a state exports.
+
+        `files`: what was written of them; the best LoRA file is copied.
+        """
+        exported = getattr(state, self.config.export_weights)
+        found = {ranking.GAP: self._gap(state._replace(student=exported))}
         if self.anchor_gaps:
             found[ranking.ANCHOR_GAP] = float(np.mean(self.anchor_gaps))
             self.anchor_gaps = []
-        found |= self.judge(getattr(state, self.config.export_weights))
+        found |= self.judge(exported)
         self.ranking.add(step, found, multihost.is_first())
         best = self.ranking.best
         others = "".join(

@@ -36,6 +36,7 @@ def describe_source(
     """What all parts have in common."""
     memo = data_set.cache_folder(config, workdir) / DIGESTS
     made_from = data_set.data_settings(config, pipe) | prepared_settings(config, pipe, memo)
+    made_from[data_set.READING] = data_set.reading(config)
     source = source_digest(rows.rows, roots)
     several = tuple((Path(one.path).name, len(one.rows)) for one in rows.sets)
     weights = tuple(map(str, as_list(config.data.weights))) if several else ()

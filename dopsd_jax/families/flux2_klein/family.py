@@ -21,6 +21,7 @@ from dopsd_jax.families.flux2_klein.networks import NETWORKS
 from dopsd_jax.families.flux2_klein.options import CONTEXTS, EDITING
 from dopsd_jax.families.flux2_klein.pipeline import KleinPipeline as Pipeline
 from dopsd_jax.families.flux2_klein.random import random_size, write_random_model
+from dopsd_jax.families.flux2_klein.references import REFERENCE
 from dopsd_jax.families.sampling import merged
 from dopsd_jax.families.texts import QWEN3_4B, QWEN3_8B
 from dopsd_jax.models.flux2 import STACKS, Flux2
@@ -188,7 +189,8 @@ def largest_latent(size: Flux2Config) -> tuple[int, int]:
 def collate(features: Sequence[Features], rows: PaddedLengths | None = None) -> Context:
     """Features of a batch as one context: all have as many references, the k-th of one size."""
     stacked = lambda name: np.stack([one[name] for one in features])
-    references = sorted(name for name in features[0] if name.startswith("reference"))
+    names = (name for name in features[0] if name.startswith(REFERENCE))
+    references = sorted(names, key=lambda name: int(name.removeprefix(REFERENCE)))
     return Context(stacked("text"), tuple(map(stacked, references)))
 
 

@@ -15,7 +15,11 @@ from dopsd_jax.common.json_fields import Fields
 from dopsd_jax.common.json_files import read_json
 from dopsd_jax.families.base import STUDENT, TEACHER, Features, Request
 from dopsd_jax.families.flux2_klein.options import INSTRUCTIONS
-from dopsd_jax.families.flux2_klein.references import prepare_reference, reference_size
+from dopsd_jax.families.flux2_klein.references import (
+    REFERENCE,
+    prepare_reference,
+    reference_size,
+)
 from dopsd_jax.families.prompts import too_long
 from dopsd_jax.families.texts import TextPipeline, hidden_states, user_turn
 from dopsd_jax.weights.model_folder import INDEX
@@ -76,7 +80,7 @@ class KleinPipeline(TextPipeline):
             # A long reference may have a longer side than any picture that is drawn.
             sides = reference_size(height, width, most, self.size_multiple, where)
             latent = (*(side // self.vae_config.factor for side in sides), self.config.channels)
-            shapes[f"reference{k}"] = jax.ShapeDtypeStruct(latent, jnp.float32)
+            shapes[f"{REFERENCE}{k}"] = jax.ShapeDtypeStruct(latent, jnp.float32)
         if role == TEACHER:
             said = options.get("instruction", next(iter(INSTRUCTIONS.values())))
             prompt = f"{prompt} {said}".strip()
@@ -108,7 +112,7 @@ class KleinPipeline(TextPipeline):
             bounds = _pixels(role, len(pictures[0]), options or {})[k], self.size_multiple
             references = np.stack([prepare_reference(picture, *bounds) for picture in same])
             for own, latent in zip(found, np.asarray(self.encode_image(references)), strict=True):
-                own[f"reference{k}"] = latent
+                own[f"{REFERENCE}{k}"] = latent
         return found
 
 

@@ -8,6 +8,7 @@ from PIL import Image
 
 from dopsd_jax.common.errors import UserError
 
+REFERENCE = "reference"  # features of this name, with a number from 0
 LEAST_SIDE, MOST_RATIO = 64, 8  # the published pipeline's bounds
 
 
