@@ -78,6 +78,7 @@ UNSUPPORTED = {
     ".lora_mid.weight": "is a convolution's middle factor",
     ".diff": "is a full difference, not a low-rank one",
     ".diff_b": "is a difference of a bias",
+    "lokr_factor": "tells of a LoKr of musubi-tuner, which has a scale of its own",
 }
 UNSUPPORTED_PARTS = {
     ".lokr_t2": "convolutional LoKr",
