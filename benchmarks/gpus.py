@@ -49,7 +49,7 @@ MODELS = (
 HEAD = f"""# What fits on which GPU
 
 Made by `python benchmarks/gpus.py`; do not edit. **Estimates, counted from shapes; none was
-measured on a GPU**; what is measured will be in [on_gpu.md](on_gpu.md). What the arrays take is exact; for
+measured on a GPU**; what is will be in [on_gpu.md](on_gpu.md). What the arrays take is exact; for
 what a compiler needs beside them stands a
 rule that is within 4 % of the steps that were compiled for TPUs ([scaling.md](scaling.md),
 tests/test_counted.py). The programs let JAX use {100 * gpu_memory.SHARE:.0f} % of a card's memory,

@@ -201,6 +201,7 @@ def run_export(args: argparse.Namespace) -> None:
 def run_lora(args: argparse.Namespace) -> None:
     from dopsd_jax.common.progress import size
     from dopsd_jax.conversion.inspection import layers_for
+    from dopsd_jax.weights.lora_dialects import unread
     from dopsd_jax.weights.lora_files import read_adapter
     from dopsd_jax.weights.lora_header import kept
     from dopsd_jax.weights.lora_write import write_lora
@@ -214,6 +215,8 @@ def run_lora(args: argparse.Namespace) -> None:
         f"{args.out}: {len(lora.modules)} layers, dialect {lora.dialect} -> {args.to}"
         + (f", {size(written)}" if written else "")
     )
+    if why := unread(layers, args.to):
+        print(f"note: {args.out}: {why}; all of them read --to D")
 
 
 def run_extract(args: argparse.Namespace) -> None:

@@ -9,14 +9,18 @@ import sys
 import numpy as np
 import pytest
 from conftest import left_by_killed
+from lora_helpers import LAYERS, random_modules
 from safetensors.numpy import save_file
 from weights_helpers import ROOT, SMALL, Interrupt, run_python, tensors_of
 
+from dopsd_jax import families
 from dopsd_jax.conversion import importing
 from dopsd_jax.conversion.importing import import_model
 from dopsd_jax.models.zimage_config import ZImageConfig, names
 from dopsd_jax.random_model import write_random_model
 from dopsd_jax.weights import converted
+from dopsd_jax.weights.lora_dialects import layers_of
+from dopsd_jax.weights.lora_write import write_lora
 from dopsd_jax.weights.safetensors_io import TensorFiles
 from dopsd_jax.weights.validation import sources
 
@@ -155,6 +159,59 @@ def test_a_forgotten_output_does_not_cost_the_last_file_that_is_read(
         code, _, err = _tool(monkeypatch, capsys, *map(str, command))
         assert code == 2 and "style.safetensors: already there" in err
     assert (tmp_path / "style.safetensors").read_bytes() == before
+
+
+@pytest.mark.parametrize(
+    ("out", "message"),
+    [
+        ("nowhere/x.safetensors", "nowhere: no such folder; create it first"),
+        ("folder", "folder: is a folder; give the name of a new file"),
+        ("x", "x: give a name that ends in .safetensors"),
+    ],
+)
+@pytest.mark.parametrize("command", ["lora", "extract"])
+def test_an_output_that_cannot_be_is_told_before_the_work(
+    tiny, tmp_path, monkeypatch, capsys, command, out, message
+):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "dog.safetensors").write_text("nothing, which would be told if it were read")
+    sources = ("dog.safetensors",) if command == "lora" else (str(tiny), "dog.safetensors")
+    code, _, err = _tool(monkeypatch, capsys, command, *sources, out)
+    assert code == 2 and message in err
+
+
+def test_a_name_that_is_too_long_is_told(tmp_path, monkeypatch, capsys):
+    write_lora(tmp_path / "dog.safetensors", random_modules(), LAYERS)
+    out = tmp_path / ("x" * 300 + ".safetensors")
+    code, _, err = _tool(monkeypatch, capsys, "lora", tmp_path / "dog.safetensors", out)
+    assert code == 2 and "cannot be written (File name too long)" in err
+
+
+def test_a_lora_file_is_of_the_published_model_that_it_fits(tmp_path, monkeypatch, capsys):
+    """Without a header that names it: by its layers, and of two sizes by their shapes."""
+    for family in families.every():
+        for name, size in family.PUBLISHED.items():
+            layers = layers_of(family.NETWORKS["transformer"], size)
+            path = next(p for p in layers.native if len(layers.native[p].paths) == 3)
+            target = layers.native[path]
+            factors = {"down": (2, target.width), "up": (sum(target.rows), 2)}
+            stem = "lora_unet_" + path.replace(".", "_")
+            arrays = {f"{stem}.lora_{k}.weight": np.ones(v, np.float32) for k, v in factors.items()}
+            path = tmp_path / f"{name}.safetensors"
+            save_file(arrays | {f"{stem}.alpha": np.ones((), np.float32)}, path)
+            code, out, err = _tool(monkeypatch, capsys, "inspect", path)
+            assert code == 0 and "3 layers adapted" in out, err
+
+
+def test_what_does_not_read_a_dialect_is_told(tmp_path, monkeypatch, capsys):
+    write_lora(tmp_path / "dog.safetensors", random_modules(), LAYERS)
+    for dialect, told in (("D", False), ("K", False), ("Cn", True), ("Y", True)):
+        out = tmp_path / f"{dialect}.safetensors"
+        command = ("lora", tmp_path / "dog.safetensors", out, "--to", dialect)
+        code, out, err = _tool(monkeypatch, capsys, *command)
+        assert code == 0, err
+        assert told == ("note:" in out)
 
 
 @pytest.mark.parametrize("command", [[], ["import"], ["export"], ["merge"], ["lora"], ["inspect"]])

@@ -151,8 +151,11 @@ def write_text(path: str | os.PathLike, text: str) -> None:
 
 def need_free(path: Path) -> None:
     """Raises `UserError` where something is already at `path`, other than an empty folder."""
-    # Not Path.exists: in Python 3.11 it raises for a name that is too long.
-    if os.path.exists(path) and (not path.is_dir() or any(path.iterdir())):
+    try:
+        taken = path.exists() and (not path.is_dir() or any(path.iterdir()))
+    except OSError as error:  # such as a name that is too long
+        raise disk_error(error, path) from None
+    if taken:
         raise UserError(f"{path}: already there; give another name, or remove it")
 
 

@@ -145,6 +145,29 @@ def layers_of(network: Network, config: Any) -> Layers:
     return Layers(own, native, config.to_dict(), network.lora(config), network.licence(config))
 
 
+# Who does not read a dialect that is written, by how the architecture begins. All read D.
+UNREAD = {
+    "Z-Image": {
+        "Cn": "diffusers reads a part of its layers, without a word",
+        "Y": "diffusers does not read it",
+        "Q": "it is for PEFT: diffusers and ComfyUI find no layer in it",
+    },
+    "Flux.2": {
+        "Cs": "ComfyUI finds no layer in it",
+        "Y": "diffusers finds no layer in it, and says nothing",
+        "Q": "ComfyUI finds no layer in it, and diffusers loses its scale",
+    },
+}
+
+
+def unread(layers: Layers, dialect: str) -> str:
+    """Who does not read a file of this dialect for this model; '' if all do."""
+    for beginning, table in UNREAD.items():
+        if layers.architecture.startswith(beginning):
+            return table.get(dialect, "")
+    return ""
+
+
 def split_name(name: str) -> tuple[str, str | None, str, str]:
     """A tensor's stem, its part, kind, and adapter name.
 
