@@ -15,8 +15,9 @@ from dopsd_jax.data.buckets import Bucket, Shape
 from dopsd_jax.data.images import ImageInfo
 from dopsd_jax.data.picture_index import Infos
 from dopsd_jax.evaluation import checkpoint_scores
-from dopsd_jax.run import heldout
+from dopsd_jax.run import build, heldout
 from dopsd_jax.training.ranking import BEST, FILE, GAP, Order, Ranking
+from dopsd_jax.training.state import TrainState
 
 
 def dataset(digests):
@@ -50,6 +51,46 @@ def test_the_split_is_of_pictures_and_does_not_depend_on_the_order_of_rows():
     choices = {frozenset(numbers(holdout.split(dataset(digests), 2, s)[1])) for s in range(8)}
     assert len(choices) > 1
     assert holdout.split(dataset(digests), 0, 1)[1] == {}
+
+
+@pytest.mark.parametrize("size", [1, 2, 4])
+def test_shapes_count_as_their_rows(size):
+    """However their batches are filled up."""
+    small, large = Shape(Bucket(64, 64)), Shape(Bucket(64, 80))
+    held = {small: np.arange(5), large: np.arange(5, 6)}
+    index = lambda shape: SimpleNamespace(shape=shape)
+    batches = [index(shape) for shape, ids in held.items() for _ in range(-(-len(ids) // size))]
+    found = holdout.shares(batches, held)
+    of = lambda shape: sum(f for f, b in zip(found, batches, strict=True) if b.shape == shape)
+    assert of(small) == pytest.approx(5) and of(large) == pytest.approx(1)
+
+
+def test_the_gap_is_of_all_nodes_where_steps_draw_some(monkeypatch):
+    """Every checkpoint is judged with the same random numbers: at the same few nodes, then."""
+    seen, config = [], defaults()
+    function = lambda config, net, schedule: seen.append(config.loss_steps)
+    monkeypatch.setattr(build.registry, "loss_function", function)
+    for asked in ("all", "random:1", (0, 2)):
+        config.loss_steps = asked
+        build.make_gap(config, None, None)
+        assert config.loss_steps == asked
+    assert seen == ["all", "all", (0, 2)]
+
+
+@pytest.mark.parametrize(("export", "scored"), [("student", 1.0), ("teacher", 2.0)])
+def test_what_is_exported_is_scored(export, scored):
+    seen, judged, config = {}, [], defaults()
+    config.export_weights = export
+    own = SimpleNamespace(
+        config=config,
+        anchor_gaps=[],
+        judge=lambda weights: judged.append(weights) or {},
+        ranking=SimpleNamespace(add=lambda step, found, write: seen.update(found), best=0),
+        say=lambda line: None,
+        _gap=lambda state: state.student,
+    )
+    heldout.Heldout.score(own, 5, TrainState(5, 1.0, 2.0, None), [])
+    assert seen == {GAP: scored} and judged == [scored]
 
 
 def test_a_picture_must_be_left_to_train_on():

@@ -2,7 +2,8 @@
 
 import hashlib
 import heapq
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 
@@ -54,7 +55,7 @@ def _digests(dataset: Dataset) -> list[str]:
 def batches(dataset: Dataset, held: RowsByShape, size: int) -> list[BatchIndex]:
     """The rows of `held` with their first caption, in batches of `size` of one shape.
 
-    The last batch of a shape is filled up with rows from its start.
+    The last batch of a shape is filled up with rows from its start; see `shares`.
     """
     found = []
     for shape, ids in held.items():
@@ -66,3 +67,9 @@ def batches(dataset: Dataset, held: RowsByShape, size: int) -> list[BatchIndex]:
             )
             found.append(BatchIndex(len(found), shape, rows, keys, np.array(captions, np.int64)))
     return found
+
+
+def shares(batches: Sequence[BatchIndex], held: RowsByShape) -> list[float]:
+    """What each of these batches counts for: together those of a shape count as its rows."""
+    number = Counter(index.shape for index in batches)
+    return [len(held[index.shape]) / number[index.shape] for index in batches]

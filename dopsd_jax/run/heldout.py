@@ -71,6 +71,7 @@ class Heldout:
         self.config, self.workdir, self.pipe, self.mesh = config, workdir, pipe, mesh
         self.features, self.plan, self.say, self.judge = features, plan, say, judge
         self.batches = holdout.batches(features.dataset, held, config.batch_size)
+        self.shares = holdout.shares(self.batches, held)
         self.anchor_gaps: list[float] = []
         stop, of = config.stop, holdout.digest(features.dataset, held)
         self.ranking = Ranking(workdir, stop.patience, stop.tolerance, first, order, of)
@@ -135,7 +136,7 @@ class Heldout:
             with jax.set_mesh(self.mesh):
                 batch = sharding.put_batch(batch, self.mesh, self.config.batch_size)
                 squares.append(self.plan.gap(state, base, batch, key, latent=latent))
-        return math.sqrt(np.mean(jax.device_get(squares)))
+        return math.sqrt(np.average(jax.device_get(squares), weights=self.shares))
 
     def result(self) -> list[str]:
         """What to say at the end."""
