@@ -54,7 +54,7 @@ def main() -> None:
     chosen = remat.settle(config, pipe, features, mesh)
     plan = build.make_plan(config, pipe, mesh)
     print("\n".join([*plan.describe(), *features.describe(), *chosen.describe()]), flush=True)
-    print("\n".join(budget(config, pipe, plan, features)), flush=True)
+    print("\n".join(budget(config, pipe, plan, features, multiple)), flush=True)
 
     previews = Previews(pipe, features, rows, workdir)
     start = plan.initial_state(pipe.hand_over())
@@ -98,8 +98,11 @@ def main() -> None:
         )
 
 
-def budget(config, pipe, plan, features) -> list[str]:
-    """Parameters, memory that lives as long as the run, and the work of a step."""
+def budget(config, pipe, plan, features, devices) -> list[str]:
+    """Parameters, memory that lives as long as the run, and the work of a step.
+
+    devices: that samples are spread over.
+    """
     width, height = max(features.dataset.buckets, key=lambda b: b.width * b.height)
     h, w, _ = pipe.latent_shape(height, width)
     size = sharding.whole_bytes
@@ -119,7 +122,7 @@ def budget(config, pipe, plan, features) -> list[str]:
     work = flops.step_work(
         pipe.family,
         pipe.config,
-        registry.passes(config, plan.grid),
+        registry.passes(config, plan.grid, devices),
         height=h,
         width=w,
         rows_student=student,

@@ -116,7 +116,7 @@ def train(config: ConfigDict, workdir: epath.Path) -> int | None:
             config,
             pipe,
             cache,
-            len(dataset.rows),
+            dataset.infos.distinct() - config.data.holdout,
             bool(dataset.references),
             facts["data"],
             facts["model_revision"],
@@ -170,14 +170,17 @@ def train(config: ConfigDict, workdir: epath.Path) -> int | None:
         plan.trained.export(pipe.folder, workdir, step, weights, about)
         results.record(plan.trained.export_paths(workdir, step))
 
+    def score(step: int) -> None:
+        files = plan.trained.export_paths(workdir, step)
+        trackers.numbers({"step": step, **checkpoint_scores.score(step, state, files)})
+
     def save(step: int) -> None:
         if plan.trained.is_export_step(step):  # first: a run that resumes here has it
             export(step)
         writer.flush()
         checkpoints.save(step, state)
         if checkpoint_scores:
-            files = plan.trained.export_paths(workdir, step)
-            trackers.numbers({"step": step, **checkpoint_scores.score(step, state, files)})
+            score(step)
 
     def report() -> None:
         if multihost.is_first():
@@ -245,12 +248,15 @@ def train(config: ConfigDict, workdir: epath.Path) -> int | None:
             kept = int(state.step)  # what is not finite never enters the state
             if kept > 0:
                 save(kept)
+                report()
             raise multihost.SharedError(guard.advice(record, config.nonfinite, kept))
 
     step = first
     with writer, trackers, checkpoints, StopRequest() as stop:
         if first == 0:
             show(0)
+        elif checkpoint_scores and not checkpoint_scores.ranking.knows(first):
+            score(first)  # the run was killed before
         parts.end("first pictures")
         early.finish()
         parts.beside["compiling"] = early.saved

@@ -7,6 +7,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 from conftest import RANDOM_CONFIG, problems_of, run_program
+from etils import epath
 
 from dopsd_jax.config import schema
 from dopsd_jax.config.fields import defaults
@@ -16,7 +17,7 @@ from dopsd_jax.data.images import ImageInfo
 from dopsd_jax.data.picture_index import Infos
 from dopsd_jax.evaluation import checkpoint_scores
 from dopsd_jax.run import build, heldout
-from dopsd_jax.training.ranking import BEST, FILE, GAP, Order, Ranking
+from dopsd_jax.training.ranking import BEST, FILE, GAP, Order, Ranking, copy_best
 from dopsd_jax.training.state import TrainState
 
 
@@ -135,16 +136,13 @@ def test_a_score_of_which_more_is_better_ranks_too(tmp_path):
     assert "step 4: CLIP-S not finite, held-out gap 0.1" in ranking.lines()[-1]
     content = json.loads((tmp_path / FILE).read_text())
     assert content["ranked_by"] == {"score": "CLIP-S", "better": "higher"}
-    assert not Ranking(tmp_path, 2, 0.1, 4, order).moved
-    by_gap = Ranking(tmp_path, 2, 0.1, 4)
-    assert by_gap.moved and by_gap.best == 4
+    assert Ranking(tmp_path, 2, 0.1, 4).best == 4
 
 
 def test_a_run_that_goes_on_forgets_later_scores(tmp_path):
-    """And the file of the best one may be of those: it is copied again."""
     ranked(tmp_path, [3, 2, 1])
     again = Ranking(tmp_path, 0, 0, 2)
-    assert again.best == 2 and again.moved and not Ranking(tmp_path, 0, 0, 3).moved
+    assert again.best == 2 and again.knows(2) and not again.knows(3)
     (tmp_path / FILE).write_text('{"checkpoints": [{"step": "1"}]}')
     (problem,) = problems_of(Ranking, tmp_path, 0, 0, 2)
     assert "is damaged; remove it" in problem
@@ -154,11 +152,31 @@ def test_checkpoints_that_were_not_asked_for_a_score_do_not_end_the_run(tmp_path
     """It ranks only since the run goes on; two of its own that are no better do."""
     ranked(tmp_path, [3, 3, 3])
     clip = Ranking(tmp_path, 2, 0.1, 3, Order("CLIP-S", higher=True))
-    assert clip.moved and not clip.over()
+    assert not clip.over()
     for step, (value, over) in enumerate([(0.3, False), (0.2, False), (0.3, True)], 4):
         clip.add(step, {GAP: 3, "CLIP-S": value}, write=True)
         assert clip.over() == over
     assert Ranking(tmp_path, 2, 0.1, 6, Order("CLIP-S", higher=True)).over()
+
+
+def test_checkpoints_of_stopped_runs_do_not_end_a_run(tmp_path):
+    """Three preemptions in a row are no plateau."""
+    own = Ranking(tmp_path, 3, 0.1, 0, every=100)
+    for step in (100, 105, 110, 115, 200, 300):
+        own.add(step, {GAP: 1.0}, write=True)
+        assert not own.over()
+    own.add(400, {GAP: 1.0}, write=True)
+    assert own.over()
+
+
+def test_the_best_file_is_that_of_the_best_checkpoint_after_a_kill(tmp_path):
+    """Killed between the two writes, or after the best one was forgotten."""
+    files = [epath.Path(tmp_path) / f"step_{n}.safetensors" for n in (1, 2)]
+    for n, file in enumerate(files):
+        file.write_bytes(bytes([n]))
+    for file in (files[0], files[1], files[1], files[0]):
+        best = copy_best(file)
+        assert best.name == BEST and best.read_bytes() == file.read_bytes()
 
 
 def test_gaps_on_other_pictures_are_forgotten(tmp_path):
@@ -168,7 +186,7 @@ def test_gaps_on_other_pictures_are_forgotten(tmp_path):
     Ranking(tmp_path, 0, 0, 0, pictures=own).add(1, {GAP: 1}, write=True)
     assert Ranking(tmp_path, 0, 0, 1, pictures=own).best == 1
     moved = Ranking(tmp_path, 0, 0, 1, pictures=other)
-    assert moved.moved and moved.best is None
+    assert moved.best is None
     content = json.loads((tmp_path / FILE).read_text())
     del content["pictures"]  # as it was written before
     (tmp_path / FILE).write_text(json.dumps(content))

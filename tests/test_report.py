@@ -14,6 +14,7 @@ from page_checks import Page
 from dopsd_jax.common.errors import UserError
 from dopsd_jax.config import schema
 from dopsd_jax.config.fields import defaults
+from dopsd_jax.methods.method import TO_NOISED, TO_TEACHER
 from dopsd_jax.reporting import run_account
 from dopsd_jax.reporting.charts import HEIGHT, WIDTH, Series, chart, number
 from dopsd_jax.reporting.metrics import MetricsWriter
@@ -162,9 +163,18 @@ def test_without_scores_the_gap_is_the_verdict(tmp_path):
     first, last = (np.mean([1 / math.sqrt(step) for step in steps]) for steps in ends)
     assert f"fell: {number(first)} at the start, {number(last)} now." in said
     rising = [{"gap": 1.0}, {"gap": None}, {"gap": 2.0, "anchor_gap": 0.25}]
-    said = run_account.sentence(rising, "a and b")
-    assert said.startswith("The gap (a and b) did not fall: 1 at") and "0.25 from the start" in said
-    assert run_account.sentence(rising[:2], "") == ""
+    said = run_account.sentence(rising, TO_TEACHER)
+    assert said.startswith("The gap (student and teacher) did not fall: 1 at")
+    assert "; on ordinary prompts the student is 0.25 from the start." in said
+    assert run_account.sentence(rising[:2], TO_TEACHER) == ""
+    # The gap to noised pictures depends on the noise that was drawn.
+    assert run_account.sentence(rising, TO_NOISED).startswith("On ordinary prompts the student is")
+
+
+def test_a_short_velocity_is_no_haze_where_noised_pictures_are_fitted(tmp_path):
+    for method, shown in (("sft", 0), ("dopsd", 1)):
+        page = run(tmp_path, 3, config={"config": {"method": method}}, norm_ratio=0.7)
+        assert len(page.all("aside")) == shown
 
 
 def test_warnings_and_incidents_are_shown_where_there_are_any(tmp_path):

@@ -78,6 +78,26 @@ def test_learning_is_the_part_of_the_way_to_the_teacher(tuned, start):
     assert said(lower).split(":")[0].split(" (")[0] == start.split(":")[0]
 
 
+@pytest.mark.parametrize(
+    ("tuned", "half", "start"),
+    [(0.2, 0.01, "Did not learn"), (0.2, 0.3, "Perhaps did not learn: the concept is perhaps not"),
+     (0.5, 0.01, "Learned in part"), (0.5, 0.2, "Learned perhaps only in part"),
+     (0.7, 0.5, "Learned the concept")],
+)  # fmt: skip
+def test_learning_is_sure_only_beyond_its_interval(tuned, half, start):
+    assert said(Likeness("identity", tuned, 0.1, 0.81, half=half)).startswith(start)
+    lower = Likeness("DINO-D", 1 - tuned, 0.9, 0.19, "lower", half)
+    assert said(lower).startswith(start)
+
+
+def test_a_teacher_above_true_pictures_is_no_measure():
+    column = lambda mean: np.full((8, 2), mean) + np.random.default_rng(0).normal(0, 0.001, (8, 2))
+    arms = {"base": 0.9, "teacher": 1.3, "tuned": 1.05}
+    score = results.score(Named("concept contrast"), {k: column(v) for k, v in arms.items()})
+    (reading,) = findings([score]).readings["contrast"]
+    assert reading.value == pytest.approx(1.05, abs=0.01) and reading.of == "true pictures'"
+
+
 def test_a_teacher_that_is_no_better_has_nothing_to_teach():
     for like in (Likeness("identity", 0.5, 0.4, 0.4), Likeness("d", 0.5, 0.2, 0.4, "lower")):
         assert said(like).startswith("Nothing to learn: the teacher is no more like the targets")

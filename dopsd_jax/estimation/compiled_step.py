@@ -111,7 +111,7 @@ def prepare(
         attention=program.attention,
         images=config.batch_size * config.accumulate,
         account=held,
-        work=work(config, case, program),
+        work=work(config, case, program, mesh),
         capacity=capacity,
         problem=problem,
     )
@@ -130,11 +130,11 @@ def digest(lowered: jax.stages.Lowered) -> str:
     return hashlib.sha256(lowered.as_text().encode()).hexdigest()
 
 
-def work(config, case: Workload, program: Program) -> flops.StepWork:
+def work(config, case: Workload, program: Program, mesh: jax.sharding.Mesh) -> flops.StepWork:
     return flops.step_work(
         case.family,
         case.size,
-        registry.passes(config, program.plan.grid),
+        registry.passes(config, program.plan.grid, sharding.sample_devices(mesh)),
         height=case.latent[0],
         width=case.latent[1],
         rows_student=program.positions[0],

@@ -75,7 +75,7 @@ def count_step(config: ConfigDict, case: Workload, gpu: Gpu, devices: int = 1) -
         attention=attention.resolve(config.attention, "gpu", config.dtype, case.size.head_dim),
         images=config.batch_size * config.accumulate,
         account=held,
-        work=compiled_step.work(config, case, program),
+        work=compiled_step.work(config, case, program, mesh),
         capacity=gpu.usable,
         needed=needed,
     )

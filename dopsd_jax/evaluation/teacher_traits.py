@@ -163,7 +163,7 @@ class Measurement:
         (own, own_other), (shown, shown_other) = (
             self._draw(role, sample, noises, other) for role in (STUDENT, TEACHER)
         )
-        gap, estimates = self._walk(sample)
+        gap, estimates = self._walk(sample, noises[:1])
         finished = max(sharpness(own[0]), TINY)
         sharp = [
             np.array([sharpness(self.pipe.decode(x)[0]) / finished for x in each])
@@ -191,13 +191,15 @@ class Measurement:
         drawn = draw(self.pipe, self.trained[role], wishes)
         return drawn[: len(noises)], None if other is None else drawn[-1]
 
-    def _walk(self, sample: Sample) -> tuple[np.ndarray, np.ndarray]:
+    def _walk(
+        self, sample: Sample, noise: Float[np.ndarray, "1 h w c"]
+    ) -> tuple[np.ndarray, np.ndarray]:
         """At training's nodes: relative gaps [K], clean estimates by role [2, K, 1, h, w, c]."""
         sigma, base = (
-            jnp.asarray(self.grid(*sample.noise.shape[1:3]), jnp.float32),
+            jnp.asarray(self.grid(*noise.shape[1:3]), jnp.float32),
             self.pipe.split[2],
         )
-        found = self.walk(*self.trained, base, sample.contexts, sample.noise, sigma)
+        found = self.walk(*self.trained, base, sample.contexts, noise, sigma)
         return tuple(map(multihost.to_host, found))
 
 

@@ -12,6 +12,7 @@ from typing import NamedTuple
 from dopsd_jax.evaluation.results import BASE, Score
 
 TEACHER, TUNED = "teacher", "tuned"
+TRUE = "true pictures'"
 
 # Of the way from the base's likeness to the teacher's.
 LEARNED, IN_PART = 0.7, 0.3
@@ -62,13 +63,23 @@ class Reading(NamedTuple):
 
 
 class Likeness(NamedTuple):
-    """name: of the score. Of the three models; lower is better where the teacher's is to be so."""
+    """name: of the score. Of the three models; lower is better where the teacher's is to be so.
+
+    half: half the width of the 95 % interval of tuned - base, None where that is not known.
+    """
 
     name: str
     tuned: float
     base: float
     teacher: float
     better: str = "higher"
+    half: float | None = None
+
+    def perhaps(self, least: float) -> bool:
+        """Whether less was learned than `least`, but the interval reaches it."""
+        if self.half is None or not self.learned:
+            return False
+        return self.learned + self.half / abs(self.teacher - self.base) >= least
 
     @property
     def learned(self) -> float | None:
@@ -99,9 +110,13 @@ def sentence(found: Findings) -> str:
             numbers = f"({like.name} {like.teacher:.2f}, base {like.base:.2f})"
             clauses = [f"the teacher is no more like the targets than the base {numbers}"]
         elif learned < IN_PART:
-            heads, clauses = ["did not learn"], [f"the concept is not there {numbers}"]
+            unsure = "perhaps " if like.perhaps(IN_PART) else ""
+            heads = [f"{unsure}did not learn"]
+            clauses = [f"the concept is {unsure}not there {numbers}"]
         elif learned < LEARNED:
-            heads, clauses = ["learned in part"], [f"the concept is there in part {numbers}"]
+            unsure = "perhaps only " if like.perhaps(LEARNED) else ""
+            heads = [f"learned {unsure}in part"]
+            clauses = [f"the concept is there {unsure}in part {numbers}"]
         else:
             clauses = [f"learned the concept {numbers}"]
     for names, kept in ((STEPS, "kept its few steps"), (REST, "kept the rest")):
@@ -173,14 +188,20 @@ def findings(scores: Sequence[Score]) -> Findings:
         score = by_name.get(name)
         if likeness is None and score is not None and {BASE, TEACHER} <= score.arms.keys():
             values = (score.arms[arm].value for arm in (TUNED, BASE, TEACHER))
-            likeness = Likeness(name, *values, score.better)
+            likeness = Likeness(name, *values, score.better, score.differences[TUNED, BASE].half)
     return Findings(likeness, readings)
 
 
 def _relative(score: Score, other: str) -> Reading | None:
-    """The tuned model's part of another's score; None where that was not asked, or is 0."""
+    """The tuned model's part of another's score; None where that was not asked, or is 0.
+
+    A teacher above true pictures, whose scores of the concept are 1, is no measure: they are.
+    """
     if other not in score.arms or score.arms[other].value <= 0:
         return None
+    if other == TEACHER and score.arms[other].value > 1:
+        own = score.arms[TUNED]
+        return Reading(own.value, own.half, TRUE)
     whole, gap = score.arms[other].value, score.differences[TUNED, other]
     half = None if gap.half is None else gap.half / whole
     return Reading(1 + gap.value / whole, half, f"{other}'s")

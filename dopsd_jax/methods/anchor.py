@@ -73,9 +73,12 @@ def micro_batches(config: Config, multiple: int = 1) -> Micro | None:
     return Micro(count, own)
 
 
-def passes(own: Passes, config: Config, n: Count) -> Passes:
-    """Passes of an image of the data set: those of the method, and of the anchors beside it."""
-    anchors = micro_batches(config)
+def passes(own: Passes, config: Config, n: Count, devices: int = 1) -> Passes:
+    """Passes of an image of the data set: those of the method, and of the anchors beside it.
+
+    devices: that samples are spread over.
+    """
+    anchors = micro_batches(config, devices)
     if anchors is None:
         return own
     beside = anchors.count * anchors.size / (config["batch_size"] * config["accumulate"])

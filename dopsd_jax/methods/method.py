@@ -63,6 +63,10 @@ class Count(NamedTuple):
     untold_loss: float = 0
 
 
+# The two velocities that the metric `gap` compares.
+TO_TEACHER, TO_NOISED = "student and teacher", "velocity and noise - picture"
+
+
 @dataclasses.dataclass(frozen=True)
 class Method:
     """A method; add it to `registry.METHODS`, and config, estimate, report and documents know it.
@@ -86,7 +90,7 @@ class Method:
     keeps: str
     passes: Callable[[Config, Count], Passes]
     loss: Callable
-    gap: str = "velocity and noise - picture"
+    gap: str = TO_NOISED
     requires: Mapping[str, str] = dataclasses.field(default_factory=dict)
     start_only: bool = False
     together: int = 1

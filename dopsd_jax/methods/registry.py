@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from dopsd_jax.common.config_fields import Field, as_list, name_or_list
 from dopsd_jax.methods import anchor
-from dopsd_jax.methods.method import Config, Count, Method, Needs, Passes, Teacher
+from dopsd_jax.methods.method import TO_TEACHER, Config, Count, Method, Needs, Passes, Teacher
 from dopsd_jax.methods.options import DISTANCE, LEVELS, NODES, OTHER_CAPTION, TEACHER, TOLD
 
 if TYPE_CHECKING:
@@ -54,7 +54,7 @@ _RECORDS = (
             teacher_captions=1,
         ),
         loss=_loss("dopsd"),
-        gap="student and teacher",
+        gap=TO_TEACHER,
         start_only=True,
     ),
     Method(
@@ -98,7 +98,7 @@ _RECORDS = (
         keeps="teacher",
         passes=_offpolicy_passes,
         loss=_loss("offpolicy"),
-        gap="student and teacher",
+        gap=TO_TEACHER,
     ),
     Method(
         name="pso",
@@ -221,8 +221,8 @@ def start(config: Config) -> str:
     return "off" if config["train"] == "lora" and not config["lora"]["init_from"] else "copy"
 
 
-def passes(config: Config, grid: tuple[float, ...]) -> Passes:
-    """How often a step runs the network on one image."""
+def passes(config: Config, grid: tuple[float, ...], devices: int = 1) -> Passes:
+    """How often a step runs the network on one image; devices: that samples are spread over."""
     import jax
 
     from dopsd_jax.dopsd import draw_loss_mask, told_mask
@@ -235,7 +235,7 @@ def passes(config: Config, grid: tuple[float, ...]) -> Passes:
     drawn = isinstance(loss_steps, str)
     both = chosen * untold / steps if drawn or not untold else int((mask & ~own).sum())
     count = Count(steps, chosen, config["sft"]["samples"], untold, both)
-    return anchor.passes(method(config).passes(config, count), config, count)
+    return anchor.passes(method(config).passes(config, count), config, count, devices)
 
 
 def vision_dropout(config: Config) -> float:

@@ -11,7 +11,7 @@ from dopsd_jax.conditioning.encoding import STUDENT, TEACHER
 from dopsd_jax.evaluation.appearance import contrast
 from dopsd_jax.evaluation.drawing import Painter, Shot
 from dopsd_jax.evaluation.scorer import Case
-from dopsd_jax.evaluation.verdict import Findings, Likeness, Reading
+from dopsd_jax.evaluation.verdict import TRUE, Findings, Likeness, Reading
 from dopsd_jax.families.pipeline import Pipeline
 from dopsd_jax.miniature import judge, render, world_scorers
 from dopsd_jax.miniature.world_scorers import CONCEPT, ORDINARY, OTHER
@@ -121,7 +121,7 @@ def findings(base: ModelScores, teacher: ModelScores, tuned: ModelScores) -> Fin
     A teacher that is sharper or has more contrast than true pictures is no measure: they are.
     """
     part = lambda a, b, of: [Reading(a / b, of=of)] if b else []
-    seen = lambda a, b: part(a, min(b, 1.0), "teacher's" if b <= 1 else "true pictures'")
+    seen = lambda a, b: part(a, min(b, 1.0), "teacher's" if b <= 1 else TRUE)
     return Findings(
         Likeness("identity", tuned.identity, base.identity, teacher.identity),
         {

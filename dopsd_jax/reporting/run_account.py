@@ -3,6 +3,7 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from dopsd_jax.methods.method import TO_TEACHER
 from dopsd_jax.reporting import html_page
 from dopsd_jax.reporting.charts import drawable, number
 from dopsd_jax.reporting.run_settings import text_of
@@ -14,18 +15,21 @@ LISTED = 20  # incidents that are listed
 def sentence(records: Sequence[Mapping], gap: str) -> str:
     """How far the run came, by its own measure; empty where it cannot be said.
 
-    gap: between what, as the method says. Both ends are means over a tenth of the steps.
+    gap: between what, as the method says: one to noised pictures depends on the noise that was
+    drawn, and tells nothing. Both ends are means over a tenth of the steps.
     """
-    values = _finite(records, "gap")
-    if len(values) < 2:
-        return ""
-    first, last = _ends(values)
-    went = "fell" if last < first else "did not fall"
-    said = f"The gap ({gap}) {went}: {number(first)} at the start, {number(last)} now"
-    anchors = _finite(records, "anchor_gap")
+    values, anchors = _finite(records, "gap"), _finite(records, "anchor_gap")
+    said = []
+    if gap == TO_TEACHER and len(values) > 1:
+        first, last = _ends(values)
+        went = "fell" if last < first else "did not fall"
+        said.append(f"the gap ({gap}) {went}: {number(first)} at the start, {number(last)} now")
     if anchors:
-        said += f"; on ordinary prompts the student is {number(_ends(anchors)[1])} from the start"
-    return f"{said}."
+        said.append(
+            f"on ordinary prompts the student is {number(_ends(anchors)[1])} from the start"
+        )
+    text = "; ".join(said)
+    return f"{text[0].upper()}{text[1:]}." if said else ""
 
 
 def warnings(
@@ -33,10 +37,12 @@ def warnings(
     incidents: Sequence[tuple[str, Mapping[str, Any]]],
     count: int,
     ranking: Mapping[str, Any],
+    gap: str,
 ) -> str:
     """What the reader should know before trusting the result; nothing if there is nothing.
 
-    incidents: file names and contents of the first `LISTED`, of `count`.
+    incidents: file names and contents of the first `LISTED`, of `count`. gap: as in `sentence`; the
+    velocity that fits noised pictures best is shorter than theirs, and no haze.
     """
     found = []
     skipped = sum("nonfinite" in record for record in records)
@@ -44,9 +50,9 @@ def warnings(
         found.append(f"{_times(skipped, 'step')} not finite and left out")
     spikes = sum(record.get("spike") is True for record in records)
     if spikes:
-        found.append(f"the loss of {_times(spikes, 'step')} a spike")
+        found.append(f"{_times(spikes, 'step')} a spike of the loss")
     ratios = _finite(records, "norm_ratio")
-    if ratios and _ends(ratios)[1] < HAZY:
+    if gap == TO_TEACHER and ratios and _ends(ratios)[1] < HAZY:
         found.append(
             f"the student's velocity is {_ends(ratios)[1]:.2f} as long as what it is pulled to: "
             "pictures may be hazy"

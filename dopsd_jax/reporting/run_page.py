@@ -78,7 +78,7 @@ def write_report(workdir: str | os.PathLike) -> epath.Path:
     gap = METHODS.get(str(config.get("method")), METHODS["dopsd"]).gap
     parts = (
         _summary(records, config),
-        run_account.warnings(records, listed, len(incidents), ranking),
+        run_account.warnings(records, listed, len(incidents), ranking, gap),
         html_page.section("Pictures", _samples(workdir)),
         _result(workdir, config, ranking),
         _scores(scores),

@@ -74,14 +74,15 @@ class Heldout:
         self.shares = holdout.shares(self.batches, held)
         self.anchor_gaps: list[float] = []
         stop, of = config.stop, holdout.digest(features.dataset, held)
-        self.ranking = Ranking(workdir, stop.patience, stop.tolerance, first, order, of)
-        if self.ranking.moved and self.ranking.best:
+        every = config.checkpoint_every
+        self.ranking = Ranking(workdir, stop.patience, stop.tolerance, first, order, of, every)
+        if self.ranking.best:  # another one than before, or the run was killed before it was copied
             self._copy(plan.trained.export_paths(workdir, self.ranking.best))
 
     def look(self, metrics) -> None:
         """Takes a step's metrics."""
-        if "anchor_gap" in metrics:
-            self.anchor_gaps.append(float(metrics["anchor_gap"]))
+        if math.isfinite(gap := float(metrics.get("anchor_gap", math.nan))):
+            self.anchor_gaps.append(gap)
 
     def score(self, step: int, state: TrainState, files: Sequence[epath.Path]) -> dict[str, float]:
         """The scores of the weights that a state exports.

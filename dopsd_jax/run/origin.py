@@ -19,16 +19,16 @@ def header_strings(
     config: ConfigDict,
     pipe: Pipeline,
     cache: Path,
-    rows: int,
+    pictures: int,
     edits: bool,
     data: str,
     revision: str | None,
 ) -> dict[str, str]:
     """The header strings of the LoRA files of a run; none for one that trains the whole network.
 
-    rows, edits, data: how many pictures, whether they edit others, and the digest of the data set.
-    revision: of config.model on the hub. The model's digest is computed once and kept in `cache`,
-    like those of the encoders.
+    pictures, edits, data: how many are trained on, whether they edit others, and the digest of the
+    data set. revision: of config.model on the hub. The model's digest is computed once and kept in
+    `cache`, like those of the encoders.
     """
     if config.train == "full":
         return {}
@@ -42,7 +42,7 @@ def header_strings(
         "modelspec.usage_hint": f"{steps} steps, no guidance (cfg 1; diffusers: 0), strength 1",
         "ss_sd_model_name": model,
         "ss_resolution": str((side, side)),
-        "ss_num_train_images": str(rows),
+        "ss_num_train_images": str(pictures),
         f"{OWN}base_model": model,
         f"{OWN}base_digest": pipe.part_digest("transformer", cache / DIGESTS),
         f"{OWN}data_digest": data,
@@ -55,5 +55,5 @@ def header_strings(
     if config.data.trigger:
         found["modelspec.trigger_phrase"] = config.data.trigger
         # The field in which ComfyUI extensions look for trigger words.
-        found["ss_tag_frequency"] = json.dumps({name: {config.data.trigger: rows}})
+        found["ss_tag_frequency"] = json.dumps({name: {config.data.trigger: pictures}})
     return found

@@ -38,8 +38,8 @@ class Ranking:
     checkpoint is better if its score is by this share of the best so far. first: the step that
     the run goes on from: what was scored after it will be scored again. order: what ranks.
     pictures: which are scored: what was scored on others is forgotten.
-    moved: whether something else ranked before, or later checkpoints did too, so that another one
-    may be the best.
+    every: steps between two checkpoints. Those between, of stopped runs, are ranked, and patience
+    does not count them.
     """
 
     def __init__(
@@ -50,13 +50,13 @@ class Ranking:
         first: int,
         order: Order = BY_LOWEST_GAP,
         pictures: str = "",
+        every: int = 1,
     ):
         self.path, self.patience, self.tolerance = epath.Path(workdir) / FILE, patience, tolerance
-        self.order, self.pictures = order, pictures
+        self.order, self.pictures, self.every = order, pictures, every
         entries, by, of = _read(self.path)
         comparable = of in ("", pictures)  # younger than the file
         self.entries = [e for e in entries if comparable and e["step"] <= first]
-        self.moved = by != order.name or len(self.entries) < len(entries)
         # Checkpoints that were not asked for this score, when another one ranked.
         asked = lambda entry: by == order.name or order.name in entry
         self._unasked = {entry["step"] for entry in self.entries if not asked(entry)}
@@ -78,6 +78,10 @@ class Ranking:
             return math.inf
         return -entry[self.order.name] if self.order.higher else entry[self.order.name]
 
+    def knows(self, step: int) -> bool:
+        """Whether a checkpoint was scored."""
+        return any(entry["step"] == step for entry in self.entries)
+
     @property
     def best(self) -> int | None:
         """The step of the best checkpoint; step 0, which has no file, is none."""
@@ -87,7 +91,8 @@ class Ranking:
     def over(self) -> bool:
         """Whether the last `patience` checkpoints were no better than one before them."""
         best, waited = math.inf, 0
-        for cost in (self._cost(e) for e in self.entries if e["step"] not in self._unasked):
+        counted = (e for e in self.entries if e["step"] % self.every == 0)
+        for cost in (self._cost(e) for e in counted if e["step"] not in self._unasked):
             least = best - self.tolerance * abs(best) if best < math.inf else best
             waited = 0 if cost < least else waited + 1
             best = min(best, cost)
@@ -111,10 +116,12 @@ class Ranking:
 
 
 def copy_best(path: epath.Path) -> epath.Path:
-    """Copies the LoRA file at `path` to the name of the best one beside it."""
-    with atomic_file(path.parent / BEST) as file:
-        file.write(path.read_bytes())
-    return path.parent / BEST
+    """Copies the LoRA file at `path` to the name of the best one beside it, if it is another."""
+    best, content = path.parent / BEST, path.read_bytes()
+    if not best.exists() or best.read_bytes() != content:
+        with atomic_file(best) as file:
+            file.write(content)
+    return best
 
 
 def _read(path: epath.Path) -> tuple[list[dict[str, Any]], str, str]:
