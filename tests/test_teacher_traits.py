@@ -43,7 +43,7 @@ def test_a_copy_is_one_of_the_picture_that_the_teacher_is_shown(monkeypatch):
     """With teacher.context = other that is not the target."""
     drawn = lambda pipe, trained, wishes: [PICTURES[trained]] * len(wishes)
     monkeypatch.setattr(traits, "draw", drawn)
-    walk = lambda self, sample: (np.zeros(1), np.zeros((2, 1, 1, 2, 2, 1)))
+    walk = lambda self, sample, noise: (np.zeros(1), np.zeros((2, 1, 1, 2, 2, 1)))
     monkeypatch.setattr(traits.Measurement, "_walk", walk)
     pipe = SimpleNamespace(
         family=SimpleNamespace(denoiser=lambda graphdef: None),
