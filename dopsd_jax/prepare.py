@@ -124,19 +124,21 @@ def prepare(
             masked=config.data.masks,
         )
         own = range(shard, manifest.parts, shards)
-        others = data_set.shows_others(config, pipe.family)
+        whole = None
+        if own and data_set.shows_others(config, pipe.family):  # they may lie in another shard
+            whole = data_set.with_others(config, measured(rows))
+
+        def of_parts(some: Sequence[int]) -> Dataset:
+            numbers = numbers_of(some)
+            found = measured(share(numbers))
+            others = found.others if whole is None else whole.part(numbers).others
+            return dataclasses.replace(found, others=others)
+
         if done := [part for part in own if part not in todo]:
-            changed = prepared_folder.outdated(
-                folder, manifest, done, measured(share(numbers_of(done)))
-            )
-            # A changed picture may be shown with any other row.
-            todo = list(own) if changed and others else sorted([*todo, *changed])
+            changed = prepared_folder.outdated(folder, manifest, done, of_parts(done))
+            todo = sorted([*todo, *changed])
         if todo:
-            numbers = numbers_of(todo)
-            dataset = measured(share(numbers))
-            if others:  # they may lie in another shard
-                whole = data_set.with_others(config, measured(rows))
-                dataset = dataclasses.replace(dataset, others=whole.part(numbers).others)
+            numbers, dataset = numbers_of(todo), of_parts(todo)
             if len(numbers) == manifest.rows:  # else other shards may have masks
                 data_set.check_masks(config, dataset)
             data_set.check_references(config, pipe.family, dataset)
@@ -294,6 +296,7 @@ def record(
     info, view = dataset.infos[row], dataset.rows[row].view
     further = {parts.VIEW: list(map(int, view))} if view != WHOLE else {}
     further |= {parts.MASK: [dataset.masks[row], *mask]} if mask else {}
+    further |= {parts.OTHER: dataset.others[row].digest} if dataset.others else {}
     return {
         "captions": [list(caption) for caption in dataset.rows[row].captions],
         "picture": prepared_folder.picture_name(dataset.rows[row].image, roots),

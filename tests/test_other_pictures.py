@@ -8,6 +8,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 from conftest import ROOT, run_program
+from etils import epath
 from PIL import Image
 
 from dopsd_jax.common.errors import UserError
@@ -29,7 +30,7 @@ from dopsd_jax.evaluation import teacher_traits
 from dopsd_jax.families.flux2_klein import family as klein
 from dopsd_jax.families.pipeline import pipeline
 from dopsd_jax.methods import registry
-from dopsd_jax.run import data_set
+from dopsd_jax.run import data_set, prepared_folder
 
 
 def data(*names, concepts=()):
@@ -227,6 +228,13 @@ def test_every_shard_of_a_preparation_shows_what_a_run_shows(table, tmp_path):
     pipe = pipeline(tmp_path / "random_model")
     prepared = Prepared(tmp_path / "set")
     encoder = Encoder(pipe, dataset, config)
+    folder = epath.Path(tmp_path / "set")
+    outdated = lambda own: prepared_folder.outdated(
+        folder, prepared.manifest, [0, 1, 2, 3], dataclasses.replace(dataset, others=own)
+    )
+    assert outdated(dataset.others) == []
+    shown = list(dataset.others)
+    assert outdated([shown[0], shown[1], shown[0], shown[3]]) == [2]  # whichever shard made it
     for caption, role, wanted in encoder.encode({(row, 0): (TEACHER,) for row in range(4)}):
         found = prepared.load(caption)[role]
         for name in wanted:

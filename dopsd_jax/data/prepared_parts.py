@@ -57,6 +57,7 @@ VIEW = "view"  # a further field of rows that do not show their whole picture
 MASK = (
     "mask"  # and of rows of whose picture not all counts: [sha256 of the mask, place, size, crc32]
 )
+OTHER = "teacher_picture"  # and the sha256 of another picture than its own that its teacher sees
 MAX_SIDE = 2**31  # pixels
 SETS = ("sets", "weights")
 SMALL = ("index", "crc32", "layouts", "rows")
@@ -312,7 +313,7 @@ def _check_shapes(path: epath.Path, infos: Mapping[str, FileInfo]) -> None:
 
 def _is_row(row: object, picture_bytes: int) -> bool:
     """Whether a line of a part holds what `prepare` writes."""
-    if not isinstance(row, dict) or row.keys() - {VIEW, MASK} != ROW_FIELDS:
+    if not isinstance(row, dict) or row.keys() - {VIEW, MASK, OTHER} != ROW_FIELDS:
         return False
     counts = lambda value, number: (
         isinstance(value, list)
@@ -341,6 +342,7 @@ def _is_row(row: object, picture_bytes: int) -> bool:
         and len(shown) in (0, 1 + len(references))
         and all(map(file, shown))
         and (MASK not in row or mask(row[MASK]))
+        and (OTHER not in row or digest(row[OTHER]))
     )
 
 

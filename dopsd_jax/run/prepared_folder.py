@@ -1,5 +1,6 @@
 """The folder of a prepared data set: what it was begun with, and which of its parts are done."""
 
+import functools
 import hashlib
 import json
 import os
@@ -119,25 +120,38 @@ def outdated(
     folder: epath.Path, manifest: parts.Manifest, done: Sequence[int], dataset: Dataset
 ) -> list[int]:
     """The parts that were made of other pictures; `dataset`: the rows of `done` as they are now."""
-    found, row = [], 0
+    found, row, facts = [], 0, functools.partial(_facts, dataset)
+    beside = " or what its teacher is shown" if dataset.others else ""
     for part in done:
         path = folder / parts.part_name(part)
         told = parts.read_part(path, manifest.identity).rows
-        changed = [old["picture"] for i, old in enumerate(told, row) if _facts(dataset, i) != [
-            old["digest"], old["references"], old.get(parts.MASK, [""])[0]
-        ]]  # fmt: skip
+        changed = [
+            old["picture"]
+            for old, now in zip(told, map(facts, range(row, row + len(told))), strict=True)
+            if now != [
+                old["digest"], old["references"], old.get(parts.MASK, [""])[0],
+                old.get(parts.OTHER, now[-1]),  # older parts do not say
+            ]
+        ]  # fmt: skip
         if changed:
-            print(f"{path}: {changed[0]} was changed since (it is made again now)", flush=True)
+            print(
+                f"{path}: {changed[0]}{beside} was changed since (it is made again now)", flush=True
+            )
             found.append(part)
         row += len(told)
     return found
 
 
 def _facts(dataset: Dataset, row: int) -> list:
-    """The digests of a row's pictures, as JSON has them: its own, its references', its mask's."""
+    """The digests of a row's pictures, as JSON has them.
+
+    Its own, its references', its mask's, and that of another one that its teacher is shown.
+    """
     edited = dataset.references[row] if dataset.references else ()
     references = [[one.digest, list(one.size)] for one in edited]
-    return [dataset.infos.digest(row), references, dataset.masks[row] if dataset.masks else ""]
+    mask = dataset.masks[row] if dataset.masks else ""
+    other = dataset.others[row].digest if dataset.others else ""
+    return [dataset.infos.digest(row), references, mask, other]
 
 
 def name_roots(paths: Sequence[str | Path]) -> tuple[Path, ...]:
