@@ -80,3 +80,7 @@ def test_hopeless_runs_are_told_how_many_devices_they_need(monkeypatch):
     assert report.problem == "what lives through the run takes 91.72 GiB by itself"
     lines = "\n".join(remedies.describe(config, FULL_SIZE, report))
     assert "at least" in lines and "or 8 devices: --config.mesh.data=1" in lines
+    assert "mesh.context" not in lines
+    config.mesh.data, config.mesh.fsdp, config.mesh.context = 1, 1, -1  # is priced as 1, and set so
+    lines = "\n".join(remedies.describe(config, FULL_SIZE, report))
+    assert "--config.mesh.fsdp=-1 --config.mesh.context=1 --config.batch_size=8" in lines

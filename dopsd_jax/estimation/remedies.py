@@ -20,6 +20,7 @@ from dopsd_jax.models import kinds
 
 LARGEST = 1024  # devices; more are not asked for
 WORTH = 0.01  # share of the memory that a remedy must save to be named
+UNSPLIT = ("context", "tensor")  # axes of the mesh that the devices it advises leave at 1
 
 
 class Remedy(NamedTuple):
@@ -107,10 +108,10 @@ def describe(config: ConfigDict, case: Workload, report: Report) -> list[str]:
         flags = Remedy(fields, "", 0).flags  # a later change of a field replaces an earlier one
         lines.append(f"  {gib(chain[-1].needed)}  together: {flags}: fits")
     if devices:
-        lines.append(
-            f"  or {devices} devices: --config.mesh.data=1 --config.mesh.fsdp=-1 "
-            f"--config.batch_size={_rows(config, report) * devices}"
-        )
+        fields = {"mesh.data": 1, "mesh.fsdp": -1}
+        fields |= {f"mesh.{name}": 1 for name in UNSPLIT if config.mesh[name] != 1}
+        fields["batch_size"] = _rows(config, report) * devices
+        lines.append(f"  or {devices} devices: {Remedy(fields, '', 0).flags}")
     if not single and not devices:
         lines = ["no field of the configuration makes it fit; use devices with more memory, or"]
         lines.append("  smaller --config.data.resolution or --config.lora.rank")
@@ -183,7 +184,7 @@ def _devices(config: ConfigDict, report: Report, pricing: Pricing) -> int | None
     """The fewest devices, doubling from those there are, on which the step fits if it is split."""
     devices, before = 2 * pricing.devices, math.inf
     while devices <= LARGEST:
-        fields = {"mesh.data": 1, "mesh.fsdp": devices, "mesh.context": 1, "mesh.tensor": 1}
+        fields = {"mesh.data": 1, "mesh.fsdp": devices} | {f"mesh.{name}": 1 for name in UNSPLIT}
         fields["batch_size"] = _rows(config, report) * devices
         try:
             needed = pricing.needed(fields, devices)
