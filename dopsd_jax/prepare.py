@@ -50,6 +50,7 @@ from dopsd_jax.data.varied import EMPTY
 from dopsd_jax.families.base import STUDENT, TEACHER
 from dopsd_jax.methods import registry
 from dopsd_jax.parallel import multihost
+from dopsd_jax.parallel.preemption import leave_at_once
 from dopsd_jax.run import build, data_set, prepared_folder
 from dopsd_jax.run.lock import exclusive
 from dopsd_jax.run.workdir import find_workdir
@@ -61,6 +62,7 @@ THREADS = 16  # parts that are looked at together
 
 def main() -> None:
     config = CONFIG.value
+    leave_at_once("stopped; the same command goes on after the last part that is complete")
 
     # ---- What is to be made; an earlier preparation in the folder must be of the same data.
     with multihost.together():

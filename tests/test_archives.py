@@ -94,6 +94,43 @@ def test_json_members_bring_more_caption_keys(tmp_path):
     assert "'medium_en' is missing in samples a.tar:0.png (1 of 1 rows)" in problem
 
 
+def test_a_json_member_is_never_the_text_of_a_caption(tmp_path):
+    """Whatever data.caption_extension says: it is an object with captions, as in a folder."""
+    record = {"text": "a dog", "caption": "a brown dog"}
+    write_tar(tmp_path / "a.tar", [("0.png", png(0)), ("0.json", json.dumps(record).encode())])
+    plain, named = (load_rows(tmp_path / "a.tar", caption_extension=e) for e in (".txt", ".json"))
+    assert named.rows[0].captions == plain.rows[0].captions
+    assert {text for _, text in named.rows[0].captions} == {"a dog", "a brown dog"}
+
+
+@pytest.mark.parametrize(("concept", "read"), [("dog", "dog"), (7, "7"), (7.0, "7"), (None, "")])
+def test_a_concept_is_text_or_a_whole_number(tmp_path, concept, read):
+    record = json.dumps({"text": "x", "concept": concept}).encode()
+    write_tar(tmp_path / "a.tar", [("0.png", png(0)), ("0.json", record)])
+    (row,) = load_rows(tmp_path / "a.tar").rows
+    assert row.concept == read and row.captions == (("text", "x"),)
+
+
+def test_another_concept_is_refused(tmp_path):
+    for concept in ([1], 0.5, True):
+        record = json.dumps({"text": "x", "concept": concept}).encode()
+        write_tar(tmp_path / "a.tar", [("0.png", png(0)), ("0.json", record)])
+        (problem,) = problems_of(load_rows, tmp_path / "a.tar")
+        assert "'concept' is" in problem and "text or a whole number" in problem
+
+
+def test_what_lies_in_folders_below_archives_is_told(tmp_path):
+    write_tar(tmp_path / "a.tar", sample("0"))
+    (tmp_path / "more").mkdir()
+    write_tar(tmp_path / "more" / "b.tar", sample("1"))
+    (tmp_path / "more" / "c.png").write_bytes(png(2))
+    rows = load_rows(tmp_path)
+    assert len(rows.rows) == 1
+    (note,) = [note for note in rows.notes if "below" in note]
+    assert "2 archives and pictures in folders below are not used: more/b.tar, more/c.png" in note
+    assert len(load_rows(tmp_path / "**" / "*.tar").rows) == 2
+
+
 def test_alternatives_in_a_caption_member(tmp_path):
     write_tar(tmp_path / "a.tar", sample("0", caption="one\n\ntwo\n"))
     rows = load_rows(tmp_path / "a.tar", caption_lines=True)

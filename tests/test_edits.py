@@ -75,6 +75,25 @@ def test_the_columns_of_a_table(pictures, row, references, expected):
     assert own.references == () and own.image.name == row.get("local_path_list", ["c.png"])[0]
 
 
+def test_no_column_takes_the_place_of_another(pictures):
+    rows = [
+        {"image": "c.png", "mine": "a.png", "other": "b.png"},
+        {"image": "c.png", "mine": "a.png"},
+        {"image": "c.png", "mine": "", "other": "b.png"},
+    ]
+    path = table(pictures, [row | {"prompt": "x"} for row in rows])
+    first, second = problems_of(load_rows, path, references=["mine", "other"])
+    assert ":2: names no picture to edit in 'other'; give one, or leave the column out" in first
+    assert ":3: names no picture to edit in 'mine'" in second
+
+
+def test_the_target_is_the_first_of_a_list_unless_the_list_has_the_references(pictures):
+    row = {"local_path_list": ["a.png", "b.png"], "mine": "c.png", "prompt": "x"}
+    path = table(pictures, [row])
+    assert names(load_rows(path, references=["mine"])) == [("a.png", ["c.png"])]
+    assert names(load_rows(path, references=["auto"])) == [("b.png", ["a.png"])]
+
+
 def test_every_row_without_its_pictures_is_told(pictures):
     rows = [
         {"local_path_list": ["c.png"], "prompt": "x"},

@@ -53,6 +53,12 @@ def test_columns_of_any_name_are_found_or_asked_for(tmp_path):
     assert "holds no pictures" in problems_of(load_rows, write(tmp_path / "b.parquet", [7]))[0]
 
 
+@pytest.mark.parametrize("labels", [[0, 0], ["0", "0"], [0.0, 0.0]])
+def test_labels_are_concepts(tmp_path, labels):
+    path = write(tmp_path / "a.parquet", [png(0), png(1)], text=["x", "y"], concept=labels)
+    assert [row.concept for row in load_rows(path).rows] == ["0", "0"]
+
+
 def test_faults_of_rows_and_files_are_lines(tmp_path, monkeypatch):
     path = write(tmp_path / "a.parquet", [png(0), None, png(2)], text=["x", "y", "\0"])
     assert [problem.partition(".parquet:")[2] for problem in problems_of(load_rows, path)] == [

@@ -51,6 +51,14 @@ def longest(prepared, role):
     return max(shapes["text"][0] for shapes in prepared.shapes(role))
 
 
+def test_a_prepared_set_is_found_in_the_home_folder(tmp_path, monkeypatch):
+    """A shell expands no ~ in --config.data.path=~/features."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    write(tmp_path / "features")
+    assert parts.names_prepared("~/features") and not parts.names_prepared("~/other")
+    assert len(Prepared("~/features").rows) == 5
+
+
 def test_ways_of_reading_rows_are_those_that_the_data_were_prepared_with():
     config = defaults()
     config.data.trigger, config.data.folder_repeats = "dax", True

@@ -196,3 +196,21 @@ def test_other_processes_and_meshes_give_the_same_losses(preempted, tmp_path):
     common = sorted(ours.keys() & whole.keys())
     assert len(common) >= 2
     np.testing.assert_allclose([ours[s] for s in common], [whole[s] for s in common], rtol=1e-5)
+
+
+@pytest.mark.parametrize(("program", "status"), [("prepare", 75), ("train", -signal.SIGTERM)])
+def test_a_signal_before_the_first_step_ends_a_process_at_once(tmp_path, program, status):
+    """Though jax's own service for preempted machines takes the signal when processes connect."""
+    out = f"--out={tmp_path}/out" if program == "prepare" else "--config.steps=1"
+    command = ["-m", f"dopsd_jax.{program}", *RANDOM_CONFIG, f"--workdir={tmp_path}", out]
+    alone = ("--distributed=on", "--num_processes=1", "--process_id=0")
+    process = start([*command, *alone], 0, free_port())
+    line = ""
+    while not line.startswith("processes: this is 0 of 1"):
+        line = process.stdout.readline()
+        assert line, process.communicate()
+    time.sleep(1)
+    process.send_signal(signal.SIGTERM)
+    _, stderr = process.communicate(timeout=120)
+    assert process.returncode == status, stderr
+    assert ("the same command goes on" in stderr) == (program == "prepare")

@@ -11,7 +11,6 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
-from etils import epath
 from jaxtyping import UInt8
 from PIL import Image
 
@@ -48,7 +47,7 @@ class Prepared:
         prompt_keys: Sequence[str] | None = None,
         report: Callable[[str], None] = print,
     ):
-        self.folder = epath.Path(folder)
+        self.folder = parts.local(folder)
         self.manifest = parts.read_manifest(self.folder)
         self.prompt_keys = tuple(dict.fromkeys(prompt_keys or self.manifest.prompt_keys))
         unknown = [key for key in self.prompt_keys if key not in self.manifest.prompt_keys]

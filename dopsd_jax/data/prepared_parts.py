@@ -105,7 +105,12 @@ class Manifest(NamedTuple):
 def is_prepared(path: str | os.PathLike) -> bool:
     """Whether `path` is a folder made by `dopsd_jax.prepare`."""
     with reading(path):
-        return (epath.Path(path) / MANIFEST).exists()
+        return (local(path) / MANIFEST).exists()
+
+
+def local(path: str | os.PathLike) -> epath.Path:
+    """A folder, here or in a store; a shell expands no ~ behind an equals sign."""
+    return epath.Path(path if is_remote(path) else os.path.expanduser(path))
 
 
 def names_prepared(path: str | Sequence[str]) -> bool:

@@ -1,6 +1,7 @@
 """How the processes of a run find each other: the flags, and the entry point of such a program."""
 
 import os
+import signal
 import sys
 import threading
 from collections.abc import Callable
@@ -83,6 +84,8 @@ def connect() -> str:
         ) from None
     finally:
         timer.cancel()
+    if jax.process_count() == 1:  # jax's preemption service has taken it, and nobody would be told
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
     return (
         f"processes: this is {jax.process_index()} of {jax.process_count()}, "
         f"{jax.local_device_count()} of {jax.device_count()} devices"

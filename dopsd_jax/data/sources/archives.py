@@ -19,12 +19,12 @@ from dopsd_jax.common.errors import UserError
 from dopsd_jax.common.files import open_regular
 from dopsd_jax.data.blobs import ARCHIVES
 from dopsd_jax.data.sources.collector import NOT_READ, Collector, listing
-from dopsd_jax.data.sources.files import IMAGE_SUFFIXES
+from dopsd_jax.data.sources.files import IMAGE_SUFFIXES, walk
 from dopsd_jax.data.sources.layout import Options
 from dopsd_jax.data.sources.records import METADATA
 
 COMPRESSED = (".tar.gz", ".tgz", ".tar.bz2", ".tar.xz", ".tar.zst", ".tar.lz4")
-VERSION = 1  # of the index
+VERSION = 2  # of the index
 AGAIN = "make the archive again"
 
 
@@ -105,6 +105,11 @@ def read_archives(
     paths = archives_at(path, suffix)
     into = options.collector(path, "samples")
     archive = ARCHIVES[suffix]
+    if path.is_dir() and (inside := _inside(path)):
+        into.notes.append(
+            f"{path}: {len(inside)} archives and pictures in folders below are not used: "
+            f"{listing(inside)}; a pattern such as {path}/**/*{suffix} takes archives there"
+        )
     for number, file in enumerate(paths, 1):
         index = _indexed(file, options, read)
         for problem in index.problems:
@@ -115,6 +120,14 @@ def read_archives(
         if len(paths) > 1 and (number % 50 == 0 or number == len(paths)):
             print(f"archives: {number}/{len(paths)} indexed, {len(into.table)} rows")
     return into
+
+
+def _inside(path: Path) -> list[str]:
+    """Archives and pictures in the folders of a folder."""
+    kinds = {*ARCHIVES, *IMAGE_SUFFIXES}
+    found = [Path(where) / file for where, files in walk(path) for file in files]
+    below = [file for file in found if file.parent != path and file.suffix.lower() in kinds]
+    return [str(file.relative_to(path)) for file in below]
 
 
 def _indexed(path: Path, options: Options, read: Callable[[Path, Options], Index]) -> Index:

@@ -60,6 +60,19 @@ def captions_of(record: Mapping, keys: Iterable[str]) -> tuple[dict[str, str], l
     return texts, faults
 
 
+def concept_of(record: Mapping) -> tuple[dict[str, str], str | None]:
+    """The row's concept under its key, nothing if there is none, and what is wrong with it."""
+    value = record.get(CONCEPT)
+    if type(value) is float and value.is_integer():  # as pandas writes a whole number beside gaps
+        value = int(value)
+    if value is None or type(value) in (str, int):
+        return ({} if value is None else {CONCEPT: str(value)}), None
+    return {}, (
+        f"{CONCEPT!r} is {kind_of(value)}; it says which rows show the same, as text or a whole "
+        "number: rename a field that means something else"
+    )
+
+
 def json_captions(content: bytes) -> tuple[dict[str, str], str | None]:
     """Every field of a JSON record that is text, or what is wrong.
 
@@ -72,8 +85,9 @@ def json_captions(content: bytes) -> tuple[dict[str, str], str | None]:
     if not isinstance(record, dict):
         return {}, f"is {kind_of(record)}; it must be one JSON object"
     keys = [k for k, v in record.items() if isinstance(v, str) or k in KNOWN_KEYS]
-    texts, faults = captions_of(record, keys)
-    return texts, "; ".join(faults) or None
+    texts, faults = captions_of(record, [key for key in keys if key != CONCEPT])
+    concept, fault = concept_of(record)
+    return texts | concept, "; ".join([*faults, *[fault] * bool(fault)]) or None
 
 
 def not_utf8(error: UnicodeDecodeError) -> str:

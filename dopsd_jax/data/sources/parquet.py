@@ -11,7 +11,7 @@ from dopsd_jax.common.errors import MAX_PROBLEMS
 from dopsd_jax.data.blobs import PARQUET, bytes_in, parquet_faults, parquet_module, place_of
 from dopsd_jax.data.sources import archives
 from dopsd_jax.data.sources.archives import AGAIN, Entry, Index, given_up
-from dopsd_jax.data.sources.captions import captions_of
+from dopsd_jax.data.sources.captions import CONCEPT, captions_of, concept_of
 from dopsd_jax.data.sources.collector import Collector, listing
 from dopsd_jax.data.sources.files import IMAGE_SUFFIXES
 from dopsd_jax.data.sources.layout import Layout, Options
@@ -58,14 +58,19 @@ def _read_file(path: Path, options: Options) -> Index:
             if fault:
                 return Index([], [f"{path}: {fault}"])
             texts = [f.name for f in file.schema_arrow if str(f.type) in ("string", "large_string")]
+            more = [name for name in file.schema_arrow.names if name == CONCEPT]
             number = 0
             for group in range(file.num_row_groups):
-                rows = file.read_row_group(group, columns=[column, *texts])
+                rows = file.read_row_group(
+                    group, columns=list(dict.fromkeys([column, *texts, *more]))
+                )
                 for offset in range(rows.num_rows):
                     name, picture = f"{column}[{number}]", bytes_in(rows[column][offset].as_py())
-                    record = {key: rows[key][offset].as_py() for key in texts}
-                    captions, faults = captions_of(record, texts)
-                    faults += [] if picture else ["holds no picture"]
+                    record = {key: rows[key][offset].as_py() for key in (*texts, *more)}
+                    captions, faults = captions_of(record, [key for key in texts if key != CONCEPT])
+                    concept, fault = concept_of(record)
+                    captions |= concept
+                    faults += [fault] * bool(fault) + ["holds no picture"] * (not picture)
                     problems += [f"{path}:{name}: {fault}; {AGAIN}" for fault in faults]
                     if len(problems) >= MAX_PROBLEMS:
                         return given_up(path, problems)

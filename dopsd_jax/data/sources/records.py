@@ -16,16 +16,16 @@ from pathlib import Path
 from dopsd_jax.common.errors import UserError
 from dopsd_jax.common.files import BOM, open_regular
 from dopsd_jax.common.json_files import parse_json, read_json
-from dopsd_jax.data.sources.captions import CAPTION_KEY, CONCEPT, captions_of, kind_of, not_utf8
+from dopsd_jax.data.sources.captions import CAPTION_KEY, captions_of, concept_of, kind_of, not_utf8
 from dopsd_jax.data.sources.collector import Collector, Examples, listing
 from dopsd_jax.data.sources.files import IMAGE_SUFFIXES, stem_of, walk
 from dopsd_jax.data.sources.layout import Layout, Options
-from dopsd_jax.data.sources.references import of_record
+from dopsd_jax.data.sources.references import columns_of, of_record
 
 SUFFIXES = (".jsonl", ".csv", ".tsv", ".json")
-METADATA = ("metadata.jsonl", "metadata.csv", "metadata.json")
+METADATA = ("metadata.jsonl", "metadata.csv", "metadata.tsv", "metadata.json")
 # Taken for a table only where no caption files are: other programs leave them beside those.
-CAPTIONS = ("captions.jsonl", "captions.csv", "captions.json")
+CAPTIONS = ("captions.jsonl", "captions.csv", "captions.tsv", "captions.json")
 
 # Tried in this order; the first one that is present and not empty is used.
 PATH_LISTS = ("local_path_list", "local_paths", "image_path_list", "image_paths")
@@ -36,6 +36,7 @@ PATH_KEYS = (*PATH_LISTS, *PATH_STRINGS, REMOTE_LIST)
 SIZE_KEYS = ("h*w", "w*h")
 _SIZE = re.compile(r"\s*(\d{1,7})\s*\*\s*(\d{1,7})\s*")
 MAX_LINE = 16 << 20  # bytes
+MAX_JSON = 256 << 20  # bytes of a table that is one JSON value; a .jsonl has no limit
 
 # Number and object of a row; a string in the object's place says what is wrong with it.
 NumberedRow = tuple[int, dict | str]
@@ -103,9 +104,9 @@ def _read_table(path: Path, options: Options, into: Collector) -> None:
             references, wrong = of_record(found, options.references, before, find)
             faults += wrong
         texts, text_faults = captions_of(found, into.keys)
-        if type(concept := found.get(CONCEPT)) in (str, int):
-            texts[CONCEPT] = str(concept)
-        faults += text_faults
+        concept, fault = concept_of(found)
+        texts |= concept
+        faults += text_faults + [fault] * bool(fault)
         for fault in faults:
             into.problem(f"{path}:{number}: {fault}")
         size, sound = _declared_size(found)
@@ -166,7 +167,7 @@ def _object(found: object) -> dict | str:
 
 def _json_rows(path: Path) -> Iterator[NumberedRow]:
     """The objects of a list, or the captions (or objects) under the names of pictures."""
-    found, _ = read_json(path, again="correct it", missing="check data.path")
+    found, _ = read_json(path, limit=MAX_JSON, again="correct it", missing="check data.path")
     if isinstance(found, list):
         for number, row in enumerate(found, start=1):
             yield number, _object(row)
@@ -228,15 +229,16 @@ def _image(
 ) -> tuple[str | None, list[object], str | None]:
     """The picture of a record on disk, what its list names before it, and what is wrong.
 
-    The picture is the first of a list; of a list with references the last.
+    The picture is the first of a list; of a list that gives the references too the last.
     """
     image_key, before = options.image_key, []
+    both = options.references and not columns_of(record, options.references)
     for key in filter(record.__contains__, [image_key] if image_key else PATH_KEYS):
         value = record[key]
         if value is None or value == "" or value == []:
             continue
         if isinstance(value, list) and (key == image_key or key not in PATH_STRINGS):
-            *before, value = value if options.references else value[:1]
+            *before, value = value if both else value[:1]
         elif key not in (image_key, *PATH_STRINGS):
             return None, [], f"{key!r} must be a list of paths"
         if not isinstance(value, str) or not value:

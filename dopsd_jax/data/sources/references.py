@@ -40,9 +40,18 @@ def of_record(
     `before`: the entries of its list of paths that stand before the picture itself.
     """
     values: list[object] = []
+    without = []
     for name in (columns := columns_of(record, names)):
         value = record.get(name)
-        values += value if isinstance(value, list) else [] if value in (None, "") else [value]
+        own = value if isinstance(value, list) else [] if value in (None, "") else [value]
+        without += [] if own else [name]
+        values += own
+    if without and len(without) < len(columns):
+        # What another column has must not take its place: their order is what they mean.
+        return [], [
+            f"names no picture to edit in {listing(map(repr, without))}; give one, or leave the "
+            "column out of data.references"
+        ]
     if not columns:
         values = list(before)
     if not values:

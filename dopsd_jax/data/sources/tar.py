@@ -163,7 +163,7 @@ def _entry(
         there = f"{len(pictures)} pictures ({', '.join(pictures)})" if pictures else "no picture"
         return None, f"has {there}; a sample is one picture with its captions"
     captions, faults = [], []
-    if extension in parts:
+    if extension in parts and extension != ".json":  # which is no text: see below
         texts, fault = captions_in(parts[extension][2], lines)
         captions += [(CAPTION_KEY, text) for text in texts]
         faults += [f"{extension} {fault}"] if fault else []
