@@ -299,15 +299,35 @@ def loss_and_gradient(
                 node.loss_mask, step_with_loss, step_without_loss, x, node
             )
         x = euler(x, v, node.sigma, node.sigma_next)
-        return (x, jax.tree.map(jnp.add, total, gradients)), found
+        return (x, add_gradients(total, gradients)), found
 
-    zeros = jax.tree.map(jnp.zeros_like, (student, precomputed))
+    zeros = gradient_zeros(student, precomputed)
     (_, (gradient, precomputed_gradient)), (per_step, seen) = jax.lax.scan(
         denoise, (noise, zeros), nodes
     )
-    gradient = jax.tree.map(jnp.add, gradient, *precompute_vjp(precomputed_gradient))
+    behind = precompute_vjp(like(precomputed, precomputed_gradient))
+    gradient = jax.tree.map(jnp.add, gradient, *behind)
     total = jnp.sum(jnp.where(nodes.loss_mask, per_step, 0.0)) / count
     return Losses(total, per_step, *seen), gradient
+
+
+def gradient_zeros(student: Tree, precomputed: Tree) -> tuple[Tree, Tree]:
+    """Where gradients of many forwards are summed: of activations in float32, whatever their type.
+
+    In bfloat16 a sum of some hundred terms stands still.
+    """
+    wide = lambda x: jnp.zeros(x.shape, jnp.promote_types(x.dtype, jnp.float32))
+    return jax.tree.map(jnp.zeros_like, student), jax.tree.map(wide, precomputed)
+
+
+def add_gradients(total: Tree, more: Tree) -> Tree:
+    """A sum of `gradient_zeros` with the gradients of one more forward."""
+    return jax.tree.map(lambda a, b: a + b.astype(a.dtype), total, more)
+
+
+def like(tree: Tree, other: Tree) -> Tree:
+    """`other` in the types of `tree`."""
+    return jax.tree.map(lambda a, b: b.astype(a.dtype), tree, other)
 
 
 def rollout(

@@ -76,7 +76,9 @@ def train(config: ConfigDict, workdir: epath.Path) -> int | None:
     def open_run():
         pipe, revisions = build.open_pipeline(config, workdir, mesh)
         sharding.check(mesh, pipe.config, batch_size=config.batch_size)
-        build.check_method(config, pipe)
+        folder = workdir / "checkpoints"
+        begun = folder.exists() and any(path.name.isdigit() for path in folder.iterdir())
+        build.check_method(config, pipe, begun)
         whole = data_set.open_data(config, workdir, pipe)
         dataset, rows, held_out = data_set.hold_out(config, whole)
         check_held_out(config, dataset, held_out, scorers.values())

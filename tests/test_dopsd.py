@@ -80,6 +80,23 @@ def whole_loss(student, teacher, base, contexts, noise, the_nodes, with_loss=Non
     return total
 
 
+def test_gradients_of_activations_in_bfloat16_are_summed_in_float32():
+    """A sum of hundreds of nodes would stand still."""
+    base, student, teacher, contexts, noise = world()
+    precise, the_nodes = toy_denoiser(), nodes("velocity", grid=flow.shifted_grid(512, 3.0))
+    rounded = dopsd.Denoiser(
+        lambda *args: precise.precompute(*args).astype(jnp.bfloat16), precise.velocity
+    )
+    found = [
+        jax.jit(functools.partial(dopsd.loss_and_gradient, net, every_step=True))(
+            student, teacher, base, contexts, noise, the_nodes
+        )[1]["c"]
+        for net in (precise, rounded)
+    ]
+    norms = [float(jnp.linalg.norm(one)) for one in found]
+    assert norms[1] / norms[0] == pytest.approx(1, abs=0.02)
+
+
 @pytest.mark.parametrize("loss", ["x0", "velocity", "step", (4.0, 3.0, 2.0, 1.0)])
 def test_gradient_inside_the_scan_is_the_gradient_of_the_whole_loss(loss):
     base, student, teacher, contexts, noise = world()

@@ -3,6 +3,7 @@
 import functools
 import itertools
 import runpy
+import shutil
 
 import jax
 import jax.numpy as jnp
@@ -22,7 +23,7 @@ from dopsd_jax.models import zimage, zimage_config
 from dopsd_jax.models.names import to_flax
 from dopsd_jax.parallel import sharding
 from dopsd_jax.run import build
-from dopsd_jax.training import optimizers, state
+from dopsd_jax.training import optimizers, state, trainable
 from dopsd_jax.training.checkpoint import Checkpoints
 from dopsd_jax.weights.live import LiveTensors
 
@@ -271,6 +272,24 @@ def test_settings_that_do_not_go_together_are_all_named(changes, messages):
     for found, wanted in zip(caught.value.problems, messages, strict=True):
         assert found.startswith(wanted)
     schema.check(config())
+
+
+@pytest.mark.parametrize("export", ["comfyui", "diffusers"])
+def test_another_form_of_the_same_step_takes_nothing_away(tmp_path, monkeypatch, export):
+    """The folder may be the run's result, and the config.model of another run."""
+    monkeypatch.setattr(trainable, "LiveTensors", lambda *_: None)
+    monkeypatch.setattr(trainable, "export_single", lambda model, path, **_: path.touch())
+    monkeypatch.setattr(trainable, "export_diffusers", lambda model, path, **_: path.mkdir())
+    size = zimage_config.ZImageConfig()
+    own = trainable.FullNetwork(config(("export", export)), family, size)
+    for step in (3, 7):
+        (tmp_path / "model" / f"step_{step}").mkdir(parents=True)
+        (tmp_path / "model" / f"step_{step}.safetensors").touch()
+    if export == "diffusers":
+        shutil.rmtree(tmp_path / "model" / "step_7")
+    own.export(tmp_path, tmp_path, 7, None, {})
+    left = {path.name for path in (tmp_path / "model").iterdir()}
+    assert left == {"step_7", "step_7.safetensors"}
 
 
 def test_what_is_asked_for_and_has_no_effect_is_named():

@@ -137,8 +137,8 @@ _OPTIMIZER = (
           choices=("constant", "linear", "cosine")),
     _steps("warmup_steps", 0, "first steps, in which the learning rate rises"),
     Field("grad_clip", 1.0, "largest global norm of a gradient; 0: no clipping", low=0, high=1e9),
-    Field("adam_b1", 0.9, "decay of the first moment", low=0, high=1, when=ADAM),
-    Field("adam_b2", 0.999, "decay of the second moment", low=0, high=1, when=ADAM),
+    Field("adam_b1", 0.9, "decay of the first moment", low=0, high=0.9999999, when=ADAM),
+    Field("adam_b2", 0.999, "decay of the second moment", low=0, high=0.9999999, when=ADAM),
     Field("adam_eps", 1e-8, "added to the root of the second moment", above=0, high=1e3, when=ADAM),
     Field("weight_decay", 0.0, "of all but norms, biases and learned tokens", low=0, high=1e3),
 )

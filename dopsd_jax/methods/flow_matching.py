@@ -20,7 +20,10 @@ from dopsd_jax.dopsd import (
     Distance,
     Losses,
     Region,
+    add_gradients,
     compared,
+    gradient_zeros,
+    like,
     mean_square,
 )
 
@@ -181,10 +184,11 @@ def over_points(
             if loss_mask is None
             else jax.lax.cond(has_loss, with_loss, skip, point)
         )
-        return jax.tree.map(jnp.add, total, gradients), found
+        return add_gradients(total, gradients), found
 
-    zeros = jax.tree.map(jnp.zeros_like, (student, precomputed))
+    zeros = gradient_zeros(student, precomputed)
     (gradient, precomputed_gradient), (per_point, seen) = jax.lax.scan(add, zeros, (mask, points))
-    gradient = jax.tree.map(jnp.add, gradient, *precompute_vjp(precomputed_gradient))
+    behind = precompute_vjp(like(precomputed, precomputed_gradient))
+    gradient = jax.tree.map(jnp.add, gradient, *behind)
     total = jnp.sum(jnp.where(mask, per_point, 0.0)) / count
     return Losses(total, per_point, *seen), gradient

@@ -138,13 +138,18 @@ def notes(config: ConfigDict, pipe: Pipeline) -> list[str]:
     return [*own, *registry.notes(config)]
 
 
-def check_method(config: ConfigDict, pipe: Pipeline) -> None:
-    """Raises `UserError` for a grid, a loss, targets or a LoRA file that do not fit the model."""
+def check_method(config: ConfigDict, pipe: Pipeline, begun: bool = False) -> None:
+    """Raises `UserError` for a grid, a loss, targets or a LoRA file that do not fit the model.
+
+    begun: the run has a checkpoint, which holds what the file gave; the file may be gone.
+    """
     side = highest(config.data.resolution) // pipe.vae_config.factor
     grid = make_schedule(config, pipe.family, pipe.scheduler).grid(side, side)
     loss, loss_steps = name_or_list(config.loss), name_or_list(config.loss_steps)
     dopsd.make_nodes(grid, loss, loss_steps, jax.random.key(0), registry.told(config))
-    trained(config, pipe.family, pipe.config).check()
+    what = trained(config, pipe.family, pipe.config)
+    if not begun:
+        what.check()
 
 
 def make_schedule(config: ConfigDict, family: Family, scheduler: Any) -> Schedule:

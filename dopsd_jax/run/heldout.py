@@ -73,8 +73,10 @@ class Heldout:
         self.batches = holdout.batches(features.dataset, held, config.batch_size)
         self.shares = holdout.shares(self.batches, held)
         self.anchor_gaps: list[float] = []
-        stop, of = config.stop, holdout.digest(features.dataset, held)
-        every = config.checkpoint_every
+        stop, every = config.stop, config.checkpoint_every
+        of = holdout.digest(features.dataset, held)
+        if config.export_weights != "student":  # other scores
+            of += f" {config.export_weights}"
         self.ranking = Ranking(workdir, stop.patience, stop.tolerance, first, order, of, every)
         if self.ranking.best:  # another one than before, or the run was killed before it was copied
             self._copy(plan.trained.export_paths(workdir, self.ranking.best))

@@ -37,7 +37,7 @@ class Ranking:
     patience: so many checkpoints in a row that are no better end the run; 0: none do. tolerance: a
     checkpoint is better if its score is by this share of the best so far. first: the step that
     the run goes on from: what was scored after it will be scored again. order: what ranks.
-    pictures: which are scored: what was scored on others is forgotten.
+    pictures: what is scored, and whose weights: what was scored on others is forgotten.
     every: steps between two checkpoints. Those between, of stopped runs, are ranked, and patience
     does not count them.
     """

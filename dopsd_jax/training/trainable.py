@@ -212,9 +212,10 @@ class FullNetwork:
                 export_single(model, path, **options)
             else:
                 export_diffusers(model, path, replace=True, **options)
-        if write:  # only the newest stays: each has the size of the model
+        if write:  # only the newest stays, in every form: each has the size of the model
             for old in (workdir / "model").iterdir():
-                if old not in written and re.fullmatch(r"step_\d+(\.safetensors)?", old.name):
+                found = re.fullmatch(r"step_(\d+)(\.safetensors)?", old.name)
+                if found and int(found[1]) != step:
                     shutil.rmtree(old) if old.is_dir() else old.unlink()
 
 
