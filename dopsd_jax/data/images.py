@@ -53,7 +53,7 @@ DECODE_ERRORS = (
 class ImageLimits:
     """What a picture must keep to."""
 
-    max_pixels: int = 200_000_000  # a file can claim any size; this much is 600 MB decoded
+    max_pixels: int = 150_000_000  # a file can claim any size; this much is 450 MB decoded
     min_side: int = 32  # pixels; smaller ones hold nothing to learn from
     max_aspect: float = 8.0  # long side / short side; a crop would keep too little
 
