@@ -129,8 +129,8 @@ def arms() -> Iterator[Arm]:
     rate, other = RATES["lora"]
     for name in METHODS:
         yield Arm(name, "lora", rate)
-    for name in SEQUENTIAL:
-        yield Arm(name, "lora", rate, kind="sequence", captions=WHOLE)
+    for name, own in (*((name, rate) for name in SEQUENTIAL), ("1/2 anchors", other)):
+        yield Arm(name, "lora", own, kind="sequence", captions=WHOLE)
     for name in SHARES:
         yield Arm(name, "lora", rate)
     for name in (*COMPARED, *DROPPED):

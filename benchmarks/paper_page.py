@@ -268,12 +268,12 @@ def sequences(records: Records) -> list[str]:
         "concept's identity after the last run, relative to that after its own (the mean over",
         "concepts but the last, and the least).",
         "",
-        "| method | runs | own identity | kept | least kept | retention | composition "
+        "| method | rate | runs | own identity | kept | least kept | retention | composition "
         "| ordinary crispness | identity of each after the last |",
-        "|---|---|---|---|---|---|---|---|---|",
+        "|---|---|---|---|---|---|---|---|---|---|",
     ]
     mean = lambda values: f"{np.mean(values):.3f}"
-    for name, seeds in found.items():
+    for (name, rate), seeds in found.items():
         own = [[rounds[k][k]["identity"] for k in range(len(rounds))] for rounds in seeds]
         last = [[scores["identity"] for scores in rounds[-1]] for rounds in seeds]
         kept = (np.array(last) / np.array(own))[:, :-1]
@@ -281,10 +281,10 @@ def sequences(records: Records) -> list[str]:
         end = " | ".join([mean([[s[m] for s in r[-1]] for r in seeds]) for m in ends])
         each = ", ".join(f"{v:.2f}" for v in np.mean(last, axis=0))
         lines.append(
-            f"| {name} | {len(seeds)} | {mean(own)} | {mean(kept)} | {kept.min():.3f} "
+            f"| {name} | {rate:g} | {len(seeds)} | {mean(own)} | {mean(kept)} | {kept.min():.3f} "
             f"| {end} | {each} |"
         )
-    return lines if found else [*lines, "| not run | | | | | | | | |"]
+    return lines if found else [*lines, "| not run | | | | | | | | | |"]
 
 
 def targets(records: Records) -> list[str]:

@@ -93,12 +93,12 @@ class Records:
 
     def __init__(self, records: list[dict]):
         self._runs: dict[tuple, dict] = defaultdict(dict)
-        self._sequences: dict[str, list] = defaultdict(list)
+        self._sequences: dict[tuple[str, float], list] = defaultdict(list)
         self.targets: list[dict] = []
         self.words: dict[str, dict] = {}
         for record in records:
             if record["kind"] == "sequence":
-                self._sequences[record["name"]].append(record)
+                self._sequences[record["name"], record["rate"]].append(record)
             elif record["kind"] == "states":
                 self.targets.append(record["targets"])
             elif record["kind"] == "words":
@@ -142,12 +142,13 @@ class Records:
             return None
         return statistics.mean(np.array([[scores[measure]] for scores in firsts]))
 
-    def sequences(self) -> dict[str, list[list[list[dict]]]]:
-        """[seed][round][concept] scores by method, those that are there."""
+    def sequences(self) -> dict[tuple[str, float], list[list[list[dict]]]]:
+        """[seed][round][concept] scores by method and rate, those that are there."""
         return {
-            name: [record["rounds"] for record in self._sequences[name]]
+            (name, rate): [record["rounds"] for record in self._sequences[name, rate]]
             for name in SEQUENTIAL
-            if self._sequences[name]
+            for rate in RATES["lora"]
+            if self._sequences[name, rate]
         }
 
     def sequence_base(self, measure: str) -> float:

@@ -146,10 +146,11 @@ def test_words_that_change_little_are_told():
 def test_what_a_sequence_keeps_is_relative_to_what_each_run_had_learned():
     scores = lambda identity: {**dict.fromkeys(MEASURES, 0.5), "identity": identity}
     rounds = [[scores(0.8)], [scores(0.6), scores(0.9)]]
-    run = {"name": "dopsd", "kind": "sequence", "rounds": rounds, "base": [scores(0.1)]}
+    run = {"name": "dopsd", "kind": "sequence", "rate": 0.001, "rounds": rounds}
+    run["base"] = [scores(0.1)]
     (line,) = [row for row in paper_page.sequences(paper_records.Records([run]))
                if row.startswith("| dopsd")]  # fmt: skip
-    assert [cell.strip() for cell in line.split("|")[3:6]] == ["0.850", "0.750", "0.750"]
+    assert [cell.strip() for cell in line.split("|")[4:7]] == ["0.850", "0.750", "0.750"]
 
 
 def test_anchors_of_a_sequence_hold_the_captions_of_what_was_learned(tmp_path):
