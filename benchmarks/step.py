@@ -75,7 +75,7 @@ def time_jax(config, case: Workload) -> dict[str, Any]:
         print(chosen.why, flush=True)
     count = counted_step.need(config, case, abstract_step.abstract_mesh(config, mesh.size))[2]
     program = abstract_step.make_program(config, case, mesh, device.platform)
-    work = compiled_step.work(config, case, program)
+    work = compiled_step.work(config, case, program, mesh)
     images = config.batch_size * config.accumulate
     facts |= {
         "remat": config.remat,
