@@ -258,7 +258,11 @@ def train(config: ConfigDict, workdir: epath.Path) -> int | None:
         if first == 0:
             show(0)
         elif checkpoint_scores and not checkpoint_scores.ranking.knows(first):
-            score(first)  # the run was killed before
+            # The run was killed before that, or other weights are exported now.
+            files = plan.trained.export_paths(workdir, first)
+            if plan.trained.is_export_step(first) and results.faults(files):
+                export(first)
+            score(first)
         parts.end("first pictures")
         early.finish()
         parts.beside["compiling"] = early.saved

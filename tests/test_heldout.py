@@ -226,6 +226,15 @@ def test_the_best_checkpoint_is_copied_and_a_run_ends_at_the_plateau(tmp_path):
     one = run_program("train", *held[:-1], f"--workdir={other}", "--config.checkpoint_every=1")
     assert one.returncode == 0, one.stderr
     assert json.loads((other / FILE).read_text()) == ranking
+    # The finished run exports the teacher: scores of the student are none of its, nor is its file.
+    teacher = run_program(
+        "train", *held, "--config.checkpoint_every=1", "--config.export_weights=teacher"
+    )
+    assert teacher.returncode == 0, teacher.stderr
+    found = json.loads((tmp_path / FILE).read_text())
+    assert [entry["step"] for entry in found["checkpoints"]] == [4] and found["best"] == 4
+    files = [(folder / "step_4.safetensors").read_bytes() for folder in (lora, other / "lora")]
+    assert (lora / BEST).read_bytes() == files[0] != files[1]
 
 
 def test_stopping_needs_pictures_to_stop_by(tmp_path):

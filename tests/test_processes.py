@@ -209,7 +209,9 @@ def test_a_signal_before_the_first_step_ends_a_process_at_once(tmp_path, program
     while not line.startswith("processes: this is 0 of 1"):
         line = process.stdout.readline()
         assert line, process.communicate()
-    time.sleep(1)
+    while program == "prepare" and not (tmp_path / "out").exists():  # made when it has begun
+        assert process.poll() is None, process.communicate()
+        time.sleep(0.01)
     process.send_signal(signal.SIGTERM)
     _, stderr = process.communicate(timeout=120)
     assert process.returncode == status, stderr
