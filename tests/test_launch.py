@@ -6,6 +6,7 @@ import os
 import re
 import shlex
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -179,27 +180,58 @@ def test_the_unit_starts_again_but_not_after_a_fault():
     assert (ROOT / script).is_file() and "WORKDIR=" in service["Environment"]
 
 
+SRUN = """
+echo "srun $JAX_LOCAL_DEVICE_IDS $@" >>TMP/calls
+while [[ $1 != bash ]]; do shift; done
+highest=0 process=0
+for status in $STATUS; do
+  SLURM_PROCID=$((process++)) STATUS=$status "$@" || own=$?
+  ((${own:-0} <= highest)) || highest=$own
+done
+exit $highest
+"""
+
+
 def test_slurm_queues_again_after_a_save_and_after_a_crash(tmp_path):
-    stand_in(
-        tmp_path / "srun", f'echo "srun $JAX_LOCAL_DEVICE_IDS $@" >>{tmp_path}/calls\nexit $STATUS'
-    )
+    stand_in(tmp_path / "srun", SRUN.replace("TMP", str(tmp_path)))
     stand_in(tmp_path / "scontrol", f'echo "scontrol $@" >>{tmp_path}/calls')
-    slurm = SLURM | {"CONFIG": "c", "WORKDIR": str(tmp_path / "run")}
+    slurm = SLURM | {"CONFIG": "c", "WORKDIR": str(tmp_path / "run"), "RESTARTS": "2"}
+    slurm["PYTHON"] = str(stand_in(tmp_path / "trainer", 'echo "trainer $@"; exit $STATUS'))
     slurm |= {"PATH": f"{tmp_path}:{os.environ['PATH']}"}
-    for status, restarts, again in (
-        ("75", "500", True), ("2", "0", False), ("0", "0", False), ("134", "19", True),
-        ("134", "20", False),
+    # Of the processes' statuses a fault of the user counts more than its effect on the others.
+    # What was stopped is queued again without limit, and does not count as a crash.
+    for statuses, status, again in (
+        ("75 75", 75, True), ("134 2", 2, False), ("0 0", 0, False), ("134 0", 134, True),
+        ("75 75", 75, True), ("75 75", 75, True), ("1 134", 134, True), ("1 134", 134, False),
+        ("75 75", 75, True),
     ):  # fmt: skip
         (tmp_path / "calls").unlink(missing_ok=True)
-        variables = {"STATUS": status, "SLURM_RESTART_COUNT": restarts}
+        variables = {"STATUS": statuses, "SLURM_RESTART_COUNT": "500"}
         result = launch("slurm", "train", "--config.steps=3", **slurm | variables)
         calls = (tmp_path / "calls").read_text()
-        assert result.returncode == int(status)
-        assert ("scontrol requeue 17" in calls) == again, (status, restarts)
+        assert result.returncode == status, result.stderr
+        assert ("scontrol requeue 17" in calls) == again, statuses
         assert "srun 0,1,2,3 " in calls and "--distributed=on --config.steps=3" in calls
         assert "--kill-on-bad-exit=0" in calls  # else one that has saved ends one that has not
+        assert result.stdout.count("trainer -m dopsd_jax.train --config=c") == 2
     head = (LAUNCH / "slurm.sh").read_text()
     assert "#SBATCH --requeue" in head and "#SBATCH --signal=TERM@300" in head
+
+
+def test_under_slurm_a_signal_ends_the_trainer_and_its_status_is_kept(tmp_path):
+    """Slurm signals every process of a step: the shell around the trainer has to wait for it."""
+    dry = launch("slurm", "train", DRY_RUN="1", **RUN | SLURM).stdout
+    words = shlex.split(dry)
+    begin = words.index("bash")
+    trainer = f"trap 'echo saved >{tmp_path}/saved; exit 75' TERM; touch {tmp_path}/runs\n"
+    trainer += "while true; do sleep 0.05; done"
+    command = [*words[begin : begin + 4], str(stand_in(tmp_path / "trainer", trainer))]
+    where = {"STATUSES": str(tmp_path), "SLURM_PROCID": "3"}
+    process = subprocess.Popen(command, env=os.environ | where, start_new_session=True)
+    eventually((tmp_path / "runs").exists, process)
+    os.killpg(process.pid, signal.SIGTERM)
+    assert process.wait(60) == 75
+    assert (tmp_path / "saved").exists() and (tmp_path / "3").read_text() == "75\n"
 
 
 def test_tpu_commands_reach_every_worker():
