@@ -75,6 +75,21 @@ def test_the_change_is_that_of_lycoris(tmp_path, prefix, ranks, alpha, scale):
         assert relative_error(module.delta(slice(5, 9)), expected[5:9]) < 1e-6
 
 
+@pytest.mark.parametrize(
+    "ranks, alpha, scale",
+    [({}, 6, 6 / 12), ({"second": 3}, 6, 2.0), ({}, None, 1.0)],  # a second factor of 12 x 12
+)
+def test_the_change_is_that_of_musubi_tuner(tmp_path, ranks, alpha, scale):
+    """Its files have a number more, and an alpha that counts also where the factor is whole."""
+    path = next(p for p in BLOCK if p.endswith("attention.to_q"))
+    stems = {path: ("lora_unet_" + path.replace(".", "_"), LAYERS.split[path])}
+    file, made = written(tmp_path / "x.safetensors", stems, LAYERS, alpha, **ranks)
+    files = TensorFiles.open(file)
+    tensors = {name: files.read(name) for name in files.infos} | {"lokr_factor": np.array(4)}
+    (module,) = read_adapter(save(file, tensors), LAYERS).modules.values()
+    assert relative_error(module.delta(), change(made[path], scale)) < 1e-6
+
+
 @pytest.mark.parametrize("of", ["zimage", "klein"])
 def test_rows_of_a_fused_layer_go_to_its_parts(tmp_path, of):
     layers = LAYERS if of == "zimage" else lora_layers(klein, klein.random_size())

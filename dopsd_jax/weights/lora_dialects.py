@@ -78,7 +78,6 @@ UNSUPPORTED = {
     ".lora_mid.weight": "is a convolution's middle factor",
     ".diff": "is a full difference, not a low-rank one",
     ".diff_b": "is a difference of a bias",
-    "lokr_factor": "tells of a LoKr of musubi-tuner, which has a scale of its own",
 }
 UNSUPPORTED_PARTS = {
     ".lokr_t2": "convolutional LoKr",
@@ -86,6 +85,10 @@ UNSUPPORTED_PARTS = {
     ".oft_": "OFT",
     ".boft_": "BOFT",
 }
+
+# A number in musubi-tuner's LoKr files. They have a rank, and so an alpha, also where the second
+# matrix is whole: its longer side.
+MUSUBI_LOKR = "lokr_factor"
 
 # Dialect of each way of naming, by the suffix it comes with: PEFT's A and B, or down and up.
 STYLES: dict[Style, dict[str, str]] = {

@@ -11,6 +11,7 @@ import numpy as np
 from dopsd_jax.common.errors import UserError, raise_if
 from dopsd_jax.weights import lokr
 from dopsd_jax.weights.lora_dialects import (
+    MUSUBI_LOKR,
     STYLES,
     TEXT_ENCODERS,
     UNSUPPORTED,
@@ -158,7 +159,7 @@ def _group(path: Path, files: TensorFiles, layers: Layers, transformer_only: boo
     adapters: set[str] = set()
     strangers = 0  # factors of layers that are not here
     for name, info in files.infos.items():
-        if transformer_only and name.startswith(TEXT_ENCODERS):
+        if name == MUSUBI_LOKR or (transformer_only and name.startswith(TEXT_ENCODERS)):
             continue
         stem, part, kind, adapter = split_name(name)
         found = table.get(stem) if part else None
@@ -291,8 +292,9 @@ def _kronecker(files: TensorFiles, target: Target, parts: dict[str, str]) -> dic
         raise ValueError("has factors of a LoRA and of a LoKr; save it with one program")
     shapes = {part: files.infos[name].shape for part, name in parts.items() if part != "alpha"}
     whole = lokr.LokrModule(lokr.assemble(shapes, lambda part: _factor(files, parts[part])), 1.0)
-    if whole.rank and "alpha" in parts:
-        whole = dataclasses.replace(whole, scale=_alpha(files, parts["alpha"]) / whole.rank)
+    rank = whole.rank or (max(whole.w2.shape) if MUSUBI_LOKR in files.infos else None)
+    if rank and "alpha" in parts:
+        whole = dataclasses.replace(whole, scale=_alpha(files, parts["alpha"]) / rank)
     needed = sum(target.rows), target.width
     if whole.shape != needed:
         raise ValueError(f"makes a change of {list(whole.shape)}; the layer needs {list(needed)}")
