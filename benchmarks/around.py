@@ -23,7 +23,7 @@ import numpy as np
 from absl import flags
 from PIL import Image
 
-from dopsd_jax.common import program
+from dopsd_jax.common import program, start_parts
 from dopsd_jax.common.errors import UserError
 
 WHAT = flags.DEFINE_enum("what", "filling", ["filling", "start"], "what is timed")
@@ -32,13 +32,6 @@ REPEATS = flags.DEFINE_integer("repeats", 10, "timed batches", 1)
 SECOND = flags.DEFINE_bool("second", False, "keep what an earlier start has compiled")
 DRY = flags.DEFINE_bool("dry", False, "the random miniature")
 PICTURES = 4
-# The parts of a start: how the line begins that ends each of them.
-MARKS = {
-    "imports": "processes:",
-    "model and data": "encoding captions",
-    "encoding, weights": "LoRA adapters:",
-    "first pictures": "pictures:",
-}
 
 
 def main() -> None:
@@ -74,7 +67,7 @@ def filling(folder: Path) -> dict[str, float]:
 
 
 def start(folder: Path) -> dict[str, float]:
-    """Seconds of each part of a start."""
+    """Seconds of each part of a start, as `train` has measured them, and of what follows."""
     base = Path(tempfile.gettempdir()) / "dopsd_on_gpu" / "start"
     cache, run = base / "cache", base / "run"
     shutil.rmtree(run, ignore_errors=True)
@@ -92,23 +85,17 @@ def start(folder: Path) -> dict[str, float]:
     ]  # fmt: skip
     env = {k: v for k, v in os.environ.items() if "COMPILATION_CACHE" not in k}
     env["XDG_CACHE_HOME"] = str(cache)
-    begin, found, said = time.perf_counter(), {}, []
-    process = subprocess.Popen(
+    begin = time.perf_counter()
+    done = subprocess.run(
         [sys.executable, "-m", "dopsd_jax.train", *words],
         env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
     )  # fmt: skip
-    last = 0.0
-    for line in process.stdout:
-        now, said = time.perf_counter() - begin, [*said[-20:], line]
-        for name, mark in MARKS.items():
-            if name not in found and line.lstrip().startswith(mark):
-                found[name], last = now - last, now
-    if process.wait():
-        raise UserError("train failed: " + "".join(said[-5:]).strip())
+    if done.returncode:
+        raise UserError("train failed: " + "".join(done.stdout.splitlines(True)[-5:]).strip())
+    found = json.loads((run / start_parts.FILE).read_text())
     records = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    found["first step"] = records[0]["seconds"]
-    found["second step"] = records[1]["seconds"]
-    return found | {"all, with the end": time.perf_counter() - begin}
+    after = {"second step": records[1]["seconds"], "all, with the end": time.perf_counter() - begin}
+    return found | after
 
 
 def pictures(folder: Path, side: int) -> None:

@@ -3,7 +3,6 @@
 `fuzz.py` damages the files; see there.
 """
 
-import importlib.util
 import io
 import json
 import tarfile
@@ -49,6 +48,7 @@ from dopsd_jax.reporting.run_page import write_report
 from dopsd_jax.run import lock
 from dopsd_jax.run.workdir import open_workdir
 from dopsd_jax.training.checkpoint import Checkpoints
+from dopsd_jax.training.ranking import Ranking
 from dopsd_jax.training.results import Results
 from dopsd_jax.weights import converted, hub
 from dopsd_jax.weights.lora_dialects import layers_of
@@ -161,16 +161,6 @@ def picture(kind: str = "PNG") -> bytes:
     return content.getvalue()
 
 
-def write_parquet(path: Path) -> Path:
-    """Pictures with captions, as a table of Hugging Face."""
-    import pyarrow
-    import pyarrow.parquet
-
-    columns = {"image": [{"bytes": picture(), "path": "a.png"}] * 3, "text": ["a cube"] * 3}
-    pyarrow.parquet.write_table(pyarrow.table(columns), path)
-    return path
-
-
 def data_readers(folder: Path) -> dict[str, Reader]:
     """The readers of pictures, captions, tables, archives and cached features."""
     places = {
@@ -229,9 +219,6 @@ def data_readers(folder: Path) -> dict[str, Reader]:
     for name in tables:
         path = places["tables"] / name
         found[name] = Reader(path, rows(path), kinds[path.suffix])
-    if importlib.util.find_spec("pyarrow"):
-        path = write_parquet(folder / "a.parquet")
-        found["parquet"] = Reader(path, rows(path), "bytes")
     cache, key = FeatureCache(folder / "cache", report=lambda line: None), "k" * 64
     arrays = {"text": np.arange(12, dtype=np.float32).reshape(3, 4), "n": np.array(3, np.int32)}
     cache.put(key, arrays)
@@ -337,6 +324,7 @@ def run_readers(folder: Path) -> dict[str, Reader]:
     delivered[0].write_bytes(b"12345678")
     results = Results(workdir, flat(config))
     results.record(delivered)
+    Ranking(folder, 0, 0.0, 2).add(2, {"heldout_gap": 0.5}, write=True)
     (folder / "values.jsonl").write_text('{"key": "a", "value": 0.5}\n{"key": "b", "value": 1}\n')
     tests = [{"prompt": "a [V]", "row": 0, "class_name": "cube"}, {"prompt": "b"}]
     (folder / "prompts.jsonl").write_text("".join(json.dumps(test) + "\n" for test in tests))
@@ -372,6 +360,9 @@ def run_readers(folder: Path) -> dict[str, Reader]:
         "run scores": Reader(folder / "scores.json", report, "json"),
         "grid": Reader(Path(grid), report, "bytes", seal_png),
         "results": Reader(folder / "results.json", lambda: results.faults(delivered), "json"),
+        "ranking": Reader(
+            folder / "ranking.json", lambda: Ranking(folder, 1, 0.0, 2).lines(), "json"
+        ),
         "digests": Reader(step / "digests.0.json", proven, "json"),
         "lock": Reader(folder / lock.FILE, locked, "json"),
         "values": Reader(folder / "values.jsonl", lambda: Gallery(folder), "lines"),

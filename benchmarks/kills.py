@@ -20,7 +20,7 @@ from pathlib import Path
 from dopsd_jax.reporting.metrics import read_metrics
 from dopsd_jax.weights.safetensors_io import TensorFiles
 
-CLOCK = ("seconds", "images_per_second")
+CLOCK = ("seconds", "images_per_second", "input_seconds", "peak_bytes")
 FIELDS = (
     "--config=zimage:random",
     "--config.data.buckets=96x96",

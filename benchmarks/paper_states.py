@@ -13,6 +13,7 @@ from paper_run import Bench
 
 from dopsd_jax.common.config_fields import name_or_list
 from dopsd_jax.common.flow import euler, x0_hat
+from dopsd_jax.families.base import TEACHER
 from dopsd_jax.families.sampling import start_noise
 from dopsd_jax.families.zimage import family
 from dopsd_jax.miniature import judge
@@ -30,10 +31,8 @@ def run(bench: Bench, arm: Arm, number: int, seed: int) -> dict[str, object]:
     asked = {"concepts": 0, "ordinary": 0, "bare": PROMPTS}
     cases = judged.cases(lesson.concept, lesson.word, **asked, seed=seed)
     prompts = [case.prompt for case in cases]
-    seen = {name: config.teacher[name] for name in ("min_pixels", "max_pixels")}
-    shown = pipe.encode_prompt_with_image(
-        prompts, [case.target for case in cases], **seen, doubled=config.teacher.doubled_template
-    )
+    seen = pipe.options(TEACHER, config.teacher)
+    shown = pipe.encode_prompt_with_image(prompts, [case.target for case in cases], **seen)
     told = pipe.encode_prompt(prompts)
     nodes = family.grid(name_or_list(config.grid), pipe.scheduler)
     shape = pipe.latent_shape(*cases[0].target.shape[:2])

@@ -130,6 +130,11 @@ def test_the_doubled_template_and_the_image_change_the_teachers_context(pipe):
     assert relative_error(other.features, clean.features) > 1e-3
 
 
+def test_an_option_that_the_family_has_not_is_refused(pipe):
+    with pytest.raises(TypeError, match="doubled: no option of this family, which has min_pixels"):
+        pipe.encode_prompt_with_image(["x"], [np.zeros((96, 96, 3), np.uint8)], doubled=True)
+
+
 def test_latents_survive_the_autoencoder_door(pipe):
     rng = np.random.default_rng(0)
     images = rng.integers(0, 256, (1, 32, 48, 3), dtype=np.uint8)

@@ -44,8 +44,8 @@ def pipeline(folder: str | Path, asked: str = families.AUTO, **options: Any) -> 
 class Pipeline:
     """One model folder, each part loaded when it is first used.
 
-    A family says how its encoders make features: `ENCODERS`, `options`, `limits`, `request` and
-    `encode`.
+    A family says how its encoders make features: `ENCODERS`, `OPTIONS`, `options`, `limits`,
+    `request` and `encode`.
 
     Args:
       folder: model in Hugging Face layout, or converted.
@@ -62,6 +62,7 @@ class Pipeline:
 
     # By role: the networks that its features come from. Each is an attribute of its own name.
     ENCODERS: ClassVar[tuple[tuple[str, ...], tuple[str, ...]]]
+    OPTIONS: ClassVar[tuple[str, ...]]  # of the teacher's features, by name
 
     def __init__(
         self,
@@ -295,7 +296,13 @@ class Pipeline:
         references: Sequence[UInt8[np.ndarray, "_H _W 3"]] = (),
         **options: Any,
     ) -> Tree:
-        """The teacher's context; `references`: as in `encode_prompt`; `options`: the family's."""
+        """The teacher's context; `references`: as in `encode_prompt`.
+
+        options: the family's (`OPTIONS`). Raises `TypeError` for others.
+        """
+        if strange := sorted(options.keys() - set(self.OPTIONS)):
+            known = ", ".join(self.OPTIONS)
+            raise TypeError(f"{', '.join(strange)}: no option of this family, which has {known}")
         pairs = zip(prompts, images, strict=True)
         return self.family.collate(
             [self.features(TEACHER, p, [*references, np.asarray(i)], options) for p, i in pairs]

@@ -33,6 +33,7 @@ class KleinPipeline(TextPipeline):
     """See `Pipeline`."""
 
     ENCODERS = (("text_encoder",), ("text_encoder", "vae"))
+    OPTIONS = ("instruction", "reference_pixels")
 
     def notes(self) -> list[str]:
         """See `Pipeline.notes`."""

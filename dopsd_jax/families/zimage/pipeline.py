@@ -29,6 +29,7 @@ class ZImagePipeline(TextPipeline):
     """See `Pipeline`."""
 
     ENCODERS = (("text_encoder",), ("text_encoder", "vlm"))
+    OPTIONS = ("min_pixels", "max_pixels", "doubled_template")
 
     @functools.cached_property
     def vlm_config(self) -> qwen3_vl.Qwen3VLConfig:
@@ -59,11 +60,7 @@ class ZImagePipeline(TextPipeline):
         """
         if role == STUDENT:
             return {}
-        return {
-            "min_pixels": teacher["min_pixels"],
-            "max_pixels": teacher["max_pixels"],
-            "doubled_template": teacher["doubled_template"],
-        }
+        return {name: teacher[name] for name in self.OPTIONS}
 
     def limits(self, role: int) -> dict[str, jax.ShapeDtypeStruct]:
         """`features`: hidden state -2 of the text encoder at each of the text's own tokens. The
