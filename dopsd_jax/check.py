@@ -23,6 +23,7 @@ from dopsd_jax.conditioning.features import Features
 from dopsd_jax.data.dataset import describe
 from dopsd_jax.estimation import flops, remat
 from dopsd_jax.evaluation import teacher_traits
+from dopsd_jax.families.base import TEACHER
 from dopsd_jax.methods import registry
 from dopsd_jax.parallel import sharding
 from dopsd_jax.reporting import pictures
@@ -49,8 +50,10 @@ def main() -> None:
     rows = rows_of(dataset, config.sample_rows)
     others = teacher_traits.other_captions(pipe, dataset, config, rows)
     features.prepare()
-    lengths = zip(("student", "teacher"), positions(features), strict=True)
-    print("features: " + ", ".join(f"{role} {count} rows" for role, count in lengths if count))
+    lengths = dict(zip(("student", "teacher", "anchors"), positions(features), strict=False))
+    if features.rows[TEACHER] is None:
+        del lengths["teacher"]
+    print("features: " + ", ".join(f"{role} {count} rows" for role, count in lengths.items()))
     chosen = remat.settle(config, pipe, features, mesh)
     plan = build.make_plan(config, pipe, mesh)
     print("\n".join([*plan.describe(), *features.describe(), *chosen.describe()]), flush=True)
@@ -118,15 +121,13 @@ def budget(config, pipe, plan, features, devices) -> list[str]:
         "start": size(like.start),
         "optimizer": size(like.opt_state),
     }
-    student, teacher = positions(features)
     work = flops.step_work(
         pipe.family,
         pipe.config,
         registry.passes(config, plan.grid, devices),
+        positions(features),
         height=h,
         width=w,
-        rows_student=student,
-        rows_teacher=teacher,
         chosen=plan.trained.chosen,
         products=plan.trained.products,
         full=config.train == "full",
@@ -146,15 +147,10 @@ def budget(config, pipe, plan, features, devices) -> list[str]:
     ]
 
 
-def positions(features: Features) -> tuple[int, int]:
-    """Of the student's and of the teacher's padded contexts, at most; 0 without a teacher."""
-    dataset, count = features.dataset, features.pipe.family.positions
-    most = [0, 0]
-    for rows in dataset.rows_by_shape().values():
-        contexts = features.contexts([dataset.caption(int(rows[0]), dataset.prompt_keys)])
-        for role, context in enumerate(contexts):
-            most[role] = max(most[role], 0 if context is None else count(context))
-    return tuple(most)
+def positions(features: Features) -> list[int]:
+    """Of the padded contexts of student, teacher and anchors, at most."""
+    count, contexts = features.pipe.family.positions, features.outlines().values()
+    return [max(map(count, role)) for role in zip(*contexts, strict=True)]
 
 
 def _distance(images, targets) -> float:

@@ -184,7 +184,7 @@ def test_the_start_is_kept_for_a_teacher_that_is_not_told_everything():
 )
 def test_passes_of_a_teacher_that_is_told_at_three_nodes(fields, expected):
     config = load("zimage:random", {"teacher.told": "1,2,3"} | fields)
-    found = registry.passes(config, GRID)
+    found, _ = registry.passes(config, GRID)
     assert (found.backward, found.forward, found.teacher_forward, found.captions) == expected
 
 

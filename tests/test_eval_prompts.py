@@ -75,7 +75,8 @@ def test_a_test_without_the_word_that_is_taught_is_an_ordinary_prompt(dataset, t
         c.kind for c in prompts.cases(rows, tests, rows=1, scored_text=False, words=words)
     ]
     assert kinds() == kinds(("", "")) == ["training", "test", "ordinary", "ordinary"]
-    assert kinds(("horse",)) == ["training", "test", "ordinary", "test"]
+    assert kinds(("horse",)) == kinds(("HORSE",)) == ["training", "test", "ordinary", "test"]
+    assert kinds(("hors", "orse")) == kinds()  # words, not letters: a banana is no ana
     assert kinds(rows=made(tmp_path, "")) == ["training", "test", "test", "test"]
 
 

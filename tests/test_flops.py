@@ -86,11 +86,10 @@ def test_a_traced_step_has_the_counted_products(targets):
     counted = flops.step_work(
         family,
         TINY,
-        dopsd_passes(3),
+        (dopsd_passes(3), None),
+        rows,
         height=latent[0],
         width=latent[1],
-        rows_student=rows[0],
-        rows_teacher=rows[1],
         chosen={} if full else chosen(TINY, targets),
         products=of_rank(rank),
         full=full,
@@ -145,21 +144,20 @@ def test_the_documented_budget(rows, remat, model, executed):
     """TFLOP for an image of 1024 x 1024, K = 4, rank 64; captions refined at every node."""
     work = flops.step_work(
         family,
-        FULL, dopsd_passes(4, precomputed=False), height=128, width=128, rows_student=rows[0],
-        rows_teacher=rows[1], chosen=chosen(FULL), products=of_rank(64), remat=remat,
+        FULL, (dopsd_passes(4, precomputed=False), None), rows, height=128, width=128,
+        chosen=chosen(FULL), products=of_rank(64), remat=remat,
     )  # fmt: skip
     assert abs(work.model / 1e12 - model) < 0.51
     assert abs(work.executed / 1e12 - executed) < 0.51
 
 
 def test_options_change_the_count_as_they_should():
-    def count(with_loss=4, precomputed=True, **options):
+    def count(with_loss=4, precomputed=True, held=None, rows=(512, 1024), **options):
         settings = {
-            "height": 128, "width": 128, "rows_student": 512, "rows_teacher": 1024,
-            "chosen": chosen(FULL), "products": of_rank(64),
+            "height": 128, "width": 128, "chosen": chosen(FULL), "products": of_rank(64),
         }  # fmt: skip
-        passes = dopsd_passes(4, with_loss, precomputed)
-        return flops.step_work(family, FULL, passes, **{**settings, **options})
+        passes = dopsd_passes(4, with_loss, precomputed), held
+        return flops.step_work(family, FULL, passes, rows, **{**settings, **options})
 
     assert count().model < count(precomputed=False).model < 1.01 * count().model
     nothing, all_four = count(with_loss=0), count(with_loss=4)
@@ -172,6 +170,16 @@ def test_options_change_the_count_as_they_should():
     assert none.executed < dots.executed < full.executed
     assert count(flash=False).executed == count().model
     assert count(remat="unrolled") == none
+    # Anchors have contexts of their own; as long as the student's, they are as much work.
+    beside = Passes(1, 2, captions=1)
+    more = [count(held=beside, rows=(512, 1024, n)).model - count().model for n in (64, 512)]
+    as_rows = Passes(*(a + b for a, b in zip(dopsd_passes(4), beside, strict=True)))
+    whole = flops.step_work(
+        family, FULL, (as_rows, None), (512, 1024), height=128, width=128, chosen=chosen(FULL),
+        products=of_rank(64),
+    )  # fmt: skip
+    assert count().model + more[1] == pytest.approx(whole.model, rel=1e-12)
+    assert more[0] < more[1]
 
 
 def test_the_published_network_has_its_published_size():

@@ -20,6 +20,7 @@ from dopsd_jax.reporting.pictures import save_picture
 from dopsd_jax.weights.lora_settings import EDITS
 from dopsd_jax.weights.safetensors_io import read_header
 
+ZIMAGE = {"modelspec.architecture": "Z-Image/lora"}
 HEADER = {
     "modelspec.title": "dog",
     "modelspec.license": "of the base model: Apache-2.0",
@@ -45,7 +46,7 @@ def of(header, **changed):
 
 
 def test_the_card_says_what_the_file_says():
-    text = of(HEADER, shown=[Shown("pictures/0.png", "a [V] dog")])
+    text = of(HEADER | ZIMAGE, shown=[Shown("pictures/0.png", "a [V] dog")])
     assert front(text) == {
         "library_name": "diffusers",
         "pipeline_tag": "text-to-image",
@@ -57,6 +58,8 @@ def test_the_card_says_what_the_file_says():
         "widget": [{"text": "a [V] dog", "output": {"url": "pictures/0.png"}}],
     }
     assert "num_inference_steps=8" in text and "| rank | 16 |" in text
+    assert "before 0.39: `num_inference_steps=9`" in text
+    assert "0.39" not in of(HEADER)
 
 
 def test_the_card_of_an_editor_gives_the_pipeline_a_picture():

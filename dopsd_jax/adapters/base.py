@@ -8,6 +8,7 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float
 
+from dopsd_jax.common.products import matmul
 from dopsd_jax.models.interleaved import Interleaved
 
 IN_ORDER = Interleaved((1,))  # of an input or output of one part: its order is the layer's own
@@ -65,7 +66,7 @@ class Adapter(nnx.Module):
         here.
         """
         ordered = lambda delta: outputs.ordered(inputs.ordered(delta, axis=0))
-        return [x @ ordered(part.delta().astype(x.dtype)) for part in parts]
+        return [matmul(x, ordered(part.delta().astype(x.dtype))) for part in parts]
 
     @classmethod
     def size(cls, din: int, dout: int, rank: int) -> int:

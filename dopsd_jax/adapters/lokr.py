@@ -15,6 +15,7 @@ from flax import nnx
 from jaxtyping import Array, Float
 
 from dopsd_jax.adapters.base import IN_ORDER, Adapter
+from dopsd_jax.common.products import einsum, matmul
 from dopsd_jax.models.interleaved import Interleaved
 from dopsd_jax.weights.lokr import LokrModule
 
@@ -73,8 +74,8 @@ class Lokr(Adapter):
         return 1.0 if cls.is_whole(din, dout, rank) else alpha / rank
 
     def delta(self) -> Float[Array, "*lead din dout"]:
-        w2 = self.w2[...] if hasattr(self, "w2") else self.w2_b[...] @ self.w2_a[...]
-        product = jnp.einsum("...mp,...nq->...mnpq", self.w1[...], w2)
+        w2 = self.w2[...] if hasattr(self, "w2") else matmul(self.w2_b[...], self.w2_a[...])
+        product = einsum("...mp,...nq->...mnpq", self.w1[...], w2)
         *lead, m, n, p, q = product.shape
         return self.scale[...][..., None, None] * product.reshape(*lead, m * n, p * q)
 
@@ -92,14 +93,15 @@ class Lokr(Adapter):
         """x as a grid [m, n]: w1 is applied along one side, w2 along the other."""
         cast = lambda a: a[...].astype(x.dtype)
         w1 = self.scale[...].astype(x.dtype) * cast(self.w1)
-        along = lambda grid: jnp.einsum("...mi,mp->...pi", grid, w1)
+        along = lambda grid: einsum("...mi,mp->...pi", grid, w1)
         m, p = w1.shape
         grid = x.reshape(*x.shape[:-1], m, -1)
         if not hasattr(self, "w2"):
-            grid = along(grid @ cast(self.w2_b)) @ cast(self.w2_a)
+            grid = matmul(along(matmul(grid, cast(self.w2_b))), cast(self.w2_a))
         else:
             w2 = cast(self.w2)
-            grid = along(grid) @ w2 if _first(m, *w2.shape, p) else along(grid @ w2)
+            first = _first(m, *w2.shape, p)
+            grid = matmul(along(grid), w2) if first else along(matmul(grid, w2))
         return grid.reshape(*x.shape[:-1], -1)
 
     @classmethod

@@ -9,6 +9,7 @@ from flax import nnx
 from jaxtyping import Array, Float
 
 from dopsd_jax.adapters.base import IN_ORDER, Adapter
+from dopsd_jax.common.products import matmul
 from dopsd_jax.models.interleaved import Interleaved
 from dopsd_jax.weights.lora_files import LoraModule
 
@@ -30,7 +31,7 @@ class Lora(Adapter):
         return cls(a, jnp.zeros((*lead, rank, dout)))
 
     def delta(self) -> Float[Array, "*lead din dout"]:
-        return self.scale[...][..., None, None] * (self.a[...] @ self.b[...])
+        return self.scale[...][..., None, None] * matmul(self.a[...], self.b[...])
 
     @classmethod
     def updates(
@@ -39,9 +40,11 @@ class Lora(Adapter):
     ) -> list[Array]:  # fmt: skip
         # One product for all down-projections: x is read once.
         downs = [inputs.ordered(part.a[...].astype(x.dtype), axis=0) for part in parts]
-        lows = jnp.split(x @ jnp.concatenate(downs, -1), len(downs), axis=-1)
+        lows = jnp.split(matmul(x, jnp.concatenate(downs, -1)), len(downs), axis=-1)
         return [
-            (low * part.scale[...].astype(x.dtype)) @ outputs.ordered(part.b[...].astype(x.dtype))
+            matmul(
+                low * part.scale[...].astype(x.dtype), outputs.ordered(part.b[...].astype(x.dtype))
+            )
             for part, low in zip(parts, lows, strict=True)
         ]
 

@@ -58,7 +58,7 @@ class Program(NamedTuple):
 
     anchors: contexts of anchors, if there are any.
     latent: [b, h, w, c] of a micro-batch's noise. attention: the kernel. positions: of the contexts
-    of student and teacher.
+    of student and teacher, and of anchors.
     """
 
     plan: build.Plan
@@ -68,7 +68,7 @@ class Program(NamedTuple):
     anchors: Any
     latent: tuple[int, int, int, int]
     attention: str
-    positions: tuple[int, int]
+    positions: tuple[int, ...]
 
 
 class Network(NamedTuple):
@@ -142,7 +142,7 @@ def make_program(
     micro = anchor.micro_batches(config, sharding.sample_devices(mesh))
     held = micro and (contexts[2] if contexts else _anchor_features(config, case))
     anchors = micro and jax.tree.map(samples(mesh, *micro), held)
-    positions = tuple(map(case.family.positions, features))
+    positions = tuple(map(case.family.positions, [*features, held] if micro else features))
     return Program(plan, graphdef, base, batch, anchors, latent, kernel, positions)
 
 

@@ -131,14 +131,14 @@ def digest(lowered: jax.stages.Lowered) -> str:
 
 
 def work(config, case: Workload, program: Program, mesh: jax.sharding.Mesh) -> flops.StepWork:
+    """Of a step for an image, and for the anchors beside it."""
     return flops.step_work(
         case.family,
         case.size,
         registry.passes(config, program.plan.grid, sharding.sample_devices(mesh)),
+        program.positions,
         height=case.latent[0],
         width=case.latent[1],
-        rows_student=program.positions[0],
-        rows_teacher=program.positions[1],
         chosen=program.plan.trained.chosen,
         products=program.plan.trained.products,
         full=config.train == "full",

@@ -27,11 +27,12 @@ WIDTHS, GRADIENTS = 55, 0.65
 # Devices whose compiler writes a frozen base once more, in another layout: docs/scaling.md.
 BASE_TWICE = ("TPU7x",)
 
-# Memory in GiB, as the driver tells it. Older ones have no bfloat16.
+# Memory in GiB, as the driver tells it: where it checks for errors, less than is on the box. Older
+# ones have no bfloat16.
 GPUS = {
     "RTX 3060": 12, "RTX 4070": 12, "RTX 5070": 12, "RTX 4060 Ti": 16, "RTX 4080": 16,
-    "RTX 5080": 16, "RTX 3090": 24, "RTX 4090": 24, "A10G": 24, "L4": 24, "RTX 5090": 32,
-    "A100-40GB": 40, "A6000": 48, "L40S": 48, "A100": 80, "H100": 80, "H200": 140, "B200": 179,
+    "RTX 5080": 16, "RTX 3090": 24, "RTX 4090": 24, "A10G": 22.49, "L4": 22.49, "RTX 5090": 32,
+    "A100-40GB": 40, "A6000": 48, "L40S": 44.99, "A100": 80, "H100": 80, "H200": 140, "B200": 179,
 }  # fmt: skip
 
 
@@ -55,7 +56,7 @@ def find_gpu(text: str) -> Gpu:
     plain = lambda name: re.sub(r"[\s_-]|NVIDIA|GeForce", "", name, flags=re.IGNORECASE).lower()
     for name, gib in GPUS.items():
         if plain(text) in (plain(name), plain(name).removeprefix("rtx")):
-            return Gpu(f"NVIDIA {name}", gib << 30)
+            return Gpu(f"NVIDIA {name}", int(gib * 2**30))
     raise UserError(
         f"--device: {text!r} is not known; give its memory, such as 24GB, or one of "
         f"{', '.join(GPUS)}"

@@ -6,7 +6,7 @@ multiply and add are two FLOP; only matrix products count. Everything is per ima
 
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 from dopsd_jax.adapters.attach import Slot
@@ -49,12 +49,11 @@ class StepWork(NamedTuple):
 def step_work(
     family: Family,
     cfg: Size,
-    passes: Passes,
+    passes: Sequence[Passes | None],
+    rows: Sequence[int],
     *,
     height: int,
     width: int,
-    rows_student: int,
-    rows_teacher: int,
     chosen: Mapping[str, Slot],
     products: Products,
     full: bool = False,
@@ -64,31 +63,31 @@ def step_work(
     """One optimizer step for one image.
 
     Args:
-      passes: what the method runs; see `methods.passes`.
+      passes: what the method runs on the image, and on the anchors beside it; see
+        `methods.registry.passes`.
+      rows: positions of the contexts, padding included: of student, teacher, and anchors.
       height, width: of the latent.
-      rows_student, rows_teacher: positions of the contexts, padding included.
       chosen: the adapted layers; see `attach.select`. products: see `families.work.Products`.
       full: all is trained, without adapters.
       flash: attention by a kernel that keeps no probabilities (splash, cudnn).
     """
-    captions = [
-        family.context_work(cfg, rows, chosen, products, full)
-        for rows in (rows_student, rows_teacher)
-    ]
-    student, teacher = (
-        family.velocity_work(cfg, height, width, rows, chosen, products, full)
-        for rows in (rows_student, rows_teacher)
-    )
-    model = (
-        (passes.backward + passes.forward) * student.forward
-        + passes.backward * student.backward
-        + passes.teacher_forward * teacher.forward
-        + (passes.captions + passes.backward_captions) * captions[0].forward
-        + passes.backward_captions * captions[0].backward
-        + passes.teacher_captions * captions[1].forward
-    )
-    again = passes.backward * student.again(remat, flash)
-    again += passes.backward_captions * captions[0].again(remat, flash)
+    captions = [family.context_work(cfg, n, chosen, products, full) for n in rows]
+    velocities = [family.velocity_work(cfg, height, width, n, chosen, products, full) for n in rows]
+    model = again = 0.0
+    for own, asked in zip(
+        passes, (0, 2), strict=True
+    ):  # whose contexts have the network's own role
+        if own is None:
+            continue
+        student, caption = velocities[asked], captions[asked]
+        model += (own.backward + own.forward) * student.forward
+        model += own.backward * student.backward
+        model += (own.captions + own.backward_captions) * caption.forward
+        model += own.backward_captions * caption.backward
+        model += own.teacher_forward * velocities[1].forward
+        model += own.teacher_captions * captions[1].forward
+        again += own.backward * student.again(remat, flash)
+        again += own.backward_captions * caption.again(remat, flash)
     return StepWork(model, model + again)
 
 

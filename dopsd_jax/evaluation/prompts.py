@@ -12,7 +12,7 @@ from pathlib import Path
 from dopsd_jax.common.errors import UserError, raise_if
 from dopsd_jax.common.files import read_bytes
 from dopsd_jax.common.json_files import parse_json
-from dopsd_jax.conditioning.encoding import put_class
+from dopsd_jax.conditioning.encoding import concept_pattern, put_class
 from dopsd_jax.data.dataset import Dataset, spread
 from dopsd_jax.data.images import ImageLimits, fit, open_image
 from dopsd_jax.data.sources.captions import captions_in
@@ -115,7 +115,8 @@ def cases(
     for i, test in enumerate(tests):
         row = chosen[i % len(chosen)] if test.get("row") is None else test["row"]
         asked.append((TEST, row, test["prompt"], test["where"], test.get("class_name")))
-    told = lambda prompt: any(w.lower() in prompt.lower() for w in (PLACEHOLDER, *words) if w)
+    patterns = [concept_pattern(word).pattern for word in (PLACEHOLDER, *words) if word]
+    told = lambda prompt: any(re.search(own, prompt, re.IGNORECASE) for own in patterns)
     known = any(told(prompt) for kind, _, prompt, *_ in asked if kind == TRAINING)
     style = any(STYLE.search(prompt) for _, _, prompt, _, _ in asked)
     classes = class_names([dataset.rows[row].where for _, row, *_ in asked])

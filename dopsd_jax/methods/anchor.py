@@ -73,17 +73,16 @@ def micro_batches(config: Config, multiple: int = 1) -> Micro | None:
     return Micro(count, own)
 
 
-def passes(own: Passes, config: Config, n: Count, devices: int = 1) -> Passes:
-    """Passes of an image of the data set: those of the method, and of the anchors beside it.
+def passes(config: Config, n: Count, devices: int = 1) -> Passes | None:
+    """Passes of the anchors beside an image of the data set; None without any.
 
     devices: that samples are spread over.
     """
     anchors = micro_batches(config, devices)
     if anchors is None:
-        return own
+        return None
     beside = anchors.count * anchors.size / (config["batch_size"] * config["accumulate"])
-    held = Passes(n.loss_steps, n.steps, captions=1)
-    return Passes(*(a + beside * b for a, b in zip(own, held, strict=True)))
+    return Passes(*(beside * each for each in Passes(n.loss_steps, n.steps, captions=1)))
 
 
 def faults(given: Config, keeps: str) -> list[str]:

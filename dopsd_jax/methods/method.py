@@ -40,12 +40,12 @@ class Passes(NamedTuple):
     many captions of each length are refined without a backward pass; backward_captions: with one.
     """
 
-    backward: int
-    forward: int = 0
-    teacher_forward: int = 0
-    captions: int = 0
-    backward_captions: int = 1
-    teacher_captions: int = 0
+    backward: float
+    forward: float = 0
+    teacher_forward: float = 0
+    captions: float = 0
+    backward_captions: float = 1
+    teacher_captions: float = 0
 
 
 class Count(NamedTuple):

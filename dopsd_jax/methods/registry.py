@@ -221,8 +221,13 @@ def start(config: Config) -> str:
     return "off" if config["train"] == "lora" and not config["lora"]["init_from"] else "copy"
 
 
-def passes(config: Config, grid: tuple[float, ...], devices: int = 1) -> Passes:
-    """How often a step runs the network on one image; devices: that samples are spread over."""
+def passes(
+    config: Config, grid: tuple[float, ...], devices: int = 1
+) -> tuple[Passes, Passes | None]:
+    """How often a step runs the network on an image, and on the anchors beside it, if any.
+
+    devices: that samples are spread over.
+    """
     import jax
 
     from dopsd_jax.dopsd import draw_loss_mask, told_mask
@@ -235,7 +240,7 @@ def passes(config: Config, grid: tuple[float, ...], devices: int = 1) -> Passes:
     drawn = isinstance(loss_steps, str)
     both = chosen * untold / steps if drawn or not untold else int((mask & ~own).sum())
     count = Count(steps, chosen, config["sft"]["samples"], untold, both)
-    return anchor.passes(method(config).passes(config, count), config, count, devices)
+    return method(config).passes(config, count), anchor.passes(config, count, devices)
 
 
 def vision_dropout(config: Config) -> float:

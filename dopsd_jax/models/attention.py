@@ -12,6 +12,7 @@ from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float, Int
 
 from dopsd_jax.common.errors import UserError
+from dopsd_jax.common.products import einsum
 from dopsd_jax.models.kinds import ATTENTION as IMPLEMENTATIONS
 from dopsd_jax.parallel.sharding import ambient_mesh, axes_dividing, constrain_batch, sample_axes
 
@@ -136,14 +137,14 @@ def einsum_attention(q, k, v, lengths, *, causal: bool):
     # The queries of heads that share a key are rows of one product: keys are not repeated.
     q = q.reshape(b, n, g, h // g, d).transpose(0, 2, 3, 1, 4).reshape(b, g, -1, d)
     k, v = k.swapaxes(1, 2), v.swapaxes(1, 2)
-    logits = jnp.einsum("bgnd,bgmd->bgnm", q, k, preferred_element_type=jnp.float32) * d**-0.5
+    logits = einsum("bgnd,bgmd->bgnm", q, k, to=jnp.float32) * d**-0.5
     if lengths is not None:
         logits += jnp.where(jnp.arange(m) >= lengths[:, None, None, None], HIDDEN, 0.0)
     if causal:
         position = jnp.tile(jnp.arange(n), h // g)[:, None]
         logits += jnp.where(jnp.arange(m) > position, HIDDEN, 0.0)
     weights = jnp.exp(logits - jax.lax.stop_gradient(jnp.max(logits, axis=-1, keepdims=True)))
-    y = jnp.einsum("bgnm,bgmd->bgnd", weights.astype(v.dtype), v)
+    y = einsum("bgnm,bgmd->bgnd", weights.astype(v.dtype), v)
     y = (y.astype(jnp.float32) / jnp.sum(weights, axis=-1, keepdims=True)).astype(q.dtype)
     return y.reshape(b, g, h // g, n, d).transpose(0, 3, 1, 2, 4).reshape(b, n, h, d)
 

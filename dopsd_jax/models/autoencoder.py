@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, UInt8
 
+from dopsd_jax.common.products import precision
 from dopsd_jax.models.attention import attention
 from dopsd_jax.models.autoencoder_config import AutoencoderConfig
 from dopsd_jax.models.layers import Dense
@@ -60,12 +61,14 @@ class Conv(nnx.Module):
 
 def _convolve(x, kernel, padding, stride: int = 1):
     """In the type of `x`."""
+    kernel = kernel.astype(x.dtype)
     return jax.lax.conv_general_dilated(
         x,
-        kernel.astype(x.dtype),
+        kernel,
         window_strides=(stride, stride),
         padding=padding,
         dimension_numbers=("NHWC", "HWIO", "NHWC"),
+        precision=precision(x, kernel),
     )
 
 

@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, Key
 
+from dopsd_jax.common.products import einsum
 from dopsd_jax.models.attention import attention
 from dopsd_jax.models.qwen3 import Layer, Qwen3, inverse_frequencies
 
@@ -111,7 +112,7 @@ def decode(
 def logits_of(hidden: Float[Array, "b d"], head: Float[Array, "v d"]) -> Float[Array, "b v"]:
     """Logits in float32 of outputs of the final norm; `head`: the embedding, where it is tied."""
     head = head.astype(hidden.dtype)
-    return jnp.einsum("bd,vd->bv", hidden, head, preferred_element_type=jnp.float32)
+    return einsum("bd,vd->bv", hidden, head, to=jnp.float32)
 
 
 def choose(

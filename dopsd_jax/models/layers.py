@@ -8,6 +8,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
 
+from dopsd_jax.common.products import matmul
 from dopsd_jax.models import kinds
 from dopsd_jax.models.interleaved import Interleaved
 from dopsd_jax.models.quantised import QuantisedKernel
@@ -53,7 +54,7 @@ class Dense(nnx.Module):
             y = self.kernel.apply(x)
         else:
             kernel = self.kernel[...].astype(x.dtype)
-            y = x @ (kernel + self._adapter_delta() if merges else kernel)
+            y = matmul(x, kernel + self._adapter_delta() if merges else kernel)
         y = constrain_batch(y, *free)
         if self.bias is not None:
             y = y + self.bias[...].astype(x.dtype)

@@ -15,6 +15,7 @@ from flax import nnx
 from jaxtyping import Array, Float
 
 from dopsd_jax.common.errors import UserError, raise_if
+from dopsd_jax.common.products import matmul
 from dopsd_jax.models.kinds import WHOLE, quantised_faults
 from dopsd_jax.parallel.sharding import block_kernel, gather_weights
 
@@ -136,7 +137,7 @@ def dequantise(
 def _product(scheme: str, x, codes, scales):
     @jax.custom_vjp
     def product(x, codes, scales):
-        return x @ whole(codes, scales, x.dtype)
+        return matmul(x, whole(codes, scales, x.dtype))
 
     def whole(codes, scales, dtype):
         return dequantise(gather_weights(codes), scales, scheme).astype(dtype)
@@ -146,7 +147,7 @@ def _product(scheme: str, x, codes, scales):
         return product(x, codes, scales), (codes, scales)
 
     def backward(kept, gradient):
-        return gradient @ whole(*kept, gradient.dtype).T, None, None
+        return matmul(gradient, whole(*kept, gradient.dtype).T), None, None
 
     product.defvjp(forward, backward)
     return product(x, codes, scales)

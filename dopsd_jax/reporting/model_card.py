@@ -105,7 +105,7 @@ def _kind(header: Mapping[str, str]) -> str:
 def _use(header: Mapping[str, str], file: str, base: str, repo: str) -> str:
     trigger = header.get("modelspec.trigger_phrase", "")
     steps = header.get(f"{OWN}sampling_steps", "")
-    number = steps if steps.isdecimal() else "8"
+    number = steps if re.fullmatch("[0-9]{1,3}", steps) else "8"
     prompt = f"{trigger} on a skateboard" if trigger else "what to draw"
     loaded = shown = ""
     if EDITS in header:
@@ -113,6 +113,11 @@ def _use(header: Mapping[str, str], file: str, base: str, repo: str) -> str:
         loaded = "\nfrom diffusers.utils import load_image"
         shown = ', image=load_image("picture_to_edit.png")'
     since = " (LoKr: diffusers 0.42 or later)" if _kind(header) == "LoKr" else ""
+    older = ""
+    if header.get("modelspec.architecture", "").startswith("Z-Image"):
+        # Its pipeline took the noise level 0 as the last step's, which changes nothing.
+        more = int(number) + 1
+        older = f"\n\nIn diffusers before 0.39: `num_inference_steps={more}`, for the same steps."
     prompt = json.dumps(prompt, ensure_ascii=False)
     return f"""## Use{since}
 
@@ -124,7 +129,7 @@ base = {json.dumps(base or "BASE MODEL")}
 pipe = DiffusionPipeline.from_pretrained(base, torch_dtype=torch.bfloat16)
 pipe.load_lora_weights({json.dumps(repo or ".")}, weight_name={json.dumps(file)})
 image = pipe({prompt}{shown}, num_inference_steps={number}, guidance_scale=0.0).images[0]
-```
+```{older}
 
 ComfyUI: put the file into `models/loras`, node *LoraLoaderModelOnly*, strength 1."""
 
