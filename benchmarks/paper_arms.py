@@ -104,12 +104,10 @@ class Arm:
     @property
     def runs(self) -> list[tuple[int, int]]:
         """Concept (of a sequence the first) and seed of every run; one seed after another."""
-        if self.kind == "states":
+        if self.kind == "states" or self.name in LONG:
             return [(concept, 0) for concept in range(CONCEPTS)]
         if self.kind == "words":
             return [(0, 0)]
-        if self.name in LONG:
-            return [(0, 0), (1, 0)]
         if self.kind == "sequence":
             return [(0, seed) for seed in range(ABLATION_SEEDS)]
         usual = self.name in METHODS and (self.captions, self.student) == (OPEN, SHIPPED)
