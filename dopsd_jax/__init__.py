@@ -13,7 +13,7 @@ __version__ = "0.1.0"
 def load_pipeline(
     path: str,
     dtype: str = "float32",
-    lora: str | Sequence[str] = (),
+    lora: str | Sequence[str] | None = None,
     vlm: str | None = None,
     base_dtype: str | None = None,
 ) -> Any:
@@ -30,7 +30,7 @@ def load_pipeline(
     from dopsd_jax.families.pipeline import pipeline
     from dopsd_jax.weights import hub
 
-    loras = lora_options(lora)
+    loras = lora_options(lora or ())
     folder = hub.resolve(path).path
     beside = {"vlm": hub.resolve(vlm, patterns=hub.ROOT).path} if vlm else None
     pipe = pipeline(folder, beside=beside, dtype=dtype, base_dtype=base_dtype)

@@ -193,9 +193,9 @@ def test_two_references_of_different_sizes_are_edited_as_in_diffusers(pipe, thei
         prompt=PROMPT, image=[Image.fromarray(one) for one in shown], height=64, width=64,
         num_inference_steps=4, latents=torch.tensor(noise).permute(0, 3, 1, 2), output_type="np",
     ).images[0]  # fmt: skip
-    actual = pipe([PROMPT], height=64, width=64, latents=noise, references=shown)[0]
+    actual = pipe([PROMPT], height=64, width=64, latents=noise, images=shown)[0]
     assert np.abs(actual - np.round(255 * expected)).max() <= 2
-    one = pipe([PROMPT], height=64, width=64, latents=noise, references=shown[:1])[0]
+    one = pipe([PROMPT], height=64, width=64, latents=noise, images=shown[:1])[0]
     assert np.abs(one.astype(int) - actual).max() > 2  # the second is seen
 
 

@@ -130,6 +130,20 @@ def test_the_doubled_template_and_the_image_change_the_teachers_context(pipe):
     assert relative_error(other.features, clean.features) > 1e-3
 
 
+def test_a_text_is_one_prompt(pipe):
+    found = pipe.encode_prompt("a red cube")
+    np.testing.assert_array_equal(found.features, pipe.encode_prompt(["a red cube"]).features)
+    assert pipe("ox", height=32, width=32).shape[0] == 1
+
+
+def test_pictures_to_edit_are_refused_in_a_line(pipe):
+    shown = np.zeros((96, 96, 3), np.uint8)
+    for call in (pipe.encode_prompt, pipe.encode_prompt_with_image):
+        given = ["x"], *([[shown]] if call != pipe.encode_prompt else []), [shown]
+        with pytest.raises(UserError, match="reference 1: models of the family zimage edit no"):
+            call(*given)
+
+
 def test_an_option_that_the_family_has_not_is_refused(pipe):
     with pytest.raises(TypeError, match="doubled: no option of this family, which has min_pixels"):
         pipe.encode_prompt_with_image(["x"], [np.zeros((96, 96, 3), np.uint8)], doubled=True)

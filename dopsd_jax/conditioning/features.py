@@ -323,9 +323,9 @@ def check_prepared(prepared: Prepared, pipe: Pipeline, config: ConfigDict, folde
     made, now = prepared.manifest.settings.get(SHOWN, OWN), settings.pop(SHOWN, OWN)
     if sees_picture(config, pipe.family) and made != now:
         raise UserError(
-            f"{prepared.folder}: was prepared for a teacher that is shown the {made} picture, with "
-            f"config.teacher.context = {config.teacher.context} it is shown the {now} one; set it "
-            "back, or prepare the data set again"
+            f"{prepared.folder}: was prepared for a teacher that is shown the {made} picture; with "
+            f"config.teacher.context = {config.teacher.context} it is shown the {now} one. Use the "
+            "context that it was prepared with, or prepare the data set again"
         )
     settings = dict.fromkeys(UNLESS_ASKED) | settings
     prepared.check(settings, {n: SETTINGS.get(n, f"config.teacher.{n}") for n in settings})

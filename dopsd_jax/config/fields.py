@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from ml_collections import ConfigDict
 
 from dopsd_jax import families
-from dopsd_jax.common.config_fields import ALWAYS, NEVER, TRUE, Field, Naming
+from dopsd_jax.common.config_fields import ALWAYS, NEVER, POSITIVE, TRUE, Field, Naming
 from dopsd_jax.methods import anchor
 from dopsd_jax.methods.options import OTHER_CAPTION
 from dopsd_jax.methods.registry import METHODS
@@ -39,17 +39,20 @@ _RUN = (
     Field("train", "lora", "lora: adapters beside the frozen network; full: every parameter",
           choices=("lora", "full"), change=NEVER),
     Field("seed", 30, "seed of all random numbers of the run", low=0, high=2**32 - 1),
-    _steps("steps", 2000, "optimizer steps of the run; may change freely with a constant "
-           "lr_schedule, whose end they are else", 1, change=ALWAYS,
+    _steps("steps", 2000,
+           "optimizer steps; a linear or cosine lr_schedule ends here, and a change is on request "
+           "then", 1, change=ALWAYS,
            asked_with={"lr_schedule": ("linear", "cosine")}),
     Field("batch_size", 4, "images per micro-batch, on all devices together", low=1, high=65536),
     Field("accumulate", 1, "micro-batches per step, all from one bucket", low=1, high=65536),
-    _steps("checkpoint_every", 500, "steps between two checkpoints; each writes a LoRA file",
-           1, change=ALWAYS),
+    _steps("checkpoint_every", 500,
+           "steps between two checkpoints; each writes a LoRA file, if there are adapters", 1,
+           change=ALWAYS),
     Field("keep_checkpoints", 3, "newest checkpoints that are kept; LoRA files are all kept",
           low=1, high=10**6, change=ALWAYS),
     Field("nonfinite", "stop",
-          "if loss, gradient or new state is not finite: stop the run, or skip the step",
+          "if loss, gradient or new state is not finite: stop the run, or skip the step (ten in a "
+          "row stop it)",
           choices=("stop", "skip"), change=ALWAYS),
     _steps("keep_every", 0, "checkpoints at multiples of this step are never removed; 0: none",
            change=ALWAYS),
@@ -59,17 +62,20 @@ _RUN = (
           choices=(*kinds.WHOLE, "float16"), when=FULL, change=ALWAYS),
     Field("export_weights", "student", "whose weights are exported, also as a LoRA file",
           choices=("student", "teacher"), change=ALWAYS),
-    _steps("export_every", 0, "steps between two exports, the newest is kept; 0: only at the end",
-           when=FULL, change=ALWAYS),
+    _steps("export_every", 0,
+           "exports at checkpoints whose step is a multiple of this, the newest is kept; 0: only "
+           "at the end", when=FULL, change=ALWAYS),
     _steps("sample_every", 100, "steps between grids of pictures; 0: only start and end",
            change=ALWAYS),
     Field("trackers", "", "where numbers and pictures go besides metrics.jsonl", "list",
           listed=tuple(TRACKERS), change=ALWAYS),
     Field("stop.patience", 0,
-          "so many checkpoints in a row without a lower gap on config.data.holdout, or a better "
-          "score that ranks, end the run; 0: none do",
+          "end the run after this many checkpoints in a row without a better score on the "
+          "pictures of data.holdout; 0: never",
           low=0, high=10**6, unit="checkpoints", change=ALWAYS),
-    Field("stop.tolerance", 0.01, "a score is better only if it is by this share", low=0, high=1,
+    Field("stop.tolerance", 0.01,
+          "how much better than the best so far, as a share, a score must be for stop.patience; "
+          "best.safetensors is the plain best", low=0, high=1, when={"data.holdout": POSITIVE},
           change=ALWAYS),
     Field("stop.scorers", "",
           "scorers of evaluate that judge pictures of the held-out captions at every checkpoint, "
@@ -89,8 +95,8 @@ _RUN = (
           when={"stop.scorers": Naming(("lpips",))}, change=ALWAYS),
     Field("sample_rows", 4, "rows of the data set in the grids", low=1, high=1024, change=ALWAYS),
     Field("sample_prompts", "",
-          "more prompts in the grids, as with the new word in another scene, or ordinary ones: "
-          "one itself, or text files (.txt), a prompt a line", "list", change=ALWAYS),
+          "extra prompts to draw: one prompt, or .txt files with one prompt a line", "list",
+          change=ALWAYS),
 )
 _MODEL = (
     Field("model", "", "model folder, converted checkpoint, or hub id owner/name", "path",
@@ -110,17 +116,25 @@ _MODEL = (
           "none without a loop over layers, for small networks (docs/running.md)",
           choices=("none", "dots", "full", kinds.AUTO, kinds.UNROLLED), change=ALWAYS),
 )
-_GRID = (Field("grid", "nodes4", "noise levels of a rollout: a name, or a list", "name or list"),)
+_GRID = (
+    Field("grid", "nodes4",
+          "noise levels of a rollout: nodes4, of Z-Image also nodes8 and legacy8, of FLUX.2-klein "
+          "upstream4; or a list that begins at 1 (its end, 0, is added)", "name or list"),
+)
 _ADAPTERS = (
     Field("lora.kind", "lora", "lora: a product of two matrices; lokr: a Kronecker product of two",
           choices=("lora", "lokr"), when=ADAPTERS, change=NEVER),
     Field("lora.rank", 64, "rank of every adapter", low=1, high=8192, when=ADAPTERS, change=NEVER),
     Field("lora.factor", 8,
-          "sides of the first matrix of a lokr, where it divides the layer's; 0: the closest to "
-          "square", low=0, high=8192, when={"lora.kind": ("lokr",)}, change=NEVER),
-    Field("lora.alpha", 128.0, "adapters are scaled by alpha / rank", above=0, high=10**6,
-          when=ADAPTERS, change=NEVER),
-    Field("lora.targets", "blocks", "adapted layers: a preset of the family, or a list of patterns",
+          "sides of LoKr's first, small matrix: this number, or the largest divisor of the layer's "
+          "side below it; 0: nearly square", low=0, high=8192, when={"lora.kind": ("lokr",)},
+          change=NEVER),
+    Field("lora.alpha", 128.0,
+          "adapters are scaled by alpha / rank; a LoKr whose second matrix is whole is not",
+          above=0, high=10**6, when=ADAPTERS, change=NEVER),
+    Field("lora.targets", "blocks",
+          "adapted layers: blocks (all linear layers of the blocks), attention, of Z-Image also "
+          "main (without the refiners) and before_pr5; or a list of patterns",
           "name or list", when=ADAPTERS, change=NEVER),
     Field("lora.init_from", "", "LoRA file to start from; empty: none", "path", change=NEVER),
 )
@@ -150,10 +164,13 @@ _DATA = (
     Field("data.root", "", "second folder in which the relative paths of a table are looked for",
           "path"),
     Field("data.resolution", 1024,
-          "buckets have about the area of a square with this side; of a list, every picture is "
-          "used at each that it fills", "int or list", low=1, high=65536, unit="pixels"),
-    Field("data.buckets", "", "bucket sizes instead of these, such as 832x1248,1024x1024", "list"),
-    Field("data.prompt_keys", "", "caption keys to use; empty: all that every row has", "list"),
+          "buckets have about the area of a square with this side, a multiple of 16; of a list, "
+          "every picture is used at each that it fills", "int or list", low=1, high=65536,
+          unit="pixels"),
+    Field("data.buckets", "",
+          "bucket sizes instead of these, width x height, such as 832x1248,1024x1024", "list"),
+    Field("data.prompt_keys", "",
+          "caption keys to use; empty: all that every row has, but for teacher.prompt_key", "list"),
     Field("data.image_key", "", "column of pictures or their paths; empty: one of the known names"),
     Field("data.caption_key", "", "column with the caption; empty: see data.prompt_keys"),
     Field("data.caption_extension", ".txt", "file name ending of the captions beside the pictures"),
@@ -167,9 +184,12 @@ _DATA = (
           "own: references keep their sizes, as in sampling; bucket: they are cut to the bucket of "
           "their row (as in the released code)", choices=("own", "bucket")),
     Field("data.holdout", 0,
-          "pictures that are not trained on; the gap on them ranks the checkpoints",
+          "pictures that are not trained on; the gap on them, or stop.rank_by, ranks the "
+          "checkpoints",
           low=0, high=COUNT, unit="pictures"),
-    Field("data.trigger", "", "word that replaces [trigger] in captions"),
+    Field("data.trigger", "",
+          "word that replaces [trigger] and [name] in captions; captions without it are reported; "
+          "it is the concept's word for anchors and evaluate"),
     Field("data.prompt_draw", "batch",
           "a caption key is drawn for each batch (as in the released code), or for each row",
           choices=("batch", "row")),
@@ -181,7 +201,7 @@ _DATA = (
           low=1, high=1000, when=SHUFFLED),
     Field("data.keep_tags", 0, "tags that stay in front of every order", low=0, high=1000,
           when=SHUFFLED),
-    Field("data.flip", False, "every picture is used mirrored too; part of the cache's keys"),
+    Field("data.flip", False, "every picture is used mirrored too"),
     Field("data.crops", 1, "crops of every picture: the centre, and others at random places in it",
           low=1, high=1000),
     Field("data.masks", "off",
@@ -192,8 +212,9 @@ _DATA = (
           low=0, high=0.99, when={"data.masks": ("files", "alpha")}),
     Field("data.max_pixels", 200_000_000, "larger pictures are refused before they are decoded",
           low=1, high=PIXELS, unit="pixels"),
-    Field("data.cache", "", "folder of cached features; empty: in the work folder", "path",
-          change=ALWAYS),
+    Field("data.cache", "",
+          "folder of cached features; empty: in the work folder, or on this machine if that is in "
+          "an object store", "path", change=ALWAYS),
 )
 _MESH = (
     _axis("data", -1, "copies of the network, each with its own images; -1: all remaining devices"),

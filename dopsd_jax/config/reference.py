@@ -5,6 +5,7 @@
 
 from dopsd_jax.common.config_fields import NEVER, NUMBERS, ON_REQUEST, Field
 from dopsd_jax.config.fields import METHOD, choices, conditions, sections
+from dopsd_jax.methods import anchor
 from dopsd_jax.methods.registry import METHODS
 
 HEAD = """# Configuration
@@ -13,8 +14,9 @@ This file is generated: `python -m dopsd_jax.config.reference > docs/configurati
 
 A configuration is a Python file with a function `get_config`, such as
 [configs/zimage.py](../configs/zimage.py); copy that file to write your own. Single fields are set
-on the command line: `--config.teacher.decay=0.999`. A field that has no effect there is an error,
-and so is a number outside its range, NaN or infinity. Lists are written with commas.
+on the command line: `--config.teacher.decay=0.999`. A field that has no effect because of another
+(*only with*) is an error, and so is a number outside its range, NaN or infinity. Lists are written
+with commas.
 
 *Continued*: whether the field may differ when a run is continued. `yes`: freely. `on request`: if
 `--allow_changes` names it ([running.md](running.md)). `no`: never; start a new run, with
@@ -69,12 +71,20 @@ def allowed(field: Field) -> str:
 
 def _row(field: Field) -> str:
     only = "; ".join(
-        f"only with {name} = {', '.join(needed)}" for name, needed in conditions(field).items()
+        f"only with {name} = {', '.join(needed)}" + _anchors(field, name)
+        for name, needed in conditions(field).items()
     )
     help = f"{field.help}. {only[0].upper()}{only[1:]}" if only else field.help
     change = {NEVER: "no", ON_REQUEST: "on request"}.get(field.change, "yes")
+    for name, values in field.asked_with.items():
+        change += f"; on request with {name} = {', '.join(values)}"
     default = f"`{_text(field.default)}`" if field.default != "" else ""
     return f"| `{field.name}` | {default} | {allowed(field)} | {help} | {change} |"
+
+
+def _anchors(field: Field, name: str) -> str:
+    """What else gives a field of methods an effect."""
+    return " or anchor.share above 0" if name == "method" and field.name in anchor.USED else ""
 
 
 def _text(value: object) -> str:

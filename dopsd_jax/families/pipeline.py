@@ -281,29 +281,35 @@ class Pipeline:
         )
 
     def encode_prompt(
-        self, prompts: Sequence[str], references: Sequence[UInt8[np.ndarray, "_H _W 3"]] = ()
+        self,
+        prompts: str | Sequence[str],
+        references: Sequence[UInt8[np.ndarray, "_H _W 3"]] = (),
     ) -> Tree:
         """The student's context; `references`: pictures to edit, the same for all prompts.
 
         Raises `UserError` for references that the model cannot take.
         """
-        return self.family.collate(prompt_features(self, prompts, references))
+        return self.family.collate(prompt_features(self, _listed(prompts), references))
 
     def encode_prompt_with_image(
         self,
-        prompts: Sequence[str],
+        prompts: str | Sequence[str],
         images: Iterable[UInt8[np.ndarray, "_H _W 3"]],
         references: Sequence[UInt8[np.ndarray, "_H _W 3"]] = (),
         **options: Any,
     ) -> Tree:
-        """The teacher's context; `references`: as in `encode_prompt`.
+        """The teacher's context. `images`: one a prompt. `references`: as in `encode_prompt`.
 
-        options: the family's (`OPTIONS`). Raises `TypeError` for others.
+        options: those of the family (`OPTIONS`), by their names in config.teacher: of Z-Image
+        min_pixels, max_pixels, doubled_template; of FLUX.2-klein instruction, reference_pixels.
+        Raises `TypeError` for others.
         """
         if strange := sorted(options.keys() - set(self.OPTIONS)):
             known = ", ".join(self.OPTIONS)
             raise TypeError(f"{', '.join(strange)}: no option of this family, which has {known}")
-        pairs = zip(prompts, images, strict=True)
+        for number, picture in enumerate(references, 1):
+            self.reference_size(*np.shape(picture)[:2], f"reference {number}")
+        pairs = zip(_listed(prompts), images, strict=True)
         return self.family.collate(
             [self.features(TEACHER, p, [*references, np.asarray(i)], options) for p, i in pairs]
         )
@@ -311,7 +317,7 @@ class Pipeline:
     # Images.
 
     def velocity(self, x: Float[Array, "b h w c"], sigma, context: Tree) -> Float[Array, "b h w c"]:
-        """dx/dsigma at a state, in float32."""
+        """dx/dsigma at a state, in float32. sigma: from 0 to 1, pure noise; one number, or [b]."""
         sigma = jnp.asarray(sigma, jnp.float32)
         return sampling.velocity(self.family, *self.split, jnp.asarray(x), sigma, context)
 
@@ -360,31 +366,33 @@ class Pipeline:
 
     def __call__(
         self,
-        prompts: Sequence[str],
+        prompts: str | Sequence[str],
         *,
         height: int | None = None,
         width: int | None = None,
         steps: int | None = None,
         seed: int = 0,
         latents: Float[Array, "b h w c"] | None = None,
-        references: Sequence[UInt8[np.ndarray, "_H _W 3"]] = (),
+        images: Sequence[UInt8[np.ndarray, "_H _W 3"]] | None = None,
         context: Tree | None = None,
         strength: float = 1.0,
     ) -> UInt8[np.ndarray, "b H W 3"]:
-        """Images of the prompts by the few-step sampler, without guidance.
+        """Images of the prompts, or of one, by the few-step sampler, without guidance.
 
         `height`, `width`: pixels; None: `own_size`. `steps`: forwards; None: the deployed number.
         `latents`: start noise, float32; None: drawn from `seed`, image i of any batch from
-        (seed, i). `references`: see `encode_prompt`. `context`: of an earlier `encode_prompt`.
+        (seed, i). `images`: to edit, the `references` of `encode_prompt`. `context`: of an earlier
+        `encode_prompt`.
         `strength`: see `sample`.
         """
+        prompts = _listed(prompts)
         shape = self.latent_shape(height or self.own_size, width or self.own_size)
         if latents is None:
             latents = sampling.start_noise(seed, len(prompts), shape)
         elif jnp.shape(latents) != (len(prompts), *shape):
             raise ValueError(f"latents {jnp.shape(latents)}, needed {(len(prompts), *shape)}")
         grid = self.deployed_grid(shape, steps)
-        context = self.encode_prompt(prompts, references) if context is None else context
+        context = self.encode_prompt(prompts, images or ()) if context is None else context
         drawn = self.sample(self.split[1], latents, context, grid, strength)
         return self.decode(sampling.finite(drawn, strength))
 
@@ -406,3 +414,8 @@ class Pipeline:
         return sampling.sample(
             trained, base, noise, context, family=self.family, graphdef=graphdef, grid=grid
         )
+
+
+def _listed(prompts: str | Sequence[str]) -> Sequence[str]:
+    """Several prompts; a text alone is one, not its letters."""
+    return [prompts] if isinstance(prompts, str) else prompts

@@ -11,7 +11,7 @@ import math
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
-from dopsd_jax.common.config_fields import NEVER, POSITIVE, Field, as_list
+from dopsd_jax.common.config_fields import NEVER, POSITIVE, Field, Naming, as_list
 from dopsd_jax.methods.method import Count, Passes
 from dopsd_jax.methods.options import DISTANCE
 
@@ -34,14 +34,14 @@ FIELDS = (
           "edits (200 shipped instructions for anchor.edit); or a text file, a prompt a line",
           "list", when=ON, change=NEVER),
     Field("anchor.edit", False,
-          "for rows with references: whether each anchor is given those of a row of its step and "
-          "its prompt is an instruction for them", when=ON, change=NEVER),
+          "give each anchor the references of a row of its step; its prompt must be an instruction "
+          "for them", when=ON, change=NEVER),
     Field("anchor.concept_word", "",
           "word of the captions that stands for the concept; empty: data.trigger", when=ON,
           change=NEVER),
     Field("anchor.class_word", "",
-          "word, such as dog, that replaces it in prompts of the kind class", when=ON,
-          change=NEVER),
+          "word, such as dog, that replaces it in prompts of the kind class",
+          when={**ON, "anchor.prompts": Naming((CLASS,))}, change=NEVER),
     Field("anchor.teacher", "start",
           "whose velocity the student is pulled to: start, the network before training (full "
           "fine-tuning keeps a copy); teacher, that of config.teacher", when=ON,

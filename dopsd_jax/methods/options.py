@@ -6,19 +6,23 @@ OTHER_CAPTION = "prompt"  # the teacher.context of every family: no picture
 OTHER_PICTURE = "other"  # the teacher.context that shows another picture of the row's concept
 DECOUPLED = "decoupled"  # the loss that is no mean square; see `distance`
 SPLIT = {"loss": (DECOUPLED,)}
+AVERAGE = {"teacher.weights": ("ema",)}
 
 # fmt: off
 TEACHER = (
     Field("teacher.weights", "ema",
           "teacher's weights: ema (average of the student's), frozen (initial), live (student's)",
           choices=("ema", "frozen", "live"), change=NEVER),
-    Field("teacher.decay", 0.9999, "decay of the moving average per step", low=0, high=1),
+    Field("teacher.decay", 0.9999, "decay of the moving average per step", low=0, high=1,
+          when=AVERAGE),
     Field("teacher.warmup_steps", 0, "first steps, which use teacher.warmup_decay", low=0,
-          high=10**9, unit="steps"),
-    Field("teacher.warmup_decay", 0.999, "decay per step in these steps", low=0, high=1),
+          high=10**9, unit="steps", when=AVERAGE),
+    Field("teacher.warmup_decay", 0.999, "decay per step in these steps", low=0, high=1,
+          when=AVERAGE),
     Field("teacher.context", "vlm",
-          "what the teacher sees that the student does not: the picture, as the model's family can "
-          "show it; another one of its concept (other); or another caption (prompt)"),
+          "what the teacher sees that the student does not: the picture (vlm: of Z-Image; "
+          "edit_ref, gt_ref: of FLUX.2-klein), another one of its concept (other), or another "
+          "caption (prompt)"),
     Field("teacher.vision_dropout", 0.0,
           "share of the picture's tokens that the teacher is not shown; they are drawn anew for "
           "every picture and step", low=0, high=0.99),
@@ -37,12 +41,14 @@ DISTANCE = (
           "weight of the difference of the velocities' norms; that of their directions has 1",
           low=0, high=10, when=SPLIT),
     Field("decoupled.mean", 1.0,
-          "weight of the mean of each channel, the palette, in both", low=0, high=10, when=SPLIT),
+          "weight of the mean of each channel, the palette, in the magnitude and the direction",
+          low=0, high=10, when=SPLIT),
 )
 TOLD = (
     Field("teacher.told", "all",
           "nodes at which the teacher has its context: all, or a list (0 is the noisiest); at the "
-          "others the network of anchor.teacher is asked, in the student's context", "name or list",
+          "others the network before training is asked, in the student's context (or the teacher, "
+          "if anchors have anchor.teacher = teacher)", "name or list",
           change=NEVER),
 )
 LEVELS = (

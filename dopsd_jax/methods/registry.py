@@ -182,8 +182,8 @@ def notes(config: Config) -> list[str]:
     found, weights, key = [], teacher(config), teacher_key(config)
     if key is not None and key in as_list(config["data"]["prompt_keys"]):
         found.append(
-            f"warning: config.data.prompt_keys names the teacher's captions, {key!r}: told the "
-            "same, it has nothing to teach with them"
+            f"warning: config.data.prompt_keys names the teacher's captions, {key!r}: student "
+            "and teacher then read the same caption, and nothing is learned from it"
         )
     if config["method"] != "dopsd" or weights.weights == "frozen":
         return found

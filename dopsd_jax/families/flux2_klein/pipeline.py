@@ -83,7 +83,8 @@ class KleinPipeline(TextPipeline):
             latent = (*(side // self.vae_config.factor for side in sides), self.config.channels)
             shapes[f"{REFERENCE}{k}"] = jax.ShapeDtypeStruct(latent, jnp.float32)
         if role == TEACHER:
-            said = options.get("instruction", next(iter(INSTRUCTIONS.values())))
+            usual = INSTRUCTIONS["gt_ref" if len(sizes) > 1 else "edit_ref"]
+            said = options.get("instruction", usual)
             prompt = f"{prompt} {said}".strip()
         ids = self.tokenizer(user_turn(prompt) + NOT_THINKING, add_special_tokens=False)[
             "input_ids"
