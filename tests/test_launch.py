@@ -1,6 +1,7 @@
 """The launch scripts: sound shell, early refusals, the commands they make, a valid manifest."""
 
 import configparser
+import contextlib
 import json
 import os
 import re
@@ -228,9 +229,13 @@ def test_under_slurm_a_signal_ends_the_trainer_and_its_status_is_kept(tmp_path):
     command = [*words[begin : begin + 4], str(stand_in(tmp_path / "trainer", trainer))]
     where = {"STATUSES": str(tmp_path), "SLURM_PROCID": "3"}
     process = subprocess.Popen(command, env=os.environ | where, start_new_session=True)
-    eventually((tmp_path / "runs").exists, process)
-    os.killpg(process.pid, signal.SIGTERM)
-    assert process.wait(60) == 75
+    try:
+        eventually((tmp_path / "runs").exists, process)
+        os.killpg(process.pid, signal.SIGTERM)
+        assert process.wait(60) == 75
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
     assert (tmp_path / "saved").exists() and (tmp_path / "3").read_text() == "75\n"
 
 

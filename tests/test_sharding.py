@@ -1,5 +1,6 @@
 """The mesh, its placement rules, and that placement does not change a step's result."""
 
+import dataclasses
 import json
 import math
 import pathlib
@@ -12,11 +13,13 @@ import optax
 import pytest
 from conftest import relative_error
 from flax import nnx
+from jax.extend.core import jaxprs_in_params
 from jax.sharding import AbstractMesh, PartitionSpec
 from weights_helpers import run_python
 
 from dopsd_jax.adapters import attach
 from dopsd_jax.common.errors import UserError
+from dopsd_jax.families import sampling
 from dopsd_jax.families.zimage import family
 from dopsd_jax.models import flux2, zimage, zimage_config
 from dopsd_jax.models.flux2_config import Flux2Config
@@ -274,3 +277,38 @@ def test_a_batch_on_the_mesh_is_the_batch():
 def test_constraints_do_nothing_without_a_mesh():
     x = jnp.ones((3, 2))
     assert sharding.constrain_batch(x) is x
+
+
+def test_a_backward_pass_keeps_no_copy_of_a_base_that_is_whole_everywhere():
+    """Without recomputation a scan keeps what its layers need: of a frozen base only the base."""
+    cfg = dataclasses.replace(mesh_step.CFG, layers=3)
+
+    def build():
+        net = zimage.ZImage(cfg, remat="none", rngs=nnx.Rngs(0))
+        slots = attach.slots(zimage_config.names(cfg))
+        attach.attach(
+            net, attach.select(slots, "blocks", family.LORA_PRESETS), 4, 4.0, jax.random.key(0)
+        )
+        return net
+
+    graph, adapters, base = nnx.split(nnx.eval_shape(build), nnx.LoRAParam, ...)
+    context = family.Context(jnp.zeros((8, 32, cfg.caption_dim)), jnp.full(8, 32))
+    x = jnp.zeros((8, 8, 8, cfg.channels))
+
+    def loss(adapters, base):
+        return sampling.velocity(family, graph, adapters, base, x, 0.5, context).sum()
+
+    with jax.sharding.use_abstract_mesh(abstract_mesh(data=8)):
+        traced = jax.make_jaxpr(jax.grad(loss))(adapters, base)
+    stacked = {leaf.shape for leaf in jax.tree.leaves(base) if leaf.ndim == 3}
+    made = {var.aval.shape for eqn in scans(traced.jaxpr) for var in eqn.outvars}
+    assert stacked and made and not stacked & made
+
+
+def scans(jaxpr):
+    """Every loop of a traced program."""
+    for eqn in jaxpr.eqns:
+        if eqn.primitive.name == "scan":
+            yield eqn
+        for inner in jaxprs_in_params(eqn.params):
+            yield from scans(getattr(inner, "jaxpr", inner))

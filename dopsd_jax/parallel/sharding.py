@@ -290,7 +290,9 @@ def constrain_weights(module: Tree) -> Tree:
     """States that the weights of one layer lie as `parameter_spec` says.
 
     Inside a loop over layers this keeps the others' weights split while one is gathered; and the
-    gradient of a weight, which lies as the weight, is scattered at once.
+    gradient of a weight, which lies as the weight, is scattered at once. A weight that is whole
+    everywhere is left alone: what is stated of it would be a new array, and a backward pass that
+    recomputes nothing would keep it, one more copy of the base.
     """
     mesh = ambient_mesh()
     if mesh is None:
@@ -299,7 +301,7 @@ def constrain_weights(module: Tree) -> Tree:
     def constrain(path, leaf):
         name = jax.tree_util.keystr(path, simple=True, separator=".").removesuffix(".value")
         spec = parameter_spec(f".{name}", leaf.shape, mesh)
-        return jax.lax.with_sharding_constraint(leaf, spec)
+        return jax.lax.with_sharding_constraint(leaf, spec) if any(spec) else leaf
 
     return jax.tree_util.tree_map_with_path(constrain, module)
 
