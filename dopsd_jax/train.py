@@ -176,11 +176,17 @@ def train(config: ConfigDict, workdir: epath.Path) -> int | None:
         files = plan.trained.export_paths(workdir, step)
         trackers.numbers({"step": step, **checkpoint_scores.score(step, state, files)})
 
-    def save(step: int) -> None:
-        if plan.trained.is_export_step(step):  # first: a run that resumes here has it
+    def mend(step: int) -> None:
+        faults = results.faults(plan.trained.export_paths(workdir, step))
+        if faults:
+            multihost.say("\n".join(f"{fault}; it is written again" for fault in faults))
             export(step)
+
+    def save(step: int) -> None:
         writer.flush()
-        checkpoints.save(step, state)
+        checkpoints.save(step, state)  # first: no fault of the files below costs what was learned
+        if plan.trained.is_export_step(step):
+            export(step)
         if checkpoint_scores:
             score(step)
 
@@ -257,11 +263,9 @@ def train(config: ConfigDict, workdir: epath.Path) -> int | None:
     with writer, trackers, checkpoints, StopRequest() as stop:
         if first == 0:
             show(0)
-        elif checkpoint_scores and not checkpoint_scores.ranking.knows(first):
-            # The run was killed before that, or other weights are exported now.
-            files = plan.trained.export_paths(workdir, first)
-            if plan.trained.is_export_step(first) and results.faults(files):
-                export(first)
+        elif plan.trained.is_export_step(first):
+            mend(first)  # the run ended before that, or other weights are exported now
+        if first and checkpoint_scores and not checkpoint_scores.ranking.knows(first):
             score(first)
         parts.end("first pictures")
         early.finish()
@@ -311,12 +315,8 @@ def train(config: ConfigDict, workdir: epath.Path) -> int | None:
         multihost.say(line)
     if checkpoint_scores:
         multihost.say("\n".join(checkpoint_scores.result()))
-    final = plan.trained.export_paths(workdir, step)
-    faults = results.faults(final)
-    if faults:
-        multihost.say("\n".join(f"{fault}; it is written again" for fault in faults))
-        export(step)
-    for path in final:
+    mend(step)
+    for path in plan.trained.export_paths(workdir, step):
         multihost.say(f"result: {path}")
     if multihost.is_first():
         print(f"report: {write_report(workdir)}", flush=True)

@@ -10,7 +10,7 @@ import time
 
 import numpy as np
 import pytest
-from conftest import RANDOM_CONFIG, ROOT
+from conftest import RANDOM_CONFIG, ROOT, run_program
 from orbax.checkpoint import v1 as ocp
 
 from dopsd_jax.reporting.metrics import read_metrics
@@ -109,3 +109,22 @@ def test_a_gradient_that_is_not_finite_stops_the_run_and_keeps_the_last_good_sta
     assert all((workdir / s["image"]).exists() for s in incident["samples"])
     assert Checkpoints(workdir / "checkpoints", 3).steps == [1]
     assert all(np.isfinite(array).all() for array in bits(workdir, 1).values())
+
+
+def test_a_failed_export_costs_nothing_that_was_learned(random_run, tmp_path):
+    """The state is saved before the file; the next start writes what is missing."""
+    workdir = tmp_path / "run"
+    shutil.copytree(random_run, workdir)
+    shutil.rmtree(workdir / "checkpoints" / "4")
+    path = workdir / "lora" / "step_4.safetensors"
+    whole = path.read_bytes()
+    path.unlink()
+    (path / "in the way").mkdir(parents=True)
+    result = run_program("train", *RANDOM_CONFIG, f"--workdir={workdir}")
+    assert result.returncode == 2 and f"error: {path}: is a folder" in result.stderr
+    assert Checkpoints(workdir / "checkpoints", 3).steps == [2, 4]
+    shutil.rmtree(path)
+    result = run_program("train", *RANDOM_CONFIG, f"--workdir={workdir}")
+    assert result.returncode == 0 and "resuming at step 4" in result.stdout, result.stderr
+    assert f"{path}: is missing; it is written again" in result.stdout
+    assert path.read_bytes() == whole

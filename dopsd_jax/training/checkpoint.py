@@ -119,9 +119,12 @@ class Checkpoints:
 
     def __exit__(self, kind, error, traceback) -> None:
         # A running save is finished in any case, but without waiting for the other processes: they
-        # know of no error and wait elsewhere.
+        # know of no error and wait elsewhere. Their threads finish the save with this one, unless
+        # something is broken.
         if error is None or jax.process_count() == 1 or isinstance(error, multihost.SharedError):
             self.close()
+        elif isinstance(error, UserError) and self._saving:
+            concurrent.futures.wait([self._saving[1]])
 
     def restore(self, abstract: Tree, report: Callable = multihost.say) -> tuple[int, Tree] | None:
         """The newest state that is whole, with its step; None if nothing was saved yet.
