@@ -5,6 +5,7 @@ import re
 
 import pytest
 from conftest import ROOT, problems_of, run_program
+from ml_collections import ConfigDict
 
 from dopsd_jax.common import config_fields
 from dopsd_jax.common.config_fields import POSITIVE, TRUE, Field, as_list, name_or_list
@@ -12,8 +13,9 @@ from dopsd_jax.config import changes, flags, loading, schema
 from dopsd_jax.config.fields import choices, conditions, declared, defaults
 from dopsd_jax.config.reference import help_text, markdown
 from dopsd_jax.methods import flow_matching, registry
+from dopsd_jax.run import build, workdir
 from dopsd_jax.run.workdir import open_workdir
-from dopsd_jax.weights import converted
+from dopsd_jax.weights import converted, hub
 
 NUMBERS = [f for f in declared().values() if f.kind in config_fields.NUMBERS]
 WRONG = (float("nan"), float("inf"), -float("inf"), 10**30, -(10**30), "text", None, [], True)
@@ -275,6 +277,33 @@ def test_full_weights_in_another_arrangement_are_refused(tmp_path, monkeypatch, 
     (problem,) = problems_of(open_workdir, workdir, config, {"data": "one"})
     assert problem.startswith(f"{workdir}: was trained with weights_arrangement unknown")
     assert problem.endswith("with the result of this one in config.model")
+
+
+@pytest.mark.parametrize("field", workdir.MODELS)
+def test_a_commit_on_the_hub_does_not_end_a_run(tmp_path, monkeypatch, field, capsys):
+    """It goes on with the one it began with, which may be named too; another is refused."""
+    fact = workdir.MODELS[field]
+    named = lambda model: config_with(field, model)
+    open_workdir(tmp_path, named("owner/name"), {fact: "c0"})
+    assert workdir.as_begun(tmp_path, named("owner/name"), field) == "owner/name"
+    (tmp_path / "checkpoints" / "5").mkdir(parents=True)
+    assert workdir.as_begun(tmp_path, named("owner/name"), field) == "owner/name@c0"
+    (line,) = capsys.readouterr().out.splitlines()
+    assert line == f"config.{field}: owner/name@c0, which this run began with"
+    for model in ("owner/name@c1", "owner/other", "name", ""):
+        assert workdir.as_begun(tmp_path, named(model), field) == model
+    (problem,) = problems_of(open_workdir, tmp_path, named("owner/name@c1"), {fact: "c1"})
+    assert f"{fact} c0, now it is c1" in problem
+    (problem,) = problems_of(open_workdir, tmp_path, named("owner/other"), {fact: "c0"})
+    assert "'owner/name', now 'owner/other'" in problem
+    open_workdir(tmp_path, named("owner/name@c0"), {fact: "c0"})
+    open_workdir(tmp_path, named("owner/name"), {fact: "c0"})
+    if field == "model":
+        calls = []
+        monkeypatch.setattr(hub, "_download", lambda *args: calls.append(args) or 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            build.open_pipeline(ConfigDict(named("owner/name")), tmp_path)
+        assert calls[0][:2] == ("owner/name", "c0")
 
 
 def test_what_can_never_change_is_refused_with_the_way_to_go_on():

@@ -26,6 +26,7 @@ from dopsd_jax.methods.options import OTHER_CAPTION
 from dopsd_jax.models import kinds, quantised
 from dopsd_jax.parallel import sharding
 from dopsd_jax.run.data_set import RANDOM
+from dopsd_jax.run.workdir import as_begun
 from dopsd_jax.training import optimizers, state, train_step
 from dopsd_jax.training.trainable import VARIABLES, Trained, trained
 from dopsd_jax.weights import hub
@@ -71,7 +72,7 @@ def open_pipeline(
             families.load(config.family).write_random_model(folder)
         model = hub.Resolved(folder, None)
     else:
-        model = hub.resolve(config.model)
+        model = hub.resolve(as_begun(workdir, config, "model"))
     family = families.of_folder(model.path, config.family)
     contexts = (*family.CONTEXTS, OTHER_CAPTION)
     if config.teacher.context not in contexts:
@@ -80,7 +81,8 @@ def open_pipeline(
             f"{', '.join(contexts)}, which the model's family, {family.NAME}, has"
         )
     shown = sees_picture(config, family) if shown is None else shown
-    vlm = find_vlm(config, model, family, shown and not names_prepared(config.data.path))
+    encodes = shown and not names_prepared(config.data.path)
+    vlm = find_vlm(config, workdir, model, family, encodes)
     place = None
     if mesh is not None:
         away = keeps_base_away(config)
@@ -112,7 +114,7 @@ def keeps_base_away(config: ConfigDict) -> bool:
 
 
 def find_vlm(
-    config: ConfigDict, model: hub.Resolved, family: Family, encodes: bool
+    config: ConfigDict, workdir: Path, model: hub.Resolved, family: Family, encodes: bool
 ) -> hub.Resolved | None:
     """The vision-language model of config.teacher.vlm, or in the model's folder; None without one.
 
@@ -122,7 +124,7 @@ def find_vlm(
         return None
     here = Path(config.teacher.vlm).expanduser().is_dir()
     if config.teacher.vlm and (here or encodes):
-        return hub.resolve(config.teacher.vlm, patterns=hub.ROOT)
+        return hub.resolve(as_begun(workdir, config, "teacher.vlm"), patterns=hub.ROOT)
     inside = hub.Resolved(model.path / "vlm", model.revision)
     if encodes and not inside.path.is_dir():
         raise UserError(

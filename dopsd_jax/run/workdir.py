@@ -17,9 +17,12 @@ from dopsd_jax.common.json_files import read_json
 from dopsd_jax.config.changes import compare
 from dopsd_jax.config.schema import flat
 from dopsd_jax.data.prepared_parts import names_prepared
-from dopsd_jax.weights import converted
+from dopsd_jax.parallel import multihost
+from dopsd_jax.weights import converted, hub
 
 CONFIG = "config.json"
+# Fields that may name a model on the hub, and the facts that hold the commit it was of.
+MODELS = {"model": "model_revision", "teacher.vlm": "vlm_revision"}
 RUNS = "runs"  # in it lies the work directory of a family, where none is named
 _PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "transformers", "numpy")
 
@@ -57,6 +60,39 @@ def find_workdir(name: str | None, config: Mapping[str, Any]) -> epath.Path:
     return workdir
 
 
+def began_with(workdir: epath.Path) -> tuple[dict[str, Any], list[int]]:
+    """config.json of the run in `workdir`, and the steps it has saved.
+
+    Empty for a run that has saved nothing yet: it may be corrected.
+    """
+    path, folder = workdir / CONFIG, workdir / "checkpoints"
+    saved = [int(p.name) for p in folder.iterdir() if p.name.isdigit()] if folder.exists() else []
+    if not (saved and path.exists()):
+        return {}, []
+    found, _ = read_json(path)
+    parts = [found.get(name) for name in ("config", "facts")] if isinstance(found, dict) else []
+    if not parts or not all(isinstance(part, dict) for part in parts):
+        raise UserError(f"{path}: is not a configuration of a run; use another --workdir")
+    return found, saved
+
+
+def as_begun(workdir: epath.Path, config: Mapping[str, Any], field: str) -> str:
+    """The model of a field of `MODELS`, on the hub at the commit that the run began with.
+
+    Else every commit there would end a run that names no revision.
+    """
+    name, (old, _) = flat(config)[field], began_with(workdir)
+    was = old and old["config"].get(field)
+    commit = old and old["facts"].get(MODELS[field])
+    unpinned = "@" not in name or name == was
+    if not (isinstance(commit, str) and unpinned and hub.same_model(was, name)):
+        return name
+    pinned = f"{name.partition('@')[0]}@{commit}"
+    if pinned != name:
+        multihost.say(f"config.{field}: {pinned}, which this run began with")
+    return pinned
+
+
 def open_workdir(
     workdir: epath.Path,
     config: Mapping[str, Any],
@@ -74,17 +110,15 @@ def open_workdir(
     typed; kept too, with the day on which the run began, and `chosen`, what the program has
     settled by itself. Raises `UserError` naming every other field that differs.
     """
-    path, folder = workdir / CONFIG, workdir / "checkpoints"
+    path, (old, saved) = workdir / CONFIG, began_with(workdir)
     started = datetime.date.today().isoformat()
     new = {"config": flat(config), "facts": dict(facts), "versions": versions()}
     if new["config"].get("train") == "full":  # an adapter's arrays have PyTorch's order
         new["facts"]["weights_arrangement"] = converted.FORMAT
-    saved = [int(p.name) for p in folder.iterdir() if p.name.isdigit()] if folder.exists() else []
-    if path.exists() and saved:  # a run that has saved nothing yet may be corrected
-        old, _ = read_json(path)
-        parts = [old.get(name) for name in ("config", "facts")] if isinstance(old, dict) else []
-        if not parts or not all(isinstance(part, dict) for part in parts):
-            raise UserError(f"{path}: is not a configuration of a run; use another --workdir")
+    if old:
+        for field in MODELS:  # the facts tell of another commit
+            if hub.same_model(old["config"].get(field), new["config"].get(field)):
+                old["config"][field] = new["config"][field]
         changes, faults = compare(old, new, allowed)
         raise_if(f"{workdir}: {fault}" for fault in faults)
         before = old.get("changes")

@@ -73,6 +73,12 @@ def resolve(
     return _download(name, pinned or revision, patterns)
 
 
+def same_model(a: object, b: object) -> bool:
+    """Whether both are ids on the hub, and of one model; their revisions may differ."""
+    on_hub = lambda x: isinstance(x, str) and HUB_ID.fullmatch(x) and not os.path.isdir(x)
+    return bool(on_hub(a) and on_hub(b)) and a.partition("@")[0] == b.partition("@")[0]
+
+
 def _recorded_revision(path: Path) -> str | None:
     """The commit a local folder is of, if it says so: a converted model, or the hub's cache."""
     if (path / MODEL_MANIFEST).is_file():
