@@ -4,7 +4,7 @@ Run the same command again to resume. What it writes is described in README.md.
 """
 
 from dopsd_jax.common import program
-from dopsd_jax.config.changes import check_allowed
+from dopsd_jax.config.changes import WEIGHTS, check_allowed
 from dopsd_jax.config.flags import CONFIG, WORKDIR, parse
 from dopsd_jax.parallel import cluster
 
@@ -124,6 +124,8 @@ def train(config: ConfigDict, workdir: epath.Path) -> int | None:
             facts["model_revision"],
         )
     )
+    if about:  # else a checkpoint holds the whole network
+        facts[WEIGHTS] = about[origin.BASE_DIGEST]
     with multihost.together():  # only now is nothing left that a change can be refused for
         memory = remat.settle(config, pipe, features, mesh)
         chosen = build.chosen(pipe)

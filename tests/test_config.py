@@ -258,6 +258,16 @@ def test_a_field_that_is_younger_than_the_run_had_its_default():
     assert len(changes.compare(old, new, ["data"])[1]) == 1
 
 
+def test_other_weights_in_a_model_folder_are_refused():
+    """A run that is older than the digest goes on."""
+    run = lambda **facts: {"config": schema.flat(RANDOM), "facts": {"data": "one", **facts}}
+    assert changes.compare(run(), run(base_digest="b"), []) == ([], [])
+    made, (fault,) = changes.compare(run(base_digest="a"), run(base_digest="b"), ["data"])
+    assert not made and "was trained with base_digest a, now it is b" in fault
+    # Asked before the digest is known.
+    assert changes.compare(run(base_digest="a"), run(), []) == ([], [])
+
+
 @pytest.mark.parametrize("family", ["zimage", "flux2_klein"])
 def test_full_weights_in_another_arrangement_are_refused(tmp_path, monkeypatch, family):
     """Their shapes fit, but columns would be taken for others. Adapters have no such order."""

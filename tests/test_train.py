@@ -79,7 +79,9 @@ def test_a_run_leaves_what_is_promised(random_run):
     }
     about = TensorFiles.open(random_run / "lora" / "step_4.safetensors").metadata
     assert about["dopsd_jax.data_digest"] == config["facts"]["data"]
-    assert len(about["dopsd_jax.base_digest"]) == 64 and about["ss_steps"] == "4"
+    assert len(about["dopsd_jax.base_digest"]) == 64
+    assert config["facts"]["base_digest"] == about["dopsd_jax.base_digest"]
+    assert about["ss_steps"] == "4"
     assert about["modelspec.usage_hint"].startswith("8 steps, no guidance")
     assert not any(str(random_run) in text for text in about.values())
     assert "<svg" in (random_run / "report.html").read_text()

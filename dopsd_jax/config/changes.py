@@ -8,6 +8,7 @@ from dopsd_jax.common.errors import raise_if
 from dopsd_jax.config.fields import declared
 from dopsd_jax.config.schema import unknown
 
+WEIGHTS = "base_digest"  # of the model's transformer, which adapters are trained on
 DATA = "data"  # the content of the data set, and how it is read
 _NEW_RUN = {
     "lora": "start a new run in another --workdir, with the result of this one in "
@@ -56,7 +57,7 @@ def compare(
         faults.append(f"belongs to a run with config.{name} = {was!r}, now {now!r}; {advice}")
     for name, now in new["facts"].items():
         was = old["facts"].get(name)
-        if was == now:
+        if was == now or (name == WEIGHTS and was is None):  # the run is older than this fact
             continue
         if name == DATA and DATA in allowed:
             changes.append({"field": name, "old": was, "new": now})

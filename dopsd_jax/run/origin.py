@@ -11,8 +11,12 @@ from ml_collections import ConfigDict
 
 from dopsd_jax.common.config_fields import as_paths, highest
 from dopsd_jax.conditioning.cached import DIGESTS
+from dopsd_jax.config.changes import WEIGHTS
 from dopsd_jax.families.pipeline import Pipeline
 from dopsd_jax.weights.lora_settings import EDITS, OWN
+
+
+BASE_DIGEST = f"{OWN}{WEIGHTS}"
 
 
 def header_strings(
@@ -44,7 +48,7 @@ def header_strings(
         "ss_resolution": str((side, side)),
         "ss_num_train_images": str(pictures),
         f"{OWN}base_model": model,
-        f"{OWN}base_digest": pipe.part_digest("transformer", cache / DIGESTS),
+        BASE_DIGEST: pipe.part_digest("transformer", cache / DIGESTS),
         f"{OWN}data_digest": data,
         f"{OWN}method": config.method,
         f"{OWN}sampling_steps": str(steps),
