@@ -6,6 +6,7 @@ Run the same command again to resume. What it writes is described in README.md.
 from dopsd_jax.common import program
 from dopsd_jax.config.changes import WEIGHTS, check_allowed
 from dopsd_jax.config.flags import CONFIG, WORKDIR, parse
+from dopsd_jax.config.schema import placeless
 from dopsd_jax.parallel import cluster
 
 OPTIONS = program.options(__name__)
@@ -99,6 +100,7 @@ def train(config: ConfigDict, workdir: epath.Path) -> int | None:
         multiple, cache = sharding.sample_devices(mesh), data_set.cache_folder(config, workdir)
         features = Features(pipe, dataset, config, cache, multiple)
     facts |= features.facts()
+    multihost.need_same({**placeless(config), **facts})
     batches = Batches(
         rows,
         dataset.rows,
@@ -126,6 +128,7 @@ def train(config: ConfigDict, workdir: epath.Path) -> int | None:
     )
     if about:  # else a checkpoint holds the whole network
         facts[WEIGHTS] = about[origin.BASE_DIGEST]
+        multihost.need_same({WEIGHTS: facts[WEIGHTS]})
     with multihost.together():  # only now is nothing left that a change can be refused for
         memory = remat.settle(config, pipe, features, mesh)
         chosen = build.chosen(pipe)

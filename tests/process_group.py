@@ -23,6 +23,14 @@ def agree():
     assert multihost.gather({"i": index, "é": "x" * index}) == [
         {"i": i, "é": "x" * i} for i in range(jax.process_count())
     ]
+    multihost.need_same({"data": "one"})
+    try:
+        multihost.need_same({"data": "one", "config.steps": 4 + index})
+    except multihost.SharedError as error:
+        (problem,) = error.problems
+        assert problem.startswith("config.steps: is 4 in process 0 and 5 in process 1; start all")
+    else:
+        raise AssertionError("not reached")
     order = []
     multihost.first_alone(lambda: order.append(index))
     assert order == [index]

@@ -258,6 +258,12 @@ def test_a_field_that_is_younger_than_the_run_had_its_default():
     assert len(changes.compare(old, new, ["data"])[1]) == 1
 
 
+def test_what_machines_must_have_in_common_names_no_place():
+    same = schema.placeless(RANDOM)
+    assert "config.steps" in same and "config.data.prompt_draw" in same
+    assert not {"config.model", "config.data.path", "config.data.cache"} & same.keys()
+
+
 def test_other_weights_in_a_model_folder_are_refused():
     """A run that is older than the digest goes on."""
     run = lambda **facts: {"config": schema.flat(RANDOM), "facts": {"data": "one", **facts}}

@@ -26,6 +26,16 @@ def flat(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     return found
 
 
+def placeless(config: Mapping[str, Any]) -> dict[str, Any]:
+    """The fields that are the same on every machine of a run: all that name no place on a disk."""
+    kinds = {name: field.kind for name, field in declared().items()}
+    return {
+        f"config.{name}": value
+        for name, value in flat(config).items()
+        if not kinds[name].startswith("path")
+    }
+
+
 def check(config: Mapping[str, Any], asked: Collection[str] = ()) -> None:
     """Raises `UserError` with every field that is missing, unknown or off.
 

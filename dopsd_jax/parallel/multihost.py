@@ -4,7 +4,7 @@ import contextlib
 import json
 import os
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, TypeVar
 
 import jax
@@ -62,6 +62,22 @@ def together() -> Iterator[None]:
     if any(found):
         # The same fault everywhere, such as a wrong field, is printed once.
         raise SharedError(*dict.fromkeys(problem for each in found for problem in each))
+
+
+def need_same(values: Mapping[str, Any]) -> None:
+    """Raises a `SharedError` with a line for each of `values` that is not the same everywhere."""
+    first, *others = found = gather(dict(values))
+    problems = []
+    for name in dict.fromkeys(name for each in found for name in each):
+        for index, other in enumerate(others, 1):
+            if other.get(name) != first.get(name):
+                problems.append(
+                    f"{name}: is {first.get(name)!r} in process 0 and {other.get(name)!r} in "
+                    f"process {index}; start all with the same command, on the same files"
+                )
+                break
+    if problems:
+        raise SharedError(*problems)
 
 
 def first_alone(action: Callable[[], T]) -> T:

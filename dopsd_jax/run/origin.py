@@ -15,7 +15,6 @@ from dopsd_jax.config.changes import WEIGHTS
 from dopsd_jax.families.pipeline import Pipeline
 from dopsd_jax.weights.lora_settings import EDITS, OWN
 
-
 BASE_DIGEST = f"{OWN}{WEIGHTS}"
 
 
