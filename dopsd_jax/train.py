@@ -295,6 +295,10 @@ def train(config: ConfigDict, workdir: epath.Path) -> int | None:
             if pending:
                 finish(*pending)
             pending = step, _, _ = n + 1, metrics, inputs.seconds
+            if checkpoints.failed:  # what is trained from here on could not be saved either
+                finish(*pending)
+                writer.flush()
+                checkpoints.rescue(step, state)
             stopped, last = stop.reached(step), step == config.steps
             save_now = last or stopped or is_due(step, config.checkpoint_every)
             show_now = last or (is_due(step, config.sample_every) and not stopped)

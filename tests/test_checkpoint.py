@@ -1,6 +1,8 @@
 """Checkpoints: what is damaged is found, the newest good one is used, and none is lost."""
 
+import errno
 import shutil
+import time
 
 import jax
 import jax.numpy as jnp
@@ -89,6 +91,34 @@ def test_a_whole_checkpoint_comes_back_bit_for_bit(pair):
     assert step == 2 and not said
     for name, leaf in flatten(state(2)).items():
         np.testing.assert_array_equal(flatten(found)[name], leaf)
+
+
+def test_a_save_that_failed_is_noticed_at_once_and_the_present_state_saved(tmp_path, monkeypatch):
+    checkpoints, write_text = Checkpoints(tmp_path, keep=3), checkpoint.write_text
+
+    def fail(path, text):
+        raise OSError(errno.ENOSPC, "No space left on device", str(path))
+
+    def save(step):
+        checkpoints.save(step, state(step))
+        while not checkpoints.failed:
+            time.sleep(0.01)
+
+    monkeypatch.setattr(checkpoint, "write_text", fail)
+    save(1)
+    monkeypatch.setattr(checkpoint, "write_text", write_text)
+    with pytest.raises(UserError, match="the disk is full.* goes on from step 2"):
+        checkpoints.rescue(2, state(2))
+    checkpoints.close()
+    assert [path.name for path in tmp_path.iterdir()] == ["2"]
+    # Where that fails too, the line is the same.
+    monkeypatch.setattr(checkpoint, "write_text", fail)
+    checkpoints = Checkpoints(tmp_path, keep=3)
+    save(3)
+    with pytest.raises(UserError, match="the disk is full.* goes on from step 2"):
+        checkpoints.rescue(4, state(4))
+    assert not checkpoints.failed
+    checkpoints.close()
 
 
 def test_the_newest_and_the_regular_ones_are_kept(tmp_path):

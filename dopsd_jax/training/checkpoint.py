@@ -17,7 +17,7 @@ import contextlib
 import json
 import re
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any
+from typing import Any, NoReturn
 
 import jax
 from etils import epath
@@ -109,6 +109,28 @@ class Checkpoints:
             if multihost.is_first():
                 self._prune()
 
+    @property
+    def failed(self) -> bool:
+        """Whether the save under way is known to have failed.
+
+        Never with several processes: the others may not know it yet.
+        """
+        if self._saving is None or jax.process_count() > 1:
+            return False
+        future = self._saving[1]
+        return future.done() and future.exception() is not None
+
+    def rescue(self, step: int, state: Tree) -> NoReturn:
+        """After a save that `failed`: tries to save this state, and raises what was wrong."""
+        (lost, future), self._saving = self._saving, None
+        with contextlib.suppress(UserError, OSError, ValueError, RuntimeError):
+            self._clear(lost)  # what it wrote takes space
+            self._clear_unfinished()
+            self.save(step, state)
+            self.wait()
+        with self._storage():
+            future.result()
+
     def close(self) -> None:
         """Waits for the last save."""
         self.wait()
@@ -135,8 +157,7 @@ class Checkpoints:
         """
         with multihost.together(), self._storage():
             if multihost.is_first() and self.folder.exists():
-                for path in self.folder.glob("*.orbax-checkpoint-tmp*"):
-                    path.rmtree()
+                self._clear_unfinished()
         folders = multihost.gather(self._folders())[0]
         proven = multihost.gather(self.steps)[0]
         for step in reversed(folders):
@@ -205,6 +226,10 @@ class Checkpoints:
             path.unlink()
         if folder.exists():
             folder.rmtree()
+
+    def _clear_unfinished(self) -> None:
+        for path in self.folder.glob("*.orbax-checkpoint-tmp*"):
+            path.rmtree()
 
     @contextlib.contextmanager
     def _storage(self) -> Iterator[None]:
