@@ -1,5 +1,7 @@
 """Checkpoints: what is damaged is found, the newest good one is used, and none is lost."""
 
+import concurrent.futures
+import contextlib
 import errno
 import shutil
 import time
@@ -10,6 +12,7 @@ import numpy as np
 import pytest
 
 from dopsd_jax.common.errors import UserError
+from dopsd_jax.parallel.multihost import SharedError
 from dopsd_jax.training import checkpoint
 from dopsd_jax.training.checkpoint import Checkpoints, flatten
 
@@ -107,7 +110,7 @@ def test_a_save_that_failed_is_noticed_at_once_and_the_present_state_saved(tmp_p
     monkeypatch.setattr(checkpoint, "write_text", fail)
     save(1)
     monkeypatch.setattr(checkpoint, "write_text", write_text)
-    with pytest.raises(UserError, match="the disk is full.* goes on from step 2"):
+    with pytest.raises(UserError, match=r"the disk is full.* goes on from step 2"):
         checkpoints.rescue(2, state(2))
     checkpoints.close()
     assert [path.name for path in tmp_path.iterdir()] == ["2"]
@@ -115,10 +118,45 @@ def test_a_save_that_failed_is_noticed_at_once_and_the_present_state_saved(tmp_p
     monkeypatch.setattr(checkpoint, "write_text", fail)
     checkpoints = Checkpoints(tmp_path, keep=3)
     save(3)
-    with pytest.raises(UserError, match="the disk is full.* goes on from step 2"):
+    with pytest.raises(UserError, match=r"the disk is full.* goes on from step 2"):
         checkpoints.rescue(4, state(4))
     assert not checkpoints.failed
     checkpoints.close()
+
+
+FULL = OSError(errno.ENOSPC, "No space left on device")
+
+
+@pytest.mark.parametrize(
+    ("own", "other", "status"),
+    [(None, None, 0), (FULL, TimeoutError("key 7"), 2), (TimeoutError("key 7"), FULL, 2),
+     (TimeoutError("key 7"), None, 1), (None, TimeoutError("key 7"), 1)],
+)  # fmt: skip
+def test_a_fault_of_one_process_ends_all(tmp_path, monkeypatch, capsys, own, other, status):
+    """A full disk is told as one, whatever the others see of it; the rest stays a crash."""
+    ended, told = [], []
+    for error in (other, own):
+        future = concurrent.futures.Future()
+        future.set_exception(error) if error else future.set_result(None)
+        ended.append(future)
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+
+    def gather(value):
+        told.append(value)
+        return [value] if len(told) == 1 else [value, told[0]]
+
+    monkeypatch.setattr(checkpoint.multihost, "gather", gather)
+    checkpoints = Checkpoints(tmp_path, keep=1)
+    with contextlib.suppress(Exception):
+        checkpoints._end_together(ended[0])
+    capsys.readouterr()
+    wanted = {0: contextlib.nullcontext, 1: lambda: pytest.raises(OSError, match="key 7"),
+              2: lambda: pytest.raises(SharedError, match="disk is full")}  # fmt: skip
+    if status == 1 and own is None:
+        wanted[1] = lambda: pytest.raises(RuntimeError, match="in process 1: TimeoutError: key 7")
+    with wanted[status]():
+        checkpoints._end_together(ended[1])
+    assert ("process 0: " in capsys.readouterr().err) == (own is not None)
 
 
 def test_the_newest_and_the_regular_ones_are_kept(tmp_path):

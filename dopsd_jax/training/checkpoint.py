@@ -16,6 +16,7 @@ import concurrent.futures
 import contextlib
 import json
 import re
+import sys
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NoReturn
 
@@ -24,7 +25,7 @@ from etils import epath
 from orbax.checkpoint import v1 as ocp
 
 from dopsd_jax.common.atomic import is_remote, write_text
-from dopsd_jax.common.errors import UserError
+from dopsd_jax.common.errors import UserError, one_line
 from dopsd_jax.common.file_digests import file_digests, files_below
 from dopsd_jax.common.json_fields import Fields
 from dopsd_jax.common.json_files import read_json
@@ -101,8 +102,7 @@ class Checkpoints:
         if self._saving is None:
             return
         (step, future), self._saving = self._saving, None
-        with multihost.together(), self._storage():
-            future.result()
+        self._end_together(future)
         self._good.add(step)
         self._bad.discard(step)
         with multihost.together(), self._storage():
@@ -227,6 +227,29 @@ class Checkpoints:
         if folder.exists():
             folder.rmtree()
 
+    def _end_together(self, future: concurrent.futures.Future) -> None:
+        """Waits for a save; raises in every process what failed in one.
+
+        The disk of one may be full. The others then wait for its part, and fail in other words.
+        """
+        error = future.exception()
+        told = error and self._told(error)
+        if jax.process_count() == 1:
+            if told:
+                raise told from error
+            return
+        problem = told and one_line(f"{type(told).__name__}: {told}")
+        if isinstance(told, UserError):
+            problem = str(told)
+        if told:  # at once: another process may never come to the next line
+            print(f"process {jax.process_index()}: {problem}", file=sys.stderr, flush=True)
+        found = multihost.gather([problem, isinstance(told, UserError)])
+        if users := [text for text, of_user in found if of_user]:
+            raise multihost.SharedError(*dict.fromkeys(users)) from error
+        for index, (text, _) in enumerate(found):
+            if text:
+                raise told or RuntimeError(f"the save failed in process {index}: {text}")
+
     def _clear_unfinished(self) -> None:
         for path in self.folder.glob("*.orbax-checkpoint-tmp*"):
             path.rmtree()
@@ -236,13 +259,19 @@ class Checkpoints:
         try:
             yield
         except (OSError, ValueError, RuntimeError) as error:
-            if any(word in str(error) for word in _FULL):
-                saved = self.steps
-                raise UserError(
-                    f"{self.folder}: the disk is full; free some space and run the same command, "
-                    f"it goes on from step {saved[-1] if saved else 0}"
-                ) from error
-            raise
+            if (told := self._told(error)) is error:
+                raise
+            raise told from error
+
+    def _told(self, error: BaseException) -> BaseException:
+        """What to raise for a fault of the storage: a `UserError` if the disk is full."""
+        if not any(word in str(error) for word in _FULL):
+            return error
+        saved = self.steps
+        return UserError(
+            f"{self.folder}: the disk is full; free some space and run the same command, "
+            f"it goes on from step {saved[-1] if saved else 0}"
+        )
 
 
 @jax.jit
