@@ -44,6 +44,7 @@ from dopsd_jax.parallel import multihost, sharding
 from dopsd_jax.parallel.preemption import STOPPED_EXIT, StopRequest
 from dopsd_jax.reporting.incidents import write_incident
 from dopsd_jax.reporting.metrics import MetricsWriter
+from dopsd_jax.reporting.pictures import sample_path
 from dopsd_jax.reporting.previews import Previews, rows_of, write_training_pictures
 from dopsd_jax.reporting.run_page import write_report
 from dopsd_jax.reporting.trackers import Trackers
@@ -230,7 +231,7 @@ def train(config: ConfigDict, workdir: epath.Path) -> int | None:
     pending = None
     parts.end("state and resuming")
 
-    def finish(step: int, metrics, waited: float) -> None:
+    def record_of(step: int, metrics, waited: float) -> dict:
         metrics = jax.device_get(metrics)
         shown = {"loss": "loss", "gap": "gap", "anchor_gap": "anchor gap"}
         numbers = [f"{text} {metrics[name]:.5g}" for name, text in shown.items() if name in metrics]
@@ -249,6 +250,10 @@ def train(config: ConfigDict, workdir: epath.Path) -> int | None:
         trackers.numbers(record)
         if checkpoint_scores:
             checkpoint_scores.look(metrics)
+        return record
+
+    def finish(step: int, metrics, waited: float) -> None:
+        record = record_of(step, metrics, waited)
         fault = guard.fault(record)
         if fault is None:
             return
@@ -259,13 +264,16 @@ def train(config: ConfigDict, workdir: epath.Path) -> int | None:
             progress.note(f"step {step}: {fault}; its batch: {path}")
         if guard.must_stop(config.nonfinite):
             kept = int(state.step)  # what is not finite never enters the state
+            advice = guard.advice(record, config.nonfinite, kept)
+            if pending and step < pending[0] <= kept:  # the state counts a skipped step
+                record_of(*pending)
             if kept > 0:
                 save(kept)
                 report()
-            raise multihost.SharedError(guard.advice(record, config.nonfinite, kept))
+            raise multihost.SharedError(advice)
 
     step = first
-    with writer, trackers, checkpoints, StopRequest() as stop:
+    with StopRequest() as stop, writer, trackers, checkpoints:  # it ends after the last save
         if first == 0:
             show(0)
         elif plan.trained.is_export_step(first):
@@ -292,9 +300,10 @@ def train(config: ConfigDict, workdir: epath.Path) -> int | None:
                 progress.note(parts.describe())
                 if multihost.is_first():
                     parts.write(workdir)
-            if pending:
-                finish(*pending)
-            pending = step, _, _ = n + 1, metrics, inputs.seconds
+            before, pending = pending, (n + 1, metrics, inputs.seconds)
+            step = n + 1
+            if before:
+                finish(*before)
             if checkpoints.failed:  # what is trained from here on could not be saved either
                 finish(*pending)
                 writer.flush()
@@ -315,6 +324,9 @@ def train(config: ConfigDict, workdir: epath.Path) -> int | None:
             ended = save_now and checkpoint_scores and checkpoint_scores.ranking.over()
             if (stopped and not last) or ended:
                 break
+        drawn = multihost.gather(sample_path(workdir, step).exists())[0]
+        if not drawn and (ended or step == config.steps):
+            show(step, saved=True)  # the run was killed before that, or ended between two grids
     if ended:
         progress.note(f"ended at step {step}: {checkpoint_scores.why_ended()}")
     elif step < config.steps:

@@ -1,5 +1,6 @@
 """A run that is stopped and killed on its way equals one that was left alone, bit for bit."""
 
+import ast
 import json
 import os
 import shutil
@@ -112,7 +113,7 @@ def test_a_gradient_that_is_not_finite_stops_the_run_and_keeps_the_last_good_sta
 
 
 def test_a_failed_export_costs_nothing_that_was_learned(random_run, tmp_path):
-    """The state is saved before the file; the next start writes what is missing."""
+    """The state is saved before the file; the next start writes what is missing, and draws it."""
     workdir = tmp_path / "run"
     shutil.copytree(random_run, workdir)
     shutil.rmtree(workdir / "checkpoints" / "4")
@@ -120,11 +121,37 @@ def test_a_failed_export_costs_nothing_that_was_learned(random_run, tmp_path):
     whole = path.read_bytes()
     path.unlink()
     (path / "in the way").mkdir(parents=True)
+    grid = workdir / "samples" / "step_000004.png"
+    grid.unlink()
     result = run_program("train", *RANDOM_CONFIG, f"--workdir={workdir}")
     assert result.returncode == 2 and f"error: {path}: is a folder" in result.stderr
     assert Checkpoints(workdir / "checkpoints", 3).steps == [2, 4]
     shutil.rmtree(path)
+    assert not grid.exists()
     result = run_program("train", *RANDOM_CONFIG, f"--workdir={workdir}")
     assert result.returncode == 0 and "resuming at step 4" in result.stdout, result.stderr
     assert f"{path}: is missing; it is written again" in result.stdout
-    assert path.read_bytes() == whole
+    assert path.read_bytes() == whole and grid.exists()
+
+
+def test_skipped_steps_that_end_a_run_are_all_recorded(random_run, tmp_path):
+    """The state counts the step after the tenth, too."""
+    workdir = tmp_path / "run"
+    for name in ("random_model", "random_data", "features"):
+        shutil.copytree(random_run / name, workdir / name)
+    result = run_program(
+        "train", *RANDOM_CONFIG, f"--workdir={workdir}", "--config.learning_rate=1e29",
+        "--config.nonfinite=skip", "--config.steps=20", "--config.checkpoint_every=99",
+    )  # fmt: skip
+    assert result.returncode == 2 and "10 steps in a row were skipped" in result.stderr
+    (kept,) = Checkpoints(workdir / "checkpoints", 3).steps
+    assert [r["step"] for r in read_metrics(workdir / "metrics.jsonl")] == list(range(1, kept + 1))
+
+
+def test_stops_are_only_noted_until_the_last_save_is_written():
+    """What is named first in the block that trains is left last."""
+    tree = ast.parse((ROOT / "dopsd_jax" / "train.py").read_text(encoding="utf-8"))
+    blocks = [[ast.unparse(i.context_expr) for i in n.items] for n in ast.walk(tree)
+              if isinstance(n, ast.With)]  # fmt: skip
+    (block,) = [names for names in blocks if "checkpoints" in names]
+    assert block[0] == "StopRequest()"
