@@ -161,7 +161,8 @@ def train(config: ConfigDict, workdir: epath.Path) -> int | None:
     del initial
     train_step = multihost.begin_together(plan.step)
     with multihost.together():
-        writer = MetricsWriter(workdir, first, write=multihost.is_first())
+        note = lambda line: progress.note(line)
+        writer = MetricsWriter(workdir, first, write=multihost.is_first(), say=note)
     trackers = Trackers(config, workdir, first, multihost.say, write=multihost.is_first())
     guard = Guard(writer.kept)
     results = Results(workdir, config)
@@ -200,7 +201,7 @@ def train(config: ConfigDict, workdir: epath.Path) -> int | None:
         if multihost.is_first():
             try:
                 write_report(workdir)
-            except UserError as error:  # of files that the run does not need
+            except (UserError, OSError) as error:  # of files that the run does not need
                 progress.note(f"no report: {error}")
 
     def show(step: int, saved: bool = False) -> None:

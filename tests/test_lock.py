@@ -158,6 +158,18 @@ def test_a_file_where_the_folder_is_due(tmp_path):
         exclusive(tmp_path / "run", "training").__enter__()
 
 
+def test_a_full_disk_is_told_and_leaves_no_lock(tmp_path, monkeypatch):
+    def full(*args):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(os, "pwrite", full)
+        with pytest.raises(UserError, match=r"lock\.json: the disk is full"):
+            exclusive(tmp_path, "training").__enter__()
+    with exclusive(tmp_path, "training"):
+        pass
+
+
 def test_what_killed_writers_left_is_removed(tmp_path):
     (tmp_path / "lora").mkdir()
     left = [

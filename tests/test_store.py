@@ -10,7 +10,7 @@ from dopsd_jax import families
 from dopsd_jax.common.atomic import atomic_file, write_text
 from dopsd_jax.common.errors import UserError
 from dopsd_jax.common.file_digests import file_digests
-from dopsd_jax.reporting import pictures
+from dopsd_jax.reporting import metrics, pictures
 from dopsd_jax.reporting.metrics import MetricsWriter, read_metrics
 from dopsd_jax.reporting.run_page import write_report
 from dopsd_jax.run import build, data_set
@@ -41,6 +41,26 @@ def test_metrics_pictures_and_report(bucket, tmp_path):
     for name in ("metrics.jsonl", "samples/step_000004.png", "report.html"):
         assert (remote / name).read_bytes() == (local / name).read_bytes(), name
     assert sorted(path.name for path in remote.iterdir()) == sorted(p.name for p in local.iterdir())
+
+
+def test_metrics_that_cannot_be_stored_for_a_moment_end_no_run(bucket, monkeypatch):
+    """Before a checkpoint they must be stored."""
+    said = []
+    writer = MetricsWriter(epath.Path(f"{bucket}/run"), say=said.append)
+
+    def away(path):
+        raise TimeoutError("the store did not answer")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(metrics, "atomic_file", away)
+        patched.setattr(metrics, "STORE_SECONDS", 0)
+        writer.write({"step": 1})
+        assert said == ["the store did not answer; it is tried again"]
+        with pytest.raises(TimeoutError):
+            writer.flush()
+    writer.write({"step": 2})
+    writer.close()
+    assert [r["step"] for r in read_metrics(writer.path)] == [1, 2]
 
 
 def test_a_file_that_is_not_finished_does_not_appear(bucket):

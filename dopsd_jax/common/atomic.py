@@ -15,9 +15,15 @@ from pathlib import Path
 from etils import epath
 
 from dopsd_jax.common import processes
-from dopsd_jax.common.errors import UserError
+from dopsd_jax.common.errors import FULL, UserError, disk_full
 
-FULL = (errno.ENOSPC, errno.EDQUOT)
+# Faults of a disk that a user must mend. Others pass, as of a network's storage that is away for a
+# moment: they stay a crash, after which a launcher starts the same command again.
+_MENDED = (
+    *(*FULL, errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOENT, errno.ENOTDIR, errno.EISDIR),
+    *(errno.EEXIST, errno.ENOTEMPTY, errno.ENAMETOOLONG, errno.ELOOP, errno.EINVAL, errno.ENODEV),
+    *(errno.ENXIO, errno.ENOTSUP, errno.EXDEV, errno.EMFILE, errno.ENFILE),
+)
 ABANDONED = 24 * 3600.0  # seconds after which no other machine writes a file any more
 _PARTIAL = re.compile(
     r"\.(?P<name>.+)\.partial-(?P<place>[0-9a-f]{8})-(?P<pid>\d{1,10})-(?P<since>\d+)-[0-9a-f]{8}",
@@ -25,13 +31,23 @@ _PARTIAL = re.compile(
 )
 
 
-def disk_error(error: OSError, path: str | os.PathLike) -> UserError:
-    """What to tell the user when writing `path` failed."""
+def disk_error(error: OSError, path: str | os.PathLike) -> UserError | OSError:
+    """What to raise when writing `path` failed; a `UserError` where the user must mend it."""
     if error.errno in FULL:
-        return UserError(
-            f"{path}: the disk is full; free some space and run again, nothing was lost"
-        )
-    return UserError(f"{path}: cannot be written ({error.strerror}); check the folder")
+        return UserError(disk_full(path))
+    why = f"cannot be written ({error.strerror or error})"
+    passes = isinstance(error, TimeoutError | ConnectionError)
+    if error.errno in _MENDED or (error.errno is None and not passes):
+        return UserError(f"{path}: {why}; check the folder")
+    return OSError(error.errno, why, str(path))
+
+
+def make_folder(path: str | os.PathLike) -> None:
+    """Makes a folder, with those that it lies in, where it is not there yet."""
+    try:
+        epath.Path(path).mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise disk_error(error, path) from error
 
 
 @contextlib.contextmanager

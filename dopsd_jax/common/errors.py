@@ -1,10 +1,12 @@
 """Faults that a user can correct, and how a program reports them."""
 
+import errno
 import re
 import sys
 from collections.abc import Callable, Iterable, Sequence
 
 USER_ERROR_EXIT = 2
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # a disk, a quota, a limit on files
 MAX_LINE = 2000  # characters of one problem
 SHOWN = 3  # of many problems of one kind
 MAX_PROBLEMS = 1000  # a list of millions helps nobody
@@ -80,13 +82,26 @@ def raise_if(problems: Iterable[str]) -> None:
         raise UserError(*kept, *[f"... and {more} more"] * (more > 0))
 
 
+def disk_full(path: object) -> str:
+    """The line about a full disk."""
+    return one_line(f"{path}: the disk is full; free some space and run again, nothing was lost")
+
+
 def report(main: Callable[[], int | None]) -> int:
-    """Runs `main`; prints a `UserError` as lines on stderr. Returns the exit status."""
+    """Runs `main`; prints a `UserError`, or a full disk, as lines on stderr.
+
+    Returns the exit status.
+    """
     try:
         return main() or 0
     except UserError as error:
         for problem in few(error.problems):
             print(f"error: {problem}", file=sys.stderr)
+        return USER_ERROR_EXIT
+    except OSError as error:
+        if error.errno not in FULL:
+            raise
+        print(f"error: {disk_full(error.filename or 'a file')}", file=sys.stderr)
         return USER_ERROR_EXIT
     except ImportError as error:
         if "gcsfs" not in str(error):

@@ -6,7 +6,7 @@ from typing import Any
 
 from etils import epath
 
-from dopsd_jax.common.atomic import write_text
+from dopsd_jax.common.atomic import make_folder, write_text
 from dopsd_jax.data.dataset import Dataset
 from dopsd_jax.data.loader import BatchIndex
 from dopsd_jax.reporting.metrics import plain
@@ -48,6 +48,6 @@ def write_incident(
         "anchors": list(anchors),
     }
     path = workdir / FOLDER / f"step_{step}.json"
-    path.parent.mkdir(parents=True, exist_ok=True)
+    make_folder(path.parent)
     write_text(path, json.dumps(record, indent=1, ensure_ascii=False) + "\n")
     return path

@@ -4,7 +4,7 @@ import json
 import math
 import os
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -89,10 +89,19 @@ class MetricsWriter:
 
     An object store (`gs://`) cannot append: there the file is written anew, at most every
     `STORE_SECONDS`, and by `flush`, which is called before a checkpoint: a crash then loses only
-    records that the resumed run writes again.
+    records that the resumed run writes again. Where that fails between two checkpoints, a line
+    goes to `say`, and it is tried again.
     """
 
-    def __init__(self, workdir: str | os.PathLike, step: int = 0, *, write: bool = True):
+    def __init__(
+        self,
+        workdir: str | os.PathLike,
+        step: int = 0,
+        *,
+        write: bool = True,
+        say: Callable[[str], None] = print,
+    ):
+        self._say = say
         self.path = epath.Path(workdir) / FILE
         self.kept = [record for record in read_metrics(self.path) if record["step"] <= step]
         self._lines = self._file = None
@@ -121,7 +130,11 @@ class MetricsWriter:
             self._lines.append(line)
             self._last = record["step"]
             if time.monotonic() - self._stored > STORE_SECONDS:
-                self.flush()
+                try:
+                    self.flush()
+                except (UserError, OSError) as error:
+                    self._stored = time.monotonic()
+                    self._say(f"{error}; it is tried again")
             return
         try:
             done = 0

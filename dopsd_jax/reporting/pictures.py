@@ -16,7 +16,7 @@ from etils import epath
 from jaxtyping import UInt8
 from PIL import Image, ImageDraw, ImageFont, PngImagePlugin
 
-from dopsd_jax.common.atomic import atomic_file
+from dopsd_jax.common.atomic import atomic_file, make_folder
 from dopsd_jax.common.errors import UserError
 from dopsd_jax.common.json_files import parse_json
 
@@ -184,7 +184,7 @@ def save_grid(
     info.add_itxt(LABELS, text.decode())
     encoded = io.BytesIO()
     sheet.save(encoded, "PNG", pnginfo=info)
-    path.parent.mkdir(parents=True, exist_ok=True)
+    make_folder(path.parent)
     with atomic_file(path) as file:
         file.write(encoded.getbuffer())
 

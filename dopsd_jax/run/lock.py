@@ -21,7 +21,7 @@ from typing import Any
 from etils import epath
 
 from dopsd_jax.common import processes
-from dopsd_jax.common.atomic import is_remote, remove_leftovers
+from dopsd_jax.common.atomic import disk_error, is_remote, remove_leftovers
 from dopsd_jax.common.errors import UserError
 from dopsd_jax.common.json_files import parse_json
 from dopsd_jax.parallel import multihost
@@ -56,8 +56,13 @@ def exclusive(
     if not locks:
         say(f"{folder}: this file system has no locks; do not start a second {what} there")
     content = json.dumps(_self() | {"what": what}, indent=1) + "\n"
-    os.truncate(handle, 0)
-    os.pwrite(handle, content.encode(), 0)
+    try:
+        os.truncate(handle, 0)
+        os.pwrite(handle, content.encode(), 0)
+    except OSError as error:
+        (folder / file).unlink(missing_ok=True)
+        os.close(handle)
+        raise disk_error(error, folder / file) from error
     ended = threading.Event()
 
     def beat() -> None:

@@ -19,6 +19,7 @@ from ml_collections import ConfigDict
 from dopsd_jax.adapters import attach, kinds
 from dopsd_jax.adapters.attach import Slot
 from dopsd_jax.adapters.base import Adapter
+from dopsd_jax.common.atomic import make_folder
 from dopsd_jax.common.config_fields import as_list, name_or_list
 from dopsd_jax.common.errors import UserError
 from dopsd_jax.common.files import local_file
@@ -147,7 +148,7 @@ class Adapters:
     ) -> None:
         if jax.process_index() == 0:
             (path,) = self.export_paths(workdir, step)
-            path.parent.mkdir(parents=True, exist_ok=True)
+            make_folder(path.parent)
             modules = attach.export(student, self.chosen, self.scale, self.kind)
             strings = {**origin, "ss_steps": str(step)}
             layers = lora_layers(self.family, self.network)
@@ -206,7 +207,7 @@ class FullNetwork:
         write, written = jax.process_index() == 0, self.export_paths(workdir, step)
         options = {"transformer": tensors, "write": write, "progress": byte_progress("writing")}
         if write:
-            (workdir / "model").mkdir(exist_ok=True)
+            make_folder(workdir / "model")
         for path in written:
             if path.suffix:
                 export_single(model, path, **options)

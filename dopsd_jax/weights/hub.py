@@ -16,8 +16,7 @@ from huggingface_hub.errors import (
     RevisionNotFoundError,
 )
 
-from dopsd_jax.common.atomic import FULL
-from dopsd_jax.common.errors import UserError
+from dopsd_jax.common.errors import FULL, UserError
 from dopsd_jax.common.json_files import read_json
 
 MODEL_MANIFEST = "dopsd_jax.json"  # of a converted model
