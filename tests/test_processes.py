@@ -11,10 +11,15 @@ import subprocess
 import sys
 import time
 
+import jax
 import numpy as np
 import pytest
 from conftest import RANDOM_CONFIG, ROOT, run_program
 
+from dopsd_jax.common.errors import UserError
+from dopsd_jax.parallel import cluster, multihost
+from dopsd_jax.parallel.multihost import SharedError
+from dopsd_jax.parallel.preemption import STOPPED_EXIT
 from dopsd_jax.reporting.metrics import read_metrics
 
 SCRIPT = pathlib.Path(__file__).with_name("process_group.py")
@@ -196,6 +201,29 @@ def test_other_processes_and_meshes_give_the_same_losses(preempted, tmp_path):
     common = sorted(ours.keys() & whole.keys())
     assert len(common) >= 2
     np.testing.assert_allclose([ours[s] for s in common], [whole[s] for s in common], rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("end", "status", "left"),
+    [(KeyboardInterrupt, 130, True), (UserError("x: y"), 2, True), (SharedError("x: y"), 2, False),
+     (0, 0, False), (STOPPED_EXIT, STOPPED_EXIT, False)],
+)  # fmt: skip
+def test_a_process_that_ends_alone_does_not_wait_for_the_others(monkeypatch, end, status, left):
+    """Which would wait for it: a normal exit does. One that is shared ends all."""
+    ended = []
+    monkeypatch.setattr(cluster, "connect", lambda: "")
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    monkeypatch.setattr(multihost, "leave", ended.append)
+    monkeypatch.setattr(cluster.program, "run", lambda joined: found.append(joined()))
+    found = []
+
+    def main():
+        if isinstance(end, int):
+            return end
+        raise end
+
+    cluster.run(main)
+    assert found == [status] and ended == [status] * left
 
 
 @pytest.mark.parametrize(("program", "status"), [("prepare", 75), ("train", -signal.SIGTERM)])

@@ -121,6 +121,7 @@ def run(main: Callable[[], int | None]) -> None:
     import jax
 
     from dopsd_jax.parallel.multihost import SharedError, leave
+    from dopsd_jax.parallel.preemption import STOPPED_EXIT
 
     def joined() -> int:
         status = errors.report(lambda: print(connect(), flush=True))
@@ -141,7 +142,7 @@ def run(main: Callable[[], int | None]) -> None:
         except BaseException:
             sys.excepthook(*sys.exc_info())
             leave(1)
-        if status == errors.USER_ERROR_EXIT and not shared:
+        if status not in (0, STOPPED_EXIT) and not shared:  # such as a Ctrl-C here alone
             leave(status)
         return status
 
