@@ -72,7 +72,7 @@ def test_a_run_shows_curves_samples_and_settings(tmp_path):
 
 
 def test_the_pictures_of_a_step_are_told_apart_and_those_of_all_stand_once(tmp_path):
-    page = run(tmp_path, 1, grids=[0, 5, 10])
+    page = run(tmp_path, 10, grids=[0, 5, 10])
     found = [(f["data-part"], f.get("data-step")) for f in page.all("figure") if "data-part" in f]
     assert found == [("base", None), *(("tuned", step) for step in ("0", "5", "10"))]
     alts = [image["alt"] for image in page.all("img")]
@@ -99,9 +99,11 @@ def test_an_editor_is_drawn_with_by_a_picture(tmp_path):
 def test_each_step_is_tied_to_its_file(tmp_path):
     (tmp_path / "lora").mkdir()
     (tmp_path / "lora" / "step_011.safetensors").write_bytes(b"")  # of no run
+    ranking = {"best": 10, "checkpoints": [{"step": 10, "heldout_gap": 1}]}
+    (tmp_path / "ranking.json").write_text(json.dumps(ranking))
     for name in ("step_5", "step_10", "best"):
         (tmp_path / "lora" / f"{name}.safetensors").write_bytes(b"")
-        page = run(tmp_path, 1, grids=[0, 5, 10], config={"config": {"model": "a b"}})
+        page = run(tmp_path, 10, grids=[0, 5, 10], config={"config": {"model": "a b"}})
         newest = str(tmp_path / "lora" / f"{name}.safetensors")
         *_, result, draw = page.inside("code", "section")
         assert result == newest
@@ -179,7 +181,7 @@ def test_a_short_velocity_is_no_haze_where_noised_pictures_are_fitted(tmp_path):
 
 def test_warnings_and_incidents_are_shown_where_there_are_any(tmp_path):
     assert not run(tmp_path, 3, norm_ratio=0.95).all("aside")
-    ranking = {"best": 2, "checkpoints": [{"step": 2, "heldout_gap": 1}, {"step": 4}]}
+    ranking = {"best": 2, "checkpoints": [{"step": 2, "heldout_gap": 1}, {"step": 3}]}
     (tmp_path / "ranking.json").write_text(json.dumps(ranking))
     (tmp_path / "incidents").mkdir()
     incident = {"why": "the loss <is> a spike", "samples": [{"image": "a.png"}, 3, {"image": "b"}]}
@@ -273,12 +275,29 @@ def test_broken_pictures_are_named_and_the_rest_is_shown(tmp_path):
     assert any("cannot be read (is a device or a pipe" in text for text in page.text)
 
 
-def test_a_best_file_without_its_ranking_names_no_step(tmp_path):
+def test_what_lies_behind_the_last_step_is_of_before_the_run_went_back(tmp_path):
+    (tmp_path / "lora").mkdir()
+    (tmp_path / "incidents").mkdir()
+    for name in ("step_3", "step_9", "best"):
+        (tmp_path / "lora" / f"{name}.safetensors").write_bytes(b"")
+    for step in (2, 9):
+        (tmp_path / "incidents" / f"step_{step}.json").write_text("{}")
+    ranking = {"best": 9, "checkpoints": [{"step": 3, "heldout_gap": 2.5}, {"step": 9}]}
+    (tmp_path / "ranking.json").write_text(json.dumps(ranking))
+    page = run(tmp_path, 4, grids=[0, 3, 9])
+    text = " ".join(page.text)
+    assert steps_of(page) == [0, 3] and "2.5" in text
+    assert "The file: step 3" in text and "incidents: 1" in text and "step_9" not in text
+    run(tmp_path, 9, grids=[9])
+    assert "The file: the best checkpoint, step 9" in (tmp_path / "report.html").read_text()
+
+
+def test_a_best_file_without_its_ranking_is_not_called_the_best(tmp_path):
     (tmp_path / "lora").mkdir()
     for name in ("step_5", "best"):
         (tmp_path / "lora" / f"{name}.safetensors").write_bytes(b"")
     page = run(tmp_path, 5)
-    assert "The file: the best checkpoint" in page.text
+    assert "The file: step 5" in page.text
 
 
 def test_broken_files_are_named(tmp_path):
@@ -293,7 +312,7 @@ def test_broken_files_are_named(tmp_path):
 
 
 def test_many_rounds_are_thinned_and_that_is_said(tmp_path):
-    page = run(tmp_path, 1, grids=range(0, 10 * (ROUNDS + 6), 10))
+    page = run(tmp_path, 10 * (ROUNDS + 5), grids=range(0, 10 * (ROUNDS + 6), 10))
     steps = steps_of(page)
     assert len(set(steps)) == ROUNDS and steps[0] == 0 and steps[-1] == 10 * (ROUNDS + 5)
     assert any("6 further rounds" in text for text in page.text)

@@ -1,5 +1,6 @@
 """report.html: one page about a run."""
 
+import math
 import os
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -61,26 +62,29 @@ def holds_run(workdir: str | os.PathLike) -> bool:
 def write_report(workdir: str | os.PathLike) -> epath.Path:
     """Writes `workdir`/report.html from what the run has written; returns its path.
 
-    What is not there yet is said to be missing. Raises `UserError` for broken files.
+    What is not there yet is said to be missing. What was written of later steps than the last one
+    recorded is left out: the run went back behind it. Raises `UserError` for broken files.
     """
     workdir = epath.Path(workdir).expanduser()
     if not workdir.is_dir():
         raise UserError(f"{workdir}: is not a folder; give the --workdir of a run")
     records = read_metrics(workdir / FILE)
     content, scores = _read_object(workdir / CONFIG), _read_object(workdir / SCORES)
-    ranking = _read_object(workdir / checkpoint_ranking.FILE)
+    last = records[-1]["step"] if records else math.inf
+    ranking = _ranked(_read_object(workdir / checkpoint_ranking.FILE), last)
     config = content.get("config")
     config = config if isinstance(config, dict) else {}
     incidents = sorted(
-        (workdir / nonfinite.FOLDER).glob("step_*.json"), key=lambda p: (len(p.name), p.name)
+        (p for p in (workdir / nonfinite.FOLDER).glob("step_*.json") if _step(p.stem) <= last),
+        key=lambda p: (len(p.name), p.name),
     )
     listed = [(path.name, _read_object(path)) for path in incidents[: run_account.LISTED]]
     gap = METHODS.get(str(config.get("method")), METHODS["dopsd"]).gap
     parts = (
         _summary(records, config),
         run_account.warnings(records, listed, len(incidents), ranking, gap),
-        html_page.section("Pictures", _samples(workdir)),
-        _result(workdir, config, ranking),
+        html_page.section("Pictures", _samples(workdir, last)),
+        _result(workdir, config, ranking, last),
         _scores(scores),
         _checkpoints(ranking),
         html_page.section("Curves", f'<div class="curves">{_curves(records, gap)}</div>'),
@@ -113,6 +117,16 @@ def _read_object(path: epath.Path) -> Mapping[str, Any]:
     if not isinstance(found, dict):
         raise UserError(f"{path}: holds no JSON object; restore or remove it")
     return found
+
+
+def _ranked(ranking: Mapping[str, Any], last: float) -> Mapping[str, Any]:
+    """The file of the ranking, without checkpoints after the step `last`."""
+    rows = ranking.get("checkpoints")
+    rows = [row for row in rows if isinstance(row, dict)] if isinstance(rows, list) else []
+    rows = [row for row in rows if not drawable(row.get("step")) or row["step"] <= last]
+    best = ranking.get("best")
+    known = any(row.get("step") == best for row in rows)
+    return {**ranking, "checkpoints": rows, "best": best if known else None}
 
 
 def _summary(records: Sequence[Mapping], config: Mapping[str, Any]) -> str:
@@ -150,26 +164,31 @@ def _file(workdir: epath.Path, step: int) -> epath.Path | None:
     return next((workdir / place for place in places if (workdir / place).exists()), None)
 
 
-def _steps(workdir: epath.Path) -> list[int]:
-    """Steps whose weights were written."""
+def _step(stem: str) -> int:
+    """The step in a file's name; 0 without one."""
+    return int(stem[5:]) if stem[5:].isdecimal() else 0
+
+
+def _steps(workdir: epath.Path, last: float) -> list[int]:
+    """Steps whose weights were written, up to the step `last`."""
     names = [
         path.stem for folder in ("lora", "model") for path in (workdir / folder).glob("step_*")
     ]
     steps = {int(name[5:]) for name in names if name[5:].isdecimal()}
-    return sorted(step for step in steps if _file(workdir, step))
+    return sorted(step for step in steps if step <= last and _file(workdir, step))
 
 
-def _result(workdir: epath.Path, config: Mapping[str, Any], ranking: Mapping[str, Any]) -> str:
+def _result(
+    workdir: epath.Path, config: Mapping[str, Any], ranking: Mapping[str, Any], last: float
+) -> str:
     """Where the newest weights are, or the best, and how to draw with them."""
-    steps = _steps(workdir)
+    steps = _steps(workdir, last)
     if not steps:
         return ""
     path, why = _file(workdir, steps[-1]), f"step {steps[-1]}"
     best = workdir / "lora" / checkpoint_ranking.BEST
-    if best.exists():
-        found = ranking.get("best")
-        step = "" if found is None else f", step {run_settings.text_of(found)}"
-        path, why = best, f"the best checkpoint{step}"
+    if best.exists() and ranking["best"] is not None:  # else it may be of another ranking
+        path, why = best, f"the best checkpoint, step {run_settings.text_of(ranking['best'])}"
     parts = [html_page.copied(str(path))]
     model = config.get("model")
     if path.parent.name == "lora" and isinstance(model, str) and model != "random":
@@ -216,8 +235,7 @@ def _cell(value: Any) -> str:
 
 def _checkpoints(ranking: Mapping[str, Any]) -> str:
     """The checkpoints' scores, as `training.ranking` keeps them."""
-    rows = ranking.get("checkpoints")
-    rows = [row for row in rows if isinstance(row, dict)] if isinstance(rows, list) else []
+    rows = ranking["checkpoints"]
     names = list(dict.fromkeys(name for row in rows for name in row))
     if not names:
         return ""
@@ -265,8 +283,8 @@ def _series(found: Sequence[tuple[int, Any]], title: str) -> list[Series]:
     return series
 
 
-def _samples(workdir: epath.Path) -> str:
-    files = sample_files(workdir)
+def _samples(workdir: epath.Path, last: float) -> str:
+    files = [(step, path) for step, path in sample_files(workdir) if step <= last]
     if not files:
         return "<p>No samples have been drawn yet.</p>"
     shown, remarks, rounds = files, [], []
