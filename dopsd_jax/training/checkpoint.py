@@ -232,12 +232,12 @@ class Checkpoints:
 
         The disk of one may be full. The others then wait for its part, and fail in other words.
         """
+        if jax.process_count() == 1:
+            with self._storage():
+                future.result()
+            return
         error = future.exception()
         told = error and self._told(error)
-        if jax.process_count() == 1:
-            if told:
-                raise told from error
-            return
         problem = told and one_line(f"{type(told).__name__}: {told}")
         if isinstance(told, UserError):
             problem = str(told)
