@@ -36,6 +36,7 @@ from dopsd_jax.data.sources.array_record import write_array_record
 from dopsd_jax.evaluation.arms import of_run
 from dopsd_jax.evaluation.gallery import Gallery
 from dopsd_jax.evaluation.prompts import class_names, read_prompts
+from dopsd_jax.evaluation.torch_scorers import PICTURES, read_pictures
 from dopsd_jax.families.flux2_klein import random
 from dopsd_jax.families.zimage.networks import VLM, ZIMAGE
 from dopsd_jax.miniature.concepts import read_concept, write_concept
@@ -101,6 +102,8 @@ def weight_readers(folder: Path, model: Path) -> dict[str, Reader]:
     write_lora(lora, modules, layers)
     write_lora(peft, modules, layers, "Q")
     preprocessor = vlm / "preprocessor_config.json"
+    clip = {"size": {"shortest_edge": 16}, "image_mean": [0.5] * 3, "image_std": [0.5] * 3}
+    (folder / PICTURES).write_text(json.dumps(clip))
 
     def components(network, path):
         return lambda: open_stored(path, network)
@@ -137,6 +140,7 @@ def weight_readers(folder: Path, model: Path) -> dict[str, Reader]:
             model / "tokenizer" / "tokenizer_config.json", lambda: check_assets(model), "json"
         ),
         "preprocessor": Reader(preprocessor, lambda: pipeline().image_settings({}), "json"),
+        "clip's pictures": Reader(folder / PICTURES, lambda: read_pictures(folder), "json"),
     }
 
 

@@ -9,9 +9,9 @@ kept in --out: the same command again does only what is missing. See docs/evalua
 
 import datetime
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 from dopsd_jax.common import program
 from dopsd_jax.config.flags import CONFIG, WORKDIR, parse
@@ -44,7 +44,7 @@ from ml_collections import ConfigDict
 
 from dopsd_jax.common.atomic import write_text
 from dopsd_jax.common.config_fields import highest
-from dopsd_jax.common.errors import UserError, raise_if
+from dopsd_jax.common.errors import Attempts, UserError, raise_if
 from dopsd_jax.conditioning.encoding import TO_BUCKET
 from dopsd_jax.config import schema
 from dopsd_jax.data.images import open_image
@@ -74,26 +74,6 @@ from dopsd_jax.reporting.pictures import GridRow, filled, reference_columns
 from dopsd_jax.run import build, data_set
 from dopsd_jax.run.lock import exclusive_run
 from dopsd_jax.run.workdir import versions
-
-T = TypeVar("T")
-
-
-class Attempts:
-    """Runs what may fail and keeps the problems, so that all are reported together."""
-
-    def __init__(self):
-        self.problems: list[str] = []
-
-    def __call__(self, action: Callable[[], T]) -> T | None:
-        try:
-            return action()
-        except UserError as error:
-            self.problems.extend(error.problems)
-            return None
-
-    def end(self) -> None:
-        """Raises `UserError` with all problems so far, if there are any."""
-        raise_if(dict.fromkeys(self.problems))
 
 
 def main() -> None:

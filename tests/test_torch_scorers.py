@@ -8,8 +8,9 @@ import numpy as np
 import pytest
 import torch
 import transformers
+from conftest import problems_of
 from PIL import Image
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import nn
 
 from dopsd_jax.common.errors import UserError
@@ -73,6 +74,88 @@ def test_clip_is_the_models_own_logit_without_its_scale(clip_folder, pictures, c
     assert found[0] != found[1]
     swapped = scorer(pictures, cases[::-1])
     assert swapped != pytest.approx(found, abs=1e-4), "the text changes nothing"
+
+
+def lacking(path):
+    """CLIP's projections and a text layer away, another tensor of a wrong shape."""
+    tensors = load_file(path)
+    kept = {
+        k: v for k, v in tensors.items() if "projection" not in k and "text_model.encod" not in k
+    }
+    save_file({**kept, "logit_scale": torch.zeros(3)}, path)
+
+
+def without_tokenizer(path):
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        (path.parent / name).unlink()
+
+
+def rewritten(name, **changes):
+    def damage(path):
+        file = path.parent / name
+        file.write_text(json.dumps(json.loads(file.read_text()) | changes))
+
+    return damage
+
+
+def of_another_model(path):
+    config = json.loads((path.parent / "config.json").read_text())
+    config["text_config"]["vocab_size"] += 1
+    (path.parent / "config.json").write_text(json.dumps(config))
+    tensors, name = load_file(path), "text_model.embeddings.token_embedding.weight"
+    tensors[name] = torch.cat([tensors[name], tensors[name][:1]])
+    save_file(tensors, path)
+
+
+@pytest.mark.parametrize(
+    ("damage", "told"),
+    [
+        (lacking, ("has no visual_projection.weight", "has no text_projection.weight",
+                   "has no text_model.encoder.layers.0.mlp.fc1.bias",
+                   "logit_scale has shape (3,)")),
+        (lambda path: path.write_bytes(path.read_bytes()[:-9]), ("truncated",)),
+        (lambda path: path.write_bytes(b""), ("is empty",)),
+        (lambda path: path.write_text("<!doctype html><html>"), ("web page",)),
+        (lambda path: path.write_text("version https://git-lfs.github.com/spec/v1\n"), ("LFS",)),
+        (without_tokenizer, ("has no tokenizer, tokenizer.json or vocab.json and merges.txt",)),
+        (lambda path: (path.parent / "tokenizer.json").write_text("{"), ("no tokenizer can be",)),
+        (of_another_model, ("use the tokenizer of this very model",)),
+        (rewritten("preprocessor_config.json", size=0, image_mean=[], image_std=[1, 0, 1]),
+         ("size is 0", "image_mean is []", "image_std is [1, 0, 1]")),
+        (rewritten("preprocessor_config.json", size=32), ("size is 32; config.json says 16",)),
+        (rewritten("preprocessor_config.json", image_std="0.2"), ("image_std is '0.2'",)),
+        (rewritten("config.json", text_config=3), ("cannot be loaded",)),
+    ],
+)  # fmt: skip
+def test_a_clip_that_is_not_whole_is_refused(clip_folder, tmp_path, damage, told):
+    folder = tmp_path / "clip"
+    shutil.copytree(clip_folder, folder)
+    damage(folder / "model.safetensors")
+    problems = problems_of(torch_scorers.ClipScore, str(folder), "cpu")
+    assert all(str(folder) in problem for problem in problems)
+    assert all(any(word in problem for problem in problems) for word in told), problems
+
+
+def test_faults_of_weights_and_tokenizer_are_told_together(clip_folder, tmp_path):
+    folder = tmp_path / "clip"
+    shutil.copytree(clip_folder, folder)
+    (folder / "model.safetensors").write_bytes(b"")
+    (folder / "tokenizer.json").unlink()
+    (folder / "preprocessor_config.json").write_text("[]")
+    problems = problems_of(torch_scorers.ClipScore, str(folder), "cpu")
+    words = "preprocessor_config.json: holds list", "has no tokenizer", "is empty"
+    assert all(any(word in problem for problem in problems) for word in words), problems
+
+
+@pytest.mark.parametrize("device", ["foo", "cuda", "meta"])
+def test_a_device_that_is_not_here_is_one_line(clip_folder, device):
+    (problem,) = problems_of(torch_scorers.ClipScore, str(clip_folder), device)
+    assert problem.startswith(f"--torch_device={device}: PyTorch cannot use it (")
+
+
+def test_dino_needs_patches(clip_folder):
+    (problem,) = problems_of(torch_scorers.DinoDistance, str(clip_folder), "cpu")
+    assert "has no patch_size" in problem
 
 
 def test_dino_compares_mean_patch_tokens_without_class_and_registers(

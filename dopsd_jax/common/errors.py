@@ -4,6 +4,9 @@ import errno
 import re
 import sys
 from collections.abc import Callable, Iterable, Sequence
+from typing import TypeVar
+
+T = TypeVar("T")
 
 USER_ERROR_EXIT = 2
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # a disk, a quota, a limit on files
@@ -85,6 +88,25 @@ def raise_if(problems: Iterable[str]) -> None:
 def disk_full(path: object) -> str:
     """The line about a full disk."""
     return one_line(f"{path}: the disk is full; free some space and run again, nothing was lost")
+
+
+class Attempts:
+    """Runs what may fail and keeps the problems, so that all are reported together."""
+
+    def __init__(self):
+        self.problems: list[str] = []
+
+    def __call__(self, action: Callable[[], T]) -> T | None:
+        """What `action` returns; None where it raised a `UserError`."""
+        try:
+            return action()
+        except UserError as error:
+            self.problems.extend(error.problems)
+            return None
+
+    def end(self) -> None:
+        """Raises `UserError` with all problems so far, if there are any."""
+        raise_if(dict.fromkeys(self.problems))
 
 
 def report(main: Callable[[], int | None]) -> int:

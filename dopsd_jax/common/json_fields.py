@@ -94,10 +94,12 @@ class Fields:
         good = lambda v: is_number(v) and v > 0
         return float(self.value(name, "a positive number", good, default) or 0)
 
-    def numbers(self, name: str, length: int) -> tuple[float, ...]:
-        """A list of `length` finite numbers."""
-        good = lambda v: isinstance(v, list) and len(v) == length and all(map(is_number, v))
-        return tuple(map(float, self.value(name, f"a list of {length} numbers", good) or ()))
+    def numbers(self, name: str, length: int, positive: bool = False) -> tuple[float, ...]:
+        """A list of `length` finite numbers; `positive`: each above zero."""
+        one = lambda v: is_number(v) and (v > 0 or not positive)
+        good = lambda v: isinstance(v, list) and len(v) == length and all(map(one, v))
+        kind = f"a list of {length} {'positive ' * positive}numbers"
+        return tuple(map(float, self.value(name, kind, good) or ()))
 
     def only(self, name: str, *allowed: Any, required: bool = False) -> None:
         """Notes a problem unless the field has one of the supported values (or is absent)."""

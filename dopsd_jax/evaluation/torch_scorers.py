@@ -7,7 +7,8 @@ the scores.
 
 import hashlib
 import importlib.util
-from collections.abc import Callable, Sequence
+import os
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,19 +16,24 @@ import numpy as np
 from jaxtyping import UInt8
 from PIL import Image
 
-from dopsd_jax.common.errors import UserError, raise_if
+from dopsd_jax.common.errors import Attempts, UserError, raise_if
+from dopsd_jax.common.files import open_regular
+from dopsd_jax.common.json_fields import Fields
 from dopsd_jax.common.json_files import read_json
 from dopsd_jax.evaluation.prompts import ORDINARY, TEST, TRAINING
 from dopsd_jax.evaluation.scorer import Case, Judge, Picture
 from dopsd_jax.weights import hub
 from dopsd_jax.weights.safetensors_io import TensorFiles
+from dopsd_jax.weights.tokenizers import RULES
 
 # Upstream's code names LAION-2B as its default weights, its paper's table was made with DFN-5B.
 CLIP = "laion/CLIP-ViT-H-14-laion2B-s32B-b79K"
 DINO = "facebook/dinov3-vits16plus-pretrain-lvd1689m"
 VGG = "timm/vgg16.tv_in1k"
-_CLIP_FILES = ("config.json", "model*.safetensors*", "preprocessor_config.json", "tokenizer*")
-_CLIP_FILES += ("vocab.json", "merges.txt", "special_tokens_map.json")
+PICTURES = "preprocessor_config.json"
+PAIRS = "vocab.json", "merges.txt"  # an older tokenizer, in the place of `RULES`
+_CLIP_FILES = ("config.json", "model*.safetensors*", PICTURES, "tokenizer*")
+_CLIP_FILES += (*PAIRS, "special_tokens_map.json")
 _MODEL_FILES = ("config.json", "model*.safetensors*")
 
 IMAGENET = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # mean, deviation
@@ -77,16 +83,31 @@ class ClipScore:
         import transformers
 
         folder, self.identity = _find(model, _CLIP_FILES)
-        settings, _ = read_json(folder / "preprocessor_config.json")
-        try:
-            size = settings["size"]
-            self.side = int(size["shortest_edge"] if isinstance(size, dict) else size)
-            self.normal = tuple(settings["image_mean"]), tuple(settings["image_std"])
-        except (KeyError, TypeError, ValueError):
-            raise UserError(f"{folder}/preprocessor_config.json: is not CLIP's") from None
-        self.model = _load(transformers.CLIPModel, folder, device)
-        self.tokenizer = transformers.AutoTokenizer.from_pretrained(folder, local_files_only=True)
+        need_device(self.torch, device)
+        attempt = Attempts()
+        self.side, self.normal = attempt(lambda: read_pictures(folder)) or (0, ())
+        self.tokenizer = attempt(lambda: _tokenizer(folder))
+        self.model = attempt(lambda: _load(transformers.CLIPModel, folder, device))
+        attempt.end()
+        self._check(folder)
         self.texts: dict[str, Any] = {}
+
+    def _check(self, folder: Path) -> None:
+        """Raises `UserError` unless tokenizer and pictures are those of the model."""
+        faults, config = [], self.model.config
+        count, last = len(self.tokenizer), max(self.tokenizer.get_vocab().values(), default=0)
+        known, side = config.text_config.vocab_size, config.vision_config.image_size
+        if count != known or last >= known:
+            faults.append(
+                f"{folder}: its tokenizer has {count} tokens with ids up to {last}; config.json "
+                f"says {known}: use the tokenizer of this very model"
+            )
+        if self.side != side:
+            faults.append(
+                f"{folder / PICTURES}: size is {self.side}; config.json says {side}: use the file "
+                "of this very model"
+            )
+        raise_if(faults)
 
     def __call__(self, images: Sequence[Picture], cases: Sequence[Case]) -> list[float]:
         pixels = _tensor(self.torch, [self._cut(i) for i in images], self.normal, self.model.device)
@@ -124,10 +145,16 @@ class DinoDistance:
         import transformers
 
         folder, self.identity = _find(model, _MODEL_FILES)
+        need_device(self.torch, device)
         self.model = _load(transformers.AutoModel, folder, device)
         config = self.model.config
         self.skip = 1 + getattr(config, "num_register_tokens", 0)  # class token, registers
-        self.patch = config.patch_size
+        self.patch = getattr(config, "patch_size", None)
+        if not isinstance(self.patch, int):
+            raise UserError(
+                f"{folder}: is no vision transformer (config.json has no patch_size); name a "
+                "DINOv3 of patches"
+            )
 
     def __call__(self, images: Sequence[Picture], cases: Sequence[Case]) -> list[float]:
         a, b = (self._embed(some) for some in (images, _sources(images, cases)))
@@ -157,6 +184,7 @@ class Lpips:
                 "leave lpips out"
             )
         folder, name = _find(vgg, _MODEL_FILES)
+        need_device(self.torch, device)
         layers = [i for group in VGG_GROUPS for i in group]
         shapes, width = {}, VGG_INPUT
         for group, out in zip(VGG_GROUPS, VGG_WIDTHS, strict=True):
@@ -165,12 +193,15 @@ class Lpips:
                 width = out
         lines = {f"lin{i}.model.1.weight": (1, n, 1, 1) for i, n in enumerate(VGG_WIDTHS)}
         tensor = lambda array: self.torch.from_numpy(np.array(array, np.float32)).to(device)
-        found = {k: tensor(v) for k, v in _tensors(folder, shapes).items()}
+        path, attempt = Path(weights).expanduser(), Attempts()
+        vgg_arrays = attempt(lambda: _tensors(folder, shapes))
+        line_arrays = attempt(lambda: _tensors(path, lines))
+        attempt.end()
+        found = {k: tensor(v) for k, v in vgg_arrays.items()}
         self.layers = {
             i: (found[f"features.{i}.weight"], found[f"features.{i}.bias"]) for i in layers
         }
-        path = Path(weights).expanduser()
-        self.lines = [tensor(v) for v in _tensors(path, lines).values()]
+        self.lines = [tensor(v) for v in line_arrays.values()]
         self.identity = f"{name} {_digest([path])}"
 
     def __call__(self, images: Sequence[Picture], cases: Sequence[Case]) -> list[float]:
@@ -209,20 +240,85 @@ def _find(model: str, patterns: tuple[str, ...]) -> tuple[Path, str]:
 def _digest(files: Sequence[Path]) -> str:
     total = hashlib.sha256()
     for path in files:
-        with open(path, "rb") as file:
+        with open_regular(path) as file:
             total.update(hashlib.file_digest(file, "sha256").digest())
     return total.hexdigest()
 
 
-def _load(kind: Any, folder: Path, device: str) -> Any:
+def need_device(torch: Any, device: str) -> None:
+    """Raises `UserError` for a device that this PyTorch cannot use."""
     try:
-        model = kind.from_pretrained(
-            folder, local_files_only=True, use_safetensors=True, dtype="float32"
+        torch.zeros(1, device=device).tolist()
+    except Exception as error:  # AssertionError where it is built without CUDA
+        raise UserError(
+            f"--torch_device={device}: PyTorch cannot use it ({_reason(error)}); give cpu, or "
+            "install the PyTorch for this device"
+        ) from None
+
+
+def read_pictures(folder: Path) -> tuple[int, tuple[tuple[float, ...], tuple[float, ...]]]:
+    """The side of CLIP's pictures, and mean and deviation of their channels. Raises `UserError`."""
+    content, _ = read_json(folder / PICTURES)
+    fields = Fields(content, str(folder / PICTURES))
+    nested = isinstance(fields.json.get("size"), Mapping)
+    side = fields.part("size").count("shortest_edge") if nested else fields.count("size")
+    normal = fields.numbers("image_mean", 3), fields.numbers("image_std", 3, positive=True)
+    fields.finish()
+    return side, normal
+
+
+def _tokenizer(folder: Path) -> Any:
+    """Raises `UserError`. Without its files transformers would make one of two tokens."""
+    import transformers
+
+    if not any(all(os.path.isfile(folder / name) for name in some) for some in ((RULES,), PAIRS)):
+        raise UserError(
+            f"{folder}: has no tokenizer, {RULES} or {' and '.join(PAIRS)}; download it too"
         )
-    except (OSError, ValueError, KeyError, RuntimeError) as error:
-        reason = str(error).strip().partition("\n")[0]
-        raise UserError(f"{folder}: cannot be loaded ({reason})") from None
-    return model.eval().to(device)
+    try:
+        return transformers.AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    except Exception as error:  # whatever its parsers, which are not Python, may raise
+        raise UserError(f"{folder}: no tokenizer can be read there ({_reason(error)})") from None
+
+
+def _load(kind: Any, folder: Path, device: str) -> Any:
+    """The model with all its weights. Raises `UserError`."""
+    from transformers import logging
+
+    TensorFiles.open(folder)  # says what is wrong with a file that is not whole
+    verbosity = logging.get_verbosity()
+    logging.set_verbosity_error()  # else a table of what is missing, told below
+    try:
+        model, found = kind.from_pretrained(
+            folder,
+            local_files_only=True,
+            use_safetensors=True,
+            dtype="float32",
+            ignore_mismatched_sizes=True,
+            output_loading_info=True,
+        )
+        model = model.eval().to(device)
+    except Exception as error:  # what config.json says goes into code that checks little of it
+        raise UserError(f"{folder}: cannot be loaded ({_reason(error)})") from None
+    finally:
+        logging.set_verbosity(verbosity)
+    # What is missing got random numbers. A pooler is behind the tokens that are compared.
+    faults = [
+        f"{folder}: has no {name}"
+        for name in sorted(found["missing_keys"])
+        if not name.startswith("pooler.")
+    ]
+    faults += [
+        f"{folder}: {name} has shape {tuple(is_)}, not {tuple(wanted)}"
+        for name, is_, wanted in sorted(found["mismatched_keys"])
+    ]
+    raise_if(faults)
+    return model
+
+
+def _reason(error: Exception) -> str:
+    """The first line of what a library says; the kind of the error if it says nothing."""
+    return str(error).strip().partition("\n")[0] or type(error).__name__
 
 
 def _tensors(where: Path, shapes: dict[str, tuple[int, ...]]) -> dict[str, np.ndarray]:

@@ -70,10 +70,8 @@ class ImageSettings:
             min_pixels=low if min_pixels is None else min_pixels,
             max_pixels=high if max_pixels is None else max_pixels,
             mean=fields.numbers("image_mean", 3),
-            std=fields.numbers("image_std", 3),
+            std=fields.numbers("image_std", 3, positive=True),
         )
-        if any(s <= 0 for s in settings.std):
-            fields.problem(f"field image_std is {list(settings.std)}; it must be above zero")
         if 0 not in (low, high) and not 0 < settings.min_pixels <= settings.max_pixels:
             fields.problem(
                 f"area bounds {settings.min_pixels} to {settings.max_pixels} are empty; "
