@@ -6,6 +6,7 @@ you train: a model describes what it believes to see. See docs/data.md.
 """
 
 import math
+import os
 import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -13,6 +14,7 @@ from typing import NamedTuple
 
 from dopsd_jax.common import program
 from dopsd_jax.common.errors import UserError, raise_if
+from dopsd_jax.common.files import can_enter, expand
 
 INSTRUCTION = (
     "Write a caption of this picture for training an image generator: one plain sentence that says "
@@ -99,9 +101,11 @@ class Todo(NamedTuple):
 
 
 def main() -> None:
-    top = Path(IMAGES.value).expanduser()
-    if not top.is_dir():
-        raise UserError(f"--images {top}: is not a folder; name the folder of the pictures")
+    top = expand(IMAGES.value)
+    if not can_enter(top):
+        raise UserError(
+            f"--images {top}: is no folder that can be read; name the folder of the pictures"
+        )
     found = uncaptioned.find(top, EXTENSION.value, overwrite=OVERWRITE.value)
     for note in found.notes:
         print(note)
@@ -155,9 +159,9 @@ def settings() -> Settings:
 def model_folder(model: str) -> Path:
     """The folder of the Qwen3-VL that --model means. Raises `UserError`."""
     folder = hub.resolve(model, patterns=hub.ROOT).path
-    if (folder / "vlm").is_dir():
+    if os.path.isdir(folder / "vlm"):
         return folder / "vlm"
-    if (folder / INDEX).is_file():
+    if os.path.isfile(folder / INDEX):
         raise UserError(
             f"--model {model}: draws pictures and has no folder vlm; name a model that describes "
             "them, such as Qwen/Qwen3-VL-4B-Instruct"

@@ -135,7 +135,7 @@ def run_import(args: argparse.Namespace) -> None:
     from dopsd_jax.weights.safetensors_io import TensorFiles
 
     files = {"vae": args.vae, "text_encoder": args.text_encoder}
-    single = Path(args.source).is_file()
+    single = os.path.isfile(args.source)
     if single and not args.base:
         raise UserError(
             f"{args.source}: is one file; name the model of all other parts with --base"
@@ -210,7 +210,7 @@ def run_lora(args: argparse.Namespace) -> None:
     lora = read_adapter(args.source, layers, args.transformer_only)
     dtype = TYPES.get(args.dtype, lora.dtype)
     write_lora(args.out, lora.modules, layers, args.to, dtype, kept(lora.metadata))
-    written = args.out.stat().st_size if args.out.is_file() else None
+    written = args.out.stat().st_size if os.path.isfile(args.out) else None
     print(
         f"{args.out}: {len(lora.modules)} layers, dialect {lora.dialect} -> {args.to}"
         + (f", {size(written)}" if written else "")
@@ -233,7 +233,7 @@ def run_extract(args: argparse.Namespace) -> None:
         )
         if not good
     )
-    single = Path(args.tuned).is_file()
+    single = os.path.isfile(args.tuned)
     base, tuned = hub.resolve(args.base), Path(args.tuned)
     if not single:
         tuned = hub.resolve(args.tuned).path

@@ -9,11 +9,13 @@ kept in --out: the same command again does only what is missing. See docs/evalua
 
 import datetime
 import json
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from dopsd_jax.common import program
+from dopsd_jax.common.files import expand
 from dopsd_jax.config.flags import CONFIG, WORKDIR, parse
 from dopsd_jax.evaluation import seeds
 
@@ -90,7 +92,7 @@ def evaluate(config: ConfigDict, out: Path) -> None:
     attempt = Attempts()
     gallery = Gallery(out)
     tuned = attempt(lambda: find_tuned(config))
-    home = Path(WORKDIR.value).expanduser() if WORKDIR.value else out
+    home = expand(WORKDIR.value) if WORKDIR.value else out
     own = attempt(lambda: find_judge(config, home))
     scorers = attempt(lambda: find_scorers(own)) or []
     tests = attempt(lambda: prompts.read_prompts(PROMPTS.value)) if PROMPTS.value else []
@@ -142,7 +144,7 @@ def output_folder() -> Path:
     if not OUT.value and not WORKDIR.value:
         faults.append("--out: is needed without --workdir; name a folder for pictures and scores")
     raise_if(faults)
-    return Path(OUT.value or Path(WORKDIR.value) / "evaluation").expanduser()
+    return expand(OUT.value or Path(WORKDIR.value) / "evaluation")
 
 
 def find_tuned(config: ConfigDict) -> Tuned | None:
@@ -150,12 +152,12 @@ def find_tuned(config: ConfigDict) -> Tuned | None:
     if WORKDIR.value:
         return models.of_run(WORKDIR.value, config)
     if LORA.value:
-        missing = [path for path, _ in LORA.value if not path.exists()]
+        missing = [path for path, _ in LORA.value if not os.path.exists(path)]
         raise_if(f"--lora {path}: no such file" for path in missing)
         return Tuned(tuple(LORA.value))
     if MODEL.value:
-        path = Path(MODEL.value).expanduser()
-        if not (path / "transformer").is_dir():
+        path = expand(MODEL.value)
+        if not os.path.isdir(path / "transformer"):
             raise UserError(f"--model {MODEL.value}: is no model folder (it has no transformer/)")
         return Tuned(model=path)
     return None

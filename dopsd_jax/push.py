@@ -4,11 +4,13 @@ Without --repo nothing is uploaded: look at the folder first. Pictures that `sam
 become the card's gallery, with their prompts. Log in once with `hf auth login`, or set HF_TOKEN.
 """
 
+import os
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
 
 from dopsd_jax.common import program
+from dopsd_jax.common.files import expand
 
 OPTIONS = program.options(__name__)
 LORA = OPTIONS.path("lora", None, "LoRA file of a run")
@@ -25,7 +27,7 @@ if __name__ == "__main__":
 from huggingface_hub import HfApi
 from huggingface_hub.errors import HFValidationError
 
-from dopsd_jax.common.atomic import atomic_folder
+from dopsd_jax.common.atomic import atomic_folder, need_free
 from dopsd_jax.common.errors import UserError, raise_if
 from dopsd_jax.reporting import model_card, parameters
 from dopsd_jax.reporting.model_card import Shown
@@ -39,14 +41,13 @@ FOLDER = "pictures"
 
 
 def main() -> None:
-    file, out = Path(LORA.value).expanduser(), Path(OUT.value).expanduser()
+    file, out = expand(LORA.value), expand(OUT.value)
     raise_if(
         f"--{name} {value}: is no name of the hub, owner/name"
         for name, value in (("repo", REPO.value), ("base_model", BASE.value))
         if value and not HUB_ID.fullmatch(value)
     )
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise UserError(f"--out {out}: is there already; name a new folder")
+    need_free(out)
     found = read_header(file)
     if not any(split_name(name)[1] for name in found.tensors):
         raise UserError(f"--lora {file}: holds no LoRA; name a file lora/step_N.safetensors")
@@ -55,7 +56,7 @@ def main() -> None:
     terms = LICENCE.value or model_card.licence(header)
     pictures, others = [], []
     if PICTURES.value:
-        pictures, others = gallery(Path(PICTURES.value).expanduser(), parameters.digest(file))
+        pictures, others = gallery(expand(PICTURES.value), parameters.digest(file))
     shown = [Shown(f"{FOLDER}/{path.name}", prompt) for path, prompt in pictures]
     with atomic_folder(out, replace=True) as folder:
         shutil.copyfile(file, folder / file.name)
@@ -85,7 +86,7 @@ def gallery(folder: Path, digest: str) -> tuple[list[tuple[Path, str]], list[Pat
     a whole workflow with the paths of a machine. Raises `UserError` where none was drawn with it.
     """
     found, others, faults = [], [], []
-    for path in sorted(folder.glob("*.png")) if folder.is_dir() else ():
+    for path in sorted(folder.glob("*.png")) if os.path.isdir(folder) else ():
         try:
             texts = read_texts(path)
             if LABELS in texts:

@@ -2,12 +2,14 @@
 
 import itertools
 import math
+import os
 import re
 from collections.abc import Iterator
 from pathlib import Path
 
 from dopsd_jax.common import program
 from dopsd_jax.common.errors import UserError, raise_if
+from dopsd_jax.common.files import expand
 from dopsd_jax.models import kinds
 
 OPTIONS = program.options(__name__)
@@ -106,12 +108,12 @@ def prompts() -> list[str]:
     """What the options ask for. Raises `UserError`."""
     if not PROMPTS.value:
         return PROMPT.value
-    lines = lines_of(Path(PROMPTS.value).expanduser(), "--prompts")
+    lines = lines_of(expand(PROMPTS.value), "--prompts")
     return [*PROMPT.value, *(text for _, text in lines)]
 
 
 def main() -> None:
-    out = Path(OUT.value).expanduser()
+    out = expand(OUT.value)
     dtype = DTYPE.value
     if dtype == "auto":
         dtype = "float32" if jax.default_backend() == "cpu" else "bfloat16"
@@ -184,7 +186,7 @@ def unused(path: Path) -> Path:
     names = itertools.chain(
         [path], (path.with_name(f"{path.stem}_{n}.png") for n in itertools.count(2))
     )
-    return next(name for name in names if not name.exists())
+    return next(name for name in names if not os.path.exists(name))
 
 
 if __name__ == "__main__":

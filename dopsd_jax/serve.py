@@ -4,10 +4,9 @@ Draws a prompt by the base model and with LoRA files at several strengths, side 
 a second tab follows a training. Needs the extra `ui`: pip install 'dopsd_jax[ui]'.
 """
 
-from pathlib import Path
-
 from dopsd_jax.common import program
 from dopsd_jax.common.errors import UserError
+from dopsd_jax.common.files import expand
 from dopsd_jax.models import kinds
 
 LOCAL = "127.0.0.1"
@@ -48,7 +47,7 @@ from dopsd_jax.serving.watching import Watched
 
 def main() -> None:
     page.need_gradio()  # before a model is loaded
-    watched = Watched(Path(RUN.value).expanduser()) if RUN.value else None
+    watched = Watched(expand(RUN.value)) if RUN.value else None
     studio = None
     if MODEL.value:
         dtype = DTYPE.value
@@ -56,7 +55,7 @@ def main() -> None:
             dtype = "float32" if jax.default_backend() == "cpu" else "bfloat16"
         base = kinds.drawn_base(BASE_DTYPE.value, dtype)
         pipe = dopsd_jax.load_pipeline(MODEL.value, dtype=dtype, base_dtype=base)
-        folder = Path(LORAS.value).expanduser() if LORAS.value else None
+        folder = expand(LORAS.value) if LORAS.value else None
         studio = Studio(pipe, MODEL.value, folder)
         for note in pipe.notes():
             print(note)

@@ -129,7 +129,7 @@ def test_the_folder_is_what_is_uploaded(tmp_path, lora_file, monkeypatch):
     assert (out / lora_file.name).read_bytes() == lora_file.read_bytes()
     assert front((out / "README.md").read_text())["widget"][0]["text"] == "a toy"
     again = run_program("push", f"--lora={lora_file}", f"--out={out}")
-    assert again.returncode != 0 and "is there already; name a new folder" in again.stderr
+    assert again.returncode != 0 and "already there; give another name" in again.stderr
 
 
 def test_faults_are_named(tmp_path, lora_file):

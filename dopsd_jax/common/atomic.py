@@ -187,7 +187,7 @@ def need_file(path: Path) -> None:
 def need_space(folder: str | os.PathLike, nbytes: int) -> None:
     """Raises `UserError` when the disk that will hold `folder` has less than `nbytes` free."""
     folder = Path(folder).absolute()
-    while not folder.exists():
+    while not os.path.exists(folder):
         folder = folder.parent
     free = shutil.disk_usage(folder).free
     if free < nbytes:

@@ -5,6 +5,8 @@ import os
 import platform
 from pathlib import Path
 
+from dopsd_jax.common.files import expand
+
 FOLDER = Path("dopsd_jax") / "compiled"  # in the user's cache folder
 SECONDS = 0.5  # what is compiled faster is not kept
 MAX_BYTES = 8 << 30  # then the programs that were not used for longest are removed
@@ -34,7 +36,7 @@ def folder() -> Path:
     process.
     """
     base = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
-    return Path(base).expanduser() / FOLDER / _processor()
+    return expand(base) / FOLDER / _processor()
 
 
 def _processor() -> str:

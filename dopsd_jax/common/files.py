@@ -19,6 +19,20 @@ BOM = b"\xef\xbb\xbf"  # to take it away by the codec takes several times as lon
 _SMALL = 1 << 14  # bytes
 
 
+def expand(path: str | os.PathLike) -> Path:
+    """The path with `~` as the home folder; `~name` of nobody is a name like others."""
+    return Path(os.path.expanduser(path))
+
+
+def can_enter(folder: str | os.PathLike) -> bool:
+    """Whether a folder is there, and what is in it can be listed and opened."""
+    try:
+        with os.scandir(folder):
+            return os.path.isdir(os.path.join(folder, "."))
+    except (OSError, ValueError):
+        return False
+
+
 def open_regular(path: str | os.PathLike, advice: str = "check the path") -> BinaryIO:
     """Opens a file for reading. Raises `UserError` unless it is a regular file.
 
@@ -42,6 +56,18 @@ def open_regular(path: str | os.PathLike, advice: str = "check the path") -> Bin
     except OSError as error:
         reason = error.strerror or error
         raise UserError(f"{path}: cannot be read ({reason}); check its rights") from None
+
+
+@contextlib.contextmanager
+def readable(path: str | os.PathLike) -> Iterator[None]:
+    """What the block cannot read, `path` or something below it, is a `UserError` with its name."""
+    try:
+        yield
+    except OSError as error:
+        where = error.filename or path
+        raise UserError(
+            f"{where}: cannot be read ({error.strerror}); check its permissions"
+        ) from error
 
 
 @contextlib.contextmanager

@@ -8,6 +8,7 @@ from typing import NamedTuple
 
 from dopsd_jax.common.atomic import path_fault
 from dopsd_jax.common.errors import UserError
+from dopsd_jax.common.files import expand
 
 
 class LoraOption(NamedTuple):
@@ -41,7 +42,7 @@ def lora_option(text: str) -> LoraOption:
         raise ValueError("names no file; write FILE or FILE:STRENGTH")
     if not math.isfinite(strength):
         raise ValueError(f"has the strength {number}; give a finite number")
-    return LoraOption(Path(path).expanduser(), strength)
+    return LoraOption(expand(path), strength)
 
 
 def lora_options(given: str | Sequence[str | LoraOption]) -> tuple[LoraOption, ...]:

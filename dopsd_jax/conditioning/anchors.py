@@ -16,7 +16,7 @@ from ml_collections import ConfigDict
 
 from dopsd_jax.common.config_fields import as_list
 from dopsd_jax.common.errors import UserError, raise_if
-from dopsd_jax.common.files import read_bytes
+from dopsd_jax.common.files import expand, read_bytes
 from dopsd_jax.conditioning.cached import DIGESTS, CachedFeatures
 from dopsd_jax.conditioning.encoding import concept_pattern, put_class
 from dopsd_jax.conditioning.padding import check_channels, padded_rows
@@ -166,7 +166,7 @@ def choose(config: ConfigDict, rows: Sequence[DataRow], keys: Sequence[str]) -> 
         if kind in (anchor.CLASS, anchor.NEW_WORDS):
             found += _replaced(config, kind, rows, keys)
         else:
-            path = _LISTS.get(kind) or Path(kind).expanduser()
+            path = _LISTS.get(kind) or expand(kind)
             found += [Prompt(kind, f"{path}:{line}", text) for line, text in lines_of(path)]
     first: dict[str, Prompt] = {}
     for prompt in found:

@@ -7,6 +7,7 @@ from ml_collections import ConfigDict
 
 from dopsd_jax.common.config_fields import as_list
 from dopsd_jax.common.errors import UserError
+from dopsd_jax.common.files import expand
 from dopsd_jax.conditioning.anchors import KEY, Prompt, lines_of, prompt_set
 from dopsd_jax.conditioning.cached import CachedFeatures
 from dopsd_jax.conditioning.padding import longest, padded_rows
@@ -76,7 +77,7 @@ def chosen(config: ConfigDict) -> Sequence[Prompt]:
         items, files = (value.strip(),), (False,)
     for item, file in zip(items, files, strict=True):
         if file:
-            path = Path(item).expanduser()
+            path = expand(item)
             lines = lines_of(path, FIELD)
             found += [Prompt(FIELD, f"{path}:{line}", text) for line, text in lines]
         else:

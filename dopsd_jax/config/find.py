@@ -1,5 +1,6 @@
 """Finds what comes with the project: its configurations and the trained miniature."""
 
+import os
 from pathlib import Path
 
 from dopsd_jax.common.errors import UserError
@@ -10,7 +11,7 @@ PACKAGE = Path(__file__).parents[1]
 def shipped(*parts: str) -> Path:
     """A path below `configs` or `examples`: inside an installed package, beside it in a clone."""
     installed = PACKAGE.joinpath(*parts)
-    return installed if installed.exists() else PACKAGE.parent.joinpath(*parts)
+    return installed if os.path.exists(installed) else PACKAGE.parent.joinpath(*parts)
 
 
 def config_names() -> list[str]:
@@ -25,7 +26,7 @@ def find_config(name: str) -> str:
     a file nor shipped.
     """
     stem, colon, argument = name.partition(":")
-    if Path(stem).name != stem or Path(stem).suffix or Path(stem).is_file():
+    if Path(stem).name != stem or Path(stem).suffix or os.path.isfile(stem):
         return name
     if stem not in config_names():
         raise UserError(

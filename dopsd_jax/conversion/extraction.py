@@ -1,5 +1,6 @@
 """The difference of two models of one family as a LoRA."""
 
+import os
 import statistics
 from collections.abc import Mapping
 from pathlib import Path
@@ -38,7 +39,7 @@ def extract(
     """
     network = families.of_folder(base).NETWORKS["transformer"]
     before = open_stored(base / network.component, network)
-    if tuned.is_file():
+    if os.path.isfile(tuned):
         after = open_stored(base / network.component, network, tuned)
     else:
         after = open_stored(tuned / network.component, network)

@@ -1,6 +1,7 @@
 """Turns a Hugging Face folder, or a single file and such a folder, into a converted model."""
 
 import json
+import os
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -35,7 +36,7 @@ def open_all(
     for name, network in families.of_folder(folder).NETWORKS.items():
         if not network.beside:
             wanted.append((folder / name, network))
-        elif vlm is not None or (folder / name).is_dir():
+        elif vlm is not None or os.path.isdir(folder / name):
             wanted.append((vlm or folder / name, network))
     for path, network in wanted:
         file = (files or {}).get(network.component)
@@ -80,10 +81,13 @@ def import_model(
         raise UserError(f"{source}: is a converted model already; use it as it is, or export it")
     if is_converted_model(out):
         raise UserError(f"{out}: already holds a converted model; give another folder")
-    if out.exists() and not out.is_dir():
+    if os.path.exists(out) and not os.path.isdir(out):
         raise UserError(f"{out}: is a file; give a folder")
-    begun = any(is_converted(child) for child in out.iterdir()) if out.is_dir() else False
-    if out.is_dir() and any(out.iterdir()) and not begun:
+    try:
+        inside = list(out.iterdir()) if os.path.isdir(out) else []
+    except OSError as error:
+        raise disk_error(error, out) from None
+    if inside and not any(map(is_converted, inside)):
         raise UserError(f"{out}: is not empty; give another folder")
     opened = open_all(source, files, vlm)
     check_assets(source)

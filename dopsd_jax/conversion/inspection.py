@@ -1,5 +1,6 @@
 """Describes a file or folder in lines of text: networks, counts, types, sizes, faults."""
 
+import os
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -37,14 +38,14 @@ def inspect(path: Path, model: Path | None = None, verify: bool = False) -> Iter
 
     Raises `UserError` for an unknown kind of file; faults of a known kind are lines.
     """
-    if path.is_dir():
-        if (path / MODEL_MANIFEST).is_file() or (path / INDEX).is_file():
+    if os.path.isdir(path):
+        if os.path.isfile(path / MODEL_MANIFEST) or os.path.isfile(path / INDEX):
             yield from _model(path, verify)
             return
-        if (path / PEFT_CONFIG).is_file():
+        if os.path.isfile(path / PEFT_CONFIG):
             yield from _lora(path, model)
             return
-        if (path / converted.CONFIG).is_file():
+        if os.path.isfile(path / converted.CONFIG):
             yield from _component(path, verify)
             return
     files = TensorFiles.open(path)
@@ -61,12 +62,12 @@ def layers_for(model: Path | None, lora: Path | None = None) -> Layers:
     published one that its factors fit.
     """
     if model is not None:
-        whole = is_converted_model(model) or (model / INDEX).is_file()
+        whole = is_converted_model(model) or os.path.isfile(model / INDEX)
         family = families.of_folder(model) if whole else families.load(families.AUTO)
         network = family.NETWORKS["transformer"]
         config, _ = read_config(model / network.component / converted.CONFIG, network)
         return layers_of(network, config)
-    file = lora / PEFT_WEIGHTS if lora is not None and lora.is_dir() else lora
+    file = lora / PEFT_WEIGHTS if lora is not None and os.path.isdir(lora) else lora
     text = read_header(file).metadata.get(BASE) if file is not None else None
     if text is None:
         published = [

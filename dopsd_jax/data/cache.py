@@ -16,7 +16,7 @@ import safetensors.numpy
 
 from dopsd_jax.common.atomic import partial_of, remove_leftovers
 from dopsd_jax.common.errors import UserError
-from dopsd_jax.common.files import open_regular
+from dopsd_jax.common.files import expand, open_regular
 from dopsd_jax.weights.safetensors_io import Header, TensorFiles, parse_header
 from dopsd_jax.weights.tensors import CODES
 
@@ -53,7 +53,7 @@ class FeatureCache:
     """
 
     def __init__(self, directory: str | Path, report: Callable[[str], None] = print):
-        self.directory = Path(directory).expanduser()
+        self.directory = expand(directory)
         self.report = report
         with self._writing():
             self.directory.mkdir(parents=True, exist_ok=True)

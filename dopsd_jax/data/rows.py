@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from dopsd_jax.common.errors import UserError, raise_if
+from dopsd_jax.common.files import expand, readable
 from dopsd_jax.data import masks
 from dopsd_jax.data.blobs import ARCHIVES
 from dopsd_jax.data.sets import Joined, PartOfRows, parts_of, shares_of
@@ -91,9 +92,9 @@ def _read(
             f"data.path {path}: pictures are read from local folders only; mount or download it, "
             "or give a folder made by dopsd_jax.prepare"
         )
-    path, chosen = Path(path).expanduser(), Options(prompt_keys, **options)
+    path, chosen = expand(path), Options(prompt_keys, **options)
     chosen.check()
-    try:
+    with readable(path):
         layout = next((layout for layout in LAYOUTS if layout.matches(path)), None)
         if layout is None:
             raise UserError(f"data.path {path}: {_what_it_is(path)}")
@@ -104,10 +105,6 @@ def _read(
                     f"as {layout.name}; unset it"
                 )
         collector = layout.read(path, chosen)
-    except OSError as error:
-        raise UserError(
-            f"{error.filename or path}: cannot be read ({error.strerror}); check its permissions"
-        ) from error
     table, problems, notes = collector.finish()
     if not table and not problems:
         raise UserError(f"{collector.where}: holds no rows")
@@ -116,7 +113,8 @@ def _read(
     masked = False
     if chosen.masks:
         masks.forget()
-        rows = masks.with_masks(rows)
+        with readable(path):
+            rows = masks.with_masks(rows)
         masked = rows.any()
     if len(views) > 1:
         rows = Viewed(rows, views)

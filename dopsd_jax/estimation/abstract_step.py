@@ -1,8 +1,8 @@
 """The step of a configuration in shapes only: nothing is loaded, allocated or compiled."""
 
 import dataclasses
+import os
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
@@ -13,6 +13,7 @@ from ml_collections import ConfigDict
 
 from dopsd_jax import dopsd, families
 from dopsd_jax.common.errors import UserError, raise_if
+from dopsd_jax.common.files import expand
 from dopsd_jax.conditioning.cached import sees_picture
 from dopsd_jax.data.masks import OFF
 from dopsd_jax.families.base import STUDENT, TEACHER, Family, Size
@@ -92,10 +93,12 @@ def find_network(config: ConfigDict, full_size: bool) -> Network:
     That of the folder config.model; a published one if that is a name on the hub, or with
     `full_size`: the one with this name, else the family's first.
     """
-    folder = Path(config.model).expanduser()
+    folder = expand(config.model)
     family = families.load(config.family)
-    known = config.model == build.RANDOM or folder.is_dir()
-    if not (full_size or known) and (folder.exists() or not hub.HUB_ID.fullmatch(config.model)):
+    known = config.model == build.RANDOM or os.path.isdir(folder)
+    if not (full_size or known) and (
+        os.path.exists(folder) or not hub.HUB_ID.fullmatch(config.model)
+    ):
         hub.resolve(config.model)  # says what is wrong with it
     if full_size or not known:
         ids = list(family.PUBLISHED)
@@ -108,7 +111,7 @@ def find_network(config: ConfigDict, full_size: bool) -> Network:
     family = families.of_folder(folder, config.family)
     path, vae = (folder / name / "config.json" for name in ("transformer", "vae"))
     size = read_config(path, family.NETWORKS["transformer"])[0]
-    known = vae.is_file() and read_config(vae, family.NETWORKS["vae"])[0].factor
+    known = os.path.isfile(vae) and read_config(vae, family.NETWORKS["vae"])[0].factor
     return Network(family, size, known or family.LATENT_FACTOR, str(path))
 
 

@@ -1,11 +1,12 @@
 """What the encoders need before the first step, when the transformer is not loaded yet."""
 
 import math
-from pathlib import Path
+import os
 
 import jax.numpy as jnp
 from ml_collections import ConfigDict
 
+from dopsd_jax.common.files import expand
 from dopsd_jax.data.prepared_parts import names_prepared
 from dopsd_jax.estimation.abstract_step import Workload
 from dopsd_jax.weights.stored import read_config
@@ -28,8 +29,8 @@ def text_encoder(config: ConfigDict, case: Workload) -> int | None:
     network = family.NETWORKS.get("text_encoder")
     known = (i for i, size in family.PUBLISHED.items() if size == case.size)
     size = family.TEXT_ENCODERS.get(next(known, ""))
-    path = Path(config.model).expanduser() / "text_encoder" / "config.json"
-    if network and size is None and path.is_file():
+    path = expand(config.model) / "text_encoder" / "config.json"
+    if network and size is None and os.path.isfile(path):
         size = read_config(path, network)[0]
     if network is None or size is None:
         return None

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import os
 import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -13,7 +14,7 @@ from ml_collections import ConfigDict
 
 from dopsd_jax.common.atomic import is_remote
 from dopsd_jax.common.errors import UserError, raise_if
-from dopsd_jax.common.files import open_regular
+from dopsd_jax.common.files import expand, open_regular
 from dopsd_jax.common.json_files import read_json
 from dopsd_jax.common.lora_options import LoraOption
 from dopsd_jax.conditioning.cached import DIGESTS
@@ -70,8 +71,8 @@ def of_run(workdir: str, config: ConfigDict) -> Tuned:
     """
     if is_remote(workdir):
         raise UserError(f"--workdir {workdir}: copy its lora/ here and name a file with --lora")
-    folder = Path(workdir).expanduser()
-    recorded, _ = read_json(folder / CONFIG) if (folder / CONFIG).exists() else (None, "")
+    folder = expand(workdir)
+    recorded, _ = read_json(folder / CONFIG) if os.path.exists(folder / CONFIG) else (None, "")
     if not isinstance(recorded, dict) or not isinstance(recorded.get("config"), Mapping):
         raise UserError(f"--workdir {workdir}: holds no run ({CONFIG} is missing or no run's)")
     now = flat(config)
@@ -150,12 +151,12 @@ def make_arms(
 
 def _lora_digest(lora: LoraOption) -> str | list[str | float]:
     """Of a file, with its strength where that is not 1, and with PEFT's settings beside it."""
-    folder = lora.path if lora.path.is_dir() else lora.path.parent
-    file = folder / PEFT_WEIGHTS if lora.path.is_dir() else lora.path
+    folder = lora.path if os.path.isdir(lora.path) else lora.path.parent
+    file = folder / PEFT_WEIGHTS if os.path.isdir(lora.path) else lora.path
     with open_regular(file) as content:
         found = hashlib.file_digest(content, "sha256").hexdigest()
     more: list[str | float] = [lora.strength] if lora.strength != 1 else []
-    if file.name == PEFT_WEIGHTS and (folder / PEFT_CONFIG).is_file():
+    if file.name == PEFT_WEIGHTS and os.path.isfile(folder / PEFT_CONFIG):
         more.append(read_json(folder / PEFT_CONFIG)[1])
     return [found, *more] if more else found
 

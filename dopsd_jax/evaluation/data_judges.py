@@ -6,6 +6,7 @@ programs ask `find`; they import no judge by name.
 """
 
 import importlib.metadata
+import os
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Protocol
@@ -14,6 +15,7 @@ from flax import nnx
 from ml_collections import ConfigDict
 
 from dopsd_jax.common.errors import UserError
+from dopsd_jax.common.files import expand
 from dopsd_jax.evaluation.scorer import Case, Judge, Picture
 from dopsd_jax.families.pipeline import Pipeline
 
@@ -57,8 +59,8 @@ def find(*folders: str | Path) -> DataJudge | None:
     """
     if len(folders) != 1:
         return None
-    folder = Path(*folders).expanduser()
-    if not folder.is_dir():
+    folder = expand(*folders)
+    if not os.path.isdir(folder):
         return None
     found = [judge for of_folder in registered() if (judge := of_folder(folder)) is not None]
     if len(found) > 1:

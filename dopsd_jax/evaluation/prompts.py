@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from dopsd_jax.common.errors import UserError, raise_if
-from dopsd_jax.common.files import read_bytes
+from dopsd_jax.common.files import expand, read_bytes
 from dopsd_jax.common.json_files import parse_json
 from dopsd_jax.conditioning.encoding import concept_pattern, put_class
 from dopsd_jax.data.dataset import Dataset, spread
@@ -37,7 +37,7 @@ def read_prompts(path: str | Path) -> list[Test]:
     teacher is shown) and `class_name` (in place of `[V]` when the text is scored). Raises
     `UserError` with every fault.
     """
-    path = Path(path).expanduser()
+    path = expand(path)
     content = read_bytes(path, advice="name a file with --prompts")
     lines, fault = captions_in(content, lines=False)
     if fault:

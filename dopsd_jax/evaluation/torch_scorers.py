@@ -17,7 +17,7 @@ from jaxtyping import UInt8
 from PIL import Image
 
 from dopsd_jax.common.errors import Attempts, UserError, raise_if
-from dopsd_jax.common.files import open_regular
+from dopsd_jax.common.files import expand, open_regular
 from dopsd_jax.common.json_fields import Fields
 from dopsd_jax.common.json_files import read_json
 from dopsd_jax.evaluation.prompts import ORDINARY, TEST, TRAINING
@@ -193,7 +193,7 @@ class Lpips:
                 width = out
         lines = {f"lin{i}.model.1.weight": (1, n, 1, 1) for i, n in enumerate(VGG_WIDTHS)}
         tensor = lambda array: self.torch.from_numpy(np.array(array, np.float32)).to(device)
-        path, attempt = Path(weights).expanduser(), Attempts()
+        path, attempt = expand(weights), Attempts()
         vgg_arrays = attempt(lambda: _tensors(folder, shapes))
         line_arrays = attempt(lambda: _tensors(path, lines))
         attempt.end()

@@ -7,6 +7,7 @@ random_model. This file imports no large library.
 """
 
 import importlib
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -69,13 +70,13 @@ def of_folder(folder: Path, asked: str = AUTO) -> "Family":
 
 def _named(folder: Path) -> tuple[str, Path]:
     path = folder / MODEL_MANIFEST
-    if path.is_file():
+    if os.path.isfile(path):
         name = _text(path, "family")
         if name not in FAMILIES:
             raise UserError(f"{path}: family {name!r} is unknown; {', '.join(FAMILIES)} is known")
         return name, path
     path = folder / INDEX
-    if not path.is_file():
+    if not os.path.isfile(path):
         raise UserError(
             f"{folder}: has neither {INDEX} nor {MODEL_MANIFEST}: not a model folder, or an "
             "interrupted import (run it again)"

@@ -11,6 +11,7 @@ from PIL import Image
 
 from dopsd_jax.common.atomic import atomic_folder, write_text
 from dopsd_jax.common.errors import UserError
+from dopsd_jax.common.files import expand
 from dopsd_jax.common.json_fields import Fields
 from dopsd_jax.common.json_files import read_json
 from dopsd_jax.miniature import captions, render, world
@@ -39,7 +40,7 @@ def write_concept(path: str | os.PathLike, word: str, concept: Concept) -> None:
 def read_concept(path: str | os.PathLike) -> tuple[str, Concept]:
     """The word and the concept of a concept.json. Raises `UserError` with every fault."""
     path = Path(path)
-    if not path.is_file():
+    if not os.path.isfile(path):
         raise UserError(f"{path}: no such file; it says what a word of the miniature stands for")
     if path.stat().st_size > _MOST_BYTES:
         raise UserError(f"{path}: has {path.stat().st_size} bytes; a concept has about 2000")
@@ -99,7 +100,7 @@ def write_dataset(
     rng = np.random.default_rng(seed)
     scenes = arrangements(rng, concept, word, count)
     images = world.pictures(scenes, rng)
-    folder = Path(folder).expanduser()
+    folder = expand(folder)
     with atomic_folder(folder) as partial:
         for i, (scene, image) in enumerate(zip(scenes, images, strict=True)):
             Image.fromarray(image).save(partial / f"{i:03d}.png")

@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+import os
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
@@ -89,7 +90,7 @@ def of_folder(folder: Path) -> WorldJudge | None:
     Raises `UserError` for one that says both that its pictures are edited and that they are not.
     """
     kinds = {FILE: False, edits.CONCEPT: True}
-    found = [name for name in kinds if (folder / name).is_file()]
+    found = [name for name in kinds if os.path.isfile(folder / name)]
     if len(found) > 1:
         raise UserError(
             f"{folder}: has {' and '.join(found)}, and the first is of captions, the second of "

@@ -11,6 +11,7 @@ from jaxtyping import UInt8
 from PIL import Image
 
 from dopsd_jax.common.atomic import atomic_folder
+from dopsd_jax.common.files import expand
 from dopsd_jax.miniature import captions, concepts, world
 from dopsd_jax.miniature.world import Concept, Scene, Thing
 
@@ -121,7 +122,7 @@ def write_pairs(
     thing = lambda: world.random_thing(rng, concept, word)
     found = [random_edit(rng, ("thing",), instead=thing()) for _ in range(count)]
     drawn = pictures([seed, 9], [e.before for e in found], [e.after for e in found])
-    folder = Path(folder).expanduser()
+    folder = expand(folder)
     with atomic_folder(folder) as partial:
         for name, images in zip(("before", "after"), drawn, strict=True):
             (partial / name).mkdir()

@@ -16,6 +16,7 @@ from absl import flags
 import dopsd_jax
 from dopsd_jax.common import program
 from dopsd_jax.common.errors import UserError
+from dopsd_jax.common.files import expand
 from dopsd_jax.common.json_files import read_json
 from dopsd_jax.evaluation.appearance import crispness, steepest
 from dopsd_jax.families.base import STUDENT
@@ -238,7 +239,7 @@ def lines(rows: Sequence[tuple[Gate, float, bool]]) -> list[str]:
 
 
 def main() -> int:
-    folder = Path(flags.FLAGS.model).expanduser()
+    folder = expand(flags.FLAGS.model)
     before = undistilled(folder.parent / SCORES)
     rows = verdicts(Trial()(of_folder(dopsd_jax.load_pipeline(folder))), before)
     print("\n".join(lines(rows)))

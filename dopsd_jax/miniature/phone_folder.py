@@ -15,6 +15,7 @@ from PIL import ExifTags, Image
 
 from dopsd_jax.common import program
 from dopsd_jax.common.atomic import atomic_folder
+from dopsd_jax.common.files import expand
 from dopsd_jax.data import heic
 from dopsd_jax.miniature import concepts, render, world
 
@@ -84,7 +85,7 @@ def exif(orientation: int, number: int) -> Image.Exif:
 
 
 def main() -> None:
-    folder = Path(flags.FLAGS.out).expanduser()
+    folder = expand(flags.FLAGS.out)
     names = write_folder(folder, flags.FLAGS.count, flags.FLAGS.seed)
     missing = "" if heic.available() else "; no HEIC, which needs pillow-heif"
     print(f"{folder}: {names[0]} to {names[-1]}, without captions{missing}")

@@ -19,6 +19,7 @@ import dopsd_jax
 from dopsd_jax.common import program
 from dopsd_jax.common.atomic import disk_error, write_text
 from dopsd_jax.common.errors import UserError
+from dopsd_jax.common.files import expand
 from dopsd_jax.miniature import (
     autoencoder,
     endpoint,
@@ -55,7 +56,7 @@ PROBE_STEPS = 10  # of its probes during training
 
 
 def main() -> None:
-    out = Path(OUT.value).expanduser()
+    out = expand(OUT.value)
     try:
         (out / "probes").mkdir(parents=True, exist_ok=True)
     except (FileExistsError, NotADirectoryError):
@@ -69,7 +70,7 @@ def main() -> None:
         vae = autoencoder.train(out, family.autoencoder, SEED.value, AUTOENCODER_STEPS.value, log)
         vae = family.normalized(vae, SEED.value)
     else:
-        learned, vae = family.read(Path(START.value).expanduser())
+        learned, vae = family.read(expand(START.value))
         _check_sizes(family, initial, learned, vae)
         initial |= learned
     encode, decode = coders(vae)

@@ -15,6 +15,7 @@ from PIL import Image
 
 from dopsd_jax.common.atomic import partial_of, remove_leftovers
 from dopsd_jax.common.errors import UserError
+from dopsd_jax.common.files import expand
 from dopsd_jax.data.sources.files import IMAGE_SUFFIXES
 
 SIZES = ((256, 256), (288, 224), (224, 288), (304, 208))  # width, height
@@ -144,7 +145,7 @@ def write_folder(
     Sizes (width, height) are used in turn. A folder that has these files already is left as it is;
     one that holds other pictures is refused.
     """
-    directory = Path(directory).expanduser()
+    directory = expand(directory)
     files: dict[str, bytes] = {}
     for number in range(count):
         picture, caption = draw(seed, number, *sizes[number % len(sizes)])

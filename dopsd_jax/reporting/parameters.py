@@ -62,7 +62,7 @@ def digest(path: Path) -> str:
 
     What its header says does not change it. Raises `UserError`.
     """
-    whole = path / PEFT_WEIGHTS if path.is_dir() else path
+    whole = path / PEFT_WEIGHTS if os.path.isdir(path) else path
     read_header(whole)  # else there are no tensors to find
     with open_regular(whole) as file:
         try:

@@ -15,6 +15,7 @@ from ml_collections import ConfigDict
 from dopsd_jax import dopsd, families
 from dopsd_jax.common.config_fields import as_list, highest, name_or_list
 from dopsd_jax.common.errors import UserError
+from dopsd_jax.common.files import expand
 from dopsd_jax.conditioning.cached import sees_picture
 from dopsd_jax.data.prepared_parts import names_prepared
 from dopsd_jax.dopsd import Denoiser
@@ -68,7 +69,7 @@ def open_pipeline(
     """
     if config.model == RANDOM:
         folder = workdir / "random_model"
-        if not (folder / INDEX).exists():
+        if not os.path.exists(folder / INDEX):
             families.load(config.family).write_random_model(folder)
         model = hub.Resolved(folder, None)
     else:
@@ -122,11 +123,11 @@ def find_vlm(
     """
     if "vlm" not in family.NETWORKS or config.model == RANDOM:
         return None
-    here = Path(config.teacher.vlm).expanduser().is_dir()
+    here = os.path.isdir(expand(config.teacher.vlm))
     if config.teacher.vlm and (here or encodes):
         return hub.resolve(as_begun(workdir, config, "teacher.vlm"), patterns=hub.ROOT)
     inside = hub.Resolved(model.path / "vlm", model.revision)
-    if encodes and not inside.path.is_dir():
+    if encodes and not os.path.isdir(inside.path):
         raise UserError(
             f"config.teacher.vlm: is empty and {inside.path} does not exist; name the folder or "
             "hub id of the vision-language model"

@@ -10,6 +10,7 @@ from ml_collections import ConfigDict
 from dopsd_jax.common.atomic import is_remote
 from dopsd_jax.common.config_fields import as_list, as_numbers, as_paths
 from dopsd_jax.common.errors import UserError, raise_if
+from dopsd_jax.common.files import expand
 from dopsd_jax.conditioning.cached import sees_picture
 from dopsd_jax.conditioning.encoding import TO_BUCKET
 from dopsd_jax.config.fields import defaults
@@ -309,11 +310,11 @@ def cache_folder(config: ConfigDict, workdir: Path) -> Path:
     """Where features and indices are kept."""
     if not config.data.cache and is_remote(workdir):
         # Prepared data: little is left to cache, and it is quickly computed again.
-        return Path("~/.cache/dopsd_jax").expanduser()
-    return Path(config.data.cache or workdir / "features").expanduser()
+        return expand("~/.cache/dopsd_jax")
+    return expand(config.data.cache or workdir / "features")
 
 
 def picture_index(config: ConfigDict, workdir: Path, name: str = "") -> PictureIndex:
     """What earlier starts found out about the pictures."""
-    where = ", ".join(str(Path(p).expanduser().absolute()) for p in as_paths(config.data.path))
+    where = ", ".join(str(expand(p).absolute()) for p in as_paths(config.data.path))
     return PictureIndex(FeatureCache(cache_folder(config, workdir)), f"{where} {name}")

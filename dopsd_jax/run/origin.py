@@ -5,11 +5,13 @@ maker's disk.
 """
 
 import json
+import os
 from pathlib import Path
 
 from ml_collections import ConfigDict
 
 from dopsd_jax.common.config_fields import as_paths, highest
+from dopsd_jax.common.files import expand
 from dopsd_jax.conditioning.cached import DIGESTS
 from dopsd_jax.config.changes import WEIGHTS
 from dopsd_jax.families.pipeline import Pipeline
@@ -36,7 +38,7 @@ def header_strings(
     if config.train == "full":
         return {}
     side, name = highest(config.data.resolution), Path(as_paths(config.data.path)[0]).stem
-    model = Path(config.model).name if Path(config.model).expanduser().exists() else config.model
+    model = Path(config.model).name if os.path.exists(expand(config.model)) else config.model
     model = f"{model}@{revision}" if revision else model
     steps = pipe.family.DEPLOYED_STEPS
     found = {

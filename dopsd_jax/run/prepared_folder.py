@@ -13,6 +13,7 @@ from ml_collections import ConfigDict
 from dopsd_jax.common import errors
 from dopsd_jax.common.config_fields import as_list
 from dopsd_jax.common.errors import UserError
+from dopsd_jax.common.files import expand
 from dopsd_jax.conditioning import anchors
 from dopsd_jax.conditioning.cached import DIGESTS
 from dopsd_jax.conditioning.features import prepared_settings
@@ -156,8 +157,8 @@ def _facts(dataset: Dataset, row: int) -> list:
 
 def name_roots(paths: Sequence[str | Path]) -> tuple[Path, ...]:
     """The folders below which pictures are named; of several data sets the names say which."""
-    roots = [Path(path).expanduser() for path in paths]
-    roots = [root if root.is_dir() else root.parent for root in roots]
+    roots = [expand(path) for path in paths]
+    roots = [root if os.path.isdir(root) else root.parent for root in roots]
     return tuple(roots if len(roots) == 1 else (root.parent for root in roots))
 
 

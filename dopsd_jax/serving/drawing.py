@@ -1,6 +1,7 @@
 """What the page draws: a prompt by the base model, and with LoRA files at several strengths."""
 
 import math
+import os
 import threading
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -10,6 +11,7 @@ import numpy as np
 from jaxtyping import UInt8
 
 from dopsd_jax.common.errors import UserError, raise_if
+from dopsd_jax.common.files import can_enter
 from dopsd_jax.common.lora_options import LoraOption
 from dopsd_jax.conditioning.padding import longest, padded_rows, shapes_of
 from dopsd_jax.families.base import STUDENT, PaddedLengths, Tree
@@ -41,8 +43,10 @@ class Studio:
 
     def __init__(self, pipe: Pipeline, model: str, folder: Path | None):
         self.pipe, self.model, self.folder = pipe, Path(model).name, folder
-        if folder is not None and not folder.is_dir():
-            raise UserError(f"--loras {folder}: is no folder; name one that has LoRA files")
+        if folder is not None and not can_enter(folder):
+            raise UserError(
+                f"--loras {folder}: is no folder that can be read; name one that has LoRA files"
+            )
         self._turn = threading.Lock()
         self._rows: PaddedLengths = {}  # of the longest prompt so far: one sampler for most
         # With digests: a run may write another best.safetensors meanwhile.
@@ -52,7 +56,7 @@ class Studio:
         """The LoRA files that are in the folder now, by their names in it."""
         if self.folder is None:
             return {}
-        found = sorted(path for path in self.folder.rglob(f"*{SUFFIX}") if path.is_file())
+        found = sorted(path for path in self.folder.rglob(f"*{SUFFIX}") if os.path.isfile(path))
         names = {path.relative_to(self.folder).as_posix(): path for path in found}
         return {n: p for n, p in names.items() if not any(x[0] == "." for x in n.split("/"))}
 

@@ -27,7 +27,7 @@ class Watched:
 
     def __init__(self, workdir: Path):
         self.workdir = workdir
-        if not workdir.is_dir() or not holds_run(workdir):
+        if not os.path.isdir(workdir) or not holds_run(workdir):
             raise UserError(f"--run {workdir}: holds no run; name the --workdir of a training")
         self._seen: tuple | None = None
         self._records: list[dict[str, Any]] = []
@@ -66,7 +66,9 @@ class Watched:
         """How many steps the run shall have."""
         path = self.workdir / CONFIG
         written = (
-            read_json(path, again="is the run still being written?")[0] if path.exists() else None
+            read_json(path, again="is the run still being written?")[0]
+            if os.path.exists(path)
+            else None
         )
         config = written.get("config") if isinstance(written, dict) else None
         found = config.get("steps") if isinstance(config, dict) else None

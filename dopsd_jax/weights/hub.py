@@ -17,6 +17,7 @@ from huggingface_hub.errors import (
 )
 
 from dopsd_jax.common.errors import FULL, UserError
+from dopsd_jax.common.files import can_enter, expand
 from dopsd_jax.common.json_files import read_json
 
 MODEL_MANIFEST = "dopsd_jax.json"  # of a converted model
@@ -54,8 +55,10 @@ def resolve(
     away. Raises `UserError`.
     """
     model = os.fspath(model)  # Python users give a Path, too
-    path = Path(model).expanduser()
+    path = expand(model)
     if model and os.path.isdir(path):
+        if not can_enter(path):
+            raise UserError(f"{model}: may not be entered; check its rights")
         return Resolved(path, _recorded_revision(path))
     if os.path.isfile(path):
         raise UserError(
@@ -80,7 +83,7 @@ def same_model(a: object, b: object) -> bool:
 
 def _recorded_revision(path: Path) -> str | None:
     """The commit a local folder is of, if it says so: a converted model, or the hub's cache."""
-    if (path / MODEL_MANIFEST).is_file():
+    if os.path.isfile(path / MODEL_MANIFEST):
         manifest, _ = read_json(path / MODEL_MANIFEST)
         revision = manifest.get("revision") if isinstance(manifest, dict) else None
         return revision if isinstance(revision, str) else None

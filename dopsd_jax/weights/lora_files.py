@@ -99,7 +99,7 @@ def read_adapter(path: str | Path, layers: Layers, transformer_only: bool = Fals
     settings = None
     if os.path.isdir(path):
         path, settings = _peft_folder(path)
-    elif path.name == PEFT_WEIGHTS and (path.parent / PEFT_CONFIG).is_file():
+    elif path.name == PEFT_WEIGHTS and os.path.isfile(path.parent / PEFT_CONFIG):
         settings = from_peft(path.parent / PEFT_CONFIG)
     files = TensorFiles.open(path)
     if settings is None:
@@ -145,7 +145,7 @@ def closest(path: Path, candidates: Sequence[Layers]) -> Layers:
 
 
 def _peft_folder(folder: Path) -> tuple[Path, Settings]:
-    if (folder / PEFT_CONFIG).is_file():
+    if os.path.isfile(folder / PEFT_CONFIG):
         return folder / PEFT_WEIGHTS, from_peft(folder / PEFT_CONFIG)
     inner = sorted(p.parent.name for p in folder.glob(f"*/{PEFT_CONFIG}"))
     if inner:

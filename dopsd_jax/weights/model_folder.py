@@ -4,6 +4,7 @@ The same shape whether it is a Hugging Face folder or a converted one; the latte
 `dopsd_jax.json`.
 """
 
+import os
 import shutil
 from pathlib import Path
 
@@ -19,7 +20,7 @@ NOT_ASSETS = ("config.json", "manifest.json", "incomplete.json")  # written for 
 
 
 def is_converted_model(folder: Path) -> bool:
-    return (folder / MODEL_MANIFEST).is_file()
+    return os.path.isfile(folder / MODEL_MANIFEST)
 
 
 def check_assets(folder: Path) -> None:
@@ -29,7 +30,7 @@ def check_assets(folder: Path) -> None:
         lambda: check_tokenizer(folder),
         lambda: read_json(folder / "scheduler" / "scheduler_config.json"),
     ]
-    if (folder / "vlm").is_dir():
+    if os.path.isdir(folder / "vlm"):
         checks.append(lambda: read_json(folder / "vlm" / "preprocessor_config.json"))
     for check in checks:
         try:
@@ -52,6 +53,6 @@ def copy_shared_assets(source: Path, target: Path) -> None:
     """Copies what belongs to the whole model: index, tokenizer, scheduler. Raises `UserError`."""
     shutil.copyfile(source / INDEX, target / INDEX)
     for name in ASSET_FOLDERS:
-        if not (source / name).is_dir():
+        if not os.path.isdir(source / name):
             raise UserError(f"{source / name}: no such folder; download the whole model")
         copy_assets(source / name, target / name)

@@ -53,7 +53,7 @@ class Stored(NamedTuple):
 
 def is_converted(folder: Path) -> bool:
     """Whether a folder is a converted checkpoint of one network, complete or not."""
-    return any((folder / name).exists() for name in (converted.MANIFEST, converted.JOURNAL))
+    return any(os.path.exists(folder / name) for name in (converted.MANIFEST, converted.JOURNAL))
 
 
 def read_config(path: Path, network: Network) -> tuple[Any, str]:
@@ -67,7 +67,7 @@ def open_stored(folder: Path, network: Network, weights: Path | None = None) -> 
 
     Raises `UserError` with every tensor that is missing, unexpected or mis-shaped.
     """
-    if not folder.is_dir():
+    if not os.path.isdir(folder):
         raise UserError(f"{folder}: no such folder; a model has one named {network.component}")
     if weights is None and is_converted(folder):
         return _open_converted(folder, network)
@@ -106,7 +106,7 @@ def source_digest(stored: Stored, folder: Path, memo: Path) -> str:
 
 
 def _open_converted(folder: Path, network: Network) -> Stored:
-    if not (folder / converted.MANIFEST).exists():
+    if not os.path.exists(folder / converted.MANIFEST):
         raise UserError(
             f"{folder}: its conversion was interrupted; run the same import again, it goes on"
         )

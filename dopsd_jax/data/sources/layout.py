@@ -1,11 +1,13 @@
 """What a layout is, and the options that it reads with."""
 
+import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
 from dopsd_jax.common.errors import UserError
+from dopsd_jax.common.files import expand
 from dopsd_jax.data.cache import FeatureCache
 from dopsd_jax.data.sources.collector import Collector
 
@@ -43,7 +45,7 @@ class Options:
     def check(self) -> None:
         """Raises `UserError` for the first option that cannot be."""
         keys, root = self.prompt_keys, self.data_root
-        if root and not Path(root).expanduser().is_dir():
+        if root and not os.path.isdir(expand(root)):
             raise UserError(f"data.root {root}: no such folder")
         if isinstance(keys, str):
             raise UserError(f"data.prompt_keys is the string {keys!r}; it must be a list")

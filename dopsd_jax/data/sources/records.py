@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
 from dopsd_jax.common.errors import UserError
-from dopsd_jax.common.files import BOM, open_regular
+from dopsd_jax.common.files import BOM, expand, open_regular
 from dopsd_jax.common.json_files import parse_json, read_json
 from dopsd_jax.data.sources.captions import CAPTION_KEY, captions_of, concept_of, kind_of, not_utf8
 from dopsd_jax.data.sources.collector import Collector, Examples, listing
@@ -90,7 +90,7 @@ def _read_table(path: Path, options: Options, into: Collector) -> None:
     readers: dict[str, Callable] = {".jsonl": _json_lines, ".json": _json_rows}
     roots = [str(path.parent)]
     if options.data_root:
-        roots.append(str(Path(options.data_root).expanduser()))
+        roots.append(str(expand(options.data_root)))
     bad_sizes = Examples()
     for number, found in readers.get(suffix, _csv_rows)(path):
         if isinstance(found, str):

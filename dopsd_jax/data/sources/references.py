@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 from dopsd_jax.common.errors import UserError
+from dopsd_jax.common.files import expand
 from dopsd_jax.data.sources.captions import kind_of
 from dopsd_jax.data.sources.collector import listing
 from dopsd_jax.data.sources.files import normal, stem_of, walk
@@ -80,7 +81,7 @@ class Folders:
     """
 
     def __init__(self, names: Sequence[str]):
-        self.paths = [Path(name).expanduser() for name in names]
+        self.paths = [expand(name) for name in names]
         self._found: list[dict[str, list[tuple[int, str]]]] = []
         self._taken: dict[str, str] = {}  # by the first picture that has them
         for path in self.paths:

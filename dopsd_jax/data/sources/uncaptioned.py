@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from dopsd_jax.common.errors import UserError
-from dopsd_jax.common.files import BOM, read_bytes
+from dopsd_jax.common.files import BOM, read_bytes, readable
 from dopsd_jax.data.images import CONVERT
 from dopsd_jax.data.sources.captions import MAX_CAPTION_BYTES
 from dopsd_jax.data.sources.collector import Examples, listing
@@ -41,12 +41,13 @@ def find(top: Path, extension: str, *, overwrite: bool = False) -> Uncaptioned:
     and holds more than blanks, or a file of `sidecars`. `overwrite`: they are all wanted. Raises
     `UserError` where there is no picture.
     """
+    with readable(top):
+        return _find(top, extension, overwrite)
+
+
+def _find(top: Path, extension: str, overwrite: bool) -> Uncaptioned:
     found, masks, captioned = Uncaptioned([], 0, [], []), Examples(), 0
-    try:
-        folders = list(walk(top))
-    except OSError as error:
-        raise UserError(f"{error.filename}: cannot be read ({error.strerror})") from error
-    for where, names in folders:
+    for where, names in walk(top):
         pictures: dict[str, list[str]] = {}
         texts: dict[str, str] = {}
         beside: dict[str, list[str]] = {}
