@@ -147,6 +147,12 @@ def test_all_wrong_fields_of_a_command_line_are_told_together():
     assert "has no value" in problems_of(read, ["--config.steps"])[0]
 
 
+@pytest.mark.parametrize("value", [",", " , ", [""], []])
+def test_a_list_without_a_path_is_empty(value):
+    problems = problems_of(schema.check, config_with("data.path", value))
+    assert "config.data.path: is empty; name a data set" in problems
+
+
 # --- Configuration files
 
 
@@ -163,6 +169,25 @@ def test_all_wrong_fields_of_a_command_line_are_told_together():
         ("import no_such_module\n", "", ":1: ModuleNotFoundError"),
         ("def get_config():\n    return {'steps': 3}\n", "", "config.seed: is missing"),
         ("\0", "", "null"),
+        (
+            "from ml_collections.config_dict import *\ndef get_config():\n"
+            "    return ConfigDict({'lora': {'rank': required_placeholder(int)}})\n",
+            "",
+            "own.py: config.lora.rank: has no value",
+        ),
+        (
+            "from ml_collections import ConfigDict\ndef get_config():\n"
+            "    c = ConfigDict({'data': {}})\n    c.data.more = c\n    return c\n",
+            "",
+            "own.py: config.data.more: is a group inside itself",
+        ),
+        (
+            "x = {}\nx['x'] = x\ndef get_config():\n    return x\n",
+            "",
+            "own.py: config.x: is a group inside itself",
+        ),
+        ("def get_config():\n    return {'data': {1: 2}}\n", "", "config.data.1: its name 1 is no"),
+        ("def get_config():\n    return {None: 2}\n", "", "config.None: its name None is no text"),
     ],
 )
 def test_a_wrong_configuration_file_is_one_line_with_its_place(tmp_path, text, argument, message):

@@ -4,7 +4,8 @@ import traceback
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from ml_collections import ConfigDict
+from ml_collections import ConfigDict, FieldReference
+from ml_collections.config_dict import RequiredValueError
 
 from dopsd_jax.common.errors import UserError, raise_if
 from dopsd_jax.common.files import read_text
@@ -32,7 +33,8 @@ def load(spec: str, changes: Mapping[str, str] = {}) -> ConfigDict:
         raise UserError(
             f"{path}: get_config returned {kind}, not a ConfigDict; see configs/zimage.py"
         )
-    fields = config.to_dict() if isinstance(config, ConfigDict) else config
+    raise_if(f"{path}: {fault}" for fault in _told(path, lambda: _never(config)))
+    fields = _told(path, config.to_dict) if isinstance(config, ConfigDict) else config
     config = _told(path, lambda: ConfigDict(fields, type_safe=False))
     raise_if([fault for name, text in changes.items() if (fault := _change(config, name, text))])
     return config.lock()
@@ -59,6 +61,25 @@ def _told(path: str, action: Callable[[], Any]) -> Any:
         where = f"{path}:{places[-1].lineno}" if places else path
         what = f"{type(error).__name__}: {error}".removesuffix(": ")
         raise UserError(f"{where}: {what}; correct the configuration") from None
+
+
+def _never(node: Mapping | ConfigDict, name: str = "config", above: tuple = ()) -> list[str]:
+    """What no field can be: in a group inside itself, without a value, or named by no text."""
+    if any(node is group for group in above):
+        return [f"{name}: is a group inside itself; take it out"]
+    is_config, faults = isinstance(node, ConfigDict), []
+    for key, value in node.items(preserve_field_references=True) if is_config else node.items():
+        where = f"{name}.{key}"
+        if not isinstance(key, str):
+            faults.append(f"{where}: its name {key!r} is no text; correct the configuration")
+            continue
+        try:
+            value = value.get() if isinstance(value, FieldReference) else value
+        except RequiredValueError:
+            faults.append(f"{where}: has no value, its place is kept for one; write it there")
+        if isinstance(value, Mapping | ConfigDict):
+            faults += _never(value, where, (*above, node))
+    return faults
 
 
 def _change(config: ConfigDict, name: str, text: str) -> str | None:

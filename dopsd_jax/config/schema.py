@@ -6,7 +6,7 @@ from collections.abc import Collection, Mapping
 from typing import Any
 
 from dopsd_jax import families
-from dopsd_jax.common.config_fields import Field, as_list, shown
+from dopsd_jax.common.config_fields import Field, as_list, as_paths, shown
 from dopsd_jax.common.errors import raise_if
 from dopsd_jax.config.fields import TRACKERS, choices, conditions, declared
 from dopsd_jax.methods import anchor
@@ -132,7 +132,7 @@ def _empty(given: Mapping[str, Any]) -> list[str]:
     return [
         f"config.{name}: is empty; {what}"
         for name, what in required.items()
-        if not "".join(given[name]).strip()
+        if not "".join(as_paths(given[name])).strip()
     ]
 
 
