@@ -263,6 +263,38 @@ def test_without_pytorch_one_line_names_the_extra(monkeypatch):
     assert all("pip install 'dopsd_jax[eval]'" in problem for problem in error.value.problems)
 
 
+OWN = """
+class Fails:
+    def __init__(self):
+        raise ZeroDivisionError("by nothing")
+
+
+class Needs:
+    name, better, identity, kinds, needs = "x", "higher", "x", (), 3
+
+    def __call__(self, images, cases):
+        return []
+"""
+
+
+def test_own_scorers_that_fail_are_one_line_each(tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(tmp_path)
+    for name, text in {
+        "own_scorer": OWN, "own_syntax": "def", "own_exit": "raise SystemExit(3)",
+    }.items():  # fmt: skip
+        (tmp_path / f"{name}.py").write_text(text)
+    told = {
+        ".own:x": "cannot be imported (TypeError: ",
+        "own_syntax:x": "cannot be imported (SyntaxError: ",
+        "own_exit:x": "cannot be imported (SystemExit: 3)",
+        "own_scorer:Fails": "cannot be made (ZeroDivisionError: by nothing)",
+        "own_scorer:Needs": "`needs` is 3, not a list of names",
+    }
+    problems = problems_of(load_scorers, list(told), {})
+    for problem, (name, words) in zip(problems, told.items(), strict=True):
+        assert problem.startswith(f"--scorers={name}: {words}")
+
+
 def test_a_run_has_them_by_its_configuration(clip_folder, monkeypatch):
     config = defaults()
     config.stop.scorers, config.stop.clip = "clip,contrast", str(clip_folder)

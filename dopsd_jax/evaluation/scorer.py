@@ -8,7 +8,7 @@ that makes one.
 import hashlib
 import importlib
 import inspect
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol, runtime_checkable
 
@@ -177,14 +177,19 @@ def load_scorers(
 
 def _users(where: str, option: str) -> Judge:
     module, _, attribute = where.partition(":")
+    done = "imported"
     try:
         scorer = importlib.import_module(module)
         for part in attribute.split("."):
             scorer = getattr(scorer, part)
-    except (ImportError, ValueError, AttributeError) as error:
-        raise UserError(f"{option}={where}: cannot be imported ({error})") from None
-    if inspect.isclass(scorer) or inspect.isfunction(scorer):
-        scorer = scorer()
+        if inspect.isclass(scorer) or inspect.isfunction(scorer):
+            done = "made"
+            scorer = scorer()
+    except UserError:
+        raise
+    except (Exception, SystemExit) as error:  # the user's own code may raise anything
+        what = f"{type(error).__name__}: {error}".removesuffix(": ")
+        raise UserError(f"{option}={where}: cannot be {done} ({what})") from None
     lacking = [name for name in MEMBERS if not hasattr(scorer, name)]
     if not isinstance(scorer, SetScorer | PairScorer) and not callable(scorer):
         lacking.append("__call__(images, cases)")
@@ -193,6 +198,9 @@ def _users(where: str, option: str) -> Judge:
     for name in ("name", "identity"):
         if not isinstance(getattr(scorer, name), str):
             raise UserError(f"{option}={where}: `{name}` is no text but {getattr(scorer, name)!r}")
+    for name in ("kinds", "needs"):
+        if not isinstance(own := getattr(scorer, name), Collection) or isinstance(own, str):
+            raise UserError(f"{option}={where}: `{name}` is {own!r}, not a list of names")
     if scorer.better not in BETTER:
         raise UserError(f"{option}={where}: `better` is {scorer.better!r}, not higher or lower")
     unknown = [need for need in scorer.needs if need not in NEEDS]
