@@ -4,11 +4,11 @@ import itertools
 import math
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from dopsd_jax.common import program
-from dopsd_jax.common.errors import UserError, raise_if
+from dopsd_jax.common.errors import Attempts, UserError, raise_if
 from dopsd_jax.common.files import expand
 from dopsd_jax.models import kinds
 
@@ -98,18 +98,31 @@ from dopsd_jax.conditioning.padding import padded_rows, shapes_of
 from dopsd_jax.data.images import open_image
 from dopsd_jax.families.base import STUDENT
 from dopsd_jax.families.drawing import decoded, filled, together
+from dopsd_jax.families.pipeline import Pipeline
 from dopsd_jax.families.prompts import prompt_features
 from dopsd_jax.families.sampling import finite, start_noise
 from dopsd_jax.reporting import parameters, pictures
 from dopsd_jax.reporting.parameters import Parameters
 
 
-def prompts() -> list[str]:
-    """What the options ask for. Raises `UserError`."""
-    if not PROMPTS.value:
-        return PROMPT.value
-    lines = lines_of(expand(PROMPTS.value), "--prompts")
-    return [*PROMPT.value, *(text for _, text in lines)]
+def prompts() -> list[tuple[str, str]]:
+    """What the options ask for: where each prompt stands, and its text. Raises `UserError`."""
+    lines = lines_of(expand(PROMPTS.value), "--prompts") if PROMPTS.value else []
+    placed = [(f"{PROMPTS.value}:{number}", text) for number, text in lines]
+    return [*(("--prompt", text) for text in PROMPT.value), *placed]
+
+
+def check_prompts(pipe: Pipeline, asked: Sequence[tuple[str, str]]) -> None:
+    """Raises `UserError` with every prompt of `prompts` that the model cannot take."""
+    faults: dict[str, list[str]] = {}
+    for where, prompt in asked:
+        try:
+            pipe.request(STUDENT, prompt)
+        except UserError as error:
+            for problem in error.problems:
+                faults.setdefault(problem, []).append(where)
+    # What is wrong for several, such as a missing tokenizer, is not of one prompt.
+    raise_if(f"{w[0]}: {fault}" if len(w) == 1 else fault for fault, w in faults.items())
 
 
 def main() -> None:
@@ -118,15 +131,21 @@ def main() -> None:
     if dtype == "auto":
         dtype = "float32" if jax.default_backend() == "cpu" else "bfloat16"
     base = kinds.drawn_base(BASE_DTYPE.value, dtype)
-    pipe = dopsd_jax.load_pipeline(MODEL.value, dtype=dtype, lora=LORA.value, base_dtype=base)
-    references = [open_image(path) for path in REFERENCE.value]
+    attempt = Attempts()  # all faults before the first picture
+    references = [attempt(lambda path=path: open_image(path)) for path in REFERENCE.value]
+    placed = attempt(prompts)
+    pipe = attempt(
+        lambda: dopsd_jax.load_pipeline(MODEL.value, dtype=dtype, lora=LORA.value, base_dtype=base)
+    )
+    attempt.end()
     for path, picture in zip(REFERENCE.value, references, strict=True):
-        pipe.reference_size(*picture.shape[:2], f"--reference {path}")
+        size, where = picture.shape[:2], f"--reference {path}"
+        attempt(lambda size=size, where=where: pipe.reference_size(*size, where))
     height, width = HEIGHT.value or pipe.own_size, WIDTH.value or pipe.own_size
-    shape = pipe.latent_shape(height, width)
-    asked = prompts()
-    for prompt in asked:  # all faults before the first picture
-        pipe.request(STUDENT, prompt)
+    shape = attempt(lambda: pipe.latent_shape(height, width))
+    attempt(lambda: check_prompts(pipe, placed))
+    attempt.end()
+    asked = [text for _, text in placed]
     loras = parameters.used(LORA.value)
     try:
         out.mkdir(parents=True, exist_ok=True)

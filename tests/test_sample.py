@@ -164,10 +164,18 @@ def test_pictures_to_edit_and_prompts_that_cannot_be_had_are_said(random_model, 
     Image.new("RGB", (64, 64)).save(tmp_path / "a.png")
     (tmp_path / "empty.txt").write_text("\n \n")
     command = ("sample", f"--model={random_model}", f"--out={tmp_path / 'out'}")
-    edit = run_program(*command, "--prompt=x", f"--reference={tmp_path / 'a.png'}")
+    (tmp_path / "long.txt").write_text("a\n\n" + f"{'b ' * 3000}\n{'c ' * 3000}\n")
+    edit = run_program(
+        *command, "--prompt=x", f"--reference={tmp_path / 'a.png'}", "--height=17",
+        f"--prompts={tmp_path / 'long.txt'}",
+    )  # fmt: skip
     assert edit.returncode == 2 and "zimage edit no pictures" in edit.stderr
-    empty = run_program(*command, f"--prompts={tmp_path / 'empty.txt'}")
+    assert "image height 17" in edit.stderr
+    assert all(f"long.txt:{n}: the prompt '{x} " in edit.stderr for n, x in ((3, "b"), (4, "c")))
+    references = [f"--reference={tmp_path / name}.png" for name in "xy"]
+    empty = run_program(*command, f"--prompts={tmp_path / 'empty.txt'}", *references)
     assert empty.returncode == 2 and "empty.txt: is empty" in empty.stderr
+    assert all(f"{name}.png: no such picture" in empty.stderr for name in "xy")
     assert not (tmp_path / "out").exists()
 
 
