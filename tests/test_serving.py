@@ -232,6 +232,8 @@ def test_the_page_answers(studio, random_model, folder, run):
             client.predict(" ", *asked[1:], api_name=f"/{page.DRAW}")
         with pytest.raises(AppError, match="prompt: is empty"):  # all fields were emptied
             client.predict(*[None] * 7, api_name=f"/{page.DRAW}")
+        with pytest.raises(AppError, match="Seed: 'many' is no number"):
+            client.predict(PROMPT, "many", *asked[2:], api_name=f"/{page.DRAW}")
         done, table, grids = client.predict(api_name=f"/{page.WATCH}")
         assert done["confidences"][0]["confidence"] == pytest.approx(0.4)
         assert ["loss", "0.125"] in table["data"] and len(grids) == 2

@@ -12,6 +12,7 @@ from typing import Any
 from PIL import Image
 
 from dopsd_jax.common.errors import UserError
+from dopsd_jax.common.json_fields import is_number
 from dopsd_jax.data.images import open_image
 from dopsd_jax.reporting import parameters
 from dopsd_jax.serving.drawing import Studio, numbers
@@ -79,6 +80,20 @@ def _told(ui: ModuleType, action: Callable) -> Any:
         raise ui.Error(str(error), print_exception=False) from None
 
 
+def _whole(ui: ModuleType, value: int, label: str, **bounds: int) -> Any:
+    """A field of a whole number. Text from a client is told; gradio compares it with bounds."""
+    field = ui.Number(value, label=label, precision=0, **bounds)
+    read = field.preprocess
+
+    def checked(payload: Any) -> Any:
+        if payload is not None and not is_number(payload):
+            raise ui.Error(f"{label}: {payload!r} is no number", print_exception=False)
+        return read(payload)
+
+    field.preprocess = checked
+    return field
+
+
 def _draw_tab(ui: ModuleType, page: Any, studio: Studio) -> None:
     names = list(studio.files())
     with ui.Row():
@@ -87,14 +102,12 @@ def _draw_tab(ui: ModuleType, page: Any, studio: Studio) -> None:
             loras = ui.Dropdown(names, value=names[:1], multiselect=True, label="LoRA")
             strengths = ui.Textbox("1", label="Strengths, such as 0.5, 0.8, 1")
             with ui.Row():
-                seed = ui.Number(0, label="Seed", precision=0, minimum=0, maximum=2**32 - 1)
-                steps = ui.Number(
-                    studio.pipe.family.DEPLOYED_STEPS, label="Steps", precision=0, minimum=1
-                )
+                seed = _whole(ui, 0, "Seed", minimum=0, maximum=2**32 - 1)
+                steps = _whole(ui, studio.pipe.family.DEPLOYED_STEPS, "Steps", minimum=1)
             with ui.Row():
                 size = studio.pipe.own_size
-                width = ui.Number(size, label="Width", precision=0, minimum=1)
-                height = ui.Number(size, label="Height", precision=0, minimum=1)
+                width = _whole(ui, size, "Width", minimum=1)
+                height = _whole(ui, size, "Height", minimum=1)
             button = ui.Button("Draw", variant="primary")
             more = ui.Button("Look for new files", size="sm")
         with ui.Column(scale=3, min_width=320):
