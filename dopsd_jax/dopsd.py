@@ -92,7 +92,7 @@ class Compared(NamedTuple):
     power: Float[Array, " 2"]
 
 
-# How much each place of a sample counts, 1 on average; None: every place 1.
+# How much each place of a sample counts, 1 on average over a batch; None: every place 1.
 Region = Float[Array, "b h w 1"] | None
 # distance(prediction, target, region) of velocities [b, h, w, c]: one number, the mean over the
 # samples.

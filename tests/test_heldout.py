@@ -1,22 +1,35 @@
 """Knowing when to stop: pictures that are not trained on, the ranking, the end of a run."""
 
+import functools
 import json
+from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
+import jax
 import numpy as np
 import pytest
-from conftest import RANDOM_CONFIG, problems_of, run_program
+from conftest import RANDOM_CONFIG, problems_of, relative_error, run_program
 from etils import epath
+from test_dopsd import GRID, SHAPE, toy_denoiser, world
 
+from dopsd_jax import dopsd
+from dopsd_jax.conditioning.features import Features
 from dopsd_jax.config import schema
 from dopsd_jax.config.fields import defaults
 from dopsd_jax.data import holdout
 from dopsd_jax.data.buckets import Bucket, Shape
+from dopsd_jax.data.dataset import Dataset
 from dopsd_jax.data.images import ImageInfo
+from dopsd_jax.data.loader import BatchIndex
 from dopsd_jax.data.picture_index import Infos
+from dopsd_jax.data.table import Table
 from dopsd_jax.evaluation import checkpoint_scores
+from dopsd_jax.methods.flow_matching import start_noise
+from dopsd_jax.parallel import sharding
 from dopsd_jax.run import build, heldout
+from dopsd_jax.training import train_step
 from dopsd_jax.training.ranking import BEST, FILE, GAP, Order, Ranking, copy_best
 from dopsd_jax.training.state import TrainState
 
@@ -54,16 +67,101 @@ def test_the_split_is_of_pictures_and_does_not_depend_on_the_order_of_rows():
     assert holdout.split(dataset(digests), 0, 1)[1] == {}
 
 
-@pytest.mark.parametrize("size", [1, 2, 4])
-def test_shapes_count_as_their_rows(size):
-    """However their batches are filled up."""
-    small, large = Shape(Bucket(64, 64)), Shape(Bucket(64, 80))
-    held = {small: np.arange(5), large: np.arange(5, 6)}
-    index = lambda shape: SimpleNamespace(shape=shape)
-    batches = [index(shape) for shape, ids in held.items() for _ in range(-(-len(ids) // size))]
-    found = holdout.shares(batches, held)
-    of = lambda shape: sum(f for f, b in zip(found, batches, strict=True) if b.shape == shape)
-    assert of(small) == pytest.approx(5) and of(large) == pytest.approx(1)
+HELD = {Shape(Bucket(64, 64)): np.array([1, 3, 4, 5, 7]), Shape(Bucket(64, 80)): np.array([6])}
+
+
+def held_batches(size):
+    """Batches of `HELD`; each row has a caption that is not trained, and two that are."""
+    table = Table(("long", "short"))
+    for n in range(8):
+        table.append(f"{n}.png", [("long", "none"), ("short", "first"), ("short", "second")])
+    return holdout.batches(Dataset(table, Infos(), (), ("short",), ()), HELD, size)
+
+
+@pytest.mark.parametrize("size", [1, 2, 4, 8])
+def test_every_held_row_counts_once_with_its_first_caption(size):
+    """However the batches are filled up."""
+    found, counted = held_batches(size), Counter()
+    for n, (index, count) in enumerate(zip(found, holdout.counts(found), strict=True)):
+        assert index.n == n and len(index.rows) == size
+        assert index.captions.tolist() == [1] * size and index.prompt_keys == ("short",) * size
+        assert set(index.rows) <= set(HELD[index.shape]) and np.mean(index.weights) == 1
+        for row, weight in zip(index.rows.tolist(), index.weights, strict=True):
+            counted[row] += count * weight / size
+    assert counted == pytest.approx(dict.fromkeys([1, 3, 4, 5, 6, 7], 1.0))
+
+
+@pytest.mark.parametrize("masks", [(), ("", "x")])
+def test_a_row_counts_as_its_batch_says(masks):
+    """In each of its places, and with a mask too."""
+    own = SimpleNamespace(
+        dataset=SimpleNamespace(masks=masks, buckets=[Bucket(64, 48)] * 2),
+        needs=SimpleNamespace(target=False, prior=False),
+        contexts=lambda captions, given: None,
+        pipe=SimpleNamespace(latent_shape=lambda height, width: (height // 8, width // 8, 4)),
+        store=SimpleNamespace(mask=lambda row: np.array([[255] * 4 + [0] * 4] * 6, np.uint8)),
+        floor=0.0,
+    )
+    own.regions = functools.partial(Features.regions, own)
+    index = BatchIndex(0, None, np.array([0, 1]), ("-",) * 2, np.array([0, 0]))
+    plain = own.regions([0, 1]) if masks else np.ones((2, 6, 8, 1))
+    found = Features.batch(own, replace(index, weights=(0.5, 1.5)), 2).region
+    np.testing.assert_array_equal(found[:, 0], plain * np.reshape([0.5, 1.5], (2, 1, 1, 1)))
+    assert (Features.batch(own, index, 2).region is None) == (not masks)
+    part = replace(index, weights=(0.5, 1.5)).part(np.array([1]), 1)
+    assert part.weights == (1.5,)
+
+
+def test_the_gap_is_the_root_of_the_mean_over_all_held_rows():
+    """A row's square is its number here."""
+    config, seen = defaults(), []
+    config.batch_size = 2
+
+    def gap(state, base, batch, key, latent):
+        rows, weights = (np.asarray(x[0]) for x in batch)
+        seen.append((state, base, jax.random.key_data(key).tolist(), latent))
+        return np.mean(rows * weights)
+
+    own = SimpleNamespace(
+        config=config,
+        batches=held_batches(2),
+        mesh=sharding.make_mesh({"data": 1}, jax.devices()[:1]),
+        pipe=SimpleNamespace(
+            split=(0, 1, "base"), latent_shape=lambda height, width: (height // 8, width // 8, 4)
+        ),
+        features=SimpleNamespace(
+            batch=lambda index, n: tuple(
+                np.array(x, float).reshape(n, -1) for x in (index.rows, index.weights)
+            )
+        ),
+        plan=SimpleNamespace(gap=gap),
+    )
+    found = [heldout.Heldout._gap(own, state) for state in ("one", "other")]
+    assert found == pytest.approx([np.mean([1, 3, 4, 5, 7, 6]) ** 0.5] * 2)
+    states, bases, keys, latents = zip(*seen, strict=True)
+    assert states == ("one",) * 4 + ("other",) * 4 and set(bases) == {"base"}
+    assert keys[:4] == keys[4:] and len({*map(tuple, keys)}) == 4  # for every checkpoint the same
+    assert latents[:4] == ((2, 8, 8, 4),) * 3 + ((2, 10, 8, 4),)
+
+
+@pytest.mark.parametrize("weights", ["live", "ema"])
+def test_the_gap_of_a_batch_is_that_of_the_method(weights):
+    """With the noise of its key; nothing is learned."""
+    base, student, other, contexts, _ = world()
+
+    def method(student, teacher, base, contexts, noise, key):
+        nodes = dopsd.make_nodes(GRID, "x0", "all", key)
+        own = student, teacher, base, contexts, noise, nodes
+        return dopsd.loss_and_gradient(toy_denoiser(), *own)
+
+    kept, key = None if weights == "live" else other, jax.random.key(4)
+    gap = train_step.make_gap(method, start_noise)
+    batch = jax.tree.map(lambda x: x[None], contexts)
+    found = gap(TrainState(5, student, kept, None), base, batch, key, latent=SHAPE)
+    noise = start_noise(jax.random.split(key)[0], SHAPE)
+    teacher = student if kept is None else kept
+    losses, _ = jax.jit(method)(student, teacher, base, contexts, noise, key)
+    assert relative_error(found, losses.mse.mean()) < 1e-6
 
 
 def test_the_gap_is_of_all_nodes_where_steps_draw_some(monkeypatch):

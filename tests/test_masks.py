@@ -74,6 +74,15 @@ def test_a_white_mask_changes_nothing_and_another_one_does(name):
     assert relative_error(run(name, HALF)[0].total, plain[0].total) > 1e-4
 
 
+@pytest.mark.parametrize("name", METHODS)
+def test_the_gap_is_the_mean_over_rows_that_count(name):
+    """As the batches of held-out rows say it, which are filled up."""
+    weights = 3 * np.eye(3, dtype=np.float32)[..., None, None, None]
+    alone = [run(name, own * np.ones((*SHAPE[:3], 1), np.float32))[0].mse for own in weights]
+    assert relative_error(np.mean(alone, 0), run(name, None)[0].mse) < 1e-6
+    assert np.std(alone, 0).min() > 1e-3
+
+
 def test_what_is_black_has_no_gradient():
     target = np.array(world()[3].target)
     target[:, 2:] += 5.0  # noised, it changes no state where the mask is white: the toy is local

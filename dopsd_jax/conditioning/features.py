@@ -256,17 +256,23 @@ class Features:
         """The clean latents of rows of one bucket."""
         return np.stack([self.store.latent(row) for row in rows])
 
-    def regions(self, rows: Iterable[int]) -> Float[np.ndarray, "b h w 1"] | None:
-        """How much each place of rows of one bucket counts; None without config.data.masks."""
-        if not self.dataset.masks:
+    def regions(
+        self, rows: Sequence[int], weights: Sequence[float] = ()
+    ) -> Float[np.ndarray, "b h w 1"] | None:
+        """How much each place of rows of one bucket counts; None: all the same.
+
+        By config.data.masks and by `weights` of the rows; without these a row counts 1.
+        """
+        if not self.dataset.masks and not weights:
             return None
         found = []
-        for row in rows:
+        for row, weight in itertools.zip_longest(rows, weights, fillvalue=1.0):
             width, height = self.dataset.buckets[row]
-            if self.dataset.masks[row]:
-                found.append(region(self.store.mask(row), self.floor))
+            if self.dataset.masks and self.dataset.masks[row]:
+                own = region(self.store.mask(row), self.floor)
             else:
-                found.append(np.ones((*self.pipe.latent_shape(height, width)[:2], 1), np.float32))
+                own = np.ones((*self.pipe.latent_shape(height, width)[:2], 1), np.float32)
+            found.append(np.float32(weight) * own)
         return np.stack(found)
 
     def batch(self, index: BatchIndex, accumulate: int) -> Batch:
@@ -281,7 +287,7 @@ class Features:
             self.contexts(captions, given),
             self.latents(rows) if self.needs.target else None,
             self._prior(captions) if self.needs.prior else None,
-            self.regions(rows),
+            self.regions(rows, index.weights),
         )
         return jax.tree.map(lambda x: x.reshape(accumulate, -1, *x.shape[1:]), whole)
 

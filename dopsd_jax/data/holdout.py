@@ -2,7 +2,6 @@
 
 import hashlib
 import heapq
-from collections import Counter
 from collections.abc import Mapping, Sequence
 
 import numpy as np
@@ -55,21 +54,24 @@ def _digests(dataset: Dataset) -> list[str]:
 def batches(dataset: Dataset, held: RowsByShape, size: int) -> list[BatchIndex]:
     """The rows of `held` with their first caption, in batches of `size` of one shape.
 
-    The last batch of a shape is filled up with rows from its start; see `shares`.
+    The last batch of a shape is filled up with rows from its start, which do not count again.
     """
     found = []
     for shape, ids in held.items():
-        for rows in np.resize(ids, (-(-len(ids) // size), size)):
+        count = -(-len(ids) // size)
+        new = (np.arange(count * size) < len(ids)).reshape(count, size)
+        weights = new / new.mean(1, keepdims=True)
+        for rows, own in zip(np.resize(ids, (count, size)), weights.tolist(), strict=True):
             captions = [dataset.caption(row, dataset.prompt_keys)[1] for row in rows.tolist()]
             keys = tuple(
                 dataset.rows[row].captions[caption][0]
                 for row, caption in zip(rows.tolist(), captions, strict=True)
             )
-            found.append(BatchIndex(len(found), shape, rows, keys, np.array(captions, np.int64)))
+            chosen = rows, keys, np.array(captions, np.int64)
+            found.append(BatchIndex(len(found), shape, *chosen, weights=tuple(own)))
     return found
 
 
-def shares(batches: Sequence[BatchIndex], held: RowsByShape) -> list[float]:
-    """What each of these batches counts for: together those of a shape count as its rows."""
-    number = Counter(index.shape for index in batches)
-    return [len(held[index.shape]) / number[index.shape] for index in batches]
+def counts(batches: Sequence[BatchIndex]) -> list[int]:
+    """How many rows of each of these batches count."""
+    return [int(np.count_nonzero(index.weights)) for index in batches]

@@ -30,7 +30,8 @@ class BatchIndex:
     """What batch `n` holds: rows of one shape, and for each its prompt key and caption.
 
     `captions[i]` is an index into the captions of row `rows[i]`. `dropped[i]`: whether its student
-    gets the row's empty caption instead; empty: none does.
+    gets the row's empty caption instead; empty: none does. `weights[i]`: how much the row counts, 1
+    on average over the whole batch; empty: each counts 1.
     """
 
     n: int
@@ -39,6 +40,7 @@ class BatchIndex:
     prompt_keys: tuple[str, ...]
     captions: Int64[np.ndarray, " b"]
     dropped: tuple[bool, ...] = ()
+    weights: tuple[float, ...] = ()
 
     def part(self, places: Int64[np.ndarray, " p"], accumulate: int) -> "BatchIndex":
         """What one process loads: `places` of each of the batch's `accumulate` micro-batches."""
@@ -52,6 +54,7 @@ class BatchIndex:
             prompt_keys=tuple(self.prompt_keys[i] for i in own),
             captions=self.captions[own],
             dropped=tuple(self.dropped[i] for i in own) if self.dropped else (),
+            weights=tuple(self.weights[i] for i in own) if self.weights else (),
         )
 
 

@@ -35,7 +35,7 @@ class Batch(NamedTuple):
     """What a method learns from; None where it has no use for it.
 
     target: clean latents of the data set's pictures. prior: the context of the class prompts.
-    region: the places of a frame that count; without config.data.masks there is none.
+    region: the places that count, by config.data.masks and by the batch's rows; None: all the same.
     """
 
     contexts: Contexts

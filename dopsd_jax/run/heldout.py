@@ -71,7 +71,6 @@ class Heldout:
         self.config, self.workdir, self.pipe, self.mesh = config, workdir, pipe, mesh
         self.features, self.plan, self.say, self.judge = features, plan, say, judge
         self.batches = holdout.batches(features.dataset, held, config.batch_size)
-        self.shares = holdout.shares(self.batches, held)
         self.anchor_gaps: list[float] = []
         stop, every = config.stop, config.checkpoint_every
         of = holdout.digest(features.dataset, held)
@@ -139,7 +138,7 @@ class Heldout:
             with jax.set_mesh(self.mesh):
                 batch = sharding.put_batch(batch, self.mesh, self.config.batch_size)
                 squares.append(self.plan.gap(state, base, batch, key, latent=latent))
-        return math.sqrt(np.average(jax.device_get(squares), weights=self.shares))
+        return math.sqrt(np.average(jax.device_get(squares), weights=holdout.counts(self.batches)))
 
     def result(self) -> list[str]:
         """What to say at the end."""
