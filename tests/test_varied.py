@@ -2,14 +2,18 @@
 
 from pathlib import Path
 
+import jax
 import numpy as np
 import pytest
 from test_loader import make, same
+from test_methods import open_features, write_rows
 from test_prepared import write
 
+from dopsd_jax.data.loader import BatchIndex
 from dopsd_jax.data.prepared import Prepared
 from dopsd_jax.data.table import DataRow
 from dopsd_jax.data.varied import EMPTY, CaptionVariants, Varied, tag_orders
+from dopsd_jax.families.base import STUDENT
 
 
 def test_orders_of_tags_are_distinct_and_always_the_same():
@@ -74,3 +78,19 @@ def test_prepared_rows_keep_their_empty_captions(tmp_path):
     assert prepared.prompt_keys == ("short_en",)
     assert prepared.rows[1].captions == (("short_en", "short_en 1"), (EMPTY, f"{EMPTY} 1"))
     assert len(prepared.load((1, 1))) == 2
+
+
+def test_a_dropped_caption_is_the_students_alone(random_model, tmp_path):
+    path = write_rows(tmp_path / "rows", {"text": "a dog"}, {"text": "a cat"})
+    features = open_features(random_model, path, tmp_path, data__caption_dropout=0.5)
+    own = 0, features.dataset.shape(0), np.array([1, 0]), ("-",) * 2, np.array([0, 0])
+    plain, found = (
+        features.batch(BatchIndex(*own, dropped=dropped), 1).contexts
+        for dropped in ((), (True, False))
+    )
+    jax.tree.map(np.testing.assert_array_equal, plain.teacher, found.teacher)
+    for place, text in enumerate(("", "a dog")):
+        told = features.pipe.features(STUDENT, text)["features"]
+        assert found.student.lengths[0, place] == len(told)
+        ours = found.student.features[0, place, : len(told)]
+        np.testing.assert_allclose(ours, told, rtol=1e-5, atol=1e-5)
