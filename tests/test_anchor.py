@@ -103,7 +103,7 @@ LATENT = SHAPE
 ROWS = 2  # micro-batches
 
 
-def pieces(start="off", share=0.25, weights="ema"):
+def pieces(start="off", share=0.25, weights="ema", count=1):
     base, adapters, _, contexts, _ = world()
     net, teacher = toy_denoiser(), Teacher(weights, decay=0.5)
 
@@ -120,15 +120,16 @@ def pieces(start="off", share=0.25, weights="ema"):
         start=start, anchor=train_step.Anchor(held, share) if share else None,
     )  # fmt: skip
     batch = jax.tree.map(lambda x: jnp.stack([x] * ROWS), contexts)
-    prompts = jax.random.normal(jax.random.key(9), (1, 2, 3))
+    prompts = jax.random.normal(jax.random.key(9), (count, 2, 3))
     return step, tx, teacher, base, adapters, batch, prompts
 
 
-def move(start="off", share=0.25, student=None, with_anchors=True):
-    """(what one step of rate 1 takes away, metrics)."""
-    step, tx, teacher, base, adapters, batch, prompts = pieces(start, share)
+def move(start="off", share=0.25, student=None, with_anchors=True, asked=None, count=1):
+    """(what one step of rate 1 takes away, metrics); `asked`: a teacher that is not the student."""
+    step, tx, teacher, base, adapters, batch, prompts = pieces(start, share, count=count)
     adapters = adapters if student is None else student
     begun = state.create(adapters, teacher, tx, start == "copy")
+    begun = begun if asked is None else begun._replace(teacher=asked)
     given = prompts if with_anchors else None
     new, metrics = step(begun, base, batch, 0, given, latent=LATENT)
     return jax.tree.map(lambda a, b: np.asarray(a - b), adapters, new.student), metrics
@@ -144,19 +145,27 @@ def test_the_gradient_is_the_weighted_mean_of_rows_and_anchors():
         assert np.abs(a).max() > 1e-3 and relative_error(a, b) < 1e-4
 
 
-def test_the_anchors_gradient_is_that_of_the_method_with_the_same_prompt_and_the_start():
-    """Their micro-batch is the one after the rows', and has its noise."""
-    rows, _ = move(share=0.5, with_anchors=False)
-    both, metrics = move(share=0.5)
-    *_, base, adapters, _, prompts = pieces()
-    noise_key, _ = jax.random.split(jax.random.fold_in(state.step_key(0, 0), ROWS))
-    noise = start_noise(noise_key, (2, *LATENT[1:]))
-    context = dopsd.Contexts(prompts[0], prompts[0])
-    nodes = dopsd.make_nodes(GRID, "x0", "all", noise_key)
-    off = jax.tree.map(jnp.zeros_like, adapters)
-    losses, expected = dopsd.loss_and_gradient(
-        toy_denoiser(), adapters, off, base, context, noise, nodes
-    )
+@pytest.mark.parametrize(("start", "count"), [("off", 1), ("off", 2), ("teacher", 1)])
+def test_the_anchors_gradient_is_that_of_the_method_with_the_same_prompt_and_the_start(
+    start, count
+):
+    """Their micro-batches are those after the rows', and have their noise; their mean counts."""
+    rows, _ = move(share=0.5, with_anchors=False, asked=world()[2])
+    both, metrics = move(start, share=0.5, asked=world()[2], count=count)
+    *_, base, adapters, _, prompts = pieces(count=count)
+    held = world()[2] if start == "teacher" else jax.tree.map(jnp.zeros_like, adapters)
+
+    @jax.jit
+    def alone(number, prompts):
+        noise_key, _ = jax.random.split(jax.random.fold_in(state.step_key(0, 0), number))
+        noise = start_noise(noise_key, (2, *LATENT[1:]))
+        context = dopsd.Contexts(prompts, prompts)
+        nodes = dopsd.make_nodes(GRID, "x0", "all", noise_key)
+        own = adapters, held, base, context, noise, nodes
+        return dopsd.loss_and_gradient(toy_denoiser(), *own)
+
+    each = [alone(ROWS + i, own) for i, own in enumerate(prompts)]
+    losses, expected = jax.tree.map(lambda *own: sum(own) / count, *each)
     for b, r, e in zip(*map(jax.tree.leaves, (both, rows, expected)), strict=True):
         assert np.abs(e).max() > 1e-3 and relative_error((b - 0.5 * r) / 0.5, e) < 1e-5
     assert relative_error(metrics["anchor_loss"], losses.total) < 1e-6
