@@ -6,6 +6,7 @@ import itertools
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 from conftest import relative_error
 
@@ -238,15 +239,15 @@ def test_wrong_settings_are_named(call, field):
         call()
 
 
-def run_steps(teacher, count=5, config=CONFIG, micro=1, loss_steps="all"):
+def run_steps(teacher, count=5, config=CONFIG, micro=1, loss_steps="all", seed=3, tx=None):
     base, student, _, contexts, _ = world()
-    tx, net = optimizers.optimizer(config), toy_denoiser()
+    tx, net = optimizers.optimizer(config) if tx is None else tx, toy_denoiser()
 
     def method(student, target, base, contexts, noise, key):
         the_nodes = dopsd.make_nodes(GRID, "x0", loss_steps, key)
         return dopsd.loss_and_gradient(net, student, target, base, contexts, noise, the_nodes)
 
-    step = train_step.make_step(method, tx, teacher, optimizers.schedule(config), seed=3)
+    step = train_step.make_step(method, tx, teacher, optimizers.schedule(config), seed)
     batch = jax.tree.map(lambda x: jnp.stack([x] * micro), contexts)
     now, history = state.create(student, teacher, tx), []
     for _ in range(count):
@@ -303,7 +304,11 @@ def test_noise_of_a_step_depends_on_seed_and_step_only():
     first = run_steps(state.Teacher("frozen"), count=3)[1]
     again = run_steps(state.Teacher("frozen"), count=2)[1]
     jax.tree.map(np.testing.assert_array_equal, first[:2], again)
-    assert not np.array_equal(first[0][2]["loss"], first[1][2]["loss"])
+    other = run_steps(state.Teacher("frozen"), count=1, seed=4)[1]
+    assert abs(other[0][2]["loss"] / first[0][2]["loss"] - 1) > 1e-3
+    one, two = run_steps(state.Teacher("frozen"), count=2, tx=optax.sgd(0.0))[1]
+    jax.tree.map(np.testing.assert_array_equal, one[0], two[0])  # the step alone differs
+    assert abs(one[2]["loss"] / two[2]["loss"] - 1) > 1e-3
 
 
 def test_learning_rate_schedules():
@@ -316,5 +321,8 @@ def test_learning_rate_schedules():
     assert at(5, lr_schedule="linear") == pytest.approx(0.05)
     assert at(10, lr_schedule="cosine") == pytest.approx(0.0, abs=1e-9)
     assert at(0, warmup_steps=1) == pytest.approx(0.1)
+    for falling in ("linear", "cosine"):  # from the end of the warm-up to the last step
+        after = [at(s, warmup_steps=4, lr_schedule=falling) for s in (3, 4, 7, 10)]
+        assert after == pytest.approx([0.1, 0.1, 0.05, 0.0], abs=1e-8)
     with pytest.raises(UserError, match="lr_schedule"):
         at(0, lr_schedule="step")
