@@ -79,6 +79,7 @@ setup(
             *DOCS,
             "nbclient>=0.10",  # runs examples/notebook.ipynb
             "ipykernel>=6",
+            "matplotlib",  # draws the figures of benchmarks/paper.py
             "ruff==0.17.6",  # as .pre-commit-config.yaml and .ci/run have it
         ],
         "eval": ["torch"],  # dopsd_jax.evaluate on real data sets: CLIP-S, DINO-D, LPIPS-D

@@ -213,7 +213,6 @@ def test_a_run_goes_through_the_programs_of_today(tmp_path, monkeypatch):
 
 
 def test_the_figure_of_pictures_is_not_drawn_anew_from_some_of_them(tmp_path, capsys):
-    pytest.importorskip("matplotlib")
     import paper_figures
 
     kept, strips = tmp_path / "pictures.png", tmp_path / "strips"
