@@ -10,6 +10,7 @@ from collections import Counter
 from typing import NamedTuple
 
 import jax
+import program_work
 import pytest
 
 from dopsd_jax import dopsd, families
@@ -79,14 +80,14 @@ def compiled(name: str, remat: str) -> Step:
 
 def executed(own: Step) -> float:
     """Products that run, in those that are counted."""
-    return program_text.product_flops(own.text) / own.report.work.executed
+    return program_work.product_flops(own.text) / own.report.work.executed
 
 
 def reads(own: Step) -> dict[tuple[int, ...], float]:
     """How often each kernel of the deepest stack is read in a step, by its shape."""
     kernels = Counter(leaf.shape for leaf in jax.tree.leaves(own.program.base) if deepest(leaf))
     assert len(kernels) > 1
-    return {shape: program_text.reads(own.text, shape) / count for shape, count in kernels.items()}
+    return {shape: program_work.reads(own.text, shape) / count for shape, count in kernels.items()}
 
 
 def deepest(leaf) -> bool:
