@@ -38,7 +38,7 @@ def test_a_d_opsd_record_gives_its_first_picture_and_all_its_captions(tmp_path):
     assert rows.prompt_keys == UPSTREAM_KEYS
     assert row.captions == tuple((key, f"{key} of 马") for key in UPSTREAM_KEYS)
     assert row.where.endswith("train.jsonl:1")
-    assert row.declared_size == (1264, 832)  # width first
+    assert rows.rows.declared_sizes([0]).tolist() == [[1264, 832]]  # width first
     assert "prompt keys short_en, medium_en" in rows.notes[0]
 
 
@@ -177,7 +177,8 @@ def test_the_declared_size_is_read_by_its_own_order(tmp_path, key):
     touch_images(tmp_path, "a.png")
     record = {"path": "a.png", "text": "x", key: ["832*1264", "1*1"]}
     rows = load_rows(write_jsonl(tmp_path / "d.jsonl", record))
-    assert rows.rows[0].declared_size == ((1264, 832) if key == "h*w" else (832, 1264))
+    expected = [1264, 832] if key == "h*w" else [832, 1264]
+    assert rows.rows.declared_sizes([0]).tolist() == [expected]
 
 
 def test_a_declared_size_that_is_none_is_told_and_not_used(tmp_path):
@@ -185,7 +186,7 @@ def test_a_declared_size_that_is_none_is_told_and_not_used(tmp_path):
     records = [{"path": "a.png", "text": "x", "h*w": size} for size in ("832x1264", 7, "1*1")]
     rows = load_rows(write_jsonl(tmp_path / "d.jsonl", *records))
     assert any("is not a size" in note and "lines 1, 2;" in note for note in rows.notes)
-    assert [row.declared_size for row in rows.rows] == [None, None, (1, 1)]
+    assert rows.rows.declared_sizes(range(3)).tolist() == [[0, 0], [0, 0], [1, 1]]
 
 
 # --- folders

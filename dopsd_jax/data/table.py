@@ -45,8 +45,7 @@ _IN_NONE = (-1, 0, 0)  # of a picture that is in no archive
 class DataRow:
     """One picture with its captions as (key, text); several captions may share a key.
 
-    `where` names the row in messages. `declared_size` is the (width, height) that a record claims;
-    it is only compared with the file. `references`: pictures that are edited to this one.
+    `where` names the row in messages. `references`: pictures that are edited to this one.
     `concept`: what the table says that it shows; empty: nothing. `mask`: a file that says which
     places count.
     """
@@ -54,7 +53,6 @@ class DataRow:
     image: Image
     captions: Captions
     where: str
-    declared_size: tuple[int, int] | None = None
     references: tuple[Path, ...] = ()
     view: View = WHOLE
     concept: str = ""
@@ -182,12 +180,10 @@ class Table(RowList):
         i = range(len(self))[i]
         own = (i,)
         ((image, *references),) = self.pictures(own)
-        size = (self._sizes[2 * i], self._sizes[2 * i + 1])
         return DataRow(
             Path(image) if isinstance(image, str) else image,
             *self.captions(own),
             self.where(i),
-            size if all(size) else None,
             tuple(map(Path, references)),
             *self.views(own),
             self._concepts[i],
