@@ -1,5 +1,7 @@
 """What an installation offers: the programs, their names, the shipped configurations."""
 
+import ast
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -47,6 +49,17 @@ def test_an_unknown_program_is_one_line():
 def test_a_program_starts_by_its_name(tmp_path):
     code, out, _ = run("convert", "inspect", "--help")
     assert code == 0 and "usage" in out
+
+
+def test_messages_name_nothing_that_only_a_clone_has():
+    found = []
+    for path in PACKAGE.rglob("*.py"):
+        nodes = list(ast.walk(ast.parse(path.read_text())))
+        docstrings = {id(node.value) for node in nodes if isinstance(node, ast.Expr)}
+        texts = [node for node in nodes if isinstance(node, ast.Constant)]
+        texts = [str(node.value) for node in texts if id(node) not in docstrings]
+        found += [t for t in texts if re.search(r"\b(tools|benchmarks|tests)/\w+", t)]
+    assert not found
 
 
 def test_shipped_configurations_are_found_by_name(tmp_path, monkeypatch):

@@ -10,8 +10,10 @@ from ml_collections.config_dict import RequiredValueError
 from dopsd_jax.common.errors import UserError, raise_if
 from dopsd_jax.common.files import read_text
 from dopsd_jax.config.fields import declared
-from dopsd_jax.config.find import find_config
+from dopsd_jax.config.find import find_config, shipped
 from dopsd_jax.config.schema import unknown
+
+EXAMPLE = shipped("configs", "zimage.py")
 
 
 def load(spec: str, changes: Mapping[str, str] = {}) -> ConfigDict:
@@ -26,13 +28,11 @@ def load(spec: str, changes: Mapping[str, str] = {}) -> ConfigDict:
     _told(path, lambda: exec(compile(text, path, "exec"), space))
     get_config = space.get("get_config")
     if not callable(get_config):
-        raise UserError(f"{path}: has no function get_config; see configs/zimage.py")
+        raise UserError(f"{path}: has no function get_config; see {EXAMPLE}")
     config = _told(path, lambda: get_config(argument) if colon else get_config())
     if not isinstance(config, ConfigDict | dict):
         kind = type(config).__name__
-        raise UserError(
-            f"{path}: get_config returned {kind}, not a ConfigDict; see configs/zimage.py"
-        )
+        raise UserError(f"{path}: get_config returned {kind}, not a ConfigDict; see {EXAMPLE}")
     raise_if(f"{path}: {fault}" for fault in _told(path, lambda: _never(config)))
     fields = _told(path, config.to_dict) if isinstance(config, ConfigDict) else config
     config = _told(path, lambda: ConfigDict(fields, type_safe=False))

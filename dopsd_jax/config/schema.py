@@ -142,12 +142,12 @@ def _full(given: Mapping[str, Any]) -> list[str]:
     if given["base_dtype"] != "float32":
         faults.append(
             f"config.base_dtype: {given['base_dtype']} with config.train = full, which trains "
-            "every parameter in float32; set it to float32, or use configs/zimage.py:full"
+            "every parameter in float32; set it to float32, or use --config zimage:full"
         )
     if given["lora.init_from"]:
         faults.append(
             "config.lora.init_from: config.train is full, there are no adapters; merge the "
-            "file into the model with tools/convert_weights.py merge and name that model"
+            "file into the model with python -m dopsd_jax.convert merge and name that model"
         )
     return faults
 
