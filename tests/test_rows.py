@@ -289,8 +289,9 @@ def test_metadata_csv_is_read_with_quotes_and_line_numbers(tmp_path):
         (b"file_name,text\na.png,x,y\n", ":2: 3 columns where the header has 2"),
         (b'file_name,text\na.png,"x\n', "broken CSV"),
         (b"file_name,text\na.png,x\na.png,caf\xe9\n", ":3: not UTF-8"),
-        (b"text,text\nx,x\n", ":1: the header names text twice"),
+        (b"text,text\nx,x\n", ":1: the header names 'text' twice"),
         (b"file_name,text\na.png,\n", "'text' is empty in lines 2"),
+        (b"file_name,text,,\n", ":1: the header names '' twice"),
         (b"file_name,text\n", "holds no rows"),
         (b"", "holds no rows"),
     ],
@@ -299,6 +300,22 @@ def test_faults_of_a_csv(tmp_path, table, problem):
     touch_images(tmp_path, "a.png")
     (tmp_path / "metadata.csv").write_bytes(table)
     assert problem in problems_of(load_rows, tmp_path)[0]
+
+
+def test_rows_between_tabs_are_all_read_or_refused(tmp_path):
+    touch_images(tmp_path, *(f"{i}.png" for i in range(4)))
+    table = tmp_path / "d.tsv"
+    table.write_text("file_name\ttext\ta,b,c\n0.png\tx, y\t1\n")
+    (row,) = load_rows(table).rows
+    assert row.captions == (("text", "x, y"),)
+    table.write_text('file_name\ttext\n0.png\t"a\n1.png\tb\n2.png\tx"\n4.png\tx\n')
+    first, second = problems_of(load_rows, table)
+    assert ":2: a field goes on to line 4, over tabs; a field that begins with a quote" in first
+    assert ":5: no such picture 4.png" in second
+    table.write_text('file_name\ttext\n0.png\t"a dog" on grass\n1.png\n')
+    first, second = problems_of(load_rows, table)
+    assert ":2: broken CSV" in first and first.endswith("must end with one")
+    assert second.endswith(":3: 1 columns where the header has 2; quote fields that contain a tab")
 
 
 def test_two_tables_in_one_folder_are_ambiguous(tmp_path):
@@ -371,5 +388,5 @@ def test_a_header_of_many_columns_is_checked_quickly(tmp_path):
     path = tmp_path / "d.csv"
     path.write_text(",".join(f"c{i}" for i in range(100_000)) + ",c1\n1,2\n")
     began = time.process_time()
-    assert "the header names c1 twice" in problems_of(load_rows, path)[0]
+    assert "the header names 'c1' twice" in problems_of(load_rows, path)[0]
     assert time.process_time() - began < 5

@@ -38,6 +38,9 @@ _SIZE = re.compile(r"\s*(\d{1,7})\s*\*\s*(\d{1,7})\s*")
 MAX_LINE = 16 << 20  # bytes
 MAX_JSON = 256 << 20  # bytes of a table that is one JSON value; a .jsonl has no limit
 
+SEPARATORS = {",": "a comma", ";": "a semicolon", "\t": "a tab"}
+QUOTES = "a field that begins with a quote must end with one"
+
 # Number and object of a row; a string in the object's place says what is wrong with it.
 NumberedRow = tuple[int, dict | str]
 
@@ -180,37 +183,61 @@ def _json_rows(path: Path) -> Iterator[NumberedRow]:
 
 
 def _csv_rows(path: Path) -> Iterator[NumberedRow]:
-    """Rows of separated values under a header; the separator is the header's: , ; or tab."""
+    """Rows of separated values under a header.
+
+    The separator is a tab in a .tsv file, else the header's: a comma, a semicolon or a tab.
+    """
     with open_regular(path) as file:
         lines = (raw.decode("utf-8") for _, raw in _lines(file))
         number, header = 1, []
         try:
             first = next(lines, "")
-            separator = max(",;\t", key=first.count)
+            tabs = path.suffix.lower() == ".tsv"
+            separator = "\t" if tabs else max(SEPARATORS, key=first.count)
             lines = itertools.chain([first], lines)
             reader = csv.reader(lines, delimiter=separator, strict=True, skipinitialspace=True)
-            header = [name.strip() for name in next(reader, [])]
+            records = _records(reader, separator)
+            number, header = next(records, (1, []))
+            if isinstance(header, str):
+                yield number, header
+                return
+            header = [name.strip() for name in header]
             twice = [name for name, times in collections.Counter(header).items() if times > 1]
             if twice:
-                yield 1, f"the header names {listing(twice)} twice; keep one column of each"
+                named = listing(map(repr, twice))
+                yield 1, f"the header names {named} twice; keep one column of each"
                 return
             number = reader.line_num
-            for fields in reader:
+            for where, fields in records:
                 number = reader.line_num
-                if not fields:
-                    continue
-                if len(fields) != len(header):
-                    yield (
-                        number,
+                if isinstance(fields, list) and len(fields) not in (0, len(header)):
+                    fields = (
                         f"{len(fields)} columns where the header has {len(header)}; "
-                        "quote fields that contain a comma",
+                        f"quote fields that contain {SEPARATORS[separator]}"
                     )
-                else:
-                    yield number, dict(zip(header, fields, strict=True))
-        except csv.Error as error:
-            yield reader.line_num, f"broken CSV ({error}); correct the line"
+                if isinstance(fields, str):
+                    yield where, fields
+                elif fields:
+                    yield where, dict(zip(header, fields, strict=True))
         except UnicodeDecodeError as error:
             yield number + 1 if header else 1, not_utf8(error)
+
+
+def _records(reader, separator: str) -> Iterator[tuple[int, list[str] | str]]:
+    """Last line and fields of each record; a string in their place says what is wrong."""
+    while True:
+        begin = reader.line_num + 1
+        try:
+            fields = next(reader)
+        except StopIteration:
+            return
+        except csv.Error as error:  # the reader goes on with the next line
+            yield reader.line_num, f"broken CSV ({error}); {QUOTES}"
+            continue
+        # Rows between two quotes that are part of captions would become one.
+        if separator == "\t" and any("\n" in field and "\t" in field for field in fields):
+            fields = f"a field goes on to line {reader.line_num}, over tabs; {QUOTES}"
+        yield begin if isinstance(fields, str) else reader.line_num, fields
 
 
 def _lines(file) -> Iterator[tuple[int, bytes]]:
