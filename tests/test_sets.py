@@ -1,6 +1,7 @@
 """Several data sets as one: their rows, keys and faults, and the proportions they are drawn in."""
 
 import json
+import os
 from collections import Counter
 from fractions import Fraction
 from pathlib import Path
@@ -83,6 +84,14 @@ def test_the_faults_of_all_sets_are_told_at_once(tmp_path):
     paths = [str(tmp_path / "none"), folder_of(tmp_path / "a", 1), str(tmp_path / "nor")]
     problems = problems_of(load_sets, [*paths, paths[1]], ())
     assert "twice" in problems[0] and "none: no such" in problems[1] and "nor: no" in problems[2]
+
+
+def test_a_set_is_the_same_by_any_path(tmp_path):
+    path = folder_of(tmp_path / "a", 1)
+    (tmp_path / "link").symlink_to(path)
+    for other in (f"{path}/", f"{path}/../a", os.path.relpath(path), str(tmp_path / "link")):
+        (problem,) = problems_of(load_sets, [path, other], ())
+        assert problem.startswith(f"data.path: names {path} twice, also as {other}; give it a")
 
 
 @pytest.mark.parametrize("weights", [["x", 1], [0, 1], [-1, 1], ["nan", 1], [1e9, 1], [1], [1] * 3])

@@ -142,10 +142,16 @@ def load_sets(paths: Sequence[str], weights: Sequence[object], **options: object
     shares = shares_of(weights, len(paths))
     if len(paths) == 1:
         return load_rows(paths[0], **options)
-    twice = [path for i, path in enumerate(paths) if path in paths[:i]]
-    problems = [f"data.path: names {path} twice; give it a weight instead" for path in twice]
+    problems: list[str] = []
+    firsts: dict[str, str] = {}  # of the paths that mean one place
+    for path in paths:
+        place = os.path.realpath(os.path.expanduser(path))
+        if place in firsts:
+            twice = "twice" if path == firsts[place] else f"twice, also as {path}"
+            problems.append(f"data.path: names {firsts[place]} {twice}; give it a weight instead")
+        firsts.setdefault(place, path)
     found: dict[str, Rows] = {}
-    for path in dict.fromkeys(paths):
+    for path in firsts.values():
         try:
             found[path] = _read(path, **options)
         except UserError as error:
