@@ -17,7 +17,7 @@ from dopsd_jax.data.buckets import Bucket
 from dopsd_jax.data.images import inspect_image, open_image
 from dopsd_jax.data.measure import measure
 from dopsd_jax.data.rows import load_rows
-from dopsd_jax.data.sources import tar
+from dopsd_jax.data.sources import tar, uncaptioned
 from dopsd_jax.data.sources.layout import Layout
 
 
@@ -134,6 +134,15 @@ def test_endings_may_be_capitals_and_follow_the_picture_s(tmp_path):
     picture(tmp_path / "b.png")
     (tmp_path / "b.png.txt").write_text("two")
     assert texts(load_rows(tmp_path)) == ["one", "two"]
+
+
+def test_two_caption_files_of_one_picture_are_refused(tmp_path):
+    captioned(tmp_path / "a.png")
+    (tmp_path / "a.TXT").write_text("two")
+    told = f"{tmp_path}/a.TXT, {tmp_path}/a.txt are captions of one picture; keep one"
+    assert problems_of(load_rows, tmp_path) == (told,)
+    for overwrite in (False, True):
+        assert uncaptioned.find(tmp_path, ".txt", overwrite=overwrite).faults == [told]
 
 
 def test_captions_in_other_files_beside_the_picture_are_named_or_read(tmp_path):

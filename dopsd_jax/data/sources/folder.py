@@ -24,7 +24,7 @@ from dopsd_jax.data.sources.files import (
 )
 from dopsd_jax.data.sources.layout import Layout, Options
 from dopsd_jax.data.sources.references import Folders
-from dopsd_jax.data.sources.sidecars import SUFFIXES, captions_beside
+from dopsd_jax.data.sources.sidecars import SUFFIXES, captions_beside, several_texts
 
 # Masks and conditions that other trainers keep beside the pictures. Those of the second kind, and
 # pictures in a folder of such a name, are taken for them only where they have no caption.
@@ -92,7 +92,7 @@ class _Reader:
     def read(self, where: str, names: list[str]) -> None:
         """Adds the pictures of one folder."""
         pictures: dict[str, list[str]] = {}
-        texts: dict[str, str] = {}
+        texts: dict[str, list[str]] = {}
         beside: dict[str, list[str]] = {}
         companions: dict[str, str] = {}
         folder = os.path.join(where, "")
@@ -103,7 +103,7 @@ class _Reader:
             if fault := unreadable(suffix):
                 self.into.problem(f"{path}: {fault}")
             elif name.lower().endswith(self.extension):
-                texts[normal(name[: -len(self.extension)])] = name
+                texts.setdefault(normal(name[: -len(self.extension)]), []).append(path)
             elif suffix in SUFFIXES:
                 beside.setdefault(normal(stem), []).append(path)
             elif (stem := stem_of(path)) is None:
@@ -126,7 +126,7 @@ class _Reader:
                 pictures.pop(stem)
         for stem, same in pictures.items():
             images = [folder + name for name in same]
-            captions, fault = self._text_of(folder, (stem, normal(same[0])), texts, beside)
+            captions, fault = self._text_of((stem, normal(same[0])), texts, beside)
             if not captions and not fault and self._is_mask(where, stem, pictures):
                 self._set_aside(images[0], is_mask(stem))
             elif len(same) > 1:
@@ -143,8 +143,8 @@ class _Reader:
             else:
                 advice = self._advice(stem, names, own_name if where != str(self.top) else "")
                 self.into.problem(f"{images[0]}: has no caption; {advice}")
-        for name in texts.values():
-            self.lonely.add(self._short(folder + name))
+        for path in (path for paths in texts.values() for path in paths):
+            self.lonely.add(self._short(path))
         for path in (path for paths in beside.values() for path in paths):
             self.others.add(self._short(path))
 
@@ -156,18 +156,19 @@ class _Reader:
 
     def _text_of(
         self,
-        folder: str,
         stems: tuple[str, ...],
-        texts: dict[str, str],
+        texts: dict[str, list[str]],
         beside: dict[str, list[str]],
     ) -> tuple[list[tuple[str, str]], str | None]:
         """The captions of a picture, or what is wrong; takes its files out of those given.
 
-        `folder` ends with a separator. `stems`: some programs write a.txt, some a.png.txt.
+        `stems`: some programs write a.txt, some a.png.txt.
         """
         for stem in stems:
             if stem in texts:
-                path = folder + texts.pop(stem)
+                path, *others = texts.pop(stem)
+                if others:
+                    return [], several_texts([path, *others])
                 captions, fault = self._captions(path)
                 return captions, fault and f"{path}: {fault}"
         for stem in stems:

@@ -48,6 +48,11 @@ def captions_beside(paths: Sequence[str], lines: bool) -> Sidecar:
     return Sidecar(next(iter(telling.values()), ()))
 
 
+def several_texts(paths: Sequence[str]) -> str:
+    """What is wrong with caption files of one picture, such as a.txt and a.TXT."""
+    return f"{listing(paths)} are captions of one picture; keep one"
+
+
 def _read(path: str, lines: bool) -> Sidecar:
     try:
         content = read_bytes(path, MAX_CAPTION_BYTES)

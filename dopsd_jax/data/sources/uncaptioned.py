@@ -12,7 +12,7 @@ from dopsd_jax.data.sources.captions import MAX_CAPTION_BYTES
 from dopsd_jax.data.sources.collector import Examples, listing
 from dopsd_jax.data.sources.files import UNREADABLE_SUFFIXES, normal, stem_of, walk
 from dopsd_jax.data.sources.folder import COMPANION_STEMS, MASK_FOLDERS, MASK_STEMS
-from dopsd_jax.data.sources.sidecars import SUFFIXES, captions_beside
+from dopsd_jax.data.sources.sidecars import SUFFIXES, captions_beside, several_texts
 
 
 class Wanted(NamedTuple):
@@ -49,7 +49,7 @@ def _find(top: Path, extension: str, overwrite: bool) -> Uncaptioned:
     found, masks, captioned = Uncaptioned([], 0, [], []), Examples(), 0
     for where, names in walk(top):
         pictures: dict[str, list[str]] = {}
-        texts: dict[str, str] = {}
+        texts: dict[str, list[str]] = {}
         beside: dict[str, list[str]] = {}
         for name in names:
             path = os.path.join(where, name)
@@ -57,7 +57,7 @@ def _find(top: Path, extension: str, overwrite: bool) -> Uncaptioned:
             if suffix.lower() in UNREADABLE_SUFFIXES:
                 found.faults.append(f"{path}: {suffix[1:]} cannot be read; {CONVERT}")
             elif name.lower().endswith(extension.lower()):
-                texts[normal(name[: -len(extension)])] = path
+                texts.setdefault(normal(name[: -len(extension)]), []).append(path)
             elif suffix.lower() in SUFFIXES:
                 beside.setdefault(normal(stem), []).append(path)
             elif (stem := stem_of(path)) is not None:
@@ -66,7 +66,7 @@ def _find(top: Path, extension: str, overwrite: bool) -> Uncaptioned:
         for stem, same in pictures.items():
             # Some programs write a.txt, some a.png.txt.
             stems = (stem, normal(os.path.basename(same[0])))
-            text = next((texts[name] for name in stems if name in texts), None)
+            text, *others = next((texts[name] for name in stems if name in texts), [None])
             has, fault = _has_caption(
                 text, [path for name in stems for path in beside.get(name, ())]
             )
@@ -79,6 +79,8 @@ def _find(top: Path, extension: str, overwrite: bool) -> Uncaptioned:
                     f"{listing(same)} would share the caption {stem}{extension}; "
                     "rename or remove all but one"
                 )
+            elif others:
+                found.faults.append(several_texts([text, *others]))
             elif fault and not overwrite:
                 found.faults.append(fault)
             elif has and not overwrite:
