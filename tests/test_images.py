@@ -18,6 +18,7 @@ from dopsd_jax.data.images import (
     enlargement,
     fit,
     inspect_image,
+    open_alpha,
     open_image,
 )
 
@@ -175,6 +176,28 @@ def test_16_bit_grey_may_have_a_transparent_value(tmp_path):
     (tmp_path / "a.png").write_bytes(data)
     read = open_image(tmp_path / "a.png")
     assert (read[:, 1:] == 255).all() and (read[:, 0] == round(30000 / 257)).all()
+
+
+@pytest.mark.parametrize(("bits", "clear"), [(2, 3), (2, 1), (4, 15), (4, 9), (4, 0)])
+def test_grey_of_few_bits_may_have_a_transparent_value(tmp_path, bits, clear):
+    values = np.full((HEIGHT, WIDTH), clear, np.uint8)
+    values[:, 0] = other = 2
+    packed = np.packbits(values[..., None] >> np.arange(bits)[::-1] & 1)
+    data = png(WIDTH, HEIGHT, bits, 0, packed.tobytes(), [(b"tRNS", struct.pack(">H", clear))])
+    (tmp_path / "a.png").write_bytes(data)
+    read, alpha = open_image(tmp_path / "a.png"), open_alpha(tmp_path / "a.png")
+    assert (read[:, 1:] == 255).all() and (read[:, 0] == other * 255 // (2**bits - 1)).all()
+    assert not alpha[:, 1:].any() and (alpha[:, 0] == 255).all()
+    assert inspect_image(tmp_path / "a.png").notes == ("transparency laid on white",)
+
+
+def test_16_bit_colour_with_a_transparent_one_is_refused(tmp_path):
+    values = np.full((HEIGHT, WIDTH, 3), 700, ">u2")
+    mark = [(b"tRNS", struct.pack(">HHH", 700, 700, 700))]
+    (tmp_path / "a.png").write_bytes(png(WIDTH, HEIGHT, 16, 2, values.tobytes(), mark))
+    for call in (open_image, open_alpha):
+        told = problem(tmp_path / "a.png", call=call)
+        assert told.endswith("has 16-bit colours, of which one is transparent; save it with 8 bits")
 
 
 def test_white_is_zero_in_some_16_bit_tiffs(tmp_path):

@@ -20,13 +20,12 @@ from dopsd_jax.common.errors import UserError
 from dopsd_jax.common.files import open_regular
 from dopsd_jax.data import heic
 from dopsd_jax.data.blobs import Blob
-from dopsd_jax.data.rgb import UnsupportedModeError, mark_sixteen_bits, opacity, to_srgb
+from dopsd_jax.data.rgb import CONVERT, UnsupportedModeError, mark_depth, opacity, to_srgb
 
 # Names of Pillow's readers.
 FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "TIFF", "GIF", "AVIF", heic.FORMAT)
 Sides = int | Int64[np.ndarray, " n"]  # of a picture, or of many
 FIRST_BYTES = 16  # enough for `format_of`
-CONVERT = "convert it to PNG or JPEG"
 # Bytes of a file; the second for formats that Pillow reads whole, which pack their pixels well.
 MAX_FILE, MAX_PACKED = 1 << 30, 1 << 27
 PACKED = ("WEBP", "AVIF", heic.FORMAT)
@@ -190,7 +189,7 @@ def _decode(
             image.verify()
             file.seek(0)
             image = Image.OPEN["PNG"][0](file, str(path))
-        mark_sixteen_bits(image)
+        mark_depth(image)
         try:
             image.load()
         except OSError:
@@ -204,7 +203,7 @@ def _decode(
         image, more = convert(image)
         return image, notes + more
     except UnsupportedModeError as error:
-        raise UserError(f"{path}: pixels of kind {error} have no one meaning; {CONVERT}") from error
+        raise UserError(f"{path}: {error}") from error
     except MemoryError as error:
         raise UserError(f"{path}: does not fit into memory; shrink it") from error
     except DECODE_ERRORS as error:

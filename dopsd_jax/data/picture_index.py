@@ -19,7 +19,7 @@ from dopsd_jax.data.blobs import Blob
 from dopsd_jax.data.cache import FeatureCache
 from dopsd_jax.data.images import ImageInfo
 
-VERSION = 1  # raise it when `inspect_image` finds something else
+VERSION = 2  # raise it when `inspect_image` finds something else
 SETTLED = 2.0  # seconds: a file written later than that may change again within its time stamp
 SAVE_SECONDS = 300.0
 _STAMP = 16  # bytes

@@ -6,29 +6,33 @@ import io
 import numpy as np
 from PIL import Image, ImageCms
 
+CONVERT = "convert it to PNG or JPEG"
 REFUSED_MODES = ("F", "I", "LAB", "HSV")
+_BITS = {"L;2": 2, "L;4": 4}  # of grey in a file, by Pillow's name for it
 _TIFF_BITS, _TIFF_PHOTOMETRIC = 258, 262
 _ICC_SPACES = {"RGB": "RGB", "GRAY": "L", "CMYK": "CMYK"}
 
 
 class UnsupportedModeError(ValueError):
-    """The picture's kind of pixels has no one meaning in sRGB."""
+    """The picture's kind of pixels is not read as sRGB: why, and what to do."""
 
 
 def to_srgb(image: Image.Image) -> tuple[Image.Image, tuple[str, ...]]:
     """A decoded picture as 8-bit sRGB in mode RGB, and notes on what that took.
 
     16-bit grey is scaled (not clipped), transparency is laid on white, and colours go through an
-    embedded ICC profile. Raises `UnsupportedModeError` for float, 32-bit, Lab and HSV pixels.
+    embedded ICC profile. Raises `UnsupportedModeError` for float, 32-bit, Lab and HSV pixels, and
+    for 16-bit colour of which one is transparent.
     """
     notes = []
+    _scale_clear_value(image)
     profile = image.info.get("icc_profile")
     if _sixteen_bits(image):
         notes.append("16 bits a channel reduced to 8")
         if image.mode.startswith("I"):
             image = _grey_from_16(image)
     if image.mode in REFUSED_MODES:
-        raise UnsupportedModeError(image.mode)
+        raise UnsupportedModeError(f"pixels of kind {image.mode} have no one meaning; {CONVERT}")
 
     grey = image.mode in ("1", "L", "LA", "La")
     if image.has_transparency_data:
@@ -50,7 +54,8 @@ def to_srgb(image: Image.Image) -> tuple[Image.Image, tuple[str, ...]]:
 
 
 def opacity(image: Image.Image) -> Image.Image:
-    """How opaque a decoded picture is, as 8-bit grey."""
+    """How opaque a decoded picture is, as 8-bit grey. Raises `UnsupportedModeError`."""
+    _scale_clear_value(image)
     if image.mode.startswith("I") and _sixteen_bits(image):
         image = _grey_from_16(image)
     if not image.has_transparency_data:
@@ -59,17 +64,28 @@ def opacity(image: Image.Image) -> Image.Image:
 
 
 def _sixteen_bits(image: Image.Image) -> bool:
-    if image.mode.startswith("I;16"):
-        return True
-    return bool(image.info.get("sixteen_bits"))
+    return image.mode.startswith("I;16") or ";16" in image.info.get("in_file", "")
 
 
-def mark_sixteen_bits(image: Image.Image) -> None:
-    """Remembers in `image.info`, before decoding, that the file has 16 bits a channel.
+def mark_depth(image: Image.Image) -> None:
+    """Remembers in `image.info`, before decoding, the pixels that the file has.
 
-    Pillow reads 16-bit colour as the upper 8 bits and forgets the depth when it decodes.
+    Pillow reads 16-bit colour as the upper 8 bits, and scales grey of 2 and 4 bits; it forgets the
+    depth when it decodes.
     """
-    image.info["sixteen_bits"] = any(";16" in str(tile[3]) for tile in image.tile)
+    image.info["in_file"] = " ".join(str(tile[3]) for tile in image.tile)
+
+
+def _scale_clear_value(image: Image.Image) -> None:
+    """Makes the value that a PNG marks as transparent one of the decoded pixels."""
+    clear, kind = image.info.get("transparency"), image.info.get("in_file", "")
+    if kind in _BITS and isinstance(clear, int):
+        top = 2 ** _BITS[kind] - 1
+        image.info["transparency"] = (clear & top) * (255 // top)
+    if image.mode == "RGB" and clear is not None and _sixteen_bits(image):
+        raise UnsupportedModeError(
+            "has 16-bit colours, of which one is transparent; save it with 8 bits"
+        )
 
 
 def _grey_from_16(image: Image.Image) -> Image.Image:
