@@ -9,11 +9,13 @@ import pytest
 from PIL import Image
 
 from dopsd_jax.common.errors import UserError
+from dopsd_jax.conditioning.anchors import lines_of
 from dopsd_jax.data.buckets import Bucket
 from dopsd_jax.data.concepts import other_pictures
 from dopsd_jax.data.images import open_image
 from dopsd_jax.data.measure import measure
 from dopsd_jax.data.rows import load_rows
+from dopsd_jax.data.sources.captions import captions_in
 from dopsd_jax.evaluation import prompts, seeds
 from dopsd_jax.evaluation.drawing import Painter
 from dopsd_jax.families.base import STUDENT, TEACHER
@@ -115,6 +117,30 @@ def test_every_fault_of_a_file_of_prompts_is_named(tmp_path):
             prompts.read_prompts(path)
     with pytest.raises(UserError, match="no such file; name a file with --prompts"):
         prompts.read_prompts(tmp_path / "nowhere.txt")
+
+
+def test_lines_of_prompts_end_at_line_ends_alone_and_have_their_numbers(tmp_path):
+    text, objects = tmp_path / "p.txt", tmp_path / "p.jsonl"
+    inner = "a\x0bb\x0cc\x85d\u2028e"
+    text.write_bytes(f"\r\n\n{inner}\rtwo\n".encode())
+    assert lines_of(text) == [(3, inner), (4, "two")]
+    assert [(t["where"], t["prompt"]) for t in prompts.read_prompts(text)] == [
+        (f"{text}:3", inner),
+        (f"{text}:4", "two"),
+    ]
+    assert captions_in(text.read_bytes(), lines=True) == ((inner, "two"), None)
+    objects.write_text('\n\n{"prompt": "a"}\n{"prompt": 3}\n')
+    with pytest.raises(UserError, match=r"p\.jsonl:4: has no text"):
+        prompts.read_prompts(objects)
+
+
+def test_a_file_of_many_prompts_is_no_caption(tmp_path):
+    path = tmp_path / "p.txt"
+    path.write_text("a ship\n" * 200_000)
+    assert len(prompts.read_prompts(path)) == 200_000
+    path.write_text(" \n")
+    with pytest.raises(UserError, match="is empty; write a prompt in each line"):
+        lines_of(path)
 
 
 def asked_of_the_teacher(found, **teacher):

@@ -27,7 +27,7 @@ from dopsd_jax.data.loader import BatchIndex, turn
 from dopsd_jax.data.picture_index import Infos
 from dopsd_jax.data.prepared import Caption, Prepared
 from dopsd_jax.data.prepared_parts import is_prepared
-from dopsd_jax.data.sources.captions import captions_in
+from dopsd_jax.data.sources.captions import prompts_in
 from dopsd_jax.data.table import DataRow, Table
 from dopsd_jax.families.base import STUDENT, Features, Tree
 from dopsd_jax.families.pipeline import Pipeline
@@ -181,11 +181,7 @@ def lines_of(path: Path, field: str = FIELD) -> list[tuple[int, str]]:
     """
     kinds = f"{', '.join(anchor.KINDS)}, or text files" if field == FIELD else "text files, prompts"
     content = read_bytes(path, advice=f"{field} takes {kinds}")
-    texts, fault = captions_in(content, lines=False)
-    if fault:
-        raise UserError(f"{field} {path}: {fault}")
-    lines = enumerate(texts[0].splitlines(), 1)
-    return [(number, line.strip()) for number, line in lines if line.strip()]
+    return prompts_in(content, f"{field} {path}")
 
 
 def _replaced(

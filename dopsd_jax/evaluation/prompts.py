@@ -15,7 +15,7 @@ from dopsd_jax.common.json_files import parse_json
 from dopsd_jax.conditioning.encoding import concept_pattern, put_class
 from dopsd_jax.data.dataset import Dataset, spread
 from dopsd_jax.data.images import ImageLimits, fit, open_image
-from dopsd_jax.data.sources.captions import captions_in
+from dopsd_jax.data.sources.captions import prompts_in
 from dopsd_jax.data.views import cut
 from dopsd_jax.evaluation.scorer import Case, Picture
 from dopsd_jax.evaluation.seeds import ROW, case_seed
@@ -39,15 +39,10 @@ def read_prompts(path: str | Path) -> list[Test]:
     """
     path = expand(path)
     content = read_bytes(path, advice="name a file with --prompts")
-    lines, fault = captions_in(content, lines=False)
-    if fault:
-        raise UserError(f"--prompts {path}: {fault}")
     found, faults = [], []
-    for number, line in enumerate(lines[0].splitlines(), 1):
-        if not line.strip():
-            continue
+    for number, line in prompts_in(content, f"--prompts {path}"):
         where = f"{path}:{number}"
-        test = {"prompt": line.strip()} if path.suffix.lower() != ".jsonl" else _parsed(line)
+        test = {"prompt": line} if path.suffix.lower() != ".jsonl" else _parsed(line)
         faults += [f"{where}: {fault}" for fault in _faults(test)]
         if isinstance(test, dict):
             found.append(Test(test, where=where))

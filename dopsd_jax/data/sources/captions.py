@@ -1,9 +1,10 @@
 """Captions: under which names they are known, and what may stand in them."""
 
+import re
 from collections.abc import Iterable, Mapping
 
 from dopsd_jax.common.errors import UserError
-from dopsd_jax.common.files import BOM
+from dopsd_jax.common.files import BOM, decode
 from dopsd_jax.common.json_files import parse_json
 
 UPSTREAM_KEYS = tuple(
@@ -15,6 +16,8 @@ CONCEPT = "concept"  # the column that says which rows show the same
 CAPTION_KEY = "caption"  # of a caption that has no name of its own
 KNOWN_KEYS = (*UPSTREAM_KEYS, CAPTION_KEY, "prompt", "text")
 MAX_CAPTION_BYTES = 1 << 20
+_LINE_END = re.compile(r"\r\n?|\n")  # str.splitlines() also cuts at characters within a line
+NUL = "holds NUL characters; save it as UTF-8 text"
 TOO_LARGE = "is larger than 1 MiB; this is not a caption"
 
 
@@ -36,10 +39,27 @@ def captions_in(content: bytes, lines: bool) -> tuple[tuple[str, ...], str | Non
     except UnicodeDecodeError as error:
         return (), not_utf8(error)
     if "\0" in text:
-        return (), "holds NUL characters; save it as UTF-8 text"
-    captions = [line.strip() for line in text.splitlines()] if lines else [text.strip()]
-    captions = tuple(caption for caption in captions if caption)
+        return (), NUL
+    whole = [text.strip()] if text.strip() else []
+    captions = tuple([line for _, line in lines_in(text)] if lines else whole)
     return captions, None if captions else "is empty; write a caption"
+
+
+def lines_in(text: str) -> list[tuple[int, str]]:
+    """The lines that are not blank, with their numbers from 1."""
+    lines = enumerate(_LINE_END.split(text), 1)
+    return [(number, line.strip()) for number, line in lines if line.strip()]
+
+
+def prompts_in(content: bytes, where: str) -> list[tuple[int, str]]:
+    """The lines of a file of prompts, as `lines_in`. Raises `UserError` naming `where`."""
+    text = decode(content, where)
+    if "\0" in text:
+        raise UserError(f"{where}: {NUL}")
+    lines = lines_in(text)
+    if not lines:
+        raise UserError(f"{where}: is empty; write a prompt in each line")
+    return lines
 
 
 def captions_of(record: Mapping, keys: Iterable[str]) -> tuple[dict[str, str], list[str]]:
