@@ -14,7 +14,7 @@ import pytest
 from conftest import RANDOM_CONFIG, ROOT, left_by_killed, run_program
 
 from dopsd_jax.common import processes
-from dopsd_jax.common.atomic import partial_of, remove_leftovers
+from dopsd_jax.common.atomic import atomic_folder, partial_of, remove_leftovers, write_text
 from dopsd_jax.common.errors import UserError
 from dopsd_jax.run import lock
 from dopsd_jax.run.lock import exclusive, exclusive_run
@@ -191,6 +191,23 @@ def test_what_killed_writers_left_is_removed(tmp_path):
     assert all(p.exists() for p in kept)
     remove_leftovers(tmp_path)
     assert [p.exists() for p in kept] == [True, False, True, True]
+
+
+def test_files_with_long_names_are_written_or_refused_in_one_line(tmp_path):
+    path = tmp_path / ("ü" * 110 + "a" * 30 + ".txt")
+    write_text(path, "x")
+    with atomic_folder(tmp_path / ("b" * 255)) as folder:
+        write_text(folder / "a", "x")
+    left = left_by_killed(path)
+    left.write_text("x")
+    remove_leftovers(tmp_path, name=path.with_suffix(".tx").name)
+    assert left.exists()
+    remove_leftovers(tmp_path, name=path.name)
+    assert not left.exists() and path.read_text() == "x"
+    long = tmp_path / ("a" * 256)
+    with pytest.raises(UserError, match="a: cannot be written"):
+        write_text(long, "x")
+    assert sorted(tmp_path.iterdir()) == [tmp_path / ("b" * 255), path]
 
 
 @pytest.mark.slow

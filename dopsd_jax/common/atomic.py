@@ -2,6 +2,7 @@
 
 import contextlib
 import errno
+import hashlib
 import os
 import re
 import secrets
@@ -24,6 +25,8 @@ _MENDED = (
     *(errno.EEXIST, errno.ENOTEMPTY, errno.ENAMETOOLONG, errno.ELOOP, errno.EINVAL, errno.ENODEV),
     *(errno.ENXIO, errno.ENOTSUP, errno.EXDEV, errno.EMFILE, errno.ENFILE),
 )
+MAX_NAME = 255  # bytes of a name, on all usual file systems
+ROOM = 80  # bytes for what `partial_of` adds
 ABANDONED = 24 * 3600.0  # seconds after which no other machine writes a file any more
 _PARTIAL = re.compile(
     r"\.(?P<name>.+)\.partial-(?P<place>[0-9a-f]{8})-(?P<pid>\d{1,10})-(?P<since>\d+)-[0-9a-f]{8}",
@@ -73,14 +76,27 @@ def atomic_file(path: str | os.PathLike) -> Iterator:
     except OSError as error:
         raise disk_error(error, path) from error
     finally:
-        partial.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # as when its name could not be made at all
+            partial.unlink()
 
 
 def partial_of(path: Path) -> Path:
     """The temporary file of `path`: beside it, with a name that identifies the writer."""
     pid = os.getpid()
     writer = f"{_place()}-{pid}-{processes.started(pid) or 0}"
-    return path.with_name(f".{path.name}.partial-{writer}-{secrets.token_hex(4)}")
+    return path.with_name(f".{_short(path.name)}.partial-{writer}-{secrets.token_hex(4)}")
+
+
+def _short(name: str) -> str:
+    """A name that leaves room for more: of a long one the beginning and a digest.
+
+    What is too long for a file of its own stays so, to be refused before anything is written.
+    """
+    whole = os.fsencode(name)
+    if not MAX_NAME - ROOM < len(whole) <= MAX_NAME:
+        return name
+    digest = hashlib.sha256(whole).hexdigest()[:16]
+    return f"{whole[: MAX_NAME - ROOM - 17].decode(errors='ignore')}-{digest}"
 
 
 def remove_leftovers(*folders: str | os.PathLike, name: str = "") -> None:
@@ -93,7 +109,7 @@ def remove_leftovers(*folders: str | os.PathLike, name: str = "") -> None:
         with contextlib.suppress(OSError):
             for path in () if is_remote(folder) else list(Path(folder).iterdir()):
                 match = _PARTIAL.fullmatch(path.name)
-                if match and name in ("", match["name"]) and not _in_use(path, match):
+                if match and _short(name) in ("", match["name"]) and not _in_use(path, match):
                     shutil.rmtree(path) if path.is_dir() else path.unlink()
 
 
