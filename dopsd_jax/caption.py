@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from dopsd_jax.common import program
-from dopsd_jax.common.errors import UserError, raise_if
+from dopsd_jax.common.errors import UserError, one_line, raise_if
 from dopsd_jax.common.files import can_enter, expand
 
 INSTRUCTION = (
@@ -108,7 +108,7 @@ def main() -> None:
         )
     found = uncaptioned.find(top, EXTENSION.value, overwrite=OVERWRITE.value)
     for note in found.notes:
-        print(note)
+        print(one_line(note))
     print(f"{top}: {len(found.wanted)} pictures to caption, {found.captioned} have captions")
     if not found.wanted:
         raise_if(found.faults)

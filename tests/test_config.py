@@ -153,6 +153,16 @@ def test_a_list_without_a_path_is_empty(value):
     assert "config.data.path: is empty; name a data set" in problems
 
 
+def test_text_that_no_file_can_hold_is_told():
+    byte = "caf\udce9"  # as Python reads a byte that is no UTF-8
+    fields = {"data.trigger": byte, "data.prompt_keys": ["text", byte], "data.path": f"{byte}/a"}
+    told = {name: declared()[name].fault(value) for name, value in fields.items()}
+    assert told.pop("data.path") == "is not a name in UTF-8; rename it"
+    assert set(told.values()) == {"is not text in UTF-8; write it again"}
+    (problem,) = problems_of(schema.check, config_with("data.trigger", byte))
+    assert problem == "config.data.trigger: 'caf\\udce9' is not text in UTF-8; write it again"
+
+
 # --- Configuration files
 
 

@@ -14,6 +14,7 @@ from PIL import Image
 
 from dopsd_jax.data import rows as rows_module
 from dopsd_jax.data.buckets import Bucket
+from dopsd_jax.data.dataset import describe
 from dopsd_jax.data.images import inspect_image, open_image
 from dopsd_jax.data.measure import measure
 from dopsd_jax.data.rows import load_rows
@@ -134,6 +135,23 @@ def test_endings_may_be_capitals_and_follow_the_picture_s(tmp_path):
     picture(tmp_path / "b.png")
     (tmp_path / "b.png.txt").write_text("two")
     assert texts(load_rows(tmp_path)) == ["one", "two"]
+
+
+def test_a_name_that_is_not_utf_8_is_one_line(tmp_path):
+    name = "caf\udce9"  # as Python reads a byte that is no UTF-8
+    try:
+        captioned(tmp_path / f"{name}.png")
+    except OSError:
+        pytest.skip("the file system has no such names")
+    told = f"{tmp_path}/caf\\udce9.png: is not a name in UTF-8; rename it"
+    assert problems_of(load_rows, tmp_path) == (told,)
+    found = uncaptioned.find(tmp_path, ".txt", overwrite=True)
+    assert found.faults[0].encode("utf-8", "backslashreplace").decode() == told
+    (tmp_path / f"{name}.png").unlink()
+    captioned(tmp_path / "a.png")
+    lines = describe(measure(load_rows(tmp_path), [Bucket(64, 64)]), 1)
+    assert f"note: {tmp_path}: captions without a picture are not used: caf\\udce9.txt" in lines
+    assert all(line.isprintable() for line in lines)
 
 
 def test_two_caption_files_of_one_picture_are_refused(tmp_path):

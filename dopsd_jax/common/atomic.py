@@ -16,7 +16,7 @@ from pathlib import Path
 from etils import epath
 
 from dopsd_jax.common import processes
-from dopsd_jax.common.errors import FULL, UserError, disk_full
+from dopsd_jax.common.errors import FULL, UserError, disk_full, is_utf8
 
 # Faults of a disk that a user must mend. Others pass, as of a network's storage that is away for a
 # moment: they stay a crash, after which a launcher starts the same command again.
@@ -25,6 +25,7 @@ _MENDED = (
     *(errno.EEXIST, errno.ENOTEMPTY, errno.ENAMETOOLONG, errno.ELOOP, errno.EINVAL, errno.ENODEV),
     *(errno.ENXIO, errno.ENOTSUP, errno.EXDEV, errno.EMFILE, errno.ENFILE),
 )
+NOT_UTF8 = "is not a name in UTF-8; rename it"
 MAX_NAME = 255  # bytes of a name, on all usual file systems
 ROOM = 80  # bytes for what `partial_of` adds
 ABANDONED = 24 * 3600.0  # seconds after which no other machine writes a file any more
@@ -134,7 +135,9 @@ def path_fault(text: str, *, stores: bool = False) -> str | None:
     scheme, separator, _ = text.partition("://")
     if separator and not (stores and scheme == "gs"):
         return "is an address; name what is on this machine" + (", or gs://" if stores else "")
-    return "must not contain a null character" if "\0" in text else None
+    if "\0" in text:
+        return "must not contain a null character"
+    return None if is_utf8(text) else NOT_UTF8
 
 
 @contextlib.contextmanager

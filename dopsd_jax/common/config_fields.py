@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from dopsd_jax.common.atomic import path_fault
+from dopsd_jax.common.errors import is_utf8
 
 # Whether a field may differ when a run is continued: always, if --allow_changes names it, or never.
 ALWAYS, ON_REQUEST, NEVER = "always", "on request", "never"
@@ -118,6 +119,9 @@ class Field:
             stores = self.kind != "path"
             faults = (path_fault(path, stores=stores) for path in as_paths(value))
             return next(filter(None, faults), None)
+        texts = value if isinstance(value, list | tuple) else [value]
+        if not all(is_utf8(text) for text in texts if isinstance(text, str)):
+            return "is not text in UTF-8; write it again"
         if self.choices and value not in self.choices:
             return f"is not one of {', '.join(self.choices)}"
         return None if self.kind in ("bool", "str") else self._list_fault(value)

@@ -45,6 +45,15 @@ def one_line(text: str) -> str:
     return "".join(map(escape, text))
 
 
+def is_utf8(text: str) -> bool:
+    """Whether a text can be written to a file; names of files may hold bytes that cannot."""
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
 def few(problems: Sequence[str]) -> list[str]:
     """The problems to print: of more than four of one kind the first three, and a count.
 

@@ -11,7 +11,7 @@ import math
 import os
 from typing import Any
 
-from dopsd_jax.common.errors import UserError
+from dopsd_jax.common.errors import UserError, is_utf8
 from dopsd_jax.common.file_kinds import kind_of
 from dopsd_jax.common.files import MAX_TEXT, read_bytes
 
@@ -90,16 +90,16 @@ def _check(content: Any, finite: bool) -> None:
     while levels:
         for name, value in levels[-1]:
             if isinstance(value, str):
-                if not value.isascii():
-                    _check_text(value)
+                if not (value.isascii() or is_utf8(value)):
+                    raise _Refused(f"{value[:60]!a} holds half a character")
             elif isinstance(value, dict | list):
                 if not value:
                     continue
                 if len(levels) > MAX_DEPTH:
                     raise _Refused("not valid JSON (nested too deeply)")
                 if isinstance(value, dict):
-                    if not (names := "".join(value)).isascii():
-                        _check_text(names)
+                    if not ((names := "".join(value)).isascii() or is_utf8(names)):
+                        raise _Refused(f"{names[:60]!a} holds half a character")
                     levels.append(iter(value.items()))
                 else:
                     levels.append(zip(itertools.repeat(name), value, strict=False))
@@ -108,10 +108,3 @@ def _check(content: Any, finite: bool) -> None:
                 raise _Refused(f"field {name} is {value}, not a finite number")
         else:
             levels.pop()
-
-
-def _check_text(text: str) -> None:
-    try:
-        text.encode("utf-8")
-    except UnicodeEncodeError:
-        raise _Refused(f"{text[:60]!a} holds half a character") from None

@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
+from dopsd_jax.common.errors import one_line
 from dopsd_jax.data import sets
 from dopsd_jax.data.buckets import Bucket, Reference, Shape
 from dopsd_jax.data.concepts import Shown
@@ -160,7 +161,7 @@ def describe(
         + (f", {held} rows are held out" if held else "")
         + (f", {repeated} places filled by repeating rows" if repeated else "")
     )
-    return lines + [f"note: {note}" for note in dataset.notes]
+    return lines + [f"note: {one_line(note)}" for note in dataset.notes]
 
 
 def spread(rows: int, count: int) -> list[int]:

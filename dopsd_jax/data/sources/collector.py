@@ -3,7 +3,8 @@
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 
-from dopsd_jax.common.errors import MAX_PROBLEMS, UserError, one_line
+from dopsd_jax.common.atomic import NOT_UTF8
+from dopsd_jax.common.errors import MAX_PROBLEMS, UserError, is_utf8, one_line
 from dopsd_jax.data.blobs import Blob
 from dopsd_jax.data.sources.captions import CONCEPT, KNOWN_KEYS
 from dopsd_jax.data.table import Table
@@ -98,8 +99,12 @@ class Collector:
     ) -> None:
         """Adds a row whose captions are good; `name` identifies it in a list of faults.
 
-        A caption under `CONCEPT` is the row's concept.
+        A caption under `CONCEPT` is the row's concept. A picture whose name no file can hold is a
+        fault.
         """
+        if not is_utf8(str(image)):
+            self.problem(f"{image}: {NOT_UTF8}")
+            return
         kept, concept = [], ""
         for key, text in captions:
             if key == CONCEPT:

@@ -5,7 +5,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from dopsd_jax.common.errors import UserError
+from dopsd_jax.common.atomic import NOT_UTF8
+from dopsd_jax.common.errors import UserError, is_utf8
 from dopsd_jax.common.files import BOM, read_bytes, readable
 from dopsd_jax.data.images import CONVERT
 from dopsd_jax.data.sources.captions import MAX_CAPTION_BYTES
@@ -74,6 +75,8 @@ def _find(top: Path, extension: str, overwrite: bool) -> Uncaptioned:
                 not has and (in_masks or _is_mask(stem, pictures))
             ):
                 masks.add(os.path.relpath(same[0], top))
+            elif not is_utf8(same[0]):
+                found.faults.append(f"{same[0]}: {NOT_UTF8}")
             elif len(same) > 1:
                 found.faults.append(
                     f"{listing(same)} would share the caption {stem}{extension}; "
