@@ -159,6 +159,11 @@ ONES = lambda *shape: np.ones(shape, np.float32)
         (_stem(w1=ONES(4, 4), w2_a=ONES(12, 2)), "needs lokr_w2, or both"),
         (_stem(w1=ONES(4, 4), w1_a=ONES(4, 1), w1_b=ONES(1, 4), w2=ONES(12, 12)), "lokr_w1"),
         (_stem(w1=ONES(4, 4), w2=ONES(12, 13)), r"a change of \[48, 52\]; .* needs \[48, 48\]"),
+        # A product of 4 TB.
+        (
+            _stem(w1=ONES(4, 4), w2_a=ONES(10**6, 1), w2_b=ONES(1, 10**6)),
+            r"a change of \[4000000, 4000000\]; .* needs \[48, 48\]",
+        ),
         (_stem(w1=ONES(4), w2=ONES(12, 12)), r"lokr_w1 \[4\], which make no matrix"),
         (_stem(w1=ONES(4, 4), w2_a=ONES(12, 2), w2_b=ONES(3, 12)), "which make no matrix"),
         (_stem(w1=ONES(4, 4), w2=np.inf * ONES(12, 12)), "not finite"),

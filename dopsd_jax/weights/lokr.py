@@ -68,13 +68,16 @@ class LokrModule:
 
 
 def assemble(
-    shapes: Mapping[str, tuple[int, ...]], read: Callable[[str], np.ndarray]
+    shapes: Mapping[str, tuple[int, ...]],
+    needed: tuple[int, int],
+    read: Callable[[str], np.ndarray],
 ) -> dict[str, np.ndarray]:
     """The factors of a layer, by `PARTS`.
 
-    shapes: of those that a file has; read: gives one. Raises ValueError with what is wrong.
+    shapes: of those that a file has; needed: [out, in] of their change; read: gives one. Raises
+    ValueError with what is wrong, before any is read: two small factors may make a huge matrix.
     """
-    factors = {}
+    found, made = [], (1, 1)
     for name in ("w1", "w2"):
         low = {f"{name}_a", f"{name}_b"} & shapes.keys()
         if (name in shapes) == bool(low) or len(low) == 1:
@@ -85,8 +88,11 @@ def assemble(
         if not fits or (low and sizes[0][1] != sizes[1][0]):
             listed = " and ".join(str(list(size)) for size in sizes)
             raise ValueError(f"has lokr_{name} {listed}, which make no matrix")
-        factors |= {part: read(part) for part in parts}
-    return factors
+        found += parts
+        made = made[0] * sizes[0][0], made[1] * sizes[-1][1]
+    if made != needed:
+        raise ValueError(f"makes a change of {list(made)}; the layer needs {list(needed)}")
+    return {part: read(part) for part in found}
 
 
 def baked(module: LokrModule) -> LokrModule:

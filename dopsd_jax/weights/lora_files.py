@@ -291,13 +291,11 @@ def _kronecker(files: TensorFiles, target: Target, parts: dict[str, str]) -> dic
     if {"a", "b"} & parts.keys():
         raise ValueError("has factors of a LoRA and of a LoKr; save it with one program")
     shapes = {part: files.infos[name].shape for part, name in parts.items() if part != "alpha"}
-    whole = lokr.LokrModule(lokr.assemble(shapes, lambda part: _factor(files, parts[part])), 1.0)
+    needed, read = (sum(target.rows), target.width), lambda part: _factor(files, parts[part])
+    whole = lokr.LokrModule(lokr.assemble(shapes, needed, read), 1.0)
     rank = whole.rank or (max(whole.w2.shape) if MUSUBI_LOKR in files.infos else None)
     if rank and "alpha" in parts:
         whole = dataclasses.replace(whole, scale=_alpha(files, parts["alpha"]) / rank)
-    needed = sum(target.rows), target.width
-    if whole.shape != needed:
-        raise ValueError(f"makes a change of {list(whole.shape)}; the layer needs {list(needed)}")
     ends = np.cumsum(target.rows).tolist()
     return {
         path: dataclasses.replace(whole, first=end - rows, last=end, swapped=target.swapped)
