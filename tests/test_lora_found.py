@@ -195,6 +195,12 @@ def test_a_pattern_from_a_file_cannot_hang(tmp_path):
     with pytest.raises(UserError, match="1000 patterns, too many"):
         read_lora(path, LAYERS)
     assert time.monotonic() - began < 5
+    brackets = {"(a)" * 80_000: 8}
+    path = save(tmp_path / "w.safetensors", tensors, _peft_header(alpha_pattern=brackets))
+    began = time.process_time()
+    with pytest.raises(UserError, match="is too long"):
+        read_lora(path, LAYERS)
+    assert time.process_time() - began < 1
 
 
 @pytest.mark.parametrize(

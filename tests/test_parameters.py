@@ -2,6 +2,7 @@
 
 import hashlib
 import re
+import time
 
 import numpy as np
 import pytest
@@ -9,6 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 from safetensors.numpy import save_file
+from test_images import png
 
 from dopsd_jax.common.errors import UserError
 from dopsd_jax.common.lora_options import LoraOption
@@ -84,6 +86,7 @@ def test_the_digest_is_that_of_the_tensors(tmp_path):
     [
         ("a dog", "its parameters have no Steps, Seed, Size"),
         ("a dog\nSteps: 8, Seed: 1, Size: big", "have no Size"),
+        ("a dog\n" + "a " * 100_000, "a line of 200000 characters"),
         ("a dog\nSteps: many, Seed: 1, Size: 8x8", "'many' for a number"),
     ],
 )
@@ -101,3 +104,15 @@ def test_a_picture_that_does_not_say_and_a_file_that_is_none(tmp_path):
         parameters.read_parameters(tmp_path / "a.png")
     with pytest.raises(UserError, match="is no picture"):
         parameters.read_parameters(tmp_path / "b.png")
+
+
+def test_text_without_settings_and_pixels_that_are_claimed_cost_nothing(tmp_path):
+    path = tmp_path / "a.png"
+    save_picture(path, np.zeros((8, 8, 3), np.uint8), {"parameters": "a " * 30_000})
+    began = time.process_time()
+    with pytest.raises(UserError, match="no Steps"):
+        parameters.read_parameters(path)
+    assert time.process_time() - began < 2
+    path.write_bytes(png(30_000, 30_000, 8, 2, b""))
+    with pytest.raises(UserError, match="is no picture in PNG"):
+        parameters.read_texts(path)

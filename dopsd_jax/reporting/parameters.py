@@ -12,21 +12,24 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import NamedTuple
 
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 
 from dopsd_jax import __version__
 from dopsd_jax.common.errors import UserError
 from dopsd_jax.common.files import open_regular
 from dopsd_jax.common.json_files import parse_json
 from dopsd_jax.common.lora_options import LoraOption
+from dopsd_jax.data.images import DECODE_ERRORS
 from dopsd_jax.weights.lora_files import PEFT_WEIGHTS
 from dopsd_jax.weights.safetensors_io import read_header
 
 CHUNK = "parameters"
 DIGITS = 12  # of a LoRA's digest
 GUIDANCE = 1.0  # none: few-step models are drawn without
-# Name: value, the value in JSON's quotes if it has a comma, a colon or a line feed.
-SETTING = re.compile(r'\s*(\w[\w /-]+):\s*("(?:\\.|[^\\"])*"|[^,]*)(?:,|$)')
+MAX_SETTINGS = 1 << 16  # characters of the line of settings; `sample` writes a few hundred
+# Name: value, the value in JSON's quotes if it has a comma, a colon or a line feed. Without a limit
+# on the name a text without colons takes time by its square.
+SETTING = re.compile(r'(\w[\w /-]{1,60}):\s*("(?:\\.|[^\\"])*"|[^,]*)(?:,|$)')
 LORA = re.compile(r"<lora:([^:<>]*):([^:<>]*)>")
 SIZE = re.compile(r"(\d+)x(\d+)")
 
@@ -104,6 +107,11 @@ def parse(given: str, where: str) -> Parameters:
     A negative prompt is left in the prompt: it has no effect without guidance.
     """
     *lines, last = given.split("\n")
+    if len(last) > MAX_SETTINGS:
+        raise UserError(
+            f"{where}: its parameters end with a line of {len(last)} characters, which are no "
+            "settings; was it drawn by `sample`?"
+        )
     found = {name: _unquoted(value) for name, value in SETTING.findall(last)}
     size = SIZE.fullmatch(found.get("Size", ""))
     loras: list[Lora] = []
@@ -141,11 +149,11 @@ def read_texts(path: str | os.PathLike) -> Mapping[str, str]:
     """The text chunks of a picture's file. Raises `UserError`."""
     with open_regular(path) as file:
         try:
-            with Image.open(file) as image:
+            with Image.open(file, formats=("PNG",)) as image:
                 image.load()  # text may stand behind the pixels
                 return dict(getattr(image, "text", {}))
-        except (UnidentifiedImageError, OSError, ValueError, SyntaxError) as error:
-            raise UserError(f"{path}: is no picture ({error}); remove it") from None
+        except DECODE_ERRORS as error:
+            raise UserError(f"{path}: is no picture in PNG ({error}); remove it") from None
 
 
 def _plain(path: Path) -> str:

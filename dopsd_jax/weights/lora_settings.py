@@ -26,6 +26,7 @@ RANKS = ("rank", "lora_rank", "r", "network_dim")
 CHANGES_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
 AGAIN = "save the adapter again"
 MAX_PATTERNS, MAX_CHOICES = 100, 64
+MAX_PATTERN = 300  # characters
 
 
 class Pattern:
@@ -40,6 +41,8 @@ class Pattern:
     _CHOICE = re.compile(r"\(([^()]*)\)(?![*+?{])")
 
     def __init__(self, text: str):
+        if len(text) > MAX_PATTERN:
+            raise ValueError("it is too long")
         choices = [text.removeprefix("^").removesuffix("$")]
         while any("(" in choice for choice in choices):
             expanded = []
@@ -50,7 +53,7 @@ class Pattern:
                 expanded += [f"{head}{inner}{tail}" for inner in group[1].split("|")]
             choices = expanded[: MAX_CHOICES + 1]
         choices = list(itertools.chain(*(choice.split("|") for choice in choices)))
-        if len(choices) > MAX_CHOICES or len(text) > 300:
+        if len(choices) > MAX_CHOICES:
             raise ValueError("it is too long")
         self.choices = [self._items(choice) for choice in choices]
 
