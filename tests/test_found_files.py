@@ -17,6 +17,7 @@ from dopsd_jax.conversion.inspection import inspect
 from dopsd_jax.families.zimage.networks import ZIMAGE
 from dopsd_jax.random_model import write_random_model
 from dopsd_jax.weights import hub
+from dopsd_jax.weights.found_files import Dequantised
 from dopsd_jax.weights.load import load_component
 from dopsd_jax.weights.safetensors_io import TensorFiles
 from dopsd_jax.weights.safetensors_write import write_safetensors
@@ -106,6 +107,17 @@ def test_other_quantisations_are_named(model, native, tmp_path):
     path = _save(tmp_path / "y.safetensors", arrays | extra)
     with pytest.raises(UserError, match="is not a scale of"):
         open_stored(model / "transformer", TRANSFORMER, path)
+
+
+def test_numbers_alone_may_have_a_scale(tmp_path):
+    scales = {"a": np.ones((), np.float32), "b": np.full(1, 2, np.float32), "c": np.ones((1, 1))}
+    arrays = {f"{name}.weight": np.full((), 1.5, F8) for name in "abd"}
+    arrays["c.weight"] = np.full(1, 1.5, F8)
+    arrays |= {f"{n}.scale_weight": scale.astype(np.float32) for n, scale in scales.items()}
+    found = Dequantised(TensorFiles.open(_save(tmp_path / "x.safetensors", arrays)))
+    read = {name: found.read(f"{name}.weight") for name in "abcd"}
+    assert [x.item() for x in read.values()] == [1.5, 3, 1.5, 1.5]
+    assert all(x.shape == found.infos[f"{name}.weight"].shape for name, x in read.items())
 
 
 def test_all_networks_are_found_in_one_file(model, native, tmp_path, capsys):

@@ -113,7 +113,7 @@ class Dequantised:
     def _faults(self) -> list[str]:
         faults, base = [], self.base
         for name, scale in self.scales.items():
-            found, rows = base.infos[scale], base.infos[name].shape[0]
+            found, rows = base.infos[scale], (*base.infos[name].shape, 1)[0]
             if found.dtype not in FLOATS or found.shape not in ((), (1,), (rows,), (rows, 1)):
                 faults.append(
                     f"{self.where}: tensor {scale!r} {list(found.shape)} is not a scale of "
@@ -135,9 +135,11 @@ class Dequantised:
     def read(self, name: str, rows: slice = slice(None)) -> np.ndarray:
         array = self.base.read(name, rows)
         if name in self.scales:
-            scale = self.base.read(self.scales[name]).astype(np.float32)
-            if scale.size > 1:
-                scale = take(scale.reshape(-1), rows).reshape(-1, *[1] * (array.ndim - 1))
+            scale = self.base.read(self.scales[name]).astype(np.float32).reshape(-1)
+            if scale.size == 1:
+                scale = scale[0]
+            else:
+                scale = take(scale, rows).reshape(-1, *[1] * (array.ndim - 1))
             array = array.astype(np.float32) * scale
         with np.errstate(over="ignore"):
             return array.astype(self.infos[name].numpy, copy=False)
