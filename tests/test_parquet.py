@@ -53,6 +53,22 @@ def test_columns_of_any_name_are_found_or_asked_for(tmp_path):
     assert "holds no pictures" in problems_of(load_rows, write(tmp_path / "b.parquet", [7]))[0]
 
 
+def test_two_columns_of_a_name_are_refused(tmp_path):
+    columns = {"image": [png(0)], "text": ["x"], "other": ["y"]}
+    table = pa.table(columns).rename_columns(["image", "text", "text"])
+    pq.write_table(table, tmp_path / "a.parquet")
+    (problem,) = problems_of(load_rows, tmp_path / "a.parquet")
+    assert problem.endswith("a.parquet: has several columns 'text'; keep one of each")
+
+
+@pytest.mark.parametrize("cell", ["a.png", [b"a"], {"x": b"a"}])
+def test_a_column_whose_bytes_are_none_has_no_pictures(tmp_path, cell):
+    path = write(tmp_path / "a.parquet", [{"bytes": cell}])
+    assert "holds no pictures (its columns are 'image'" in problems_of(load_rows, path)[0]
+    (problem,) = problems_of(load_rows, path, image_key="image")
+    assert "has no pictures in 'image'" in problem
+
+
 @pytest.mark.parametrize("labels", [[0, 0], ["0", "0"], [0.0, 0.0]])
 def test_labels_are_concepts(tmp_path, labels):
     path = write(tmp_path / "a.parquet", [png(0), png(1)], text=["x", "y"], concept=labels)

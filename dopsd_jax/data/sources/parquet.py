@@ -4,6 +4,7 @@ A column of pictures holds the bytes of picture files, alone or as `bytes` of a 
 column of text may be a caption. Needs pyarrow.
 """
 
+import collections
 from pathlib import Path
 from typing import Any
 
@@ -84,13 +85,10 @@ def _read_file(path: Path, options: Options) -> Index:
 
 def _picture_column(schema: Any, image_key: str) -> tuple[str, str | None]:
     """The column of pictures, and what is wrong."""
-    binary = ("binary", "large_binary")
-    found = [
-        field.name
-        for field in schema
-        if str(field.type) in binary
-        or (str(field.type).startswith("struct<") and field.type.get_field_index("bytes") >= 0)
-    ]
+    twice = [name for name, times in collections.Counter(schema.names).items() if times > 1]
+    if twice:
+        return "", f"has several columns {listing(map(repr, twice))}; keep one of each"
+    found = [field.name for field in schema if _holds_bytes(field.type)]
     there = f"its columns are {listing(map(repr, schema.names))}"
     if image_key:
         fault = None if image_key in found else f"has no pictures in {image_key!r} ({there})"
@@ -99,6 +97,14 @@ def _picture_column(schema: Any, image_key: str) -> tuple[str, str | None]:
         return found[0], None
     what = f"has pictures in {listing(found)}" if found else f"holds no pictures ({there})"
     return "", f"{what}; name their column in data.image_key"
+
+
+def _holds_bytes(kind: Any) -> bool:
+    """Whether cells of a column are bytes, alone or as the only `bytes` of a structure."""
+    if str(kind).startswith("struct<"):
+        at = kind.get_field_index("bytes")  # -1 also where there are several
+        kind = kind.field(at).type if at >= 0 else None
+    return str(kind) in ("binary", "large_binary")
 
 
 LAYOUT = Layout("Parquet files", matches, read)
