@@ -245,6 +245,13 @@ def test_the_placeholder_of_a_trigger_is_never_trained_unnoticed(tmp_path, mark)
     assert texts(load_rows(tmp_path, trigger=mark))[0] == f"{mark} mug on a table"
 
 
+def test_pictures_are_named_once_and_with_their_folder(tmp_path):
+    for folder in ("10_mug", "3_plate"):
+        captioned(tmp_path / folder / "a.png", "[trigger]\n[trigger] on a table")
+    (problem,) = problems_of(load_rows, tmp_path, folder_repeats=True, caption_lines=True)
+    assert "stands in 26 captions: 10_mug/a.png, 3_plate/a.png; set" in problem
+
+
 def test_captions_of_a_table_have_limits(tmp_path):
     picture(tmp_path / "a.png")
     lines = [{"path": "a.png", "text": text} for text in ("x" * (2 << 20), "x\0y")]

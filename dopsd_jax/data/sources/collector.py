@@ -16,10 +16,14 @@ _LINE_END = re.compile(r"\r\n?")
 
 
 class Examples:
-    """How many there are of something, and the first few of them."""
+    """How many there are of something, and the first few of them.
+
+    What is added several times in a row is counted each time, and named once.
+    """
 
     def __init__(self, kept: int = 10):
         self.count, self.first, self._kept = 0, [], kept
+        self._last, self._repeats = None, 0
 
     @classmethod
     def of(cls, numbers: Sequence[int], name: Callable[[int], object]) -> "Examples":
@@ -31,6 +35,10 @@ class Examples:
 
     def add(self, item: object) -> None:
         self.count += 1
+        if item == self._last:
+            self._repeats += 1
+            return
+        self._last = item
         if len(self.first) < self._kept:
             self.first.append(str(item))
 
@@ -38,7 +46,7 @@ class Examples:
         return self.count > 0
 
     def __str__(self) -> str:
-        more = self.count - len(self.first)
+        more = self.count - self._repeats - len(self.first)
         return ", ".join(self.first) + (f" and {more} more" if more else "")
 
 

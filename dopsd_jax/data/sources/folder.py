@@ -185,8 +185,9 @@ class _Reader:
             references, faults = self.references.of_picture(folder or ".", stem_of(image) or name)
             for fault in faults:
                 self.into.problem(f"{image}: {fault}")
+        name = self._short(image)
         for _ in range(times):
-            self.into.add(image, captions, os.path.basename(image), references=references)
+            self.into.add(image, captions, name, references=references)
 
     def _captions(self, path: str) -> tuple[list[tuple[str, str]], str | None]:
         """The captions of one file as (key, text), or what is wrong."""
