@@ -132,7 +132,7 @@ class Encoder:
                     found[caption, kind] = self.request(caption, kind).shapes
             except UserError as error:
                 faults += [f"{self.dataset.rows[caption[0]].where}: {p}" for p in error.problems]
-        raise_if(faults)
+        raise_if(dict.fromkeys(faults))  # a row may be there several times, as in views
         return found
 
     def encode(
