@@ -130,6 +130,7 @@ def budget(config, pipe, plan, features, devices) -> list[str]:
         width=w,
         chosen=plan.trained.chosen,
         products=plan.trained.products,
+        inner=plan.trained.inner,
         full=config.train == "full",
         remat=pipe.remat,
         flash=pipe.attention != "xla",

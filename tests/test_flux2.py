@@ -116,7 +116,7 @@ def test_remat_changes_no_gradient():
         text, tokens = module.embed(given[2], given[3])
         return module(*given[:2], text, tokens, [(3, 5)])
 
-    for found in zip(*map(gradient, ("none", "full", "unrolled")), strict=True):
+    for found in zip(*map(gradient, ("none", "full", "dots", "unrolled")), strict=True):
         one, *others = found
         for other in others:
             np.testing.assert_allclose(one, other, atol=1e-5 * float(jnp.abs(one).max()) + 1e-9)

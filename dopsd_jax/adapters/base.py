@@ -79,6 +79,12 @@ class Adapter(nnx.Module):
         return cls.size(din, dout, rank)
 
     @classmethod
+    def inner(cls, din: int, dout: int, rank: int) -> int:
+        """Of `products`, those that `remat=dots` does again: on the way to the update's last one,
+        and not kept by `models.kept`."""
+        return 0
+
+    @classmethod
     def is_wide_for(cls, din: int, dout: int, rank: int) -> bool:
         """Whether its own work is not small beside its layer's, so that it is faster in the kernel.
 

@@ -116,6 +116,14 @@ class Lokr(Adapter):
             return rank * (m * n + m * p + p * q)
         return p * n * (m + q) if _first(m, n, q, p) else m * q * (n + p)
 
+    @classmethod
+    def inner(cls, din: int, dout: int, rank: int) -> int:
+        # Their results are nearly as large as the layer's, the work is not: they are not kept.
+        m, n, p, q = cls.sizes(din, dout)
+        if not cls.is_whole(din, dout, rank):
+            return rank * (m * n + m * p)
+        return p * n * m if _first(m, n, q, p) else m * q * n
+
     @staticmethod
     def export(weights: Mapping[str, np.ndarray], scale: float) -> LokrModule:
         """The factors by the names of `weights.lokr.PARTS`."""

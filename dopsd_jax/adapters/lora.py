@@ -11,6 +11,7 @@ from jaxtyping import Array, Float
 from dopsd_jax.adapters.base import IN_ORDER, Adapter
 from dopsd_jax.common.products import matmul
 from dopsd_jax.models.interleaved import Interleaved
+from dopsd_jax.models.kept import keep
 from dopsd_jax.weights.lora_files import LoraModule
 
 
@@ -40,7 +41,7 @@ class Lora(Adapter):
     ) -> list[Array]:  # fmt: skip
         # One product for all down-projections: x is read once.
         downs = [inputs.ordered(part.a[...].astype(x.dtype), axis=0) for part in parts]
-        lows = jnp.split(matmul(x, jnp.concatenate(downs, -1)), len(downs), axis=-1)
+        lows = jnp.split(keep(matmul(x, jnp.concatenate(downs, -1))), len(downs), axis=-1)
         return [
             matmul(
                 low * part.scale[...].astype(x.dtype), outputs.ordered(part.b[...].astype(x.dtype))

@@ -141,6 +141,7 @@ def work(config, case: Workload, program: Program, mesh: jax.sharding.Mesh) -> f
         width=case.latent[1],
         chosen=program.plan.trained.chosen,
         products=program.plan.trained.products,
+        inner=program.plan.trained.inner,
         full=config.train == "full",
         remat=config.remat,
         flash=program.attention != "xla",

@@ -4,14 +4,15 @@ XLA's own count takes the body of a scan once, so it says nothing about a progra
 multiply and add are two FLOP; only matrix products count. Everything is per image.
 """
 
+import dataclasses
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
 from dopsd_jax.adapters.attach import Slot
 from dopsd_jax.families.base import Family, Size
-from dopsd_jax.families.work import Products
+from dopsd_jax.families.work import Products, Work
 from dopsd_jax.methods.method import Passes
 
 # Dense bfloat16 rate of one device in FLOP/s, and its memory in bytes as the compiler sees it; by
@@ -56,6 +57,7 @@ def step_work(
     width: int,
     chosen: Mapping[str, Slot],
     products: Products,
+    inner: Products = lambda slot: 0,
     full: bool = False,
     remat: str = "none",
     flash: bool = True,
@@ -68,11 +70,20 @@ def step_work(
       rows: positions of the contexts, padding included: of student, teacher, and anchors.
       height, width: of the latent.
       chosen: the adapted layers; see `attach.select`. products: see `families.work.Products`.
+      inner: of these, those that `remat=dots` does again.
       full: all is trained, without adapters.
       flash: attention by a kernel that keeps no probabilities (splash, cudnn).
     """
-    captions = [family.context_work(cfg, n, chosen, products, full) for n in rows]
-    velocities = [family.velocity_work(cfg, height, width, n, chosen, products, full) for n in rows]
+
+    def counted(work: Callable[[Products], Work]) -> Work:
+        # Without full tuning only adapters are trained, so these are counted by themselves.
+        return dataclasses.replace(work(products), inner=0.0 if full else work(inner).trained)
+
+    captions = [counted(lambda p, n=n: family.context_work(cfg, n, chosen, p, full)) for n in rows]
+    velocities = [
+        counted(lambda p, n=n: family.velocity_work(cfg, height, width, n, chosen, p, full))
+        for n in rows
+    ]
     model = again = 0.0
     for own, asked in zip(
         passes, (0, 2), strict=True

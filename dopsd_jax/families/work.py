@@ -17,12 +17,15 @@ class Work:
     linear: products whose backward pass needs one gradient, 1x: with frozen weights the input's;
       in full tuning, at the network's inputs, the weights'.
     attention: 2x. trained: products with adapters or trained weights: both gradients, 2x.
+    inner: of `trained`, what is done again although a layer's products are kept; see
+      `adapters.base.Adapter.inner`.
     """
 
     once: float = 0.0
     linear: float = 0.0
     attention: float = 0.0
     trained: float = 0.0
+    inner: float = 0.0
 
     @property
     def forward(self) -> float:
@@ -34,14 +37,15 @@ class Work:
 
     def again(self, remat: str, flash: bool) -> float:
         """What a backward pass computes a second time."""
-        kept = {
-            "none": 0.0,
-            kinds.UNROLLED: 0.0,
-            "dots": self.attention,
-            "full": self.linear + self.attention + self.trained,
-        }
-        # A flash kernel keeps no probabilities: one of the forward's two products is done again.
-        return kept[remat] + (0.5 * self.attention if flash else 0.0)
+        # A flash kernel keeps no probabilities, and neither does `dots`: of the forward's two
+        # products the one that makes them is done again. After `full` the kernel does so once more.
+        probabilities = 0.5 * self.attention
+        return {
+            "none": probabilities * flash,
+            kinds.UNROLLED: probabilities * flash,
+            "dots": self.inner + probabilities,
+            "full": self.linear + self.attention + self.trained + probabilities * flash,
+        }[remat]
 
 
 def add(*works: Work) -> Work:

@@ -13,6 +13,7 @@ from jaxtyping import Array, Float, Int
 
 from dopsd_jax.common.errors import UserError
 from dopsd_jax.common.products import einsum
+from dopsd_jax.models import kept
 from dopsd_jax.models.kinds import ATTENTION as IMPLEMENTATIONS
 from dopsd_jax.parallel.sharding import ambient_mesh, axes_dividing, constrain_batch, sample_axes
 
@@ -143,9 +144,11 @@ def einsum_attention(q, k, v, lengths, *, causal: bool):
     if causal:
         position = jnp.tile(jnp.arange(n), h // g)[:, None]
         logits += jnp.where(jnp.arange(m) > position, HIDDEN, 0.0)
-    weights = jnp.exp(logits - jax.lax.stop_gradient(jnp.max(logits, axis=-1, keepdims=True)))
-    y = einsum("bgnm,bgmd->bgnd", weights.astype(v.dtype), v)
-    y = (y.astype(jnp.float32) / jnp.sum(weights, axis=-1, keepdims=True)).astype(q.dtype)
+    largest = kept.keep(jax.lax.stop_gradient(jnp.max(logits, axis=-1, keepdims=True)))
+    weights = jnp.exp(logits - largest)
+    y = kept.keep(einsum("bgnm,bgmd->bgnd", weights.astype(v.dtype), v))
+    total = kept.keep(jnp.sum(weights, axis=-1, keepdims=True))
+    y = (y.astype(jnp.float32) / total).astype(q.dtype)
     return y.reshape(b, g, h // g, n, d).transpose(0, 3, 1, 2, 4).reshape(b, n, h, d)
 
 
@@ -186,6 +189,7 @@ def splash_attention(q, k, v, lengths, *, causal: bool, interpret: bool = False)
         block_sizes=sizes,
         head_shards=1,
         q_seq_shards=1,
+        residual_checkpoint_name=kept.NAME,
         interpret=interpret,
     )
     segments = None

@@ -11,6 +11,7 @@ from jaxtyping import Array, Float
 from dopsd_jax.common.products import matmul
 from dopsd_jax.models import kinds
 from dopsd_jax.models.interleaved import Interleaved
+from dopsd_jax.models.kept import POLICY, keep
 from dopsd_jax.models.quantised import QuantisedKernel
 from dopsd_jax.parallel.sharding import UNCONSTRAINED, constrain_batch, constrain_weights, to_device
 
@@ -60,7 +61,7 @@ class Dense(nnx.Module):
             y = y + self.bias[...].astype(x.dtype)
         if len(self.adapters) and not merges:
             y = constrain_batch(y + self._adapter_update(x), *free)
-        return y
+        return keep(y)
 
     def split(self, y: Float[Array, "... dout"]) -> list[Float[Array, "... _part"]]:
         """Cuts an output into its parts."""
@@ -152,8 +153,8 @@ def stack(make: Callable[[nnx.Rngs], nnx.Module], count: int, rngs: nnx.Rngs) ->
 def scan_blocks(apply: Callable, blocks: nnx.Module, x, remat: str = "none"):
     """x -> apply(block, x) for every layer of a stack, as one `lax.scan`.
 
-    `remat`: `none` keeps every activation for the backward pass, `dots` keeps the results of matrix
-    products with weights, `full` keeps one activation a layer and computes the rest again.
+    `remat`: `none` keeps every activation for the backward pass, `dots` keeps what `models.kept`
+    says, `full` keeps one activation a layer and computes the rest again.
     `unrolled` is `none` without the scan: for a few small layers, where a scan loses more time on
     stacking activations than it saves in compilation.
     """
@@ -203,6 +204,5 @@ def _rematerialized(body: Callable, remat: str) -> Callable:
     if remat == "full":
         return jax.checkpoint(body, prevent_cse=False)
     if remat == "dots":
-        policy = jax.checkpoint_policies.dots_with_no_batch_dims_saveable
-        return jax.checkpoint(body, policy=policy, prevent_cse=False)
+        return jax.checkpoint(body, policy=POLICY, prevent_cse=False)
     raise ValueError(f"remat is one of none, dots, full; got {remat!r}")

@@ -46,6 +46,9 @@ class Trained(Protocol):
     def products(self, slot: Slot) -> int:
         """Multiplications of a layer's adapter for one row of its input."""
 
+    def inner(self, slot: Slot) -> int:
+        """Of these, those that `remat=dots` does again."""
+
     def attach(self, network: nnx.Module) -> None:
         """Gives a network the variables that are trained, where it has none yet."""
 
@@ -100,6 +103,9 @@ class Adapters:
 
     def products(self, slot: Slot) -> int:
         return self.kind.products(slot.din, slot.dout, self.config.lora.rank)
+
+    def inner(self, slot: Slot) -> int:
+        return self.kind.inner(slot.din, slot.dout, self.config.lora.rank)
 
     def attach(self, network: nnx.Module) -> None:
         options, key = self.config.lora, jax.random.key(self.config.seed)
@@ -166,6 +172,9 @@ class FullNetwork:
     chosen: ClassVar[Mapping[str, Slot]] = {}
 
     def products(self, slot: Slot) -> int:
+        return 0
+
+    def inner(self, slot: Slot) -> int:
         return 0
 
     def attach(self, network: nnx.Module) -> None:
