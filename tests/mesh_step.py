@@ -154,7 +154,7 @@ def run_kernel():
 def run_klein():
     """FLUX.2-klein's velocity and the gradient of all that can be trained, on one device and on
     every axis. The reference makes the number of tokens odd: `context` then needs padding."""
-    net = flux2.Flux2(KLEIN, rngs=nnx.Rngs(0))
+    net = flux2.Flux2(KLEIN, remat="dots", rngs=nnx.Rngs(0))
     chosen = attach.select(attach.slots(flux2_config.names(KLEIN)), "blocks", klein.LORA_PRESETS)
     attach.attach(net, chosen, RANK, 8.0, jax.random.key(1))
     graphdef, adapter, weights, scales = nnx.split(net, nnx.LoRAParam, nnx.Param, ...)
