@@ -68,8 +68,9 @@ Each is the recipe, less what it must give up to leave {100 * MARGIN:.0f} % or m
 memory free (tests/test_cards.py), in this order: the four images of a step one after another, which
 is the same training; a base in 8 bits, whose error is small ([quantised.md](quantised.md);
 `pip install 'dopsd_jax[quant]'`); smaller pictures and rank; a base in 4 bits, whose error is not
-small. For rows that edit pictures a step needs more: `estimate` counts one reference, or those of
-`--references`.
+small. Where one image at a time leaves the room, what its products gave is kept (`remat=dots`): by
+the count a step then has a fifth less to do. For rows that edit pictures a step needs more:
+`estimate` counts one reference, or those of `--references`.
 
 | card | model | configuration | instead of the recipe's | GiB | free | encoder | s a step | hours |
 |---|---|---|---|--:|--:|--:|--:|--:|

@@ -26,7 +26,9 @@ from dopsd_jax.parallel import sharding
 PACKAGED = gpus.packaged()
 report_of = functools.cache(gpus.Packaged.report)
 # What a card's memory may change: how a step is computed, the base, the pictures and the rank.
-CHANGED = {"batch_size", "accumulate", "base_dtype", "data.resolution", "lora.rank", "lora.alpha"}
+CHANGED = {
+    "batch_size", "accumulate", "base_dtype", "data.resolution", "lora.rank", "lora.alpha", "remat",
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("one", PACKAGED, ids=lambda one: one.spec)
