@@ -14,7 +14,7 @@ import pytest
 from conftest import relative_error
 from flax import nnx
 from jax.extend.core import jaxprs_in_params
-from jax.sharding import AbstractMesh, PartitionSpec
+from jax.sharding import AbstractMesh, AxisType, PartitionSpec
 from weights_helpers import run_python
 
 from dopsd_jax.adapters import attach
@@ -30,7 +30,8 @@ SCRIPT = pathlib.Path(__file__).with_name("mesh_step.py")
 
 
 def abstract_mesh(**sizes):
-    return AbstractMesh(tuple(sizes.get(axis, 1) for axis in sharding.AXES), sharding.AXES)
+    shape = tuple(sizes.get(axis, 1) for axis in sharding.AXES)
+    return AbstractMesh(shape, sharding.AXES, axis_types=(AxisType.Auto,) * len(shape))
 
 
 @pytest.fixture(scope="module")
