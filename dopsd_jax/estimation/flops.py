@@ -85,12 +85,11 @@ def step_work(
         for n in rows
     ]
     model = again = 0.0
-    for own, asked in zip(
-        passes, (0, 2), strict=True
-    ):  # whose contexts have the network's own role
+    # Anchors have the third context in the student's place; the second is the teacher's alone.
+    for own, place in zip(passes, (0, 2), strict=True):
         if own is None:
             continue
-        student, caption = velocities[asked], captions[asked]
+        student, caption = velocities[place], captions[place]
         model += (own.backward + own.forward) * student.forward
         model += own.backward * student.backward
         model += (own.captions + own.backward_captions) * caption.forward
