@@ -195,7 +195,7 @@ def test_two_references_of_different_sizes_are_edited_as_in_diffusers(pipe, thei
     ).images[0]  # fmt: skip
     actual = pipe([PROMPT], height=64, width=64, latents=noise, images=shown)[0]
     assert np.abs(actual - np.round(255 * expected)).max() <= 2
-    one = pipe([PROMPT], height=64, width=64, latents=noise, images=shown[:1])[0]
+    one = pipe([PROMPT], height=64, width=64, latents=noise, images=np.stack(shown[:1]))[0]
     assert np.abs(one.astype(int) - actual).max() > 2  # the second is seen
 
 

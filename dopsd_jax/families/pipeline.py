@@ -283,7 +283,7 @@ class Pipeline:
     def encode_prompt(
         self,
         prompts: str | Sequence[str],
-        references: Sequence[UInt8[np.ndarray, "_H _W 3"]] = (),
+        references: Iterable[UInt8[np.ndarray, "_H _W 3"]] = (),
     ) -> Tree:
         """The student's context; `references`: pictures to edit, the same for all prompts.
 
@@ -295,7 +295,7 @@ class Pipeline:
         self,
         prompts: str | Sequence[str],
         images: Iterable[UInt8[np.ndarray, "_H _W 3"]],
-        references: Sequence[UInt8[np.ndarray, "_H _W 3"]] = (),
+        references: Iterable[UInt8[np.ndarray, "_H _W 3"]] = (),
         **options: Any,
     ) -> Tree:
         """The teacher's context. `images`: one a prompt. `references`: as in `encode_prompt`.
@@ -307,6 +307,7 @@ class Pipeline:
         if strange := sorted(options.keys() - set(self.OPTIONS)):
             known = ", ".join(self.OPTIONS)
             raise TypeError(f"{', '.join(strange)}: no option of this family, which has {known}")
+        references = list(references)
         for number, picture in enumerate(references, 1):
             self.reference_size(*np.shape(picture)[:2], f"reference {number}")
         pairs = zip(_listed(prompts), images, strict=True)
@@ -373,7 +374,7 @@ class Pipeline:
         steps: int | None = None,
         seed: int = 0,
         latents: Float[Array, "b h w c"] | None = None,
-        images: Sequence[UInt8[np.ndarray, "_H _W 3"]] | None = None,
+        images: Iterable[UInt8[np.ndarray, "_H _W 3"]] | None = None,
         context: Tree | None = None,
         strength: float = 1.0,
     ) -> UInt8[np.ndarray, "b H W 3"]:
@@ -392,7 +393,8 @@ class Pipeline:
         elif jnp.shape(latents) != (len(prompts), *shape):
             raise ValueError(f"latents {jnp.shape(latents)}, needed {(len(prompts), *shape)}")
         grid = self.deployed_grid(shape, steps)
-        context = self.encode_prompt(prompts, images or ()) if context is None else context
+        if context is None:
+            context = self.encode_prompt(prompts, () if images is None else images)
         drawn = self.sample(self.split[1], latents, context, grid, strength)
         return self.decode(sampling.finite(drawn, strength))
 

@@ -1,6 +1,6 @@
 """The student's features of many prompts: texts of about one length are encoded together."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import numpy as np
@@ -15,7 +15,7 @@ TEXTS = 8  # at most so many are encoded together
 def prompt_features(
     pipe: Any,
     prompts: Sequence[str],
-    references: Sequence[UInt8[np.ndarray, "_H _W 3"]] = (),
+    references: Iterable[UInt8[np.ndarray, "_H _W 3"]] = (),
 ) -> list[Features]:
     """The features of each prompt by a `families.pipeline.Pipeline`, which imports this.
 
@@ -23,6 +23,7 @@ def prompt_features(
 
     Raises `UserError` for references that the model cannot take.
     """
+    references = list(references)
     sizes = [np.shape(picture)[:2] for picture in references]
     for number, size in enumerate(sizes, 1):
         pipe.reference_size(*size, f"reference {number}")
