@@ -91,6 +91,18 @@ def test_what_does_not_go_together_is_told(fields, message):
         schema.check(config(**fields), fields)
 
 
+def test_a_step_passes_the_network_for_each_anchor_as_for_a_row_and_its_start():
+    """Beside an image of the rows: of six there are two anchors, and at a half six."""
+    for share, beside in (("0.25", 1 / 3), ("0.5", 1)):
+        own = config(**{"anchor.share": share, "batch_size": "6", "loss_steps": "0,1"})
+        rows, held = registry.passes(own, GRID)
+        assert (held.backward, held.forward, held.captions) == pytest.approx(
+            (2 * beside, 4 * beside, beside)
+        )
+        assert rows.backward == 2
+    assert registry.passes(config(**{"anchor.share": "0"}), GRID)[1] is None
+
+
 def test_fields_of_anchors_mean_nothing_without_them():
     given = {"anchor.prompts": "class"}
     with pytest.raises(UserError, match=r"anchor.prompts: has no effect with config.anchor.share"):

@@ -51,6 +51,13 @@ def test_contrast_is_the_root_mean_square_of_colour():
     assert contrast(halves) == pytest.approx(0.5)
 
 
+def test_crispness_is_the_mean_change_at_the_steepest_of_twenty_pixels():
+    """Red changes at one column, green at one row: 1 along both, and more where they cross."""
+    image = np.zeros((1, 21, 21, 3), np.uint8)
+    image[:, :, 9:, 0], image[:, 13:, :, 1] = 255, 255
+    assert crispness(image) == pytest.approx((19 + 2**0.5) / 20)  # 20 of the 400 changes
+
+
 def compared(own, base):
     """By prompt, as an evaluation does it."""
     scorer = CompositionKept()

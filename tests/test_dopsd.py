@@ -213,6 +213,9 @@ def test_grids_have_the_known_nodes():
     np.testing.assert_allclose(family.grid("legacy8", 3.0)[:-1], shifted[:8], atol=5e-5)
     assert shifted[8] == pytest.approx(0.0347826, abs=1e-6)
     assert family.grid([1, 0.5], 3.0) == (1.0, 0.5, 0.0)
+    # Those with a name are of the model's shift.
+    assert family.grid("nodes8", 1.0) == pytest.approx(np.linspace(1, 0, 9))
+    assert family.grid("nodes4", 6.0) == pytest.approx(family.grid("nodes8", 6.0)[::2])
 
 
 @pytest.mark.parametrize(
@@ -221,16 +224,21 @@ def test_grids_have_the_known_nodes():
         (lambda: family.grid("nodes5", 3.0), "config.grid"),
         (lambda: family.grid([0.5, 0.9], 3.0), "config.grid"),
         (lambda: family.grid([1.2, 0.9], 3.0), "config.grid"),
+        (lambda: family.grid([0.9, 0.5], 3.0), "config.grid"),
+        (lambda: family.grid([1, 0.5, 0.5], 3.0), "config.grid"),
         (lambda: family.grid([], 3.0), "config.grid"),
         (lambda: nodes("l2"), "config.loss"),
         (lambda: nodes((1.0, 2.0)), "config.loss"),
         (lambda: nodes((0.0,) * 4), "config.loss"),
+        (lambda: nodes((1.0, 1.0, -1.0, 1.0)), "config.loss"),
         (lambda: nodes((1.0, 1.0, float("nan"), 1.0)), "config.loss"),
         (lambda: nodes((1.0, 1.0, float("inf"), 1.0)), "config.loss"),
         (lambda: nodes("x0", "random:²"), "config.loss_steps"),
         (lambda: nodes("x0", "random:5"), "config.loss_steps"),
+        (lambda: nodes("x0", "random:0"), "config.loss_steps"),
         (lambda: nodes("x0", "some"), "config.loss_steps"),
         (lambda: nodes("x0", (4,)), "config.loss_steps"),
+        (lambda: nodes("x0", (-1,)), "config.loss_steps"),
         (lambda: nodes("x0", ()), "config.loss_steps"),
     ],
 )
@@ -298,6 +306,27 @@ def test_accumulated_micro_batches_average_and_draw_their_own_noise():
     _, two = run_steps(state.Teacher("frozen"), count=1, micro=2)
     assert one[0][2]["loss"] != two[0][2]["loss"]
     assert relative_error(two[0][2]["loss"], one[0][2]["loss"]) < 0.5
+
+
+def test_the_figures_of_a_step_are_means_over_the_nodes_with_a_loss():
+    """Of all micro-batches, and of the anchors by themselves; what is squared has its root."""
+    nan, tx = np.nan, optax.sgd(0.0)
+    rows = dopsd.Losses(
+        jnp.array([1.0, 3.0]),
+        jnp.array([[1.0, nan, 5.0], [3.0, nan, nan]]),
+        jnp.array([[4.0, nan, 9.0], [14.0, nan, nan]]),
+        jnp.array([[[1.0, 4], [nan, nan], [2, 4]], [[0, 40], [nan, nan], [nan, nan]]]),
+    )
+    method = lambda student, teacher, base, batch, noise, key: (batch, student)
+    role, anchor = state.Teacher("frozen"), train_step.Anchor(method, 0.5)
+    step = train_step.make_step(method, tx, role, lambda _: 0.0, 0, anchor=anchor)
+    held = jax.tree.map(lambda x: x[..., None][:1], rows._replace(mse=4 * rows.mse))
+    held = held._replace(total=jnp.array([[7.0]]))
+    _, found = step(state.create(jnp.ones(2), role, tx), (), rows, None, held, latent=SHAPE)
+    np.testing.assert_allclose(found["loss_per_step"], [2, nan, 5])
+    assert [float(found[name]) for name in ("loss", "gap", "norm_ratio")] == [2, 3, 0.25]
+    assert float(found["anchor_loss"]) == 7
+    assert float(found["anchor_gap"]) == pytest.approx(26**0.5)
 
 
 def test_noise_of_a_step_depends_on_seed_and_step_only():

@@ -48,6 +48,9 @@ def test_rows_and_tests_have_the_noise_of_the_protocol(dataset):
     assert [c.seed for c in found[2:]] == [31, 331, 32, 332, 33]
     assert [c.target[0, 0, 0] for c in found] == [0, 120, 0, 120, 0, 120, 0]
     assert {(c.height, c.width) for c in found} == {(64, 96)}
+    many = [prompts.Test(prompt=f"test {i}", where=f"p:{i}") for i in range(150)]
+    found = [c.seed for c in prompts.cases(dataset, many, rows=1, scored_text=False)]
+    assert found[:100] == list(range(30, 130)) and max(found) == 129  # 130 is the next row's
     assert seeds.picture_seed(331, 0) == 331 and seeds.picture_seed(331, 2) == 2_000_331
     last = seeds.case_seed(2**31 - 1, 10**6)
     assert seeds.picture_seed(last, seeds.MOST - 1) < 2**32

@@ -238,6 +238,16 @@ def test_a_mask_lies_on_the_cells_of_its_latents(pipe, tmp_path):
     np.testing.assert_array_equal(region[..., 0], expected)
 
 
+@pytest.mark.parametrize("own", families.every(), ids=lambda own: own.NAME)
+def test_the_shift_is_that_of_the_deployed_sampler(own):
+    """It moves equally spaced levels to the sampler's, for every size."""
+    for height, width in ((64, 64), (40, 96)):
+        s, n = own.shift(own.SCHEDULER, height, width), own.DEPLOYED_STEPS
+        level = 1 - np.arange(n + 1) / n
+        wanted = own.deployed_grid(n, own.SCHEDULER, height, width)
+        np.testing.assert_allclose(s * level / (1 + (s - 1) * level), wanted, rtol=1e-6)
+
+
 def test_published_grids():
     np.testing.assert_allclose(
         family.grid("nodes4", None, 64, 64), [1, 0.967384, 0.908144, 0.767200, 0], atol=1e-6
@@ -304,6 +314,10 @@ def test_a_smaller_reference_is_fewer_tokens(pipe):
     )
     assert request(2**20).shapes["reference0"].shape[:2] == (8, 8)
     assert request(64 * 64).shapes["reference0"].shape[:2] == (4, 4)
+    # That is of the row's own picture, the last: those that are edited keep their size.
+    options = {"reference_pixels": 64 * 64, "instruction": ""}
+    both = pipe.request(TEACHER, PROMPT, sizes=[(128, 128)] * 2, options=options).shapes
+    assert [both[f"reference{k}"].shape[:2] for k in (0, 1)] == [(8, 8), (4, 4)]
     # One of 8 to 1 is longer than any picture that is drawn, and is taken all the same.
     long = pipe.request(STUDENT, PROMPT, sizes=[(360, 2880)])
     assert long.shapes["reference0"].shape[:2] == (22, 180)

@@ -220,6 +220,17 @@ def test_adafactor_keeps_rows_and_columns_and_lowers_the_loss():
     assert (end["bias"] == 1).all()  # no gradient, and not decayed
 
 
+def test_adafactor_moves_no_tensor_farther_than_the_rate():
+    """After small gradients a large one would: the root mean square of an update is at most 1."""
+    tx = optimizers.optimizer(config(("optimizer", "adafactor"), ("learning_rate", 0.01)))
+    parameters, shape = jnp.zeros((130, 140)), (130, 140)
+    move, opt_state = jax.jit(tx.update), tx.init(parameters)
+    for i, size in enumerate([1e-3] * 20 + [1.0]):
+        gradient = size * jax.random.normal(jax.random.key(i), shape)
+        update, opt_state = move(gradient, opt_state, parameters)
+    assert float(jnp.sqrt(jnp.mean(update**2))) == pytest.approx(0.01, rel=1e-5)
+
+
 def test_weight_decay_spares_norms_biases_and_learned_tokens():
     flat = by_path(optimizers.decayed(world()[1]))
     kernels = {name for name in flat if name.removesuffix(".value").endswith("kernel")}

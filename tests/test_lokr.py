@@ -171,6 +171,14 @@ def test_a_file_is_attached_for_sampling_with_its_strength(tmp_path):
             assert relative_error(module.delta(), 0.5 * modules[name].delta()) < 1e-6
 
 
+def test_a_smaller_rank_fits_and_acts_as_it_did():
+    """In adapters of a larger one, of whose own numbers none that act stay."""
+    (_, chosen, modules, _), (wide, _, _, kind) = trained(3, 6.0), trained(5, 5.0)
+    loaded = attach.load(wide, chosen, modules, 1.0, "file", kind)
+    for name, module in attach.export(loaded, chosen, 1.0, kind).items():
+        assert relative_error(module.delta(), modules[name].delta()) < 1e-6
+
+
 def test_what_cannot_be_attached_or_written_is_a_line(tmp_path):
     modules = trained()[2]
     path, plain = tmp_path / "a.safetensors", tmp_path / "b.safetensors"

@@ -124,6 +124,14 @@ def test_start_has_the_spread_of_peft():
     assert not flat["b"].any()
 
 
+def test_no_two_adapters_begin_alike():
+    """Nor two layers of a stack: each learns from random numbers of its own."""
+    chosen = choose(("attention.to_q", "attention.to_k", "attention.to_v"))
+    _, adapter, _ = split(build(chosen))
+    begun = [module.a.tobytes() for module in attach.export(adapter, chosen, 1.0).values()]
+    assert len(set(begun)) == len(chosen) == 3 * (3 + 2 * 2)
+
+
 @pytest.mark.parametrize(
     ("targets", "message"),
     [
@@ -151,7 +159,7 @@ def test_export_and_load_are_inverses_and_a_smaller_rank_fits():
     back = attach.load(adapter, chosen, modules, 2.0, "file")
     jax.tree.map(np.testing.assert_array_equal, back, trained)
     _, wider, wide_base = split(build(chosen, rank=6, alpha=6.0))
-    wide = attach.load(wider, chosen, modules, 1.0, "file")
+    wide = attach.load(noisy(wider), chosen, modules, 1.0, "file")  # of other numbers none stay
     wide_graph = split(build(chosen, rank=6, alpha=6.0))[0]
     assert relative_error(run(wide_graph, wide, wide_base), run(graphdef, trained, base)) < 5e-6
 

@@ -19,6 +19,7 @@ from dopsd_jax.training import state, train_step
 from dopsd_jax.training.nonfinite import (
     MAX_SKIPPED,
     SPIKE_MIN,
+    SPIKE_WINDOW,
     Guard,
     Spikes,
     finite,
@@ -149,6 +150,20 @@ def test_a_spike_is_far_above_the_losses_of_before():
     assert not spikes.add(float(np.median(losses)))
     assert not Spikes().add(1e9)  # nothing to compare with
     assert not Spikes([None, float("nan"), 0.0] * SPIKE_MIN).add(1e9)
+
+
+def test_a_spike_is_8_deviations_above_the_last_100_losses():
+    """Of logarithms, by their median; a spike is one of the last, so a new level is soon usual."""
+    about = lambda size, count: list(np.exp(size * (-1.0) ** np.arange(count)))
+    deviation = 1.4826  # of logarithms that are 1 and -1 in turn
+    for distance, expected in ((7.9, False), (8.1, True)):
+        assert Spikes(about(1, SPIKE_MIN)).add(np.exp(distance * deviation)) == expected
+    assert not Spikes(about(1, SPIKE_MIN - 1)).add(1e9)
+    before, last = about(5, 1000), about(0.1, SPIKE_WINDOW)
+    assert Spikes(before + last).add(np.exp(2)) and not Spikes(before + last[:30]).add(np.exp(2))
+    spikes = Spikes(about(1, SPIKE_MIN))
+    seen = [spikes.add(float(np.exp(20 + 0.1 * n))) for n in range(2 * SPIKE_MIN)]
+    assert seen[0] and not seen[-1]
 
 
 def test_a_resumed_run_sees_the_same_spikes():

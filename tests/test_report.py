@@ -347,6 +347,8 @@ def test_the_step_that_compiles_does_not_squeeze_the_throughput(tmp_path):
             writer.write(record(step, images_per_second=0.01 if step == 1 else 4.0 + step % 2))
     page = Page(write_report(tmp_path).read_text())
     assert len(points(page)[-1]) == 7
+    facts = dict(zip(page.inside("dt", "dl"), page.inside("dd", "dl"), strict=True))
+    assert facts["images/s, median"] == "4"
     assert any("without step 1, which compiles" in text for text in page.text)
 
 
@@ -382,6 +384,11 @@ def test_long_runs_are_drawn_as_mean_and_range_without_losing_peaks():
     span = max(x for x, _ in band) - min(x for x, _ in band)
     assert peak[0] == pytest.approx(min(x for x, _ in band) + span * 0.77777, abs=3)
     assert all(0 <= x <= WIDTH and 0 <= y <= HEIGHT for x, y in band)
+    # The mean of 1 to 7 is their middle: off it the one line is where the peak is.
+    (line,), half = points(page), len(band) // 2
+    edges = zip(line, band[:half], reversed(band[half:]), strict=True)
+    off = sorted(abs(y - (high + low) / 2) for (_, y), (_, high), (_, low) in edges)
+    assert off[-2] < 0.2 and off[-1] > 10
 
 
 @pytest.mark.parametrize(

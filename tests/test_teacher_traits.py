@@ -1,13 +1,18 @@
 """What `check` says of a teacher: likeness, sharpness, and the advice that follows."""
 
+import functools
 import re
 from types import SimpleNamespace
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
+from conftest import relative_error
 from PIL import Image
+from test_dopsd import GRID, losses_and_gradient, nodes, toy_denoiser, world
 
+from dopsd_jax import dopsd
 from dopsd_jax.common.errors import UserError
 from dopsd_jax.conditioning.padding import longest, padded_rows, shapes_of
 from dopsd_jax.evaluation import teacher_traits as traits
@@ -25,6 +30,7 @@ def test_likeness_is_one_for_equal_pictures_and_nothing_for_strangers():
     assert traits.likeness(coarse[0], 255 - coarse[0]) == pytest.approx(-1)
     assert abs(traits.likeness(coarse[0], coarse[1])) < 0.3
     assert traits.mutual([coarse[0]] * 3) == pytest.approx(1)
+    assert traits.mutual(coarse[:2]) == traits.likeness(*coarse[:2])
     # Finer details than those of a small version do not count, nor does another size.
     larger = np.asarray(Image.fromarray(coarse[0]).resize((256, 192), Image.Resampling.NEAREST))
     assert traits.likeness(larger, coarse[0]) == pytest.approx(1)
@@ -59,9 +65,32 @@ def test_a_copy_is_one_of_the_picture_that_the_teacher_is_shown(monkeypatch):
     assert other.copies == 1 > other.student_copies + 0.5
 
 
+def test_gaps_and_clean_estimates_are_those_of_a_step_of_training():
+    """Relative to the teacher's velocity; the student's last estimate is its finished picture."""
+    base, student, teacher, contexts, noise = world()
+    net, sigma = toy_denoiser(), jnp.array(GRID)
+    networks = student, teacher, base, contexts, noise
+    gap, estimates = jax.jit(functools.partial(traits._walk, net))(*networks, sigma)
+    losses, _ = losses_and_gradient(*networks, nodes("velocity"))
+    assert relative_error(gap, np.sqrt(losses.mse / losses.power[:, 1])) < 1e-5
+    first, last = estimates[:, 0], estimates[:, -1]
+    assert relative_error(jnp.mean((first[0] - first[1]) ** 2), losses.mse[0]) < 1e-5
+    drawn = jax.jit(functools.partial(dopsd.rollout, net))(
+        student, base, contexts.student, noise, sigma
+    )
+    assert relative_error(last[0], drawn) < 1e-5 and relative_error(last[1], drawn) > 1e-2
+
+
 def test_one_colour_is_like_nothing():
     grey = np.full((96, 128, 3), 90, np.uint8)
     assert traits.likeness(grey, grey) == 0
+
+
+def test_a_distance_is_the_root_mean_square_of_all_numbers():
+    half = np.zeros((4, 4, 3), np.uint8)
+    half[:2] = 200
+    assert traits.distance(half, 0 * half) == traits.distance(0 * half, half)
+    assert traits.distance(half, 0 * half) == pytest.approx(200 / 2**0.5)
 
 
 def test_a_blur_is_less_sharp():

@@ -70,7 +70,9 @@ def test_a_bound_is_missed_surely_only_beyond_the_interval(name):
 @pytest.mark.parametrize(
     ("tuned", "start"),
     [(0.1, "Did not learn: the concept is not there (identity 0.10, teacher 0.81)"),
-     (0.45, "Learned in part: the concept is there in part"), (0.65, "Learned the concept")],
+     (0.30, "Did not learn"), (0.33, "Learned in part"),  # of the way 0.28, 0.32
+     (0.45, "Learned in part: the concept is there in part"), (0.65, "Learned the concept"),
+     (0.58, "Learned in part"), (0.61, "Learned the concept")],  # 0.68, 0.72
 )  # fmt: skip
 def test_learning_is_the_part_of_the_way_to_the_teacher(tuned, start):
     assert said(Likeness("identity", tuned, 0.1, 0.81)).startswith(start)
@@ -88,6 +90,26 @@ def test_learning_is_sure_only_beyond_its_interval(tuned, half, start):
     assert said(Likeness("identity", tuned, 0.1, 0.81, half=half)).startswith(start)
     lower = Likeness("DINO-D", 1 - tuned, 0.9, 0.19, "lower", half)
     assert said(lower).startswith(start)
+
+
+@pytest.mark.parametrize(("half", "start"), [(0.015, "Perhaps did not"), (0.005, "Did not")])
+def test_the_interval_is_taken_on_the_way_to_the_teacher(half, start):
+    """0.25 of the way, which is 0.2 long: 0.01 of a score is a twentieth of it."""
+    assert said(Likeness("identity", 0.15, 0.1, 0.3, half=half)).startswith(start)
+    assert said(Likeness("DINO-D", 0.85, 0.9, 0.7, "lower", half)).startswith(start)
+
+
+def test_a_score_beside_anothers_is_a_part_of_it_with_its_interval():
+    """Whatever the other's size is: only a teacher above 1 is replaced. Of 0 there is no part."""
+    rng = np.random.default_rng(0)
+    base, tuned = 4.0 + rng.normal(0, 0.1, (8, 2)), 3.2 + rng.normal(0, 0.1, (8, 2))
+    score = results.score(Named("ordinary crispness"), {"base": base, "tuned": tuned})
+    (reading,) = findings([score]).readings["crispness"]
+    gap, whole = score.differences["tuned", "base"], score.arms["base"].value
+    assert reading == Reading(1 + gap.value / whole, gap.half / whole, "base's")
+    assert reading.value == pytest.approx(0.8, abs=0.02)
+    nothing = results.score(Named("retention"), {"base": 0 * base, "tuned": tuned})
+    assert findings([nothing]) == Findings(None, {})
 
 
 def test_a_teacher_above_true_pictures_is_no_measure():

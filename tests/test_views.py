@@ -33,7 +33,9 @@ def test_views_are_crops_and_each_mirrored():
 
 
 def test_a_picture_is_used_at_every_resolution_that_it_fills(tmp_path):
-    for name, size in (("large", (200, 120)), ("middle", (100, 60)), ("small", (40, 36))):
+    for name, size in (
+        ("large", (200, 120)), ("middle", (100, 60)), ("small", (40, 36)), ("square", (64, 64)),
+    ):  # fmt: skip
         Image.new("RGB", size).save(tmp_path / f"{name}.png")
         (tmp_path / f"{name}.txt").write_text(name)
     config = defaults()
@@ -45,7 +47,7 @@ def test_a_picture_is_used_at_every_resolution_that_it_fills(tmp_path):
     rows = load_rows(tmp_path, views=data_set.picture_views(config))
     dataset = measure(rows, data_set.data_buckets(config, 16), levels=levels)
     found = [next(i for i, own in enumerate(levels) if b in own) for b in dataset.buckets]
-    assert found == [0, 1, 2, 0, 1, 1, 0, 0, 0]  # of large, middle and small
+    assert found == [0, 1, 2, 0, 1, 1, 0, 0, 0, 0, 1, 1]  # of large, middle, small and square
     config.data.buckets = "64x64"
     assert "beside several numbers" in problems_of(data_set.data_levels, config, 16)[0]
 

@@ -1,6 +1,7 @@
 """Pictures of a checkpoint are those of its LoRA file: a fault of the file is seen in them."""
 
 import dataclasses
+import functools
 
 import jax
 import numpy as np
@@ -75,6 +76,14 @@ def test_what_was_written_draws_what_is_live(adapters, random_model, tmp_path):
     before, after = picture(live), picture(written)
     for name in before:
         np.testing.assert_allclose(before[name].delta(), after[name].delta(), rtol=1e-6, atol=1e-7)
+    # At the strength that the adapters have in the network: alpha / rank is 2 here.
+    graphdef, _, base = pipe.split
+    network = nnx.merge(graphdef, live, base)
+    for name, slot in what.chosen.items():
+        layer = functools.reduce(getattr, slot.dense.split("."), network)
+        change = layer.adapters[str(slot.part)].delta()
+        change = change if slot.index is None else change[slot.index]
+        np.testing.assert_allclose(before[name].delta(), change.T, rtol=1e-5, atol=1e-6)
     noise = sampling.start_noise(0, 1, pipe.latent_shape(32, 32))
     context = pipe.encode_prompt(["a red circle"])
     drawn = [

@@ -1,0 +1,89 @@
+"""The losses as a configuration names them: nodes, weights, distance, what the teacher is told."""
+
+import jax
+import numpy as np
+import pytest
+from conftest import relative_error
+from test_baselines import GRID, NET, SHAPE, world
+
+from dopsd_jax.config.loading import load
+from dopsd_jax.dopsd import Teachers
+from dopsd_jax.methods import registry
+from dopsd_jax.methods.losses import Schedule
+
+SCHEDULE = Schedule(lambda height, width: GRID, lambda height, width: 3.0)
+ANCHOR = "anchor"  # the loss of the anchors, which goes with every method
+DISTANCES = ("dopsd", "offpolicy", ANCHOR)  # those that compare two velocities by config.loss
+
+
+def learn(method, region=None, untold=False, schedule=SCHEDULE, **fields):
+    """Losses and gradient of the toy; `fields`: with __ for a dot.
+
+    untold: where the teacher is not told, the student itself is asked.
+    """
+    own = {} if method == ANCHOR else {"method": method}
+    config = load("zimage:random", own | {k.replace("__", "."): v for k, v in fields.items()})
+    base, student, teacher, batch, draws = world()
+    teacher = Teachers(teacher, student) if untold else teacher
+    key, networks = jax.random.key(7), (student, teacher, base)
+    if method == ANCHOR:
+        loss = registry.anchor_loss(config, NET, schedule)
+        return jax.jit(loss)(*networks, batch.contexts.student, draws.start, key)
+    loss = registry.loss_function(config, NET, schedule)
+    draws = draws.start if registry.method(config).start_only else draws
+    return jax.jit(loss)(*networks, batch._replace(region=region), draws, key)
+
+
+@pytest.mark.parametrize("method", [*DISTANCES, "pso"])
+def test_only_the_nodes_of_loss_steps_have_a_loss(method):
+    losses, gradient = learn(method, loss_steps="1")
+    assert np.isfinite(losses.per_step).tolist() == [False, True, False]
+    assert relative_error(losses.total, losses.per_step[1]) < 1e-6
+    _, of_all = learn(method)
+    assert relative_error(gradient["w"], of_all["w"]) > 1e-2
+
+
+@pytest.mark.parametrize("method", DISTANCES)
+def test_nodes_have_the_weights_and_the_distance_of_the_loss(method):
+    losses, _ = learn(method, loss="0.5,0,3")
+    assert relative_error(losses.per_step, np.array([0.5, 0, 3]) * losses.mse) < 1e-6
+    apart, _ = learn(method, loss="decoupled", decoupled__magnitude="0")
+    assert (apart.per_step < 0.999 * apart.mse).all()  # without the difference of the norms
+
+
+def test_a_preference_without_weight_is_a_coins_throw():
+    losses, _ = learn("pso", loss="0,1,1")
+    assert losses.per_step[0] == pytest.approx(np.log(2), abs=1e-6)
+    assert (abs(losses.per_step[1:] - np.log(2)) > 1e-3).all()
+
+
+@pytest.mark.parametrize(
+    ("method", "fields"),
+    [("dopsd", {}), ("offpolicy", {}), ("offpolicy", {"offpolicy__states": "targets"})],
+)
+def test_a_teacher_is_told_at_the_nodes_of_told_alone(method, fields):
+    """At the others the start is asked what the student is told: here it is the student."""
+    losses, _ = learn(method, untold=True, teacher__told="1", **fields)
+    assert losses.mse[1] > 1e-3 and max(losses.mse[0], losses.mse[2]) < 1e-12
+
+
+@pytest.mark.parametrize("method", registry.METHODS)
+def test_every_method_looks_where_the_batch_says(method):
+    region = np.zeros((*SHAPE[:3], 1), np.float32)
+    region[:, :2] = 2.0
+    (whole, _), (part, _) = learn(method), learn(method, region)
+    assert relative_error(part.total, whole.total) > 1e-4
+
+
+def test_class_prompts_have_the_configured_weight():
+    prior = learn("dreambooth")[0].total - learn("sft")[0].total
+    half = learn("dreambooth", dreambooth__weight="0.5")[0].total - learn("sft")[0].total
+    assert prior > 1e-2 and relative_error(half, 0.5 * prior) < 1e-5
+
+
+def test_grid_and_shift_are_those_of_the_latents_height_and_width():
+    asked = []
+    note = lambda found: lambda height, width: asked.append((height, width)) or found
+    for method in ("dopsd", "sft", ANCHOR):
+        learn(method, schedule=Schedule(note(GRID), note(3.0)))
+    assert set(asked) == {SHAPE[1:3]} and len(asked) == 6
