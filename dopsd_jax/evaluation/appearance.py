@@ -34,7 +34,7 @@ def steepest(values: Float[np.ndarray, "n H W c"]) -> Float[np.ndarray, " n"]:
     down = np.linalg.norm(values[:, 1:, :-1] - values[:, :-1, :-1], axis=-1)
     right = np.linalg.norm(values[:, :-1, 1:] - values[:, :-1, :-1], axis=-1)
     steep = np.sort(np.hypot(down, right).reshape(len(values), -1), axis=1)
-    return steep[:, -round(EDGE_SHARE * steep.shape[1]) :].mean(1)
+    return steep[:, -max(1, round(EDGE_SHARE * steep.shape[1])) :].mean(1)
 
 
 def contrast(images: UInt8[np.ndarray, "n H W 3"]) -> Float[np.ndarray, " n"]:

@@ -26,6 +26,7 @@ from dopsd_jax.conditioning.encoding import Encoder
 from dopsd_jax.conditioning.padding import longest, padded_rows, shapes_of
 from dopsd_jax.data.dataset import Dataset
 from dopsd_jax.dopsd import Denoiser
+from dopsd_jax.evaluation.appearance import crispness
 from dopsd_jax.evaluation.scorer import Picture
 from dopsd_jax.families.base import STUDENT, TEACHER, Features
 from dopsd_jax.families.drawing import Wish, draw
@@ -38,7 +39,6 @@ from dopsd_jax.reporting.previews import Sample
 NOISES = 3  # from which each row is drawn
 NOISE_SEED = 411
 LIKENESS_SIDE = 64  # pixels: finer details are no matter of likeness
-EDGE_SHARE = 0.05  # of the pixels: those with the steepest change count as edges
 
 # Where the recommendation changes. NOTHING: of the gap. SEES: the teacher's likeness to the target
 # must exceed the student's by so much. Two pictures of a likeness of .9 differ in details only.
@@ -246,12 +246,8 @@ def distance(a: Picture, b: Picture) -> float:
 
 
 def sharpness(picture: Picture) -> float:
-    """Mean size of the steepest changes between neighbouring pixels, the edges of a picture."""
-    pixels = picture.astype(np.float64) / 255
-    down = np.linalg.norm(pixels[1:, :-1] - pixels[:-1, :-1], axis=-1)
-    right = np.linalg.norm(pixels[:-1, 1:] - pixels[:-1, :-1], axis=-1)
-    steep = np.sort(np.hypot(down, right).ravel())
-    return float(steep[-max(1, round(EDGE_SHARE * steep.size)) :].mean())
+    """The crispness of one picture."""
+    return float(crispness(picture[None])[0])
 
 
 # --- words
