@@ -272,6 +272,8 @@ def test_kinds_take_turns_and_every_prompt_comes_before_one_comes_again():
     assert [sorted(second[i : i + 9]) for i in (0, 9)] == [list(range(3, 12))] * 2
     assert second[:9] != second[9:]  # every round has its own order
     assert turns.numbers(4) == found[24:30]  # of the step alone
+    alike = [n for step in range(9) for n in Turns(anchor.Micro(1, 2), 9, 9).numbers(step)]
+    assert alike[::2] != [n - 9 for n in alike[1::2]]  # and every kind
 
 
 def test_the_digest_tells_other_prompts(tmp_path):

@@ -30,7 +30,7 @@ from dopsd_jax.methods.flow_matching import start_noise
 from dopsd_jax.parallel import sharding
 from dopsd_jax.run import build, heldout
 from dopsd_jax.training import train_step
-from dopsd_jax.training.ranking import BEST, FILE, GAP, Order, Ranking, copy_best
+from dopsd_jax.training.ranking import ANCHOR_GAP, BEST, FILE, GAP, Order, Ranking, copy_best
 from dopsd_jax.training.state import TrainState
 
 
@@ -190,6 +190,10 @@ def test_what_is_exported_is_scored(export, scored):
     )
     heldout.Heldout.score(own, 5, TrainState(5, 1.0, 2.0, None), [])
     assert seen == {GAP: scored} and judged == [scored]
+    for gap in (1.0, 3.0, float("nan")):  # of steps; their mean, since the last checkpoint
+        heldout.Heldout.look(own, {"anchor_gap": gap})
+    heldout.Heldout.score(own, 6, TrainState(6, 1.0, 2.0, None), [])
+    assert seen == {GAP: scored, ANCHOR_GAP: 2.0} and own.anchor_gaps == []
 
 
 def test_a_picture_must_be_left_to_train_on():

@@ -137,6 +137,18 @@ def test_captions_belong_to_the_key_and_alternatives_are_all_drawn():
     assert min(drawn[0, i] for i in (0, 2, 3)) > 40
 
 
+@pytest.mark.parametrize("draw", ["batch", "row"])
+def test_which_caption_is_drawn_does_not_depend_on_the_key(draw):
+    """As many captions of a key as there are keys: the same numbers would draw one of each."""
+    captions = tuple((key, f"{key}{i}") for key in "ab" for i in range(2))
+    rows = [DataRow(Path("x"), captions, "x"), DataRow(Path("y"), captions, "y")]
+    shape = {Shape(Bucket(16, 16)): np.arange(2)}
+    batches = Batches(shape, rows, "ab", batch_size=2, seed=0, draw=draw)
+    for place in range(2):
+        drawn = Counter(int(batches.batch(n).captions[place]) for n in range(400))
+        assert sorted(drawn) == [0, 1, 2, 3] and min(drawn.values()) > 60
+
+
 @pytest.mark.parametrize("accumulate", [1, 2])
 @pytest.mark.parametrize("shares", [[[0, 1, 2, 3]], [[0, 1], [2, 3]], [[0, 3], [1, 2]]])
 def test_parts_make_up_every_micro_batch(shares, accumulate):

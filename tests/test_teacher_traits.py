@@ -16,6 +16,7 @@ from dopsd_jax import dopsd
 from dopsd_jax.common.errors import UserError
 from dopsd_jax.conditioning.padding import longest, padded_rows, shapes_of
 from dopsd_jax.evaluation import teacher_traits as traits
+from dopsd_jax.families.base import TEACHER
 
 RNG = np.random.default_rng(0)
 PICTURES = [RNG.integers(0, 256, (96, 128, 3), dtype=np.uint8) for _ in range(3)]
@@ -63,6 +64,31 @@ def test_a_copy_is_one_of_the_picture_that_the_teacher_is_shown(monkeypatch):
     assert measure(sample).student_copies == 1 > measure(sample).copies + 0.5
     other = measure(sample, seen=PICTURES[1])
     assert other.copies == 1 > other.student_copies + 0.5
+
+
+def test_each_role_has_its_own_traits(monkeypatch):
+    """A teacher that copies, and is not moved; a student of as many pictures as noises."""
+    still, others = PICTURES[0], [PICTURES[1], PICTURES[2], PICTURES[0]]
+    grey = np.full_like(still, 90)
+    drawn = lambda pipe, trained, wishes: [still] * 4 if trained else [*others, grey]
+    monkeypatch.setattr(traits, "draw", drawn)
+    by_role = np.zeros((2, 1, 1, 2, 2, 1))
+    by_role[TEACHER] = 1.0
+    walk = lambda self, sample, noise: (np.zeros(1), by_role)
+    monkeypatch.setattr(traits.Measurement, "_walk", walk)
+    pipe = SimpleNamespace(
+        family=SimpleNamespace(denoiser=lambda graphdef: None, collate=lambda features, rows: None),
+        split=[None],
+        limits=lambda role: {},
+        decode=lambda latents: [grey if latents.any() else PICTURES[1]],
+    )
+    measure = traits.Measurement(pipe, SimpleNamespace(rows=[{}, {}]), 0, 1, lambda *sides: [1, 0])
+    sample = SimpleNamespace(noise=np.zeros((1, 2, 2, 1)), contexts=[None, None], target=still)
+    found = measure(sample, traits.Other("", {}, {}))
+    assert found.sharp == [0] and found.student_sharp == [1]
+    assert found.copies == 1 > 0.6 > found.student_copies > 0.3
+    assert found.alike == 1 > 0.5 > found.student_alike
+    assert found.moved == 0 and found.student_moved == traits.distance(grey, PICTURES[1])
 
 
 def test_gaps_and_clean_estimates_are_those_of_a_step_of_training():

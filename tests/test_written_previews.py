@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+from types import SimpleNamespace
 
 import jax
 import numpy as np
@@ -14,6 +15,7 @@ from dopsd_jax import dopsd, train
 from dopsd_jax.adapters import attach
 from dopsd_jax.common.files import local_file
 from dopsd_jax.config.loading import load
+from dopsd_jax.dopsd import Contexts
 from dopsd_jax.families import pipeline, sampling
 from dopsd_jax.reporting import previews
 from dopsd_jax.training import trainable
@@ -92,6 +94,23 @@ def test_what_was_written_draws_what_is_live(adapters, random_model, tmp_path):
     ]
     assert np.abs(drawn[0].astype(int) - drawn[1]).max() <= 1
     assert np.abs(drawn[0].astype(int) - drawn[2]).max() > 20
+
+
+def test_every_model_draws_its_own_column(monkeypatch):
+    """The teacher in its context, the tuned model in the student's; a prompt has no teacher."""
+    paint = lambda number: np.full((1, 1, 3), number, np.uint8)
+    drawn = lambda pipe, weights, wishes: [paint(weights + w.context) for w in wishes]
+    monkeypatch.setattr(previews, "draw", drawn)
+    row = previews.Sample("a", Contexts(1, 2), None, paint(99), ())
+    prompt = previews.Sample("b", Contexts(3, None), None, None, ())
+    own = SimpleNamespace(
+        pipe=None, columns=("target", "base", "teacher", "tuned"), _places=0, samples=[row],
+        prompts=[prompt], base=[paint(7), paint(8)],
+    )  # fmt: skip
+    own._by_student = functools.partial(previews.Previews._by_student, own)
+    found = previews.Previews.rows(own, student=10, teacher=20)
+    numbers = [[x if x is None else int(x.max()) for x in each.images] for each in found]
+    assert numbers == [[99, 7, 20 + 2, 10 + 1], [None, 8, None, 10 + 3]]
 
 
 def test_a_whole_network_stays_the_live_one(tmp_path):
