@@ -1,7 +1,9 @@
 """The losses as a configuration names them: nodes, weights, distance, what the teacher is told."""
 
 import jax
+import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 from conftest import relative_error
 from test_baselines import GRID, NET, SHAPE, world
@@ -10,6 +12,8 @@ from dopsd_jax.config.loading import load
 from dopsd_jax.dopsd import Teachers
 from dopsd_jax.methods import registry
 from dopsd_jax.methods.losses import Schedule
+from dopsd_jax.run import build
+from dopsd_jax.training import state
 
 SCHEDULE = Schedule(lambda height, width: GRID, lambda height, width: 3.0)
 ANCHOR = "anchor"  # the loss of the anchors, which goes with every method
@@ -87,3 +91,46 @@ def test_grid_and_shift_are_those_of_the_latents_height_and_width():
     for method in ("dopsd", "sft", ANCHOR):
         learn(method, schedule=Schedule(note(GRID), note(3.0)))
     assert set(asked) == {SHAPE[1:3]} and len(asked) == 6
+
+
+# --- the step of a configuration
+
+
+def step_of(contexts=None, anchors=None, **fields):
+    """The state after one step of the toy, whose adapters are off, its metrics, and the gap."""
+    config = load("zimage:random", {k.replace("__", "."): v for k, v in fields.items()})
+    base, adapters, _, batch, _ = world()
+    contexts = batch.contexts if contexts is None else contexts
+    batch, tx = batch._replace(contexts=contexts, target=None, prior=None), optax.sgd(0.0)
+    off, rows = jax.tree.map(jnp.zeros_like, adapters), jax.tree.map(lambda x: x[None], batch)
+    begun = state.create(off, registry.teacher(config), tx)
+    gap = build.make_gap(config, NET, SCHEDULE)(begun, base, rows, jax.random.key(1), latent=SHAPE)
+    step = build.make_step(config, NET, SCHEDULE, tx)
+    return *step(begun, base, rows, 0, anchors, latent=SHAPE), gap
+
+
+def test_where_a_teacher_is_not_told_nothing_is_learned_at_first():
+    _, whole, gap = step_of()
+    _, metrics, of_one = step_of(teacher__told="1")
+    assert metrics["loss_per_step"][1] > 1e-3 < whole["loss_per_step"].min()
+    assert max(metrics["loss_per_step"][0], metrics["loss_per_step"][2]) < 1e-12
+    assert 0.2 < of_one / gap < 0.5  # one of three nodes is left
+
+
+def test_anchors_have_their_share_of_a_step_and_begin_without_a_gap():
+    prompts = jax.random.normal(jax.random.key(3), (1, 2, 3))
+    plain, (_, metrics, _) = step_of()[1], step_of(anchors=prompts, anchor__share="0.25")
+    assert metrics["anchor_gap"] < 1e-6 and metrics["loss"] == plain["loss"]
+    assert relative_error(metrics["grad_norm"], 0.75 * plain["grad_norm"]) < 1e-5
+
+
+@pytest.mark.parametrize(("nonfinite", "steps"), [("skip", 1), ("stop", 0)])
+def test_a_step_that_is_not_finite_is_counted_where_it_may_be_skipped(nonfinite, steps):
+    broken = jax.tree.map(lambda x: np.nan * x, world()[3].contexts)
+    new, metrics, _ = step_of(broken, nonfinite=nonfinite)
+    assert new.step == steps and not metrics["finite"].all()
+
+
+def test_another_seed_draws_another_step():
+    first, again, other = (step_of(seed=seed)[1]["loss"] for seed in ("1", "1", "2"))
+    assert first == again and abs(other / first - 1) > 1e-3
