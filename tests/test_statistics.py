@@ -1,11 +1,13 @@
 """Means, differences and their intervals: closed forms, and how often they cover the truth."""
 
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 from scipy import stats
 from shape_checks import unchecked
 
-from dopsd_jax.evaluation import statistics
+from dopsd_jax.evaluation import results, statistics
 
 
 def test_t_is_that_of_the_tables():
@@ -62,6 +64,23 @@ def test_the_jackknife_of_a_mean_is_the_mean():
     values = np.random.default_rng(3).normal(size=(15, 2))
     found = statistics.jackknife(lambda keep: values[keep].mean(), 15)
     assert found == pytest.approx(statistics.mean(values))
+
+
+def test_a_figure_of_a_set_is_compared_prompt_by_prompt():
+    """A prompt is left out of pictures and reference together; of means it is the paired test."""
+    scorer = SimpleNamespace(
+        name="figure", better="lower", kinds=(), identity="1",
+        distance=lambda own, there: float(own.mean() - there.mean()),
+    )  # fmt: skip
+    rng = np.random.default_rng(5)
+    reference = 5 * rng.normal(size=(9, 1))
+    features = {name: reference[:, None] + rng.normal(size=(9, 2, 1)) for name in ("base", "tuned")}
+    found = results.set_score(scorer, features, reference, 0.5)
+    off = {name: own[..., 0] - reference for name, own in features.items()}
+    for name, own in off.items():
+        assert found.arms[name] == pytest.approx(statistics.mean(own))
+    gap = statistics.difference(off["tuned"], off["base"])
+    assert found.differences == {("tuned", "base"): pytest.approx(gap)} and found.floor == 0.5
 
 
 def test_the_jackknife_covers_a_figure_that_is_no_mean():

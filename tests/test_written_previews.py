@@ -86,6 +86,11 @@ def test_what_was_written_draws_what_is_live(adapters, random_model, tmp_path):
         change = layer.adapters[str(slot.part)].delta()
         change = change if slot.index is None else change[slot.index]
         np.testing.assert_allclose(before[name].delta(), change.T, rtol=1e-5, atol=1e-6)
+    # A run that begins with the file begins there.
+    config = configured(**{"lora.init_from": str(tmp_path / "lora" / "step_3.safetensors")})
+    begun = picture(trainable.trained(config, pipe.family, pipe.config).start(pipe.split[1]))
+    for name in before:
+        np.testing.assert_allclose(before[name].delta(), begun[name].delta(), rtol=1e-6, atol=1e-7)
     noise = sampling.start_noise(0, 1, pipe.latent_shape(32, 32))
     context = pipe.encode_prompt(["a red circle"])
     drawn = [
