@@ -115,6 +115,11 @@ def test_the_published_model_gets_238_layers_and_158760960_parameters_at_rank_64
     assert len(attach.slots(zimage_config.names(FULL))) == 276
     assert len(choose("before_pr5", FULL)) == 5 * 34
     assert len(choose("main", FULL)) == 7 * 30
+    # Beside its layers they are small, and so act alone; those of a small network do not.
+    wide = lambda cfg, rank: [
+        Lora.is_wide_for(s.din, s.dout, rank) for s in choose("blocks", cfg).values()
+    ]
+    assert not any(wide(FULL, 64)) and all(wide(CFG, 16))
 
 
 def test_start_has_the_spread_of_peft():
