@@ -5,15 +5,25 @@ import stat
 import subprocess
 import sys
 import threading
+from types import SimpleNamespace
 
 import ml_dtypes
 import numpy as np
 import pytest
 from conftest import left_by_killed
+from PIL import Image
 
 from dopsd_jax.common.errors import UserError
+from dopsd_jax.conditioning.cached import CachedFeatures
+from dopsd_jax.config.loading import load
+from dopsd_jax.data.buckets import Bucket
 from dopsd_jax.data.cache import FeatureCache, feature_key
+from dopsd_jax.data.measure import measure
 from dopsd_jax.data.padding import pad_stack, padded_length
+from dopsd_jax.data.rows import load_rows
+from dopsd_jax.data.views import views_of
+from dopsd_jax.families.base import TEACHER
+from dopsd_jax.methods.method import Needs
 
 BASE = {
     "role": "teacher",
@@ -56,6 +66,64 @@ def test_keys_depend_on_every_part_and_on_nothing_else():
     assert len(keys) == 9
     turned = dict(reversed(BASE["options"].items()))
     assert feature_key(**BASE | {"options": turned}) == feature_key(**BASE)
+
+
+# What a run has at first, and what another one may have in its place.
+PARTS = {
+    "caption": ("a dog", "a cat"),
+    "shade": (90, 80),
+    "mask": (255, 200),
+    "bucket": ((64, 64), (48, 64)),
+    "mirrored": (False, True),
+    "text_encoder": ("t", "T"),
+    "vlm": ("v", "V"),
+    "vae": ("a", "A"),
+    "dtype": ("float32", "bfloat16"),
+    "said": ("", "x"),
+    "factor": (8, 16),
+}
+PICTURE = {"shade", "bucket", "mirrored"}
+DEPENDS = {
+    "student": {"caption", "text_encoder", "dtype"},
+    "teacher": {"caption", "text_encoder", "vlm", "dtype", "said", *PICTURE},
+    "latent": {"vae", "dtype", *PICTURE},
+    "mask": {"mask", "factor", *PICTURE},
+}
+
+
+def entries(folder, **changed):
+    """Where a run keeps what belongs to its one picture, by what it is."""
+    own = SimpleNamespace(**{name: value for name, (value, _) in PARTS.items()} | changed)
+    folder.mkdir()
+    Image.new("RGB", (64, 64), (own.shade,) * 3).save(folder / "a.png")
+    mask = np.full((64, 64), own.mask, np.uint8)
+    mask[:32] = 0
+    Image.fromarray(mask).save(folder / "a_mask.png")
+    (folder / "a.txt").write_text(own.caption)
+    rows = load_rows(folder, masks=True, views=views_of(mirrored=True))
+    pipe = SimpleNamespace(
+        ENCODERS=(("text_encoder",), ("text_encoder", "vlm")),
+        part_digest=lambda name, memo: getattr(own, name),
+        options=lambda role, teacher: {"said": own.said} if role == TEACHER else {},
+        family=SimpleNamespace(CONTEXTS={"vlm": True}),
+        vae_config=SimpleNamespace(factor=own.factor),
+    )
+    config = load("zimage:random", {"dtype": own.dtype})
+    data = measure(rows, [Bucket(*own.bucket)], masked="files")
+    store = CachedFeatures(pipe, data, config, folder, Needs(teacher=True, target=True))
+    row = int(own.mirrored)
+    texts = {name: store.key((row, 0), role) for role, name in enumerate(("student", "teacher"))}
+    return texts | {"latent": store.latent_key(row), "mask": store.mask_key(row)}
+
+
+def test_what_a_run_keeps_has_another_place_for_whatever_it_depends_on(tmp_path):
+    """And the same for all else: nothing is computed twice."""
+    first = entries(tmp_path / "first")
+    assert len(set(first.values())) == 4
+    for name, (_, value) in PARTS.items():
+        other = entries(tmp_path / name, **{name: value})
+        for kind, parts in DEPENDS.items():
+            assert (other[kind] != first[kind]) == (name in parts), (kind, name)
 
 
 def test_keys_are_the_same_in_another_process():
