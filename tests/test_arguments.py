@@ -1,6 +1,7 @@
 """An error in the arguments is told before the large libraries are imported."""
 
 import json
+import os
 import subprocess
 import sys
 
@@ -10,6 +11,7 @@ from test_rooms import HEAVY
 
 from dopsd_jax import __main__ as console
 from dopsd_jax import convert
+from dopsd_jax.common.errors import UNREAD_EXIT, report
 from dopsd_jax.methods import flow_matching
 from dopsd_jax.models import kinds, quantised
 from dopsd_jax.weights.lora_dialects import WRITTEN
@@ -35,7 +37,7 @@ def run(folder, program, *arguments):
 
 WITH_CONFIG = ("train", "prepare", "check", "evaluate", "estimate")
 FAULTS = [
-    ((), "--config"),
+    ((), "error: --config: must be given; see --help"),
     (("--config=zimagee",), "--config zimagee: is neither a file nor a configuration"),
     (("--config=no/such/file.py",), "no/such/file.py"),
     ((f"{ZIMAGE}x",), "'randomx' is not one of"),
@@ -65,6 +67,29 @@ def test_every_program_tells_wrong_options_and_help_at_once(tmp_path, program):
     assert f"python -m dopsd_jax.{program}" in out
     assert program not in WITH_CONFIG or "--config" in out
     assert not HEAVY & modules
+
+
+def test_options_that_must_be_given_are_told_together(tmp_path):
+    code, _, err, _ = run(tmp_path, "sample", "--prompt=x")
+    assert code == 2 and err == "error: --model, --out: must be given; see --help\n"
+
+
+def test_output_that_nobody_reads_ends_a_program_quietly():
+    """As behind `| head -1`."""
+    reading, writing = os.pipe()
+    os.close(reading)
+    command = [sys.executable, "-m", "dopsd_jax.train", "--help"]
+    done = subprocess.run(command, stdout=writing, stderr=subprocess.PIPE, text=True, cwd=ROOT)
+    os.close(writing)
+    assert done.returncode == UNREAD_EXIT and not done.stderr
+
+
+def test_another_pipe_that_breaks_is_a_crash():
+    reading, writing = os.pipe()
+    os.close(reading)
+    with pytest.raises(BrokenPipeError):
+        report(lambda: os.write(writing, b"x"))
+    os.close(writing)
 
 
 ADDRESS = "https://example.org/x"

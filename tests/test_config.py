@@ -147,6 +147,21 @@ def test_all_wrong_fields_of_a_command_line_are_told_together():
     assert "has no value" in problems_of(read, ["--config.steps"])[0]
 
 
+@pytest.mark.parametrize(
+    ("name", "meant"),
+    [
+        ("rank", "config.lora.rank"),
+        ("data.rank", "config.lora.rank"),
+        ("trigger", "config.data.trigger"),
+        ("rnk", "config.lora.rank"),
+        ("seeed", "config.seed"),
+        ("init_from", "config.lora.init_from"),
+    ],
+)
+def test_a_field_written_without_its_part_is_known(name, meant):
+    assert schema.unknown(name).endswith(f"did you mean {meant}?")
+
+
 @pytest.mark.parametrize("value", [",", " , ", [""], []])
 def test_a_list_without_a_path_is_empty(value):
     problems = problems_of(schema.check, config_with("data.path", value))

@@ -1,7 +1,9 @@
 """Faults that a user can correct, and how a program reports them."""
 
 import errno
+import os
 import re
+import select
 import sys
 from collections.abc import Callable, Iterable, Sequence
 from typing import TypeVar
@@ -9,6 +11,7 @@ from typing import TypeVar
 T = TypeVar("T")
 
 USER_ERROR_EXIT = 2
+UNREAD_EXIT = 141  # 128 + SIGPIPE, what a shell reports of other programs
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # a disk, a quota, a limit on files
 MAX_LINE = 2000  # characters of one problem
 SHOWN = 3  # of many problems of one kind
@@ -121,15 +124,20 @@ class Attempts:
 def report(main: Callable[[], int | None]) -> int:
     """Runs `main`; prints a `UserError`, or a full disk, as lines on stderr.
 
+    Where nobody reads stdout any more, as behind `| head`, it ends without a word.
     Returns the exit status.
     """
     try:
-        return main() or 0
+        status = main() or 0
+        sys.stdout.flush()
+        return status
     except UserError as error:
         for problem in few(error.problems):
             print(f"error: {problem}", file=sys.stderr)
         return USER_ERROR_EXIT
     except OSError as error:
+        if isinstance(error, BrokenPipeError) and _unread():
+            return UNREAD_EXIT
         if error.errno not in FULL:
             raise
         print(f"error: {disk_full(error.filename or 'a file')}", file=sys.stderr)
@@ -142,3 +150,14 @@ def report(main: Callable[[], int | None]) -> int:
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 130
+
+
+def _unread() -> bool:
+    """Whether stdout is a pipe that nobody reads; what is left for it is then thrown away."""
+    watched = select.poll()
+    watched.register(sys.stdout.fileno(), 0)
+    if not watched.poll(0):  # another pipe
+        return False
+    # Python flushes stdout once more when it ends, and would complain.
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    return True

@@ -106,20 +106,20 @@ def parse(
     required: options that must be given. rewrite: changes the command line first. check: raises
     `UserError` for options that are wrong together. more: what --help says at its end.
     """
-    flags.mark_flags_as_required(required)
-    status = report(lambda: _parse(sys.argv, rewrite, check, more))
+    status = report(lambda: _parse(sys.argv, required, rewrite, check, more))
     if status:
         sys.exit(status)
 
 
 def _parse(
     argv: list[str],
+    required: Sequence[str],
     rewrite: Callable[[list[str]], list[str]],
     check: Callable[[], None],
     more: Callable[[], str],
 ) -> None:
     if any(option in HELP for option in argv[1:]):
-        print("\n".join([help_text(argv[0]), more()]).rstrip())
+        print("\n".join([help_text(argv[0]), more()]).rstrip(), flush=True)
         sys.exit(0)
     logging.set_verbosity(logging.FATAL)  # what goes wrong in a library is raised as well
     try:
@@ -128,6 +128,8 @@ def _parse(
         raise UserError(f"{str(error).removeprefix('flag ')}; see --help") from None
     if len(rest) > 1:
         raise UserError(f"{rest[1]}: not understood; options are written --name=value; see --help")
+    if missing := [f"--{name}" for name in required if FLAGS[name].value is None]:
+        raise UserError(f"{', '.join(missing)}: must be given; see --help")
     check()
 
 

@@ -92,12 +92,14 @@ def unknown(name: str) -> str:
     """The line about a field that there is not, with the one that may be meant."""
     known = declared()
     last = {key: key.rpartition(".")[2] for key in known}
-    near = difflib.get_close_matches(name, known, 1) or [
-        key
-        for key, end in last.items()
-        if difflib.get_close_matches(name.rpartition(".")[2], [end], 1, 0.8)
-    ]
-    hint = f"; did you mean config.{near[0]}?" if near else "; --help lists the fields"
+    end = name.rpartition(".")[2]
+    near = (
+        [key for key in known if last[key] == end]  # `rank` is lora.rank, not train
+        or difflib.get_close_matches(name, known, 1)
+        or [key for key in known if difflib.get_close_matches(end, [last[key]], 1, 0.8)][:1]
+    )
+    meant = " or ".join(f"config.{key}" for key in near)
+    hint = f"; did you mean {meant}?" if near else "; --help lists the fields"
     return f"config.{name}: there is no such field{hint}"
 
 
