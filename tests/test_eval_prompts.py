@@ -194,3 +194,8 @@ def test_pictures_that_are_edited_are_cut_as_in_training(tmp_path):
     for cuts, expected in ((False, (48, 96, 3)), (True, (64, 64, 3))):
         (case,) = prompts.cases(found, [], rows=1, scored_text=False, cuts_references=cuts)
         assert [picture.shape for picture in case.references] == [expected]
+
+
+def test_a_file_of_prompts_that_is_missing_is_told_with_what_it_must_be(tmp_path):
+    with pytest.raises(UserError, match="--prompts takes text files with a prompt a line"):
+        lines_of(tmp_path / "none.txt", "--prompts")

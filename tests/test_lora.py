@@ -1,5 +1,7 @@
 """Adapters: the identity at the start, merging, targets, export and import."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -181,4 +183,14 @@ def test_loading_names_every_layer_that_does_not_fit():
     text = str(error.value)
     assert "adapts layers.0.feed_forward.w1" in text
     assert "nothing for layers.0.attention.to_q" in text
-    assert "config.lora.rank 2" in text
+    assert "to_k has rank 4; set config.lora.rank, 2, to 4 or more" in text
+
+
+def test_loading_tells_layers_of_another_size():
+    chosen = choose("attention")
+    _, adapter, _ = split(build(chosen))
+    modules = attach.export(adapter, choose("attention"), 1.0)
+    short = modules["layers.0.attention.to_k"]
+    modules["layers.0.attention.to_k"] = dataclasses.replace(short, a=short.a[:, :-1])
+    with pytest.raises(UserError, match=r"inputs and .* made for this model"):
+        attach.load(adapter, chosen, modules, 1.0, "some.safetensors")

@@ -65,12 +65,14 @@ class Lora(Adapter):
     ) -> Mapping[str, np.ndarray]:
         """The module's scale is multiplied into B; a smaller rank gets rows without effect."""
         a, b = (np.array(weights[name]) for name in ("a", "b"))
-        rank = module.rank
-        if rank > a.shape[1] or module.a.shape[1] != len(a) or len(module.b) != b.shape[1]:
+        rank, most = module.rank, a.shape[1]
+        if module.a.shape[1] != len(a) or len(module.b) != b.shape[1]:
             raise ValueError(
-                f"has A {module.a.shape} and B {module.b.shape}; config.lora.rank {a.shape[1]} and "
-                f"the model need at most A {a.T.shape} and B {b.T.shape}"
+                f"is of {module.a.shape[1]} inputs and {len(module.b)} outputs, the model's layer "
+                f"has {len(a)} and {b.shape[1]}; give a file that was made for this model"
             )
+        if rank > most:
+            raise ValueError(f"has rank {rank}; set config.lora.rank, {most}, to {rank} or more")
         a[:, :rank], b[:rank] = module.a.T, module.b.T * (module.scale / scale)
         b[rank:] = 0.0  # the spare rows of A stay random: they can still learn
         return {"a": a, "b": b}

@@ -179,8 +179,8 @@ def lines_of(path: Path, field: str = FIELD) -> list[tuple[int, str]]:
 
     field: that names the file.
     """
-    kinds = f"{', '.join(anchor.KINDS)}, or text files" if field == FIELD else "text files, prompts"
-    content = read_bytes(path, advice=f"{field} takes {kinds}")
+    kinds = f"{', '.join(anchor.KINDS)}, or " if field == FIELD else ""
+    content = read_bytes(path, advice=f"{field} takes {kinds}text files with a prompt a line")
     return prompts_in(content, f"{field} {path}")
 
 
