@@ -175,7 +175,7 @@ _DATA = (
     Field("data.caption_key", "", "column with the caption; empty: see data.prompt_keys"),
     Field("data.caption_extension", ".txt", "file name ending of the captions beside the pictures"),
     Field("data.caption_lines", False, "every line of a caption file is an alternative caption"),
-    Field("data.folder_captions", False, "the folder's name replaces a missing caption"),
+    Field("data.folder_captions", False, "a subfolder's name replaces a missing caption"),
     Field("data.folder_repeats", False, "pictures of a folder 10_name are used ten times an epoch"),
     Field("data.references", "",
           "where the pictures are that rows edit: auto or columns of a table, or folders; empty: "

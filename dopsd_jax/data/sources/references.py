@@ -56,9 +56,12 @@ def of_record(
     if not columns:
         values = list(before)
     if not values:
-        where = f"in {listing(map(repr, columns))}" if columns else "before its picture"
+        where, way = f"in {listing(map(repr, columns))}", "give one"
+        if not columns:
+            where = f"before its picture, nor in a column that auto knows ({', '.join(COLUMNS)})"
+            way = "name its column in data.references"
         return [], [
-            f"names no picture to edit {where}; give one, or unset data.references for rows that "
+            f"names no picture to edit {where}; {way}, or unset data.references for rows that "
             "edit none"
         ]
     if len(values) > MAX_REFERENCES:
