@@ -308,8 +308,8 @@ def recommendation(found: Sequence[Traits]) -> str:
     if mean("copies") > COPIES and mean("alike") > COPIES > mean("student_alike"):
         return (
             f"advice: the teacher copies its picture (likeness {mean('copies'):.2f}, whatever the "
-            "noise): describe place and background in the captions, or try "
-            "teacher.vision_dropout=0.75"
+            "noise), or the captions say all that is on it: where they do not say place and "
+            "background, describe them, or try teacher.vision_dropout=0.75"
         )
     return (
         "advice: the teacher takes from its picture what the thing is like, and the rest from the "
