@@ -228,7 +228,7 @@ def test_all_faults_of_a_folder_are_told_at_once(tmp_path):
     text = "\n".join(problems)
     assert "b.jpg" in text and "b.png would share the caption b.txt" in text
     assert "c.txt: is empty" in text
-    assert "d.png: has no caption; write d.txt" in text
+    assert "d.png: has no caption; write d.txt beside it (`dopsd-jax caption` can)" in text
     assert "e.txt: not UTF-8 text (looks like UTF-16)" in text
     assert "f.txt: holds NUL" in text
     assert "h.jxl: jxl cannot be read" in text

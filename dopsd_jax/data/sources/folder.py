@@ -223,7 +223,10 @@ class _Reader:
         if beside:
             suffix = os.path.splitext(beside[0])[1]
             return f"{beside[0]} is beside it: set data.caption_extension to '{suffix}'"
-        advice = f"write {stem}{self.extension} beside it or set data.caption_extension"
+        advice = (
+            f"write {stem}{self.extension} beside it (`dopsd-jax caption` can) or set "
+            "data.caption_extension"
+        )
         if folder:
             advice += f", or data.folder_captions=True to take its folder's name, {folder!r}"
         return advice
