@@ -166,5 +166,5 @@ def _digest(pipe: Pipeline, memo: Path) -> str:
     parts: list[Any] = [pipe.scheduler]
     for name in ("transformer", "vae"):
         stored = open_stored(pipe.folder / name, pipe.family.NETWORKS[name])
-        parts += [source_digest(stored, pipe.folder / name, memo), stored.config_text]
+        parts += [source_digest(stored, memo), stored.config_text]
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()

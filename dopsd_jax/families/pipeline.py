@@ -200,7 +200,7 @@ class Pipeline:
         """Of the weights and settings of a network, with what stands beside it."""
         folder = self.part_folder(name)
         stored = open_stored(folder, self.family.NETWORKS[name])
-        parts = [source_digest(stored, folder, memo), stored.config_text]
+        parts = [source_digest(stored, memo), stored.config_text]
         if name == "text_encoder":
             parts.append(tokenizer_digest(self.folder))
         if (folder / "preprocessor_config.json").exists():

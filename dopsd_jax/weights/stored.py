@@ -98,7 +98,7 @@ def _extras(network: Network, config: Any) -> dict[str, Leaf]:
     }
 
 
-def source_digest(stored: Stored, folder: Path, memo: Path) -> str:
+def source_digest(stored: Stored, memo: Path) -> str:
     """Digest of the content: from the manifest if converted, else computed once per file state."""
     if stored.files is None:
         return stored.tensors.digest
