@@ -9,7 +9,6 @@ where it was stopped. See docs/data.md.
 import contextlib
 import dataclasses
 import io
-import os
 import zlib
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -36,7 +35,7 @@ from etils import epath
 from ml_collections import ConfigDict
 from PIL import Image
 
-from dopsd_jax.common.atomic import is_remote, remove_leftovers
+from dopsd_jax.common.atomic import remove_leftovers
 from dopsd_jax.common.errors import UserError
 from dopsd_jax.common.progress import Progress
 from dopsd_jax.conditioning.cached import sees_picture
@@ -77,7 +76,7 @@ def main() -> None:
                 "hold; train with the pictures themselves"
             )
 
-    out = epath.Path(OUT.value if is_remote(OUT.value) else os.path.expanduser(OUT.value))
+    out = parts.local(OUT.value)
     with contextlib.ExitStack() as stack:
         with multihost.together():
             # Other shards may be at work in the same folder: each has a lock of its own.

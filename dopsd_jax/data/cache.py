@@ -1,7 +1,6 @@
 """Outputs of frozen encoders on disk, under a hash of what they were made from."""
 
 import contextlib
-import errno
 import hashlib
 import json
 import os
@@ -15,7 +14,7 @@ import numpy as np
 import safetensors.numpy
 
 from dopsd_jax.common.atomic import partial_of, remove_leftovers
-from dopsd_jax.common.errors import UserError
+from dopsd_jax.common.errors import FULL, UserError
 from dopsd_jax.common.files import expand, open_regular
 from dopsd_jax.weights.safetensors_io import Header, TensorFiles, parse_header
 from dopsd_jax.weights.tensors import CODES
@@ -24,7 +23,6 @@ from dopsd_jax.weights.tensors import CODES
 FORMATS = {"student": 1, "teacher": 2, "latent": 1, "mask": 1}
 TYPES = ("BF16", "F32", "I32", "I64", "U8")  # of arrays
 READERS = 4  # threads
-_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 def feature_key(
@@ -147,7 +145,7 @@ class FeatureCache:
         try:
             yield
         except OSError as error:
-            if error.errno in _FULL:
+            if error.errno in FULL:
                 raise UserError(
                     f"{self.directory}: no space left for cached features; free some, or set "
                     "data.cache to another disk (what is stored stays good)"

@@ -37,7 +37,7 @@ from etils import epath
 
 from dopsd_jax.common.atomic import atomic_file, is_remote, write_text
 from dopsd_jax.common.config_fields import as_paths
-from dopsd_jax.common.errors import UserError, raise_if
+from dopsd_jax.common.errors import UserError, is_utf8, raise_if
 from dopsd_jax.common.files import open_regular
 from dopsd_jax.common.json_files import parse_json, read_json
 from dopsd_jax.data.sets import shares_of
@@ -353,12 +353,7 @@ def _is_row(row: object, picture_bytes: int) -> bool:
 
 def _is_text(value: object) -> bool:
     """Whether a value is text that can be written: JSON may hold half a character."""
-    if not isinstance(value, str):
-        return False
-    try:
-        return value.isascii() or bool(value.encode())
-    except UnicodeEncodeError:
-        return False
+    return isinstance(value, str) and is_utf8(value)
 
 
 @contextlib.contextmanager

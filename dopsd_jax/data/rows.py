@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from dopsd_jax.common.atomic import is_remote
 from dopsd_jax.common.errors import UserError, raise_if
 from dopsd_jax.common.files import expand, readable
 from dopsd_jax.data import masks
@@ -87,7 +88,7 @@ def _read(
     **options: object,
 ) -> Rows:
     """See `load_rows`; there may be no masks."""
-    if "://" in str(path):
+    if is_remote(path):
         raise UserError(
             f"data.path {path}: pictures are read from local folders only; mount or download it, "
             "or give a folder made by dopsd_jax.prepare"

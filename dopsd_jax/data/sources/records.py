@@ -13,6 +13,7 @@ import unicodedata
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
+from dopsd_jax.common.atomic import is_remote
 from dopsd_jax.common.errors import UserError
 from dopsd_jax.common.files import BOM, expand, open_regular
 from dopsd_jax.common.json_files import parse_json, read_json
@@ -283,7 +284,7 @@ def _image(
 
 
 def _find(name: str, roots: list[str]) -> tuple[str | None, str | None]:
-    if "://" in name:
+    if is_remote(name):
         return None, f"{name} is remote; download the pictures first"
     candidates = [os.path.join(root, name) for root in roots]  # an absolute name replaces it
     for candidate in candidates:
