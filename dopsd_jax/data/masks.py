@@ -7,7 +7,7 @@ or the picture's own transparency. It is cut as its picture is, and averaged to 
 import functools
 import hashlib
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Container, Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -78,11 +78,22 @@ def none_found(where: str) -> UserError:
     )
 
 
-def is_mask(where: str, top: str, stem: str, pictures: Iterable[str]) -> bool:
-    """Whether a picture of a folder below `top` is a mask; `pictures`: all stems of the folder."""
-    if where != top and os.path.basename(where).lower() in FOLDERS:
+def is_mask(
+    where: str,
+    top: str,
+    stem: str,
+    pictures: Container[str],
+    folders: Sequence[str] = FOLDERS,
+    endings: Sequence[str] = ENDINGS,
+) -> bool:
+    """Whether a picture in the folder `where`, `top` or one below it, is a mask by its name.
+
+    pictures: all stems of the folder; folders, endings: the names of folders and the endings of
+    stems that masks have.
+    """
+    if where != top and os.path.basename(where).lower() in folders:
         return True
-    return any(stem.endswith(end) and stem.removesuffix(end) in pictures for end in ENDINGS)
+    return any(stem.endswith(end) and stem.removesuffix(end) in pictures for end in endings)
 
 
 def _files_of(path: str) -> list[str]:

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from dopsd_jax.data import heic
 from dopsd_jax.data.images import FIRST_BYTES, format_of
+from dopsd_jax.data.rgb import CONVERT
 from dopsd_jax.data.sources.collector import Examples
 
 IMAGE_SUFFIXES = (
@@ -75,7 +76,7 @@ def unreadable(suffix: str) -> str | None:
     if suffix in heic.SUFFIXES:
         return None if heic.available() else heic.MISSING
     if suffix in UNREADABLE_SUFFIXES:
-        return f"{suffix[1:]} cannot be read; convert it to PNG or JPEG"
+        return f"{suffix[1:]} cannot be read; {CONVERT}"
     return None
 
 

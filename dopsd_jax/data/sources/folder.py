@@ -2,6 +2,7 @@
 
 import os
 import re
+from collections.abc import Container
 from pathlib import Path
 
 from dopsd_jax.common.errors import UserError
@@ -29,8 +30,8 @@ from dopsd_jax.data.sources.sidecars import SUFFIXES, captions_beside, several_t
 # Masks and conditions that other trainers keep beside the pictures. Those of the second kind, and
 # pictures in a folder of such a name, are taken for them only where they have no caption.
 COMPANION_STEMS = ("-masklabel", "-condlabel")
-MASK_STEMS = ("_mask", "-mask", ".mask")
-MASK_FOLDERS = ("mask", "masks", "control", "conditioning", "conditioning_images")
+_ENDINGS = ("_mask", "-mask", ".mask")
+_FOLDERS = ("mask", "masks", "control", "conditioning", "conditioning_images")
 TEXT_SUFFIXES = (".txt", ".caption", ".json", ".cap", ".tags", ".text")
 TABLE_SUFFIXES = (".jsonl", ".csv")
 JSON = ".json"
@@ -40,6 +41,11 @@ _NUMBERED = re.compile(r"(\d{1,4})_(.*\S.*)", re.DOTALL)
 
 def matches(path: Path) -> bool:
     return path.is_dir()
+
+
+def is_companion(where: str, top: str, stem: str, pictures: Container[str]) -> bool:
+    """Whether a picture without a caption is a mask or a condition; see `masks.is_mask`."""
+    return masks.is_mask(where, top, stem, pictures, _FOLDERS, _ENDINGS)
 
 
 def read(path: Path, options: Options) -> Collector:
@@ -128,7 +134,7 @@ class _Reader:
         for stem, same in pictures.items():
             images = [folder + name for name in same]
             captions, fault = self._text_of((stem, normal(same[0])), texts, beside)
-            if not captions and not fault and self._is_mask(where, stem, pictures):
+            if not captions and not fault and is_companion(where, str(self.top), stem, pictures):
                 self._set_aside(images[0], is_mask(stem))
             elif len(same) > 1:
                 self.into.problem(
@@ -210,11 +216,6 @@ class _Reader:
             return 1, name
         self.numbered.add(name)
         return (int(match[1]) or 1) if self.options.folder_repeats else 1, match[2].strip()
-
-    def _is_mask(self, where: str, stem: str, pictures: dict[str, list[str]]) -> bool:
-        if where != str(self.top) and os.path.basename(where).lower() in MASK_FOLDERS:
-            return True
-        return any(stem.endswith(end) and stem.removesuffix(end) in pictures for end in MASK_STEMS)
 
     def _advice(self, stem: str, names: list[str], folder: str) -> str:
         """What to do about a picture without a caption, by what else is there."""

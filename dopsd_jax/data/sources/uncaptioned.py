@@ -1,18 +1,17 @@
 """Pictures of a folder that have no caption yet, and the file where each one's belongs."""
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 from dopsd_jax.common.atomic import NOT_UTF8
 from dopsd_jax.common.errors import UserError, is_utf8
 from dopsd_jax.common.files import BOM, read_bytes, readable
-from dopsd_jax.data.images import CONVERT
 from dopsd_jax.data.sources.captions import MAX_CAPTION_BYTES
 from dopsd_jax.data.sources.collector import Examples, listing
-from dopsd_jax.data.sources.files import UNREADABLE_SUFFIXES, normal, stem_of, walk
-from dopsd_jax.data.sources.folder import COMPANION_STEMS, MASK_FOLDERS, MASK_STEMS
+from dopsd_jax.data.sources.files import normal, stem_of, unreadable, walk
+from dopsd_jax.data.sources.folder import COMPANION_STEMS, is_companion
 from dopsd_jax.data.sources.sidecars import SUFFIXES, captions_beside, several_texts
 
 
@@ -55,15 +54,14 @@ def _find(top: Path, extension: str, overwrite: bool) -> Uncaptioned:
         for name in names:
             path = os.path.join(where, name)
             stem, suffix = os.path.splitext(name)
-            if suffix.lower() in UNREADABLE_SUFFIXES:
-                found.faults.append(f"{path}: {suffix[1:]} cannot be read; {CONVERT}")
+            if fault := unreadable(suffix.lower()):
+                found.faults.append(f"{path}: {fault}")
             elif name.lower().endswith(extension.lower()):
                 texts.setdefault(normal(name[: -len(extension)]), []).append(path)
             elif suffix.lower() in SUFFIXES:
                 beside.setdefault(normal(stem), []).append(path)
             elif (stem := stem_of(path)) is not None:
                 pictures.setdefault(normal(stem), []).append(path)
-        in_masks = where != str(top) and os.path.basename(where).lower() in MASK_FOLDERS
         for stem, same in pictures.items():
             # Some programs write a.txt, some a.png.txt.
             stems = (stem, normal(os.path.basename(same[0])))
@@ -72,7 +70,7 @@ def _find(top: Path, extension: str, overwrite: bool) -> Uncaptioned:
                 text, [path for name in stems for path in beside.get(name, ())]
             )
             if stem.endswith(COMPANION_STEMS) or (
-                not has and (in_masks or _is_mask(stem, pictures))
+                not has and is_companion(where, str(top), stem, pictures)
             ):
                 masks.add(os.path.relpath(same[0], top))
             elif not is_utf8(same[0]):
@@ -109,7 +107,3 @@ def _has_caption(text: str | None, beside: Sequence[str]) -> tuple[bool, str | N
             return True, None
     captions, fault = captions_beside(beside, lines=False)
     return bool(captions or fault), fault
-
-
-def _is_mask(stem: str, pictures: Mapping[str, object]) -> bool:
-    return any(stem.endswith(end) and stem.removesuffix(end) in pictures for end in MASK_STEMS)
