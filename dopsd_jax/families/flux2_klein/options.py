@@ -12,6 +12,7 @@ from dopsd_jax.common.config_fields import Field
 # references that the row edits; or another picture of its concept.
 CONTEXTS = {"edit_ref": True, "gt_ref": True, "other": True}
 EDITING = ("gt_ref",)
+REFERENCE_PIXELS = 1024 * 1024  # the area of a reference, at most
 
 _REFERENCE = {"teacher.context": tuple(CONTEXTS)}
 # Our own words for what the released code asks for.
@@ -28,7 +29,7 @@ FIELDS = (
     Field("teacher.instruction", "",
           "what is said to the teacher behind the caption; empty: the context's own words",
           when=_REFERENCE),
-    Field("teacher.reference_pixels", 1024 * 1024,
+    Field("teacher.reference_pixels", REFERENCE_PIXELS,
           "area of the row's picture as the teacher's reference, at most; a larger one is made "
           "smaller", low=64 * 64, high=2024 * 2024, unit="pixels", when=_REFERENCE),
 )

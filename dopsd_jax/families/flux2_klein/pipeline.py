@@ -14,7 +14,7 @@ import numpy as np
 from dopsd_jax.common.json_fields import Fields
 from dopsd_jax.common.json_files import read_json
 from dopsd_jax.families.base import STUDENT, TEACHER, Features, Request
-from dopsd_jax.families.flux2_klein.options import INSTRUCTIONS
+from dopsd_jax.families.flux2_klein.options import INSTRUCTIONS, REFERENCE_PIXELS
 from dopsd_jax.families.flux2_klein.references import (
     REFERENCE,
     prepare_reference,
@@ -25,7 +25,6 @@ from dopsd_jax.families.texts import TextPipeline, hidden_states, user_turn
 from dopsd_jax.weights.model_folder import INDEX
 
 LAYERS = (9, 18, 27)  # whose outputs, joined, are a text's features
-REFERENCE_PIXELS = 1024 * 1024
 NOT_THINKING = "<think>\n\n</think>\n\n"  # how the chat template says so
 
 

@@ -14,12 +14,13 @@ from dopsd_jax.common.flow import check_grid, shifted_grid
 from dopsd_jax.common.json_fields import Fields
 from dopsd_jax.data.padding import pad_stack
 from dopsd_jax.dopsd import Denoiser
-from dopsd_jax.families.base import TEACHER, Features, PaddedLengths
+from dopsd_jax.families.base import STUDENT, TEACHER, Features, PaddedLengths
 from dopsd_jax.families.sampling import merged
 from dopsd_jax.families.texts import QWEN3_4B
 from dopsd_jax.families.zimage.flops import context_work, image_tokens, velocity_work
 from dopsd_jax.families.zimage.networks import NETWORKS
 from dopsd_jax.families.zimage.options import CONTEXTS, EDITING
+from dopsd_jax.families.zimage.pipeline import TOKENS
 from dopsd_jax.families.zimage.pipeline import ZImagePipeline as Pipeline
 from dopsd_jax.models.zimage import STACKS, ZImage
 from dopsd_jax.models.zimage_config import PAD_MULTIPLE, ZImageConfig
@@ -43,7 +44,7 @@ TEXT_ENCODERS = {"Z-Image-Turbo": QWEN3_4B}
 SCHEDULER = 3.0  # the static shift of the published one
 LATENT_FACTOR = 8
 DEPLOYED_STEPS = 8
-ROWS = (512, 1024)
+ROWS = (TOKENS[STUDENT], TOKENS[TEACHER])
 
 # The seven linear layers of every block are upstream's own targets: 238 modules.
 _ATTENTION = ("attention.to_q", "attention.to_k", "attention.to_v", "attention.to_out.0")

@@ -8,6 +8,7 @@ from dopsd_jax.common.config_fields import Field
 # The row's picture through the vision-language model, or another one of its concept.
 CONTEXTS = {"vlm": True, "other": True}
 EDITING = ()
+MIN_PIXELS, MAX_PIXELS = 512 * 512, 768 * 768  # upstream's bounds
 
 _VLM = {"teacher.context": tuple(CONTEXTS)}
 _AREA = {"low": 1, "high": 2**28, "unit": "pixels", "when": _VLM}
@@ -15,9 +16,9 @@ _AREA = {"low": 1, "high": 2**28, "unit": "pixels", "when": _VLM}
 FIELDS = (
     Field("teacher.doubled_template", False,
           "the prompt is put into its template twice, as in the released code", when=_VLM),
-    Field("teacher.min_pixels", 512 * 512,
+    Field("teacher.min_pixels", MIN_PIXELS,
           "smallest area of the picture that the vision tower gets", **_AREA),
-    Field("teacher.max_pixels", 768 * 768,
+    Field("teacher.max_pixels", MAX_PIXELS,
           "largest area of the picture that the vision tower gets", **_AREA),
 )
 # fmt: on

@@ -18,11 +18,11 @@ from dopsd_jax.families.base import STUDENT, TEACHER, Features, Request
 from dopsd_jax.families.prompts import too_long
 from dopsd_jax.families.texts import TextPipeline
 from dopsd_jax.families.zimage import encoders, templates
+from dopsd_jax.families.zimage.options import MAX_PIXELS, MIN_PIXELS
 from dopsd_jax.models import qwen3_vl, vlm_images
 from dopsd_jax.weights.load import load_component
 
 TOKENS = {STUDENT: 512, TEACHER: 1024}  # the pipeline's max_sequence_length; upstream's cut
-TEACHER_MIN_PIXELS, TEACHER_MAX_PIXELS = 512**2, 768**2  # upstream's bounds
 
 
 class ZImagePipeline(TextPipeline):
@@ -50,8 +50,8 @@ class ZImagePipeline(TextPipeline):
 
     def image_settings(self, options: Mapping[str, Any]) -> vlm_images.ImageSettings:
         """How the vision tower's images are made; areas from 512^2 to 768^2 by default."""
-        low = options.get("min_pixels") or TEACHER_MIN_PIXELS
-        high = options.get("max_pixels") or TEACHER_MAX_PIXELS
+        low = options.get("min_pixels") or MIN_PIXELS
+        high = options.get("max_pixels") or MAX_PIXELS
         return _settings(self.part_folder("vlm") / "preprocessor_config.json", low, high)
 
     def options(self, role: int, teacher: Mapping[str, Any]) -> dict[str, Any]:
