@@ -12,7 +12,7 @@ from ml_collections import ConfigDict
 
 from dopsd_jax.estimation.abstract_step import Program
 from dopsd_jax.methods import registry
-from dopsd_jax.parallel.sharding import BATCH_AXES, HOST
+from dopsd_jax.parallel.sharding import HOST, sample_devices
 
 # Steps are counted as for a TPU: every kernel that keeps no probabilities keeps the same arrays.
 PLATFORM = "tpu"
@@ -98,8 +98,7 @@ def _largest_layer(base: nnx.State) -> int:
 
 def _activations(config: ConfigDict, program: Program, mesh: Mesh | AbstractMesh) -> int:
     """What jax keeps of one forward pass of a device's samples, split over the context axis."""
-    samples = math.prod(mesh.shape[axis] for axis in BATCH_AXES)
-    rows = max(program.latent[0] // samples, 1)
+    rows = max(program.latent[0] // sample_devices(mesh), 1)
     bare = lambda tree: jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), tree)
     student, base = bare(program.plan.abstract_state.student), bare(program.base)
     context = jax.tree.map(

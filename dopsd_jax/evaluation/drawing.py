@@ -1,7 +1,6 @@
 """Pictures of cases: many at once, by the deployed sampler, from the same noise for every model."""
 
 import functools
-import math
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple, Protocol
 
@@ -23,7 +22,7 @@ from dopsd_jax.families.pipeline import Pipeline
 from dopsd_jax.families.sampling import finite, start_noise
 from dopsd_jax.methods.options import OTHER_CAPTION
 from dopsd_jax.parallel import multihost
-from dopsd_jax.parallel.sharding import BATCH_AXES
+from dopsd_jax.parallel.sharding import BATCH_AXES, sample_devices
 
 
 class Shot(NamedTuple):
@@ -91,7 +90,7 @@ class Painter:
         self.pipe, self.mesh = pipe, mesh
         self.options = [pipe.options(role, teacher) for role in (STUDENT, TEACHER)]
         self.told = teacher.get("context") == OTHER_CAPTION
-        places = 1 if mesh is None else math.prod(mesh.shape[axis] for axis in BATCH_AXES)
+        places = 1 if mesh is None else sample_devices(mesh)
         self.batch = -(-batch // places) * places
         self.kept, self.encoder = Memory() if kept is None else kept, encoder
         self.rows: list[PaddedLengths] = [{}, {}]

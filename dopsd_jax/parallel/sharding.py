@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.experimental import mesh_utils
-from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array
 
 from dopsd_jax.common.errors import UserError, raise_if
@@ -226,7 +226,7 @@ def batch_sharding(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec(None, BATCH_AXES))
 
 
-def sample_devices(mesh: Mesh) -> int:
+def sample_devices(mesh: Mesh | AbstractMesh) -> int:
     """Devices that the samples of a micro-batch are spread over; it must be a multiple of them."""
     return math.prod(mesh.shape[axis] for axis in BATCH_AXES)
 
@@ -334,7 +334,7 @@ def per_shard(method: Callable[..., tuple[Tree, Tree]], split: Sequence[bool]) -
 
     def call(*args):
         mesh = ambient_mesh()
-        shards = 1 if mesh is None else math.prod(mesh.shape[axis] for axis in BATCH_AXES)
+        shards = 1 if mesh is None else sample_devices(mesh)
         if shards == 1:
             return method(*args)
         cut = lambda x: jax.lax.with_sharding_constraint(
