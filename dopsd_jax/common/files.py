@@ -55,7 +55,7 @@ def open_regular(path: str | os.PathLike, advice: str = "check the path") -> Bin
         raise UserError(f"{path}: is not a file name; {advice}") from None
     except OSError as error:
         reason = error.strerror or error
-        raise UserError(f"{path}: cannot be read ({reason}); check its rights") from None
+        raise UserError(f"{path}: cannot be read ({reason}); check its permissions") from None
 
 
 @contextlib.contextmanager

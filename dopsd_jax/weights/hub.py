@@ -58,7 +58,7 @@ def resolve(
     path = expand(model)
     if model and os.path.isdir(path):
         if not can_enter(path):
-            raise UserError(f"{model}: may not be entered; check its rights")
+            raise UserError(f"{model}: may not be entered; check its permissions")
         return Resolved(path, _recorded_revision(path))
     if os.path.isfile(path):
         raise UserError(

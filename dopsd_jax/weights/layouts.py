@@ -8,7 +8,7 @@ names alone.
 import dataclasses
 from collections.abc import Iterable, Mapping, Sequence
 
-from dopsd_jax.common.errors import UserError
+from dopsd_jax.common.errors import UserError, raise_if
 from dopsd_jax.models.names import Leaf, Source
 from dopsd_jax.weights.tensors import Piece, Recipe, Tensors, View
 from dopsd_jax.weights.validation import check_tensors, sources
@@ -135,8 +135,7 @@ def in_layout(tensors: Tensors, found: Found) -> View:
                 f"different types ({', '.join(sorted(types))}) but are one tensor in the "
                 f"{layout.name} layout; choose one type (--dtype)"
             )
-    if faults:
-        raise UserError(*faults)
+    raise_if(faults)
     recipes = {
         found.prefix + e.name: Recipe(sum((e.pieces(s.name) for s in e.sources), ()), e.shape)
         for e in (*layout.entries, *extras)
