@@ -3,8 +3,8 @@
 Draws the same prompts from the same noise with the base model, the teacher (the base model that is
 also shown the target picture) and the tuned model, and compares them. The tuned model is the newest
 result of a run (--workdir), a LoRA file (--lora) or a model folder (--model); without any of these,
-base and teacher alone are compared. What was drawn and scored is
-kept in --out: the same command again does only what is missing. See docs/evaluation.md.
+base and teacher alone are compared. What was drawn and scored is kept in --out: the same command
+again does only what is missing. See docs/evaluation.md.
 """
 
 import datetime

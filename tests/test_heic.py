@@ -11,6 +11,7 @@ from PIL import Image
 from dopsd_jax.data import heic
 from dopsd_jax.data.images import inspect_image, open_image
 from dopsd_jax.data.rows import load_rows
+from dopsd_jax.data.sources import uncaptioned
 
 START = b"\0\0\0\x18ftypheic" + bytes(99)
 
@@ -58,6 +59,7 @@ def test_without_the_library_a_line_names_the_extra(tmp_path, monkeypatch):
     problems = problems_of(load_rows, tmp_path)
     assert len(problems) == 2 and problems[0].startswith(f"{tmp_path / 'a.heic'}: HEIC is read")
     assert "pip install 'dopsd_jax[heic]'" in problems[1]
+    assert uncaptioned.find(tmp_path, ".txt").faults == problems  # before a model is loaded
     (tmp_path / "a.jpg").write_bytes(START)  # as some phones name them
     assert "pip install 'dopsd_jax[heic]'" in problems_of(inspect_image, tmp_path / "a.jpg")[0]
     with tarfile.open(tmp_path / "set.tar", "w") as archive:

@@ -90,7 +90,7 @@ def cases(
     class_word: replaces `[V]` where neither the test nor the row's record has a class.
     words: besides `[V]`, what may stand for the concept in the data set's captions. Where one of
     them does, a test without any of them is an ordinary prompt.
-    teacher_key: of the captions that a teacher is told who sees no picture; tests have none.
+    teacher_key: of the captions for a teacher that sees no picture; tests have none.
     cuts_references: what is edited is cut to the row's bucket, as in training.
     scored_text: whether a scorer reads texts; only then a class must be known. Raises `UserError`
     with every test of a row that there is not, and every text whose class is not known.
@@ -111,8 +111,8 @@ def cases(
         row = chosen[i % len(chosen)] if test.get("row") is None else test["row"]
         asked.append((TEST, row, test["prompt"], test["where"], test.get("class_name")))
     patterns = [concept_pattern(word).pattern for word in (PLACEHOLDER, *words) if word]
-    told = lambda prompt: any(re.search(own, prompt, re.IGNORECASE) for own in patterns)
-    known = any(told(prompt) for kind, _, prompt, *_ in asked if kind == TRAINING)
+    names_concept = lambda prompt: any(re.search(own, prompt, re.IGNORECASE) for own in patterns)
+    known = any(names_concept(prompt) for kind, _, prompt, *_ in asked if kind == TRAINING)
     style = any(STYLE.search(prompt) for _, _, prompt, _, _ in asked)
     classes = class_names([dataset.rows[row].where for _, row, *_ in asked])
     shown: dict[int, dict[str, Picture | list[Picture] | None]] = {}
@@ -128,7 +128,7 @@ def cases(
         if kind == TEST:
             number = counts[row] = counts.get(row, -1) + 1
             number %= ROW - 1  # beyond, the noise of the next row would be used
-            kind = ORDINARY if known and not told(prompt) else TEST
+            kind = ORDINARY if known and not names_concept(prompt) else TEST
         if row not in shown:
             own, edited = dataset.rows[row], dataset.rows[row].references
             whole, digest = open_image(own.image, limits), dataset.infos[row].digest

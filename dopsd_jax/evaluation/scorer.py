@@ -32,8 +32,8 @@ class Case:
     seed: of the first picture's noise.
     target: the picture that likeness is measured to, and that the teacher is shown.
     shown: what the teacher is shown in the place of the target; None: the target.
-    told: what a teacher is told that sees no picture, with config.teacher.context=prompt; "": it is
-      not asked.
+    told: the caption of a teacher that sees no picture (config.teacher.context=prompt); "": this
+      teacher does not draw the case.
     references: the pictures that are edited.
     truth: what the miniature's judge compares with, a `miniature.world.Scene`.
     truth_digest: names it.

@@ -180,7 +180,7 @@ class Family(Protocol):
     ) -> Work:
         """What `Denoiser.velocity` computes."""
 
-    # ---- The miniature with random weights.
+    # ---- The small model with random weights.
 
     def write_random_model(self, folder: Any) -> Any:
         """Writes it as the published folder is laid out: config.model = random."""

@@ -112,9 +112,9 @@ def offpolicy(
 
     L = 1/K sum_k w_k distance( v_student(x_k), sg v_teacher(x_k) )
 
-    `states`: `teacher`, x_k of the teacher's own rollout (for `Teachers` by the velocities that are
-    wanted); `targets`, x_k = (1 - sigma_k) x0 +
-    sigma_k noise of the data set's pictures.
+    states: where the x_k come from. `teacher`: the teacher's own rollout, with `Teachers` by the
+      velocities that the student is to learn. `targets`: the data set's pictures,
+      x_k = (1 - sigma_k) x0 + sigma_k noise.
     """
     ask = ask_teacher(net, teacher, base, batch.contexts)
 

@@ -1,4 +1,4 @@
-"""A randomly initialised miniature of Z-Image-Turbo, laid out as the published folder is.
+"""A small Z-Image-Turbo with random weights, laid out as the published folder is.
 
 For tests and for configs/zimage.py:random. Everything that takes a
 model folder takes this one; so do diffusers and transformers. Its pictures are noise.
@@ -26,10 +26,10 @@ __all__ = ["Size", "write_json", "write_network", "write_random_model"]
 
 
 def write_random_model(folder: str | os.PathLike, seed: int = 0, size: Size | None = None) -> Path:
-    """Writes the miniature into `folder` (made if need be) and returns it.
+    """Writes the random model into `folder` (made if need be) and returns it.
 
     One seed and size give the same bytes. Types are the published ones: the transformer float32,
-    everything else bfloat16. Beside the published folders stands `vlm`, a miniature of Qwen3-VL
+    everything else bfloat16. Beside the published folders stands `vlm`, a small Qwen3-VL
     with a language model of its own.
     """
     folder, size = Path(folder), size or Size()

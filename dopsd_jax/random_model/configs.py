@@ -1,4 +1,4 @@
-"""The configuration files of the miniature, with the keys of the published ones."""
+"""The configuration files of the random model, with the keys of the published ones."""
 
 import dataclasses
 
@@ -7,7 +7,7 @@ from dopsd_jax.random_model.tokenizer import IDS, VOCABULARY
 
 @dataclasses.dataclass(frozen=True)
 class Size:
-    """Sizes of the miniature; the defaults make a folder of about five megabytes.
+    """Sizes of the random model; the defaults make a folder of about five megabytes.
 
     `axes` are the rotary axes of the transformer, even numbers that add up to dim / heads. The
     VLM's language model has the sizes of the text encoder: the method swaps one for the other.

@@ -1,4 +1,4 @@
-"""A miniature of the Qwen tokenizer: its rules and special tokens, a vocabulary of 512."""
+"""A small tokenizer like that of Qwen: its rules and special tokens, a vocabulary of 512."""
 
 import collections
 import itertools

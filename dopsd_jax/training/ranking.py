@@ -1,8 +1,8 @@
 """Which checkpoint is the best, and whether a run still gets better.
 
 A checkpoint's score is the gap on pictures that are not trained on (`heldout_gap`): how far the
-student is from its teacher where it has not been taught; or, where the user names one, what a
-scorer says of pictures drawn for their captions. The anchor gap beside it says what was forgotten;
+student is from its teacher there. If the user names a scorer, the score is what this scorer gives
+pictures drawn for their captions. The anchor gap, kept beside the score, says what was forgotten;
 it does not rank.
 """
 
@@ -34,12 +34,14 @@ BY_LOWEST_GAP = Order(GAP, False)
 class Ranking:
     """The scores of a run's checkpoints; kept in `workdir`.
 
-    patience: so many checkpoints in a row that are no better end the run; 0: none do. tolerance: a
-    checkpoint is better if its score is by this share of the best so far. first: the step that
-    the run goes on from: what was scored after it will be scored again. order: what ranks.
-    pictures: what is scored, and whose weights: what was scored on others is forgotten.
-    every: steps between two checkpoints. Those between, of stopped runs, are ranked, and patience
-    does not count them.
+    patience: the run ends after so many checkpoints in a row that are no better; 0: it never does.
+    tolerance: a checkpoint is better if its score is better by this share of the best one so far.
+    first: the step that the run goes on from; scores of later steps are forgotten, as these steps
+      are done again.
+    order: which score ranks.
+    pictures: names the pictures and the weights that are scored; scores of others are forgotten.
+    every: steps between two checkpoints. Checkpoints at other steps, where runs were stopped, are
+      ranked too, but patience does not count them.
     """
 
     def __init__(

@@ -57,10 +57,11 @@ def make_step(
     `registry.start`; with `teachers` the method is given them too, as `dopsd.Teachers`. The state
     is donated; `placement`, a sharding for each of its parts, is where the new one lies too.
 
-    A step is refused when its loss, its gradient or anything of the new state is not finite:
-    `metrics["finite"]` says which part of `PARTS` is. It changes nothing but, with `skip`, the
-    count of steps. Without `skip` the count stays too: `number` (steps before this one) is then too
-    high for steps that were started before the host noticed, and they change nothing either.
+    A step is refused when its loss, its gradient or anything of the new state is not finite;
+    `metrics["finite"]` says for each of `PARTS` whether it is finite. A refused step changes
+    nothing, except that with `skip` it counts as a step. Without `skip` it does not count, and
+    steps that the host started before it noticed change nothing either: they are known by their
+    `number` (steps before this one), which is higher than the state's count.
     """
 
     # Adapters stand whole on every device: their gradient is summed over devices only once.

@@ -1,4 +1,4 @@
-"""A randomly initialised miniature of FLUX.2-klein, laid out as the published folder is."""
+"""A small FLUX.2-klein with random weights, laid out as the published folder is."""
 
 import os
 from pathlib import Path
