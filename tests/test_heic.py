@@ -59,7 +59,7 @@ def test_without_the_library_a_line_names_the_extra(tmp_path, monkeypatch):
     problems = problems_of(load_rows, tmp_path)
     assert len(problems) == 2 and problems[0].startswith(f"{tmp_path / 'a.heic'}: HEIC is read")
     assert "pip install 'dopsd_jax[heic]'" in problems[1]
-    assert uncaptioned.find(tmp_path, ".txt").faults == problems  # before a model is loaded
+    assert uncaptioned.find(tmp_path, ".txt").faults == [*problems]  # before a model is loaded
     (tmp_path / "a.jpg").write_bytes(START)  # as some phones name them
     assert "pip install 'dopsd_jax[heic]'" in problems_of(inspect_image, tmp_path / "a.jpg")[0]
     with tarfile.open(tmp_path / "set.tar", "w") as archive:
