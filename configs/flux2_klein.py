@@ -7,8 +7,9 @@ reference; `prompt`, the teacher has another caption, under the key detailed_en.
 `full`, every parameter, for several large devices. SIZE_identity_lora and SIZE_edit_lora have
 anchors, which hold ordinary prompts where they were (docs/results.md), or other edits
 (docs/flux2-klein.md); `4b_released`, `9b_released`, `4b_released_edit`, `9b_released_edit`: the
-same as released, without them. `4b_12gb`, `9b_24gb` and so on: `4b` and `9b`
-for one GPU with 12, 16, 24, 48 or 80 GB (docs/gpus.md). Set config.data.path, and config.model to a
+same without them, as in the released scripts; what the released code does besides is in
+docs/flux2-klein.md, "As released". `4b_12gb`, `9b_24gb` and so on: `4b` and `9b` for one GPU with
+12, 16, 24, 48 or 80 GB (docs/gpus.md). Set config.data.path, and config.model to a
 folder if you have one. `:tiny`, `:tiny_edit`: the same programs, for both tasks, on the trained
 miniature, minutes on a laptop. `:random`, `:random_full`: on a network with random weights and
 drawn pictures, for tests.

@@ -191,7 +191,8 @@ _DATA = (
           "word that replaces [trigger] and [name] in captions; captions without it are reported; "
           "it is the concept's word for anchors and evaluate"),
     Field("data.prompt_draw", "batch",
-          "a caption key is drawn for each batch (as in the released code), or for each row",
+          "a caption key is drawn for each batch, or for each row (the released code draws one for "
+          "each GPU)",
           choices=("batch", "row")),
     Field("data.caption_dropout", 0.0,
           "share of draws in which the student gets the empty caption, and the teacher the row's",
