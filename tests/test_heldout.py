@@ -27,7 +27,7 @@ from dopsd_jax.data.picture_index import Infos
 from dopsd_jax.data.table import Table
 from dopsd_jax.evaluation import checkpoint_scores
 from dopsd_jax.methods.flow_matching import start_noise
-from dopsd_jax.parallel import sharding
+from dopsd_jax.parallel import multihost, sharding
 from dopsd_jax.run import build, heldout
 from dopsd_jax.training import train_step
 from dopsd_jax.training.ranking import ANCHOR_GAP, BEST, FILE, GAP, Order, Ranking, copy_best
@@ -162,6 +162,26 @@ def test_the_gap_of_a_batch_is_that_of_the_method(weights):
     teacher = student if kept is None else kept
     losses, _ = jax.jit(method)(student, teacher, base, contexts, noise, key)
     assert relative_error(found, losses.mse.mean()) < 1e-6
+
+
+def test_processes_have_all_compiled_the_gap_before_one_begins(monkeypatch):
+    """Else the first waits in a collective operation for those that compile, and gives up."""
+    base, student, other, contexts, _ = world()
+    met = []
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    monkeypatch.setattr(multihost, "gather", lambda value: met.append(value) or [value] * 2)
+
+    def method(student, teacher, base, contexts, noise, key):
+        assert not met, "they met before they compiled"
+        nodes = dopsd.make_nodes(GRID, "x0", "all", key)
+        own = student, teacher, base, contexts, noise, nodes
+        return dopsd.loss_and_gradient(toy_denoiser(), *own)
+
+    gap, state = train_step.make_gap(method, start_noise), TrainState(5, student, other, None)
+    batch = jax.tree.map(lambda x: x[None], contexts)
+    for key in jax.random.split(jax.random.key(4)):
+        assert gap(state, base, batch, key, latent=SHAPE) > 0
+        assert len(met) == 1
 
 
 def test_the_gap_is_of_all_nodes_where_steps_draw_some(monkeypatch):

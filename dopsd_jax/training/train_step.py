@@ -12,6 +12,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from dopsd_jax.dopsd import Losses, Teachers
 from dopsd_jax.methods.flow_matching import start_noise
 from dopsd_jax.methods.method import Teacher
+from dopsd_jax.parallel import multihost
 from dopsd_jax.parallel.sharding import constrain_batch, per_shard, to_device
 from dopsd_jax.training import optimizers
 from dopsd_jax.training.nonfinite import PARTS
@@ -181,6 +182,7 @@ def make_gap(
     random numbers are those of `key`: with the same one the gaps of two states can be compared.
     """
 
+    @multihost.begin_together
     @functools.partial(jax.jit, static_argnames="latent")
     def gap(state: TrainState, base: Tree, batch: Tree, key: jax.Array, *, latent: tuple[int, ...]):
         noise_key, loss_key = jax.random.split(key)
