@@ -1,4 +1,4 @@
-"""`remat=dots`: what is kept of a layer, and that no matrix product or attention is repeated."""
+"""What is kept of a layer; with `remat=dots` no matrix product or attention is repeated."""
 
 import math
 from collections import Counter
@@ -85,6 +85,22 @@ def test_each_product_is_kept_once(name, kind, scheme):
     per_token = [a for a in found if a.ndim > 3 and a.shape[0] == LAYERS and TOKENS in a.shape]
     numbers = sum(math.prod(a.shape) for a in per_token) / (LAYERS * TOKENS)
     assert numbers == outputs + WIDTH + 2 * HEADS + WIDTH
+
+
+@pytest.mark.parametrize("name", ["zimage", "klein"])
+def test_what_a_norm_reads_is_kept_in_its_own_type(name):
+    """With remat=none too: float32, in which a norm is computed, has twice the bytes."""
+    (graphdef, adapters, base), apply, _ = stack(name, Lora, None)
+
+    def pull(adapters, base, x):
+        run = lambda adapters, x: scan_blocks(apply, nnx.merge(graphdef, adapters, base), x)
+        return jax.vjp(run, adapters, x)[1]
+
+    x = jax.ShapeDtypeStruct((1, TOKENS, WIDTH), jnp.bfloat16)
+    found = jax.tree.leaves(jax.eval_shape(pull, adapters, base, x))
+    tokens = [a for a in found if a.shape[:3] == (LAYERS, 1, TOKENS) and a.ndim > 3]
+    assert len(tokens) > 8
+    assert [a for a in tokens if a.dtype == jnp.float32 and math.prod(a.shape[3:]) >= WIDTH] == []
 
 
 def calls(function, *arrays) -> Counter:

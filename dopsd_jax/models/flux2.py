@@ -17,7 +17,15 @@ from jaxtyping import Array, Float, Int
 from dopsd_jax.models.attention import attention
 from dopsd_jax.models.flux2_config import Flux2Config
 from dopsd_jax.models.interleaved import Interleaved
-from dopsd_jax.models.layers import Dense, RMSNorm, normalize, scan_blocks, sinusoids, stack
+from dopsd_jax.models.layers import (
+    Dense,
+    RMSNorm,
+    normalize,
+    repeated,
+    scan_blocks,
+    sinusoids,
+    stack,
+)
 from dopsd_jax.models.zimage_rope import rotate
 from dopsd_jax.parallel.sharding import axis_size, constrain_batch, declare_block_kernels
 
@@ -56,7 +64,7 @@ def image_positions(rows: int, columns: int, frame: int = 0) -> np.ndarray:
 
 def modulated(x: Float[Array, "b n d"], shift, scale, eps: float) -> Float[Array, "b n d"]:
     """Layer normalisation in float32, then scaled and shifted by [b, 1, d] each."""
-    y = normalize(x.astype(jnp.float32), eps).astype(x.dtype)
+    y = repeated(lambda x: normalize(x.astype(jnp.float32), eps).astype(x.dtype), x)
     return y * (1 + scale).astype(x.dtype) + shift.astype(x.dtype)
 
 

@@ -108,9 +108,22 @@ class RMSNorm(nnx.Module):
         self.scale = nnx.Param(jnp.ones((dim,)))
 
     def __call__(self, x: Float[Array, "... d"]) -> Float[Array, "... d"]:
+        return repeated(self._normed, x, self.scale[...])
+
+    def _normed(self, x: Float[Array, "... d"], scale: Float[Array, " d"]):
         x32 = x.astype(jnp.float32)
         x32 = x32 * jax.lax.rsqrt(jnp.mean(x32 * x32, axis=-1, keepdims=True) + self.eps)
-        return x32.astype(x.dtype) * self.scale[...].astype(x.dtype)
+        return x32.astype(x.dtype) * scale.astype(x.dtype)
+
+
+def repeated(norm: Callable, x: Float[Array, "... d"], *rest: Array) -> Float[Array, "... d"]:
+    """norm(x, *rest), computed again for a backward pass, which then keeps x as it is.
+
+    A norm is computed in float32: of a bfloat16 x twice the bytes would be kept.
+    """
+    if x.dtype == jnp.float32:
+        return norm(x, *rest)
+    return jax.checkpoint(norm, prevent_cse=False)(x, *rest)
 
 
 class LayerNorm(nnx.Module):
