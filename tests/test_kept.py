@@ -16,7 +16,7 @@ from dopsd_jax.adapters.lokr import Lokr
 from dopsd_jax.adapters.lora import Lora
 from dopsd_jax.models import flux2, flux2_config, kept, quantised, zimage, zimage_config
 from dopsd_jax.models.attention import attention, cudnn_attention
-from dopsd_jax.models.layers import scan_blocks
+from dopsd_jax.models.layers import gated, scan_blocks
 from dopsd_jax.parallel import sharding
 
 LAYERS, TOKENS, RANK, HEADS, WIDTH = 3, 40, 4, 3, 96
@@ -101,6 +101,12 @@ def test_what_a_norm_reads_is_kept_in_its_own_type(name):
     tokens = [a for a in found if a.shape[:3] == (LAYERS, 1, TOKENS) and a.ndim > 3]
     assert len(tokens) > 8
     assert [a for a in tokens if a.dtype == jnp.float32 and math.prod(a.shape[3:]) >= WIDTH] == []
+
+
+def test_a_gate_keeps_what_it_reads_alone():
+    x = jax.ShapeDtypeStruct((1, TOKENS, WIDTH), jnp.bfloat16)
+    kept = jax.tree.leaves(jax.eval_shape(lambda a, b: jax.vjp(gated, a, b)[1], x, x))
+    assert len(kept) == 2
 
 
 def calls(function, *arrays) -> Counter:

@@ -20,6 +20,7 @@ from dopsd_jax.models.interleaved import Interleaved
 from dopsd_jax.models.layers import (
     Dense,
     RMSNorm,
+    gated,
     normalize,
     repeated,
     scan_blocks,
@@ -66,12 +67,6 @@ def modulated(x: Float[Array, "b n d"], shift, scale, eps: float) -> Float[Array
     """Layer normalisation in float32, then scaled and shifted by [b, 1, d] each."""
     y = repeated(lambda x: normalize(x.astype(jnp.float32), eps).astype(x.dtype), x)
     return y * (1 + scale).astype(x.dtype) + shift.astype(x.dtype)
-
-
-def gated(gate: Float[Array, "b n f"], up: Float[Array, "b n f"]) -> Float[Array, "b n f"]:
-    """silu(gate) up."""
-    gate, up = (constrain_batch(y, "context", "tensor") for y in (gate, up))
-    return jax.nn.silu(gate) * up
 
 
 class Row(NamedTuple):

@@ -116,14 +116,22 @@ class RMSNorm(nnx.Module):
         return x32.astype(x.dtype) * scale.astype(x.dtype)
 
 
-def repeated(norm: Callable, x: Float[Array, "... d"], *rest: Array) -> Float[Array, "... d"]:
-    """norm(x, *rest), computed again for a backward pass, which then keeps x as it is.
+def gated(gate: Float[Array, "b n f"], up: Float[Array, "b n f"]) -> Float[Array, "b n f"]:
+    """silu(gate) up, split by tokens and hidden units."""
+    gate, up = (constrain_batch(y, "context", "tensor") for y in (gate, up))
+    return repeated(lambda gate, up: jax.nn.silu(gate) * up, gate, up)
 
-    A norm is computed in float32: of a bfloat16 x twice the bytes would be kept.
+
+def repeated(function: Callable, x: Float[Array, "... d"], *rest: Array) -> Float[Array, "... d"]:
+    """function(x, *rest), computed again for a backward pass, which then keeps what it reads alone.
+
+    For what is cheap and would keep more: norms of a bfloat16 x are computed in float32, of twice
+    the bytes, and a gate has three arrays between what it reads and what it gives. In float32 it is
+    left as it is: such networks are small, and keeping the arrays is the faster way there.
     """
     if x.dtype == jnp.float32:
-        return norm(x, *rest)
-    return jax.checkpoint(norm, prevent_cse=False)(x, *rest)
+        return function(x, *rest)
+    return jax.checkpoint(function, prevent_cse=False)(x, *rest)
 
 
 class LayerNorm(nnx.Module):

@@ -12,7 +12,7 @@ from flax import nnx
 from jaxtyping import Array, Float, Int
 
 from dopsd_jax.models.attention import attention
-from dopsd_jax.models.layers import Dense, RMSNorm, normalize, scan_blocks, sinusoids, stack
+from dopsd_jax.models.layers import Dense, RMSNorm, gated, normalize, scan_blocks, sinusoids, stack
 from dopsd_jax.models.zimage_config import (
     PAD_MULTIPLE,
     TIME_FREQUENCIES,
@@ -63,9 +63,7 @@ class FeedForward(nnx.Module):
         self.w2 = Dense(cfg.hidden_dim, cfg.dim, rngs=rngs)
 
     def __call__(self, x: Float[Array, "b n d"]) -> Float[Array, "b n d"]:
-        parts = self.w13.split(self.w13(x))
-        gate, up = (constrain_batch(y, "context", "tensor") for y in parts)
-        return self.w2(jax.nn.silu(gate) * up)
+        return self.w2(gated(*self.w13.split(self.w13(x))))
 
 
 class Block(nnx.Module):
