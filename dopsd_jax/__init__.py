@@ -19,11 +19,11 @@ def load_pipeline(
 ) -> Any:
     """The model at `path`: a Hugging Face-layout folder, a converted checkpoint or a hub id.
 
-    dtype: type of activations. lora: a LoRA file to apply, FILE or FILE:STRENGTH, or several,
-    whose changes add up. vlm: folder or hub id of the vision-language model that the teacher's
-    context needs; None: the folder `vlm` of the model. base_dtype: what the transformer's weights
-    are stored in: bfloat16, float32, or quantised: int8, nf4, fp8 (extra `quant`); None: as in the
-    folder.
+    dtype: type of activations: float32, bfloat16 or float16. lora: a LoRA file to apply, FILE or
+    FILE:STRENGTH, or several, whose changes add up. vlm: folder or hub id of the vision-language
+    model that the teacher's context needs; None: the folder `vlm` of the model. base_dtype: what
+    the transformer's weights are stored in: bfloat16, float32, or quantised: int8, nf4, fp8 (extra
+    `quant`); None: as in the folder.
     Returns a `families.pipeline.Pipeline`. Raises `errors.UserError`.
     """
     from dopsd_jax.common.lora_options import lora_options

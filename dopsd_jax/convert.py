@@ -14,7 +14,16 @@ from dopsd_jax.common.errors import UserError, raise_if, report
 from dopsd_jax.common.program import Parser, local_lora, local_name, local_path
 
 TYPES = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}
-DIALECTS = ("D", "Cs", "Cn", "K", "Q", "Y")  # of LoRA files: weights/lora_dialects.py, WRITTEN
+# Of LoRA files, by their letters (weights/lora_dialects.py, WRITTEN): the programs that say so.
+DIALECTS = {
+    "D": ("diffusers", "comfyui"),
+    "Cs": (),
+    "Cn": (),
+    "K": ("kohya",),
+    "Q": ("peft",),
+    "Y": ("lycoris",),
+}
+NAMED_DIALECTS = ", ".join(f"{x} ({', '.join(own)})" if own else x for x, own in DIALECTS.items())
 EXAMPLES = """examples:
   %(prog)s import Tongyi-MAI/Z-Image-Turbo zimage-converted
   %(prog)s import z_image_turbo_bf16.safetensors zimage-converted --base Tongyi-MAI/Z-Image-Turbo
@@ -22,10 +31,18 @@ EXAMPLES = """examples:
   %(prog)s export zimage-converted zimage.safetensors --format comfyui --dtype bfloat16
   %(prog)s merge zimage-converted style.safetensors zimage-style --format diffusers
   %(prog)s merge zimage-converted dog.safetensors:0.8 style.safetensors:0.5 zimage-both
-  %(prog)s lora style.safetensors style-kohya.safetensors --to K
+  %(prog)s lora style.safetensors style-kohya.safetensors --to kohya
   %(prog)s extract Tongyi-MAI/Z-Image-Turbo tuned-model tuned.safetensors --rank 64
   %(prog)s inspect zimage-converted
 """
+
+
+def dialect(text: str) -> str:
+    """The letter of a dialect, from an argument that is the letter or the name of a program."""
+    for letter, programs in DIALECTS.items():
+        if text == letter or text.lower() in programs:
+            return letter
+    raise argparse.ArgumentTypeError(f"{text!r} is not one of {NAMED_DIALECTS}")
 
 
 def parser(program: str) -> argparse.ArgumentParser:
@@ -76,9 +93,10 @@ def parser(program: str) -> argparse.ArgumentParser:
     p = add("lora", run_lora, "Rewrite a LoRA or LoKr file in another dialect.")
     p.add_argument("source", type=local_path, help="LoRA file, or folder that PEFT saved")
     p.add_argument("out", type=local_path, help="new file (dialect Q: folder)")
-    p.add_argument("--to", choices=DIALECTS, default="D", help=(
-        "D diffusers and ComfyUI (default), Cs/Cn diffusion_model. with split/fused attention, "
-        "K kohya, Q PEFT folder, Y LyCORIS; a LoKr can be written as D, Cs, Y"
+    p.add_argument("--to", type=dialect, metavar="DIALECT", default="D", help=(
+        f"letter, or name of a program: {NAMED_DIALECTS}; default D. Cs and Cn: names that begin "
+        "with diffusion_model., split and fused attention; Q: a folder; a LoKr can be written as "
+        "D, Cs, Y"
     ))  # fmt: skip
     p.add_argument("--model", type=local_path, help=(
         "model it is for; default: what its header names, else the published one that it fits"

@@ -85,8 +85,10 @@ def gallery(folder: Path, digest: str) -> tuple[list[tuple[Path, str]], list[Pat
     The others were drawn without the LoRA of this digest, or by another program: their text may be
     a whole workflow with the paths of a machine. Raises `UserError` where none was drawn with it.
     """
+    if not os.path.isdir(folder):
+        raise UserError(f"--pictures {folder}: no such folder; name the --out of `sample`")
     found, others, faults = [], [], []
-    for path in sorted(folder.glob("*.png")) if os.path.isdir(folder) else ():
+    for path in sorted(folder.glob("*.png")):
         try:
             texts = read_texts(path)
             if LABELS in texts:

@@ -10,6 +10,7 @@ from pathlib import Path
 from dopsd_jax.common import program
 from dopsd_jax.common.errors import Attempts, UserError, raise_if
 from dopsd_jax.common.files import expand
+from dopsd_jax.data.sources.files import IMAGE_SUFFIXES
 from dopsd_jax.models import kinds
 
 OPTIONS = program.options(__name__)
@@ -81,6 +82,9 @@ def check() -> None:
     strengths()
     if not PROMPT.value and not PROMPTS.value:
         raise UserError("--prompt: there is nothing to draw; give --prompt or --prompts")
+    out = expand(OUT.value)
+    if out.suffix.lower() in IMAGE_SUFFIXES and not os.path.isdir(out):
+        raise UserError(f"--out {OUT.value}: is the name of a picture; name a folder for pictures")
 
 
 if __name__ == "__main__":

@@ -267,6 +267,11 @@ def test_what_may_change_is_what_the_fields_declare(tmp_path):
         assert all("config.lora.init_from" in fault for fault in faults)
     (problem,) = problems_of(open_workdir, tmp_path, start, facts | {"data": "two"})
     assert "--allow_changes=data" in problem
+    assert "data one, now it is two (config.data.path = 'random'); allow" in problem
+    moved = config_with("data.path", "elsewhere")
+    open_workdir(tmp_path, moved, facts, False)
+    (problem,) = problems_of(open_workdir, tmp_path, moved, facts | {"data": "two"}, False)
+    assert "now it is two (config.data.path = 'random', now 'elsewhere'); allow" in problem
     (problem,) = problems_of(
         open_workdir, tmp_path, start, facts | {"model_revision": "s"}, True, ["data"]
     )

@@ -130,6 +130,7 @@ def test_the_tool_goes_all_the_way_round(tiny, tmp_path, monkeypatch, capsys):
         (["merge", "{tiny}", "no.safetensors", "out"], "no such file"),
         (["export", "{tiny}", "out", "--max-shard-gb", "0"], "--max-shard-gb 0.0: must be above 0"),
         (["inspect", "nowhere"], "no such file"),
+        (["lora", "a", "b", "--to", "X"], "'X' is not one of D (diffusers, comfyui), Cs, Cn, K ("),
     ],
 )
 def test_the_tools_errors_are_clear_lines(tiny, tmp_path, monkeypatch, capsys, args, message):
@@ -202,6 +203,23 @@ def test_a_lora_file_is_of_the_published_model_that_it_fits(tmp_path, monkeypatc
             save_file(arrays | {f"{stem}.alpha": np.ones((), np.float32)}, path)
             code, out, err = _tool(monkeypatch, capsys, "inspect", path)
             assert code == 0 and "3 layers adapted" in out, err
+
+
+def test_a_dialect_has_its_letter_and_the_names_of_programs(tmp_path, monkeypatch, capsys):
+    write_lora(tmp_path / "dog.safetensors", random_modules(), LAYERS)
+    for name, letter in (("kohya", "K"), ("ComfyUI", "D"), ("diffusers", "D"), ("Cs", "Cs")):
+        command = ("lora", tmp_path / "dog.safetensors", tmp_path / f"{name}.safetensors")
+        code, out, err = _tool(monkeypatch, capsys, *command, "--to", name)
+        assert code == 0 and f"-> {letter}," in out, err
+    command = ("lora", tmp_path / "dog.safetensors", tmp_path / "folder", "--to", "peft")
+    assert _tool(monkeypatch, capsys, *command)[0] == 0 and (tmp_path / "folder").is_dir()
+
+
+def test_the_folder_of_a_run_is_told_with_what_to_name_instead(tmp_path, monkeypatch, capsys):
+    (tmp_path / "config.json").write_text('{"config": {"steps": 3}, "facts": {}}')
+    code, _, err = _tool(monkeypatch, capsys, "inspect", tmp_path)
+    assert code == 2 and len(err.splitlines()) == 1
+    assert "is the folder of a run; name its result, lora/step_N.safetensors or model/step_N" in err
 
 
 def test_what_does_not_read_a_dialect_is_told(tmp_path, monkeypatch, capsys):

@@ -204,6 +204,8 @@ def test_sizes_and_prompts_the_model_cannot_take_are_named(pipe):
         pipe(["word " * 600], height=32, width=32)
     with pytest.raises(UserError, match="no such folder"):
         dopsd_jax.load_pipeline("/no/such/model")
+    with pytest.raises(UserError, match="dtype: 'fp16' is not one of bfloat16, float32, float16"):
+        dopsd_jax.load_pipeline(str(pipe.folder), dtype="fp16")
 
 
 def _edit(path, **fields):

@@ -144,8 +144,11 @@ def test_faults_are_named(tmp_path, lora_file):
     save_picture(tmp_path / "1.png", np.zeros((8, 8, 3), np.uint8), wrong)
     problems = problems_of(push.gallery, tmp_path, "")
     assert "0.png: is no picture" in problems[0] and "1.png: its parameters have" in problems[1]
-    (problem,) = problems_of(push.gallery, tmp_path / "nowhere", "")
+    (tmp_path / "empty").mkdir()
+    (problem,) = problems_of(push.gallery, tmp_path / "empty", "")
     assert "no picture there is a PNG file" in problem
+    (problem,) = problems_of(push.gallery, tmp_path / "nowhere", "")
+    assert "nowhere: no such folder; name the --out of `sample`" in problem
 
 
 def test_the_gallery_has_no_pictures_that_were_drawn_without_the_file(tmp_path):

@@ -151,6 +151,7 @@ def test_push_takes_the_pictures_and_leaves_the_sheets_and_the_base(sheets, lora
         (["--seed=1,2", "--count=2", "--prompt=x"], "--count: counts seeds from one on"),
         (["--seed=4294967295", "--count=2", "--prompt=x"], "--count 2: seeds end at"),
         ([], "--prompt: there is nothing to draw"),
+        (["--out=a/p.PNG", "--prompt=x"], "--out a/p.PNG: is the name of a picture; name a folder"),
     ],
 )
 def test_options_that_are_wrong_together_are_one_line(options, message, tmp_path):

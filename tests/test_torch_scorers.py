@@ -15,7 +15,7 @@ from torch import nn
 
 from dopsd_jax.common.errors import UserError
 from dopsd_jax.config.fields import defaults
-from dopsd_jax.evaluation import checkpoint_scores, torch_scorers
+from dopsd_jax.evaluation import appearance, checkpoint_scores, torch_scorers
 from dopsd_jax.evaluation.scorer import Case, load_scorers
 from dopsd_jax.training.ranking import Order
 
@@ -261,6 +261,19 @@ def test_without_pytorch_one_line_names_the_extra(monkeypatch):
         load_scorers(["clip", "dino", "lpips"], known)
     assert len(error.value.problems) == 3
     assert all("pip install 'dopsd_jax[eval]'" in problem for problem in error.value.problems)
+
+
+def test_weights_that_are_not_here_leave_the_other_scorers(tmp_path):
+    known = torch_scorers.scorers(str(tmp_path / "clip"), str(tmp_path / "dino"))
+    known |= appearance.scorers()
+    names = ["clip", "dino", "crispness", "contrast", "composition"]
+    problems = problems_of(load_scorers, names, known)
+    assert len(problems) == 2
+    for problem, name in zip(problems, names, strict=False):
+        assert f"{name}': no such folder" in problem
+        assert problem.endswith("; or leave it out: --scorers=crispness,contrast,composition")
+    for problem in problems_of(load_scorers, ["clip", "nowhere:x"], known):
+        assert "leave it out" not in problem
 
 
 OWN = """

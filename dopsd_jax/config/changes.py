@@ -9,6 +9,7 @@ from dopsd_jax.config.fields import declared
 from dopsd_jax.config.schema import unknown
 
 WEIGHTS = "base_digest"  # of the model's transformer, which adapters are trained on
+PLACE = "data.path"
 DATA = "data"  # the content of the data set, and how it is read
 _NEW_RUN = {
     "lora": "start a new run in another --workdir, with the result of this one in "
@@ -64,8 +65,15 @@ def compare(
             continue
         allow = f"allow it with --allow_changes={DATA}, or " if name == DATA else ""
         was = old["facts"].get(name, "unknown")
-        faults.append(f"was trained with {name} {was}, now it is {now}; {allow}{new_run}")
+        where = _places(old, new) if name == DATA else ""
+        faults.append(f"was trained with {name} {was}, now it is {now}{where}; {allow}{new_run}")
     return changes, faults
+
+
+def _places(*runs: Mapping[str, Mapping[str, Any]]) -> str:
+    """Where the data of two runs lie, which may be the same place with another content."""
+    was, now = (run["config"].get(PLACE) for run in runs)
+    return f" (config.{PLACE} = {was!r}" + (")" if was == now else f", now {now!r})")
 
 
 def _never(name: str) -> str:

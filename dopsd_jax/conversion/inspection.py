@@ -125,6 +125,12 @@ def _component(path: Path, verify: bool) -> Iterator[str]:
         yield f"{path}:"
         yield from _stored(network.component, open_stored(path, network), verify)
         return
+    found, _ = read_json(path / converted.CONFIG)
+    if isinstance(found, dict) and {"config", "facts"} <= found.keys():
+        raise UserError(
+            f"{path}: is the folder of a run; name its result, lora/step_N.safetensors or "
+            "model/step_N in it"
+        )
     raise UserError(f"{path / converted.CONFIG}: is of no network we know", *faults)
 
 

@@ -153,10 +153,11 @@ def load_scorers(
     """The scorers that `names` are of: some of `known`, or `module:attribute` of the user's.
 
     `option`: what messages call the names. Raises `UserError` with every name that is of none, and
-    every scorer that is incomplete.
+    every scorer that is incomplete; of `known` that cannot be made, with how to go on without it.
     """
     found: list[Judge] = []
     faults: list[str] = []
+    failed: dict[str, tuple[str, ...]] = {}
     for name in names:
         try:
             if name in known:
@@ -168,7 +169,11 @@ def load_scorers(
                     f"{option}: {name!r} is not one of {', '.join(known)}, or module:attribute"
                 )
         except UserError as error:
-            faults += error.problems
+            failed[name] = error.problems
+    others = ",".join(name for name in names if name not in failed)
+    for name, (first, *more) in failed.items():
+        way_out = f"; or leave it out: {option}={others}" if others and name in known else ""
+        faults += [first + way_out, *more]
     doubled = {s.name for s in found if [o.name for o in found].count(s.name) > 1}
     faults += [f"{option}: two of them are called {name!r}" for name in sorted(doubled)]
     raise_if(faults)

@@ -24,7 +24,7 @@ from dopsd_jax.families.base import STUDENT, TEACHER, Family, Features, Request,
 from dopsd_jax.families.lora import Adapters, attach_files, attach_found, read_files
 from dopsd_jax.families.prompts import prompt_features
 from dopsd_jax.models import attention as kernels
-from dopsd_jax.models import quantised
+from dopsd_jax.models import kinds, quantised
 from dopsd_jax.models.autoencoder import Autoencoder, to_uint8
 from dopsd_jax.models.tiling import Tiling
 from dopsd_jax.parallel import sharding
@@ -79,7 +79,7 @@ class Pipeline:
         trained: type[nnx.Variable] = nnx.LoRAParam,
     ):
         self.family, self.folder, self.beside = family, Path(folder), dict(beside or {})
-        self.dtype, self.base_dtype = jnp.dtype(dtype), base_dtype
+        self.dtype, self.base_dtype = jnp.dtype(kinds.activations(dtype)), base_dtype
         self.rest_dtype = quantised.stored_type(base_dtype)
         self.attention, self.remat = attention, remat
         self.loras, self.sharding_for, self.trained = tuple(loras), sharding_for, trained

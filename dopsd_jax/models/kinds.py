@@ -2,7 +2,10 @@
 
 import importlib.util
 
+from dopsd_jax.common.errors import UserError
+
 WHOLE = ("bfloat16", "float32")
+ACTIVATIONS = (*WHOLE, "float16")
 QUANTISED = ("int8", "fp8", "nf4")  # schemes of `models.quantised`
 AUTO = "auto"  # of attention and remat: chosen at the start
 UNROLLED = "unrolled"  # remat: nothing is computed again, and no loop over the layers
@@ -13,6 +16,13 @@ DRAWN_HELP = (
     "type of the transformer's weights; auto: bfloat16 with activations in bfloat16, else as "
     "stored; int8, fp8, nf4 take less memory (extra quant)"
 )
+
+
+def activations(dtype: str) -> str:
+    """The name of a type of activations. Raises `UserError` for another name."""
+    if dtype not in ACTIVATIONS:
+        raise UserError(f"dtype: {dtype!r} is not one of {', '.join(ACTIVATIONS)}")
+    return dtype
 
 
 def drawn_base(asked: str, dtype: str) -> str | None:
