@@ -103,7 +103,7 @@ def evaluate(config: ConfigDict, out: Path) -> None:
     cases = find_cases(config, home, pipe, own, tests, scorers)
     cache = data_set.cache_folder(config, home)
     batch = BATCH.value or (config.batch_size if own is None else own.batch)
-    every = models.make_arms(config, pipe, tuned, cache, batch, mesh)
+    every = models.make_arms(config, pipe, tuned, cache, batch)
     every[0].painter.check(cases)
     scorers = fitting(scorers, cases)
 

@@ -3,8 +3,11 @@
 import functools
 
 import jax
+import mesh_draw
 import numpy as np
 import pytest
+from mesh_draw import PROMPTS
+from weights_helpers import run_python
 
 import dopsd_jax
 from dopsd_jax import dopsd, families
@@ -12,8 +15,6 @@ from dopsd_jax.families import drawing
 from dopsd_jax.families.drawing import Wish, draw, filled, together
 from dopsd_jax.families.pipeline import pipeline
 from dopsd_jax.families.sampling import start_noise
-
-PROMPTS = ["a red circle", "a blue star", "a large green square on the left"]
 
 
 def test_small_pictures_are_drawn_together_and_large_ones_alone():
@@ -52,6 +53,21 @@ def test_pictures_are_those_drawn_alone_in_the_order_of_the_wishes(random_model,
         alone = pipe([""], height=height, width=width, latents=noise, context=own)[0]
         assert np.abs(picture.astype(int) - alone).max() <= 1
     assert np.abs(found[0].astype(int) - found[2]).max() > 20, "all pictures are alike"
+
+
+@pytest.mark.slow
+def test_devices_of_a_mesh_share_the_pictures(random_model, tmp_path):
+    """Each does its part of the work, whichever axis it is on, and the pictures are the same."""
+    run_python(mesh_draw.__file__, random_model, tmp_path / "out.npz")
+    results = np.load(tmp_path / "out.npz")
+    found = lambda name, what: results[f"{name}/{what}"]
+    alone = found("one", "pictures").astype(int)
+    assert np.abs(alone[0] - alone[1]).max() > 20, "all pictures are alike"
+    # Of three pictures each of two devices draws two; the tokens' device does half of each.
+    for name, share in (("data", 2 / 3), ("data, fsdp", 1 / 3), ("context", 1 / 2)):
+        assert np.abs(found(name, "pictures") - alone).max() <= 1, name
+        assert found(name, "flops") <= 1.1 * share * found("one", "flops"), name
+        assert found(name, "compiled") == 0, name
 
 
 @pytest.mark.parametrize("family", ["zimage", "flux2_klein"])

@@ -164,7 +164,7 @@ def cases(data):
 
 def make(config, student, folder):
     pipe, _ = build.open_pipeline(config, folder)
-    return arms.make_arms(config, pipe, student, folder / "features", BATCH, None)
+    return arms.make_arms(config, pipe, student, folder / "features", BATCH)
 
 
 def test_a_second_call_draws_and_scores_only_what_is_missing(config, cases, lora_file, tmp_path):

@@ -17,6 +17,7 @@ import pytest
 from conftest import RANDOM_CONFIG, ROOT, run_program
 
 from dopsd_jax.common.errors import UserError
+from dopsd_jax.data.images import open_image
 from dopsd_jax.parallel import cluster, multihost
 from dopsd_jax.parallel.multihost import SharedError
 from dopsd_jax.parallel.preemption import STOPPED_EXIT
@@ -198,6 +199,9 @@ def test_other_processes_and_meshes_give_the_same_losses(preempted, tmp_path):
         {e["step"]: e["heldout_gap"] for e in json.loads(text)["checkpoints"]}
         for text in ((tmp_path / name / "ranking.json").read_text() for name in results)
     )
+    first = (f / "samples" / "step_000000.png" for f in (workdir, tmp_path / "whole"))
+    pictures = [open_image(path).astype(int) for path in first]
+    assert np.abs(np.subtract(*pictures)).max() <= 2  # those of several devices, drawn on each mesh
     common = sorted(ours.keys() & whole.keys())
     assert len(common) >= 2
     np.testing.assert_allclose([ours[s] for s in common], [whole[s] for s in common], rtol=1e-5)

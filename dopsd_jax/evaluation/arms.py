@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from flax import nnx
-from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from dopsd_jax.common.atomic import is_remote
@@ -107,14 +106,13 @@ def make_arms(
     tuned: Tuned | None,
     cache: Path,
     batch: int,
-    mesh: Mesh | None,
 ) -> list[Arm]:
     """Base and teacher, both with the weights of config.model, and the tuned model if there is one.
 
     cache: folder of encoder features. Raises `UserError` for one that does not fit the base.
     """
     memo, kept = cache / DIGESTS, FeatureCache(cache)
-    painter = Painter(pipe, config.teacher, batch, mesh, kept, pipe.encoder_digest(memo))
+    painter = Painter(pipe, config.teacher, batch, kept, pipe.encoder_digest(memo))
     base = _digest(pipe, memo)
     if tuned is None or tuned.model:
         own = lambda: pipe.split[1]
@@ -140,11 +138,12 @@ def make_arms(
         attention=pipe.attention,
         remat=pipe.remat,
         sharding_for=pipe.sharding_for,
+        mesh=pipe.mesh,
         trained=pipe.trained,
     )
     if other.config != pipe.config:
         raise UserError(f"{tuned.model}: its transformer has other sizes than {pipe.folder}'s")
-    painter = Painter(other, config.teacher, batch, mesh, kept, other.encoder_digest(memo))
+    painter = Painter(other, config.teacher, batch, kept, other.encoder_digest(memo))
     weights = lambda: other.split[1]
     return [*arms, Arm("tuned", STUDENT, painter, _digest(other, memo), weights)]
 

@@ -8,7 +8,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from dopsd_jax.common.errors import UserError, raise_if
 from dopsd_jax.conditioning.cached import ROLE_NAMES
@@ -22,7 +21,7 @@ from dopsd_jax.families.pipeline import Pipeline
 from dopsd_jax.families.sampling import finite, start_noise
 from dopsd_jax.methods.options import OTHER_CAPTION
 from dopsd_jax.parallel import multihost
-from dopsd_jax.parallel.sharding import BATCH_AXES, sample_devices
+from dopsd_jax.parallel.sharding import sample_devices
 
 
 class Shot(NamedTuple):
@@ -73,8 +72,8 @@ class Painter:
 
     Args:
       teacher: config.teacher: what the teacher sees of the picture.
-      batch: pictures drawn together. Every shape is compiled once.
-      mesh: devices that share a batch; a multiple of their number is drawn.
+      batch: pictures drawn together, at least one on each device that `pipe.mesh` spreads
+        samples over. Every shape is compiled once.
       kept, encoder: where features are kept, and the digest of the encoders they are of.
     """
 
@@ -83,15 +82,14 @@ class Painter:
         pipe: Pipeline,
         teacher: Mapping[str, Any],
         batch: int,
-        mesh: Mesh | None = None,
         kept: Kept | None = None,
         encoder: str = "",
     ):
-        self.pipe, self.mesh = pipe, mesh
+        self.pipe = pipe
         self.options = [pipe.options(role, teacher) for role in (STUDENT, TEACHER)]
         self.told = teacher.get("context") == OTHER_CAPTION
-        places = 1 if mesh is None else sample_devices(mesh)
-        self.batch = -(-batch // places) * places
+        devices = sample_devices(pipe.mesh)
+        self.batch = -(-batch // devices) * devices
         self.kept, self.encoder = Memory() if kept is None else kept, encoder
         self.rows: list[PaddedLengths] = [{}, {}]
 
@@ -179,13 +177,7 @@ class Painter:
         context = self.pipe.family.collate(features, self.rows[role])
         grid = self.pipe.deployed_grid(shape)
         noise = _noise(np.array([shot.seed for shot in shots], np.uint32), shape)
-        draw = lambda *own: multihost.to_host(self.pipe.sample(trained, *own, grid))
-        if self.mesh is None:
-            return finite(draw(noise, context))
-        place = NamedSharding(self.mesh, PartitionSpec(BATCH_AXES))
-        with jax.set_mesh(self.mesh):
-            noise, context = jax.device_put((noise, context), place)
-            return finite(draw(noise, context))
+        return finite(multihost.to_host(self.pipe.sample(trained, noise, context, grid)))
 
 
 @functools.partial(jax.jit, static_argnames="shape")

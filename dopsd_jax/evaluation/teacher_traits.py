@@ -33,7 +33,7 @@ from dopsd_jax.families.drawing import Wish, draw
 from dopsd_jax.families.pipeline import Pipeline
 from dopsd_jax.families.sampling import start_noise
 from dopsd_jax.methods.options import OTHER_PICTURE
-from dopsd_jax.parallel import multihost
+from dopsd_jax.parallel import multihost, sharding
 from dopsd_jax.reporting.previews import Sample
 
 NOISES = 3  # from which each row is drawn
@@ -199,7 +199,8 @@ class Measurement:
             jnp.asarray(self.grid(*noise.shape[1:3]), jnp.float32),
             self.pipe.split[2],
         )
-        found = self.walk(*self.trained, base, sample.contexts, noise, sigma)
+        with sharding.spread_samples(self.pipe.mesh, (sample.contexts, noise)) as own:
+            found = self.walk(*self.trained, base, *own, sigma)
         return tuple(map(multihost.to_host, found))
 
 

@@ -1,6 +1,7 @@
 """Pictures in batches of one size, so that a sampler is compiled once for every size of picture.
 
-Several small pictures are drawn together, one at a time of 1024 x 1024.
+Several small pictures are drawn together, one at a time of 1024 x 1024; on a mesh that is what
+each device draws.
 """
 
 from collections.abc import Iterator, Sequence
@@ -14,6 +15,7 @@ from jaxtyping import Array, Float, UInt8
 from dopsd_jax.families.base import Tree
 from dopsd_jax.families.pipeline import Pipeline
 from dopsd_jax.parallel import multihost
+from dopsd_jax.parallel.sharding import sample_devices
 
 PIXELS, MOST_TOGETHER = 1 << 20, 8  # of pictures that are drawn together: one at 1024 x 1024
 DECODED_PIXELS = 1 << 21  # of pictures that are decoded together: two at 1024 x 1024
@@ -29,7 +31,7 @@ class Wish(NamedTuple):
 
 
 def together(count: int, pixels: int) -> int:
-    """How many of `count` pictures are drawn together: so many that batches are equally full."""
+    """How many of `count` a device draws together: so many that batches are equally full."""
     batches = -(-count // min(MOST_TOGETHER, max(1, PIXELS // pixels)))
     return -(-count // batches)
 
@@ -62,15 +64,17 @@ def draw(
         leaves, structure = jax.tree.flatten(wish)
         kind = structure, *((leaf.shape, leaf.dtype) for leaf in leaves)
         alike.setdefault(kind, []).append(number)
-    found = {}
+    found, devices = {}, sample_devices(pipe.mesh)
     for numbers in alike.values():
         shape = wishes[numbers[0]].noise.shape[1:]
         grid = pipe.deployed_grid(shape)
-        size = together(len(numbers), shape[0] * shape[1] * pipe.vae_config.factor**2)
+        pixels = shape[0] * shape[1] * pipe.vae_config.factor**2
+        alone = together(len(numbers), pixels)  # what one device decodes
+        size = devices * together(-(-len(numbers) // devices), pixels)
         for some, count in filled(numbers, size):
             noise, context = jax.tree.map(
                 lambda *leaves: np.concatenate(leaves), *(wishes[number] for number in some)
             )
             latents = multihost.to_host(pipe.sample(trained, noise, context, grid))
-            found.update(zip(some[:count], decoded(pipe, latents[:count], size), strict=True))
+            found.update(zip(some[:count], decoded(pipe, latents[:count], alone), strict=True))
     return [found[number] for number in range(len(wishes))]

@@ -57,6 +57,7 @@ class Pipeline:
       remat: see `Family.build`.
       loras: adapters to attach to the transformer; their changes add up.
       sharding_for: path and shape of a transformer parameter -> its sharding.
+      mesh: that of these shardings: its devices share the pictures of a batch.
       trained: type of the transformer's variables that are kept apart from the rest; see `split`.
     """
 
@@ -76,13 +77,15 @@ class Pipeline:
         remat: str = "none",
         loras: Sequence[LoraOption] = (),
         sharding_for: Callable | None = None,
+        mesh: Mesh | None = None,
         trained: type[nnx.Variable] = nnx.LoRAParam,
     ):
         self.family, self.folder, self.beside = family, Path(folder), dict(beside or {})
         self.dtype, self.base_dtype = jnp.dtype(kinds.activations(dtype)), base_dtype
         self.rest_dtype = quantised.stored_type(base_dtype)
         self.attention, self.remat = attention, remat
-        self.loras, self.sharding_for, self.trained = tuple(loras), sharding_for, trained
+        self.loras, self.trained = tuple(loras), trained
+        self.sharding_for, self.mesh = sharding_for, mesh
         self.encoder_mesh: Mesh | None = None
 
     def spread_encoders(self, devices: Sequence[jax.Device]) -> None:
@@ -408,14 +411,15 @@ class Pipeline:
     ) -> Float[Array, "b h w c"]:
         """Clean latents: a rollout with the given trained part of the transformer.
 
+        The devices of `mesh` share samples whose number is a multiple of its `sample_devices`.
         `strength`: what all its adapters are multiplied with; every one is the same program.
         """
         graphdef, _, base = self.split
         base = base if strength == 1.0 else attach.scaled(base, strength)
-        noise = jnp.asarray(noise, jnp.float32)
-        return sampling.sample(
-            trained, base, noise, context, family=self.family, graphdef=graphdef, grid=grid
-        )
+        network = {"family": self.family, "graphdef": graphdef}
+        samples = jnp.asarray(noise, jnp.float32), context
+        with sharding.spread_samples(self.mesh, samples) as own:
+            return sampling.sample(trained, base, *own, grid=grid, **network)
 
 
 def _listed(prompts: str | Sequence[str]) -> Sequence[str]:

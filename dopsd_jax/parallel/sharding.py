@@ -5,9 +5,10 @@ weights; `context` splits tokens; `tensor` splits heads and hidden units. Adapte
 moments, are small and stand on every device; in full fine-tuning these are split as weights are.
 """
 
+import contextlib
 import contextvars
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Protocol
 
 import jax
@@ -226,9 +227,9 @@ def batch_sharding(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec(None, BATCH_AXES))
 
 
-def sample_devices(mesh: Mesh | AbstractMesh) -> int:
+def sample_devices(mesh: Mesh | AbstractMesh | None) -> int:
     """Devices that the samples of a micro-batch are spread over; it must be a multiple of them."""
-    return math.prod(mesh.shape[axis] for axis in BATCH_AXES)
+    return 1 if mesh is None else math.prod(mesh.shape[axis] for axis in BATCH_AXES)
 
 
 def own_samples(mesh: Mesh, batch_size: int) -> np.ndarray:
@@ -261,6 +262,26 @@ def put_batch(batch: Tree, mesh: Mesh, batch_size: int | None = None) -> Tree:
         return jax.make_array_from_callback((x.shape[0], size, *x.shape[2:]), sharding, piece)
 
     return jax.tree.map(put, batch)
+
+
+@contextlib.contextmanager
+def spread_samples(mesh: Mesh | None, samples: Tree) -> Iterator[Tree]:
+    """A block on `mesh`, with `samples` on it: split over data and fsdp, where these divide them.
+
+    `samples`: arrays [samples, ...], in every process all of them. Every process calls it. Without
+    a mesh, and on one of one device, nothing changes.
+    """
+    if mesh is None or mesh.size == 1:
+        yield samples
+        return
+
+    def put(x):
+        x = np.asarray(x)
+        place = NamedSharding(mesh, PartitionSpec(axes_dividing(mesh, BATCH_AXES, len(x))))
+        return jax.make_array_from_callback(x.shape, place, lambda index: x[index])
+
+    with jax.set_mesh(mesh):
+        yield jax.tree.map(put, samples)
 
 
 def constrain_batch(x: Array, *rest: Any) -> Array:
@@ -334,7 +355,7 @@ def per_shard(method: Callable[..., tuple[Tree, Tree]], split: Sequence[bool]) -
 
     def call(*args):
         mesh = ambient_mesh()
-        shards = 1 if mesh is None else sample_devices(mesh)
+        shards = sample_devices(mesh)
         if shards == 1:
             return method(*args)
         cut = lambda x: jax.lax.with_sharding_constraint(

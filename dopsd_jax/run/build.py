@@ -97,6 +97,7 @@ def open_pipeline(
         attention="xla",
         remat="none" if config.remat == kinds.AUTO else config.remat,
         sharding_for=place,
+        mesh=mesh,
         trained=VARIABLES[config.train],
     )
     pipe.use_attention(config.attention)
