@@ -70,6 +70,38 @@ def test_advice_for_a_card_is_what_the_changed_configuration_is_counted_to_need(
         assert remedy.needed == pytest.approx(expected, abs=1), remedy.fields
 
 
+@pytest.mark.parametrize("remat", ["none", "unrolled"])
+def test_what_products_gave_is_kept_before_all_is_computed_again(remat):
+    """The cheaper one alone where it suffices; where it does not, the other one alone."""
+    config = load_config("random", batch_size=1, remat=remat, base_dtype="bfloat16")
+    gpu = counted_step.find_gpu("24GB")
+    report = counted_step.count_step(config, CASE, gpu)
+    short = lambda capacity: remedies.advise(
+        config, CASE, dataclasses.replace(report, capacity=float(capacity))
+    )
+    single, _, _ = short(1)
+    fields = [remedy.fields for remedy in single]
+    dots, full = fields.index({"remat": "dots"}), fields.index({"remat": "full"})
+    assert dots < full and single[full].needed < single[dots].needed < report.needed
+    cheaper = single[:dots]  # none of which is about what is kept
+    assert not any("remat" in remedy.fields for remedy in cheaper)
+    for enough, name in ((single[dots], "dots"), (single[full], "full")):
+        _, together, _ = short(enough.needed)
+        changes = [remedy.fields for remedy in together]
+        assert changes[-1] == {"remat": name}
+        assert [change.get("remat") for change in changes].count("dots") == (name == "dots")
+
+
+def test_what_products_gave_is_advised_to_none_who_keeps_less():
+    gpu = counted_step.find_gpu("24GB")
+    for remat in ("dots", "full"):
+        config = load_config("random", batch_size=1, remat=remat)
+        report = dataclasses.replace(counted_step.count_step(config, CASE, gpu), capacity=1.0)
+        assert {"remat": "dots"} not in [
+            each.fields for each in remedies.advise(config, CASE, report)[0]
+        ]
+
+
 def test_hopeless_runs_are_told_how_many_devices_they_need(monkeypatch):
     """Full fine-tuning on one v6e chip: no compiler is needed to see that it does not fit."""
     config = load_config("full", batch_size=1)

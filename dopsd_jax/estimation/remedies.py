@@ -20,6 +20,7 @@ from dopsd_jax.models import kinds
 
 LARGEST = 1024  # devices; more are not asked for
 WORTH = 0.01  # share of the memory that a remedy must save to be named
+KEEPS_ALL = ("none", kinds.UNROLLED)  # values of config.remat that compute nothing again
 UNSPLIT = ("context", "tensor")  # axes of the mesh that the devices it advises leave at 1
 
 
@@ -72,8 +73,9 @@ def advise(
     """(single changes that help, changes that fit together, devices on which the step fits).
 
     Changes are ordered by their cost in speed or exactness, the cheapest first; those that save
-    nothing are left out. Together: the fewest of them, in that order; empty if not even all of them
-    suffice. Devices: with everything split over them; None if that is no remedy.
+    nothing are left out. Together: the fewest of them, in that order, without those whose fields a
+    later one sets again; empty if not even all of them suffice. Devices: with everything split over
+    them; None if that is no remedy.
     """
     pricing = Pricing(config, case, report)
     now = pricing.needed({})
@@ -90,6 +92,7 @@ def advise(
         if best > report.capacity and best - together > WORTH * now:
             fields |= added
             best = together
+            chain = [remedy for remedy in chain if remedy.fields.keys() - added.keys()]
             chain.append(Remedy(added, why, together))
     return single, chain if best <= report.capacity else [], _devices(config, report, pricing)
 
@@ -133,6 +136,8 @@ def _changes(config: ConfigDict, report: Report) -> Iterator[tuple[dict[str, Any
         yield {"mesh.data": 1, "mesh.fsdp": rows}, f"weights split over {rows} devices"
     if config.train == "lora" and config.base_dtype == "float32":
         yield {"base_dtype": "bfloat16"}, "frozen weights of two bytes"
+    if config.remat in KEEPS_ALL:
+        yield {"remat": "dots"}, "of the activations only what products gave is kept"
     if config.remat != "full":
         yield {"remat": "full"}, "activations computed again instead of kept"
     if config.train == "lora" and config.base_dtype in ("float32", "bfloat16"):
@@ -147,7 +152,7 @@ def _changes(config: ConfigDict, report: Report) -> Iterator[tuple[dict[str, Any
             yield {"offload": both}, "kept in the host's memory between uses"
     if config.train == "lora" and "base" not in held:
         fields = {"offload": ",".join((*held, "base"))}
-        if config.remat in ("none", kinds.UNROLLED):
+        if config.remat in KEEPS_ALL:
             fields["remat"] = "full"
         if config.base_dtype in kinds.QUANTISED:
             fields["base_dtype"] = "bfloat16"
