@@ -95,12 +95,13 @@ python -m dopsd_jax.train --config configs/flux2_klein.py:9b_16gb --config.data.
 
 ## Any settings
 
-GiB for a step of one image (larger batches by `accumulate`), full rematerialisation, LoRA of rank
-64. *smallest card*: of {", ".join(map(str, CARDS))} GiB. `offload=base`: the frozen layers lie in
-the host's memory and are copied to the device one at a time, in every forward and backward pass
-([running.md](running.md#layers-in-the-hosts-memory)); two layers are counted on the device, which
-was compared with no compiled step of this size. No configuration above uses it, because it has not
-run on a GPU.
+GiB for a step of one image, full rematerialisation, LoRA of rank 64 with the recipe's anchors.
+Larger batches by `accumulate`: without anchors, as where all is trained, they take one gradient
+more (of Z-Image 23 GiB). *smallest card*: of {", ".join(map(str, CARDS))} GiB.
+`offload=base`: the frozen layers lie in the host's memory and are copied to the device one at a
+time, in every forward and backward pass ([running.md](running.md#layers-in-the-hosts-memory)); two
+layers are counted on the device, which was compared with no compiled step of this size. No
+configuration above uses it, because it has not run on a GPU.
 
 | model | trained | pixels | settings | GiB | smallest card |
 |---|---|---|---|--:|---|

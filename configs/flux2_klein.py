@@ -40,7 +40,7 @@ CARDS = {
     "4b_80gb": {**ONE_IMAGE, **KEPT},
     # On these two the text encoder does not fit: see docs/gpus.md.
     "9b_12gb": {**ONE_IMAGE, **SMALLER, "base_dtype": "nf4"},
-    "9b_16gb": {**ONE_IMAGE, **SMALLER, "base_dtype": "int8"},
+    "9b_16gb": {**ONE_IMAGE, **SMALLER, "data.resolution": 704, "base_dtype": "int8"},
     "9b_24gb": {**ONE_IMAGE, "base_dtype": "int8"},
     "9b_48gb": {**ONE_IMAGE, **KEPT},
     "9b_80gb": {**ONE_IMAGE, **KEPT},

@@ -1,5 +1,6 @@
 """The step compiles for devices that are not here, at its true size, and says what it needs."""
 
+import dataclasses
 import importlib.util
 import json
 import pathlib
@@ -107,6 +108,24 @@ def test_the_account_of_a_full_run(changes, state):
     )
     held = sum(found.host.values())
     assert held / split == pytest.approx(3 if "offload" in changes else 0, rel=0.01)
+
+
+@pytest.mark.slow
+def test_a_sum_over_micro_batches_is_held_beside_their_gradients():
+    """Compiled, of a network whose backward pass needs more than the optimizer's update."""
+    net = dataclasses.replace(TINY, dim=192, layers=4, heads=3, axes_dims=(16, 24, 24))
+    case = dataclasses.replace(CASE, size=net, height=512, width=512)
+
+    def compiled(**changes):
+        config = load_config("random_full", batch_size=1, remat="full", **changes)
+        return compiled_step.compile_step(config, case, jax.devices()[:1])
+
+    alone = compiled()
+    for changes in ({"accumulate": 2}, {"anchor.share": 0.25}):
+        found, gradient = compiled(**changes), alone.account.gradient
+        beyond = lambda report: report.account.total - report.account.lasting
+        assert beyond(found) - beyond(alone) == gradient
+        assert found.temporaries - alone.temporaries == pytest.approx(gradient, rel=0.1)
 
 
 def test_what_does_not_fit_is_explained(local_report, monkeypatch):

@@ -25,7 +25,8 @@ class Account(NamedTuple):
     live: what lives as long as the run, by kind. host: the same of what lies in its host's memory.
     gradient: of one micro-batch, for all that is trained. activations: kept by the student's
     forward pass for its backward pass. fetched: of a base in the host's memory, what is on the
-    device at one time: a layer, and the next one on its way.
+    device at one time: a layer, and the next one on its way. summed: the gradients of earlier
+    micro-batches, of rows or of anchors, as one sum; 0 in a step of one micro-batch.
     """
 
     live: dict[str, int]
@@ -33,6 +34,7 @@ class Account(NamedTuple):
     gradient: int
     activations: int
     fetched: int = 0
+    summed: int = 0
 
     @property
     def lasting(self) -> int:
@@ -42,10 +44,10 @@ class Account(NamedTuple):
     def total(self) -> int:
         """A lower bound of what the step needs: there are other temporaries.
 
-        The peak is the larger of two gradients and the activations, and one gradient and the state
-        that the update brings from host memory.
+        The peak is the larger of two gradients, what is summed and the activations, and one
+        gradient and the state that the update brings from host memory.
         """
-        teach = 2 * self.gradient + self.activations + self.fetched
+        teach = 2 * self.gradient + self.summed + self.activations + self.fetched
         update = self.gradient + sum(held for kind, held in self.host.items() if kind != "base")
         return self.lasting + max(teach, update)
 
@@ -69,12 +71,15 @@ def count(config: ConfigDict, program: Program, mesh: Mesh | AbstractMesh) -> Ac
         "optimizer": like.opt_state,
         "batch": (program.batch, program.anchors),
     }
+    gradient = _bytes(like.student)
+    several = config.accumulate > 1 or program.anchors is not None
     return Account(
         live={kind: _bytes(tree) for kind, tree in kinds.items()},
         host={kind: held for kind, tree in kinds.items() if (held := _bytes(tree, host=True))},
-        gradient=_bytes(like.student),
+        gradient=gradient,
         activations=_activations(config, program, mesh),
         fetched=2 * _largest_layer(program.base),
+        summed=gradient if several else 0,
     )
 
 
