@@ -7,8 +7,9 @@ import pytest
 from conftest import ROOT, problems_of, run_program
 from ml_collections import ConfigDict
 
+from dopsd_jax import families
 from dopsd_jax.common import config_fields
-from dopsd_jax.common.config_fields import POSITIVE, TRUE, Field, as_list, name_or_list
+from dopsd_jax.common.config_fields import GIVEN, POSITIVE, TRUE, Field, as_list, name_or_list
 from dopsd_jax.config import changes, flags, loading, schema
 from dopsd_jax.config.fields import choices, conditions, declared, defaults
 from dopsd_jax.config.reference import help_text, markdown
@@ -84,8 +85,36 @@ def test_conditions_name_fields_and_values_that_there_are():
     for field in fields.values():
         for name, needed in conditions(field).items():
             known = choices(fields[name]) or re.findall(r"\w+", fields[name].help)
-            assert needed is POSITIVE or needed is TRUE or set(needed) <= set(known)
+            listed = any(needed is one for one in (POSITIVE, TRUE, GIVEN))
+            assert listed or set(needed) <= set(known)
             assert needed is not POSITIVE or fields[name].kind in ("int", "float")
+
+
+@pytest.mark.parametrize(
+    ("name", "other", "value", "why"),
+    [
+        ("teacher.warmup_decay", "teacher.warmup_steps", 2, "with config.teacher.warmup_steps = 0"),
+        ("stop.class_word", "stop.scorers", "contrast", "while config.stop.scorers is empty"),
+        ("data.reference_crop", "data.references", "a", "while config.data.references is empty"),
+    ],
+)
+def test_a_field_that_only_another_gives_an_effect(name, other, value, why):
+    (problem,) = problems_of(schema.check, RANDOM, [name])
+    assert problem == f"config.{name}: has no effect {why}; leave it out"
+    schema.check(config_with(other, value), [name])
+
+
+def test_presets_of_adapted_layers_are_told_with_their_family():
+    """Before the families' names stand those that every family has."""
+    every, *own = re.split(r", of (?=Z-Image|FLUX)", declared()["lora.targets"].help)
+    words = lambda text: set(re.findall(r"\w+", text))
+    told = {"Z-Image": "zimage", "FLUX": "flux2_klein"}
+    own = {told[re.match(r"[\w-]+", text)[0]]: words(text) for text in own}
+    presets = {family.NAME: set(family.LORA_PRESETS) for family in families.every()}
+    common = set.intersection(*presets.values())
+    assert common <= words(every) and not words(every) & set().union(*presets.values()) - common
+    for name, known in presets.items():
+        assert known - common == own[name] & set().union(*presets.values())
 
 
 def test_defaults_are_of_all_fields_and_right():

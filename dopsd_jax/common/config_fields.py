@@ -37,6 +37,16 @@ class _True(tuple):
 TRUE = _True(("true",))
 
 
+class _Given(tuple):
+    """As the values in `Field.when`: every text and list that is not empty."""
+
+    def __contains__(self, value: object) -> bool:
+        return isinstance(value, str | list | tuple) and bool(as_list(value))
+
+
+GIVEN = _Given(("not empty",))
+
+
 class Naming(tuple):
     """As the values in `Field.when`: a list that has one of these."""
 

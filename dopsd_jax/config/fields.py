@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from ml_collections import ConfigDict
 
 from dopsd_jax import families
-from dopsd_jax.common.config_fields import ALWAYS, NEVER, POSITIVE, TRUE, Field, Naming
+from dopsd_jax.common.config_fields import ALWAYS, GIVEN, NEVER, POSITIVE, TRUE, Field, Naming
 from dopsd_jax.methods import anchor
 from dopsd_jax.methods.options import OTHER_CAPTION
 from dopsd_jax.methods.registry import METHODS
@@ -84,7 +84,7 @@ _RUN = (
           "what ranks the checkpoints and ends the run: gap, or one of config.stop.scorers",
           change=ALWAYS),
     Field("stop.class_word", "", "word in place of [V] in captions, for scorers that read them",
-          change=ALWAYS),
+          when={"stop.scorers": GIVEN}, change=ALWAYS),
     Field("stop.clip", "", "folder or hub id of CLIP; empty: that of evaluate", "path",
           when={"stop.scorers": Naming(("clip",))}, change=ALWAYS),
     Field("stop.dino", "", "folder or hub id of DINOv3; empty: that of evaluate", "path",
@@ -133,8 +133,9 @@ _ADAPTERS = (
           "adapters are scaled by alpha / rank; a LoKr whose second matrix is whole is not",
           above=0, high=10**6, when=ADAPTERS, change=NEVER),
     Field("lora.targets", "blocks",
-          "adapted layers: blocks (all linear layers of the blocks), attention, of Z-Image also "
-          "main (without the refiners) and before_pr5; or a list of patterns",
+          "adapted layers: blocks (all linear layers of the blocks), of Z-Image also attention, "
+          "main (without the refiners) and before_pr5, of FLUX.2-klein double, single and "
+          "klein_upstream; or a list of patterns",
           "name or list", when=ADAPTERS, change=NEVER),
     Field("lora.init_from", "", "LoRA file to start from; empty: none", "path", change=NEVER),
 )
@@ -182,7 +183,8 @@ _DATA = (
           "rows edit none", "list"),
     Field("data.reference_crop", "own",
           "own: references keep their sizes, as in sampling; bucket: they are cut to the bucket of "
-          "their row (as in the released code)", choices=("own", "bucket")),
+          "their row (as in the released code)", choices=("own", "bucket"),
+          when={"data.references": GIVEN}),
     Field("data.holdout", 0,
           "pictures that are not trained on; the gap on them, or stop.rank_by, ranks the "
           "checkpoints",

@@ -1,6 +1,6 @@
 """Fields of the configuration that several methods share. Imports no JAX."""
 
-from dopsd_jax.common.config_fields import NEVER, Field
+from dopsd_jax.common.config_fields import NEVER, POSITIVE, Field
 
 OTHER_CAPTION = "prompt"  # the teacher.context of every family: no picture
 OTHER_PICTURE = "other"  # the teacher.context that shows another picture of the row's concept
@@ -18,7 +18,7 @@ TEACHER = (
     Field("teacher.warmup_steps", 0, "first steps, which use teacher.warmup_decay", low=0,
           high=10**9, unit="steps", when=AVERAGE),
     Field("teacher.warmup_decay", 0.999, "decay per step in these steps", low=0, high=1,
-          when=AVERAGE),
+          when={"teacher.warmup_steps": POSITIVE}),
     Field("teacher.context", "vlm",
           "what the teacher sees that the student does not: the picture (vlm: of Z-Image; "
           "edit_ref, gt_ref: of FLUX.2-klein), another one of its concept (other), or another "
