@@ -303,6 +303,20 @@ def test_another_form_of_the_same_step_takes_nothing_away(tmp_path, monkeypatch,
     assert left == {"step_7", "step_7.safetensors"}
 
 
+@pytest.mark.parametrize(
+    "fields",
+    [{"method": "sft", "anchor.share": 0.25}, {"teacher.weights": "live", "teacher.told": "0"}],
+)
+def test_a_copy_of_the_start_goes_to_host_memory_without_a_teacher(fields):
+    options = config(("offload", "teacher"), *fields.items())
+    schema.check(options)
+    mesh = sharding.make_mesh({"data": 1, "fsdp": 1}, jax.devices()[:1])
+    plan, *_ = build.abstract_plan(options, family, SIZE, "xla", mesh)
+    like = plan.abstract_state
+    assert like.teacher is None
+    assert {x.sharding.memory_kind for x in jax.tree.leaves(like.start)} == {sharding.HOST}
+
+
 def test_what_is_asked_for_and_has_no_effect_is_named():
     asked = {"lora.rank": 4, "steps": 9}
     with pytest.raises(UserError, match=r"config\.lora\.rank: has no effect with config\.train"):

@@ -75,6 +75,28 @@ def test_what_a_method_cannot_use_is_refused(fields, asked, message):
     assert message in problem
 
 
+@pytest.mark.parametrize(
+    ("fields", "still"),
+    [
+        ({"teacher.warmup_steps": 3}, ""),
+        (
+            {"teacher.warmup_steps": 3, "teacher.warmup_decay": 1.0},
+            "warmup_decay = 1.0 and config.",
+        ),
+        ({"teacher.warmup_steps": 30, "teacher.warmup_decay": 1.0, "teacher.decay": 0.9}, "= 1.0;"),
+        ({"teacher.weights": "frozen"}, "config.teacher.weights = frozen;"),
+    ],
+)
+def test_a_teacher_that_moves_in_its_first_steps_only_is_exported(fields, still):
+    config = config_of(**{"teacher.decay": 1.0, "export_weights": "teacher", **fields})
+    assert config.steps == 30
+    if still:
+        (problem,) = problems_of(schema.check, config)
+        assert "which stays as it begins with config.teacher." in problem and still in problem
+    else:
+        schema.check(config)
+
+
 def test_every_field_of_a_method_is_known_and_used_by_some():
     for method in registry.METHODS.values():
         config = config_of(method=method.name, dreambooth__class_word="dog")

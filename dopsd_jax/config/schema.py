@@ -9,7 +9,7 @@ from dopsd_jax import families
 from dopsd_jax.common.config_fields import Field, as_list, as_paths, shown
 from dopsd_jax.common.errors import raise_if
 from dopsd_jax.config.fields import TRACKERS, choices, conditions, declared
-from dopsd_jax.methods import anchor
+from dopsd_jax.methods import anchor, registry
 from dopsd_jax.methods.options import DECOUPLED, DISTANCE, OTHER_CAPTION
 from dopsd_jax.methods.registry import METHODS
 from dopsd_jax.models import kinds
@@ -78,7 +78,7 @@ def check(config: Mapping[str, Any], asked: Collection[str] = ()) -> None:
             f"config.moments_dtype: {given['moments_dtype']} with config.optimizer = adafactor, "
             "which keeps rows and columns only; set it to float32"
         )
-    faults += _teacher(given) + _base(given) + _distance(given)
+    faults += _teacher(given, registry.start(config) == "copy") + _base(given) + _distance(given)
     faults += anchor.faults(given, METHODS[given["method"]].keeps)
     if given["warmup_steps"] >= given["steps"]:
         faults.append(
@@ -117,8 +117,9 @@ def _idle(field: Field, given: Mapping[str, Any]) -> str | None:
         if of_anchors and other == "method":
             continue
         if given[other] not in needed:
-            why = f"has no effect with config.{other} = {given[other]}"
-            return f"config.{field.name}: {why}; leave it out"
+            value, empty = given[other], f"while config.{other} is empty"
+            why = empty if value == "" else f"with config.{other} = {value}"
+            return f"config.{field.name}: has no effect {why}; leave it out"
     return None
 
 
@@ -188,8 +189,11 @@ def _base(given: Mapping[str, Any]) -> list[str]:
     return []
 
 
-def _teacher(given: Mapping[str, Any]) -> list[str]:
-    """What names the teacher's weights where there are none, or its picture where it sees none."""
+def _teacher(given: Mapping[str, Any], copied: bool) -> list[str]:
+    """What names the teacher's weights where there are none, or its picture where it sees none.
+
+    copied: whether the run keeps a copy of its start, which goes where the teacher goes.
+    """
     method, faults, none = given["method"], [], None
     keeps = METHODS[method].keeps
     unseen = keeps == "teacher" and given["teacher.context"] == OTHER_CAPTION
@@ -202,7 +206,7 @@ def _teacher(given: Mapping[str, Any]) -> list[str]:
         none = f"config.method = {method}"
     elif keeps == "teacher" and given["teacher.weights"] == "live":
         none = "config.teacher.weights = live"
-    if none and "teacher" in as_list(given["offload"]):
+    if none and not copied and "teacher" in as_list(given["offload"]):
         faults.append(
             f"config.offload: names the teacher, which has no weights of its own with {none}"
         )
@@ -211,11 +215,19 @@ def _teacher(given: Mapping[str, Any]) -> list[str]:
         faults.append(
             f"config.export_weights: names the teacher, which has no weights of its own with {why}"
         )
-    still = {"teacher.weights": "frozen", "teacher.decay": 1.0}
-    for name, value in still.items() if given["export_weights"] == "teacher" else ():
-        if keeps == "teacher" and given[name] == value:
-            faults.append(
-                f"config.export_weights: names the teacher, which stays as it begins with "
-                f"config.{name} = {value}; set it to student"
-            )
+    if given["export_weights"] == "teacher" and keeps == "teacher" and (still := _still(given)):
+        faults.append(
+            f"config.export_weights: names the teacher, which stays as it begins with {still}; set "
+            "it to student"
+        )
     return faults
+
+
+def _still(given: Mapping[str, Any]) -> str:
+    """The field by which the teacher never leaves its start; empty: it does."""
+    if given["teacher.weights"] == "frozen":
+        return "config.teacher.weights = frozen"
+    warm, used = given["teacher.warmup_steps"], []
+    used += ["teacher.warmup_decay"] * (warm > 0) + ["teacher.decay"] * (warm < given["steps"])
+    moves = given["teacher.weights"] == "live" or any(given[name] < 1 for name in used)
+    return "" if moves else " and ".join(f"config.{name} = {given[name]}" for name in used)

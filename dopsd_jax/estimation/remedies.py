@@ -140,17 +140,19 @@ def _changes(config: ConfigDict, report: Report) -> Iterator[tuple[dict[str, Any
         yield {"remat": "dots"}, "of the activations only what products gave is kept"
     if config.remat != "full":
         yield {"remat": "full"}, "activations computed again instead of kept"
-    if config.train == "lora" and config.base_dtype in ("float32", "bfloat16"):
+    away = "base" in as_list(config.offload)  # in 8 bits it would not stay there
+    if config.train == "lora" and config.base_dtype in kinds.WHOLE and not away:
         yield {"base_dtype": "int8"}, "frozen weights of one byte"
     if config.moments_dtype == "float32" and config.optimizer == "adamw":
         yield {"moments_dtype": "bfloat16"}, "the optimizer's moments of two bytes"
     held = as_list(config.offload)
-    kept = ("teacher",) if registry.teacher(config).weights != "live" else ()
+    copies = registry.teacher(config).weights != "live" or registry.start(config) == "copy"
+    kept = ("teacher",) if copies else ()
     for names in dict.fromkeys((kept, (*kept, "optimizer"))):
         if not set(names) <= set(held):
             both = ",".join(dict.fromkeys((*held, *names)))
             yield {"offload": both}, "kept in the host's memory between uses"
-    if config.train == "lora" and "base" not in held:
+    if config.train == "lora" and not away:
         fields = {"offload": ",".join((*held, "base"))}
         if config.remat in KEEPS_ALL:
             fields["remat"] = "full"
