@@ -139,7 +139,10 @@ def test_some_of_the_prompt_keys(tmp_path):
     jax.tree.map(np.testing.assert_array_equal, prepared.load((2, 0))[1], expected)
     assert longest(prepared, STUDENT) == 9
     assert longest(Prepared(folder, ["short_en"]), STUDENT) == 7
-    assert "was prepared with short_en, detailed_en only" in problems_of(Prepared, folder, ["x"])[0]
+    asked = {"required": "y", "keys_field": "data.caption_key"}
+    first, second = problems_of(lambda: Prepared(folder, ["short_en", "x"], **asked))
+    assert first.startswith("data.caption_key x: ") and second.startswith("teacher.prompt_key y: ")
+    assert "was prepared with short_en, detailed_en only" in first and "only" in second
 
 
 def test_a_row_without_the_captions_of_the_set_is_told(tmp_path):

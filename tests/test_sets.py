@@ -5,6 +5,7 @@ import os
 from collections import Counter
 from fractions import Fraction
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -80,10 +81,47 @@ def test_keys_are_those_that_all_sets_have(tmp_path):
     assert "no caption key in common" in problem and "d.csv has short_zh" in problem
 
 
+@pytest.mark.parametrize("field", ["prompt_keys", "caption_key"])
+def test_keys_are_told_by_the_field_that_names_them(tmp_path, field):
+    folder, table = folder_of(tmp_path / "a", 1), table_of(tmp_path / "b/d.csv", ["caption"])
+    prepared = str(write(tmp_path / "set"))
+    config = defaults()
+    config.data[field], config.data.buckets = "words", "64x64"
+    told = []
+    for config.data.path in (folder, table, prepared):
+        read = data_set.open_data if names_prepared(config.data.path) else data_set.open_rows
+        own = (
+            config,
+            tmp_path,
+            *[SimpleNamespace(size_multiple=16)] * (config.data.path == prepared),
+        )
+        told += problems_of(read, *own)
+    assert told[0].startswith(f"data.{field} words: a folder with caption files has only the key")
+    assert f"write it, or leave the key out of data.{field}; the fields here are" in told[1]
+    assert told[2].startswith(f"data.{field} words: {prepared} was prepared with short_en")
+
+
 def test_the_faults_of_all_sets_are_told_at_once(tmp_path):
     paths = [str(tmp_path / "none"), folder_of(tmp_path / "a", 1), str(tmp_path / "nor")]
     problems = problems_of(load_sets, [*paths, paths[1]], ())
     assert "twice" in problems[0] and "none: no such" in problems[1] and "nor: no" in problems[2]
+
+
+def test_an_option_that_one_of_the_sets_needs_is_not_refused(tmp_path):
+    folder, table = folder_of(tmp_path / "a", 1), table_of(tmp_path / "b/d.csv", ["caption"])
+    (tmp_path / "a/0.txt").write_text("a mug\na cup")
+    first, _ = load_sets([folder, table], (), caption_lines=True).rows
+    assert [text for _, text in first.captions] == ["a mug", "a cup"]
+    load_sets([folder, table], (), image_key="image", data_root=tmp_path)
+    others = folder_of(tmp_path / "c", 1), table_of(tmp_path / "d/d.csv", ["caption"])
+    wrong = {"image_key": "image"}, {"caption_lines": True}
+    for path, other, option in zip((folder, table), others, wrong, strict=True):
+        (problem,) = problems_of(load_sets, [path, other], (), **option)
+        assert f"{path} is read as" in problem and f"and {other} is read as" in problem
+    (tmp_path / "e.parquet").touch()
+    for name, value in (("references", ["auto"]), ("masks", True)):  # rows there would have none
+        problems = problems_of(load_sets, [table, str(tmp_path / "e.parquet")], (), **{name: value})
+        assert any(f"data.{name} is for" in p and "e.parquet is read as" in p for p in problems)
 
 
 def test_a_set_is_the_same_by_any_path(tmp_path):

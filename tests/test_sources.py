@@ -71,9 +71,16 @@ def test_an_option_of_another_layout_is_told(tmp_path):
     (problem,) = problems_of(load_rows, tmp_path, image_key="picture")
     assert "data.image_key" in problem and "read as a folder of pictures" in problem
     (tmp_path / "d.jsonl").write_text("{}")
-    assert "data.folder_repeats" in problems_of(
-        load_rows, tmp_path / "d.jsonl", folder_repeats=True
-    )[0]  # fmt: skip
+    for name, value in (
+        ("folder_repeats", True),
+        ("caption_lines", True),
+        ("caption_extension", ".caption"),
+    ):
+        (problem,) = problems_of(load_rows, tmp_path / "d.jsonl", **{name: value})
+        assert problem.startswith(f"data.{name} is for a folder of pictures with caption files")
+        assert problem.endswith("d.jsonl is read as a table of pictures and captions; unset it")
+    (problem,) = problems_of(load_rows, tmp_path, data_root=tmp_path)
+    assert problem.startswith("data.root is for a table of pictures and captions, and")
 
 
 # --- folders

@@ -19,7 +19,7 @@ from dopsd_jax.data import prepared_parts as parts
 from dopsd_jax.data.buckets import Bucket, Reference
 from dopsd_jax.data.images import ImageInfo
 from dopsd_jax.data.picture_index import Infos
-from dopsd_jax.data.sources.collector import listing
+from dopsd_jax.data.sources.collector import KEYS_FIELD, listing
 from dopsd_jax.data.table import WHOLE, Table, View
 from dopsd_jax.data.varied import EMPTY
 from dopsd_jax.weights.tensors import DTYPES
@@ -46,16 +46,20 @@ class Prepared:
         folder: str,
         prompt_keys: Sequence[str] | None = None,
         report: Callable[[str], None] = print,
+        required: str | None = None,
+        keys_field: str = KEYS_FIELD,
     ):
         self.folder = parts.local(folder)
         self.manifest = parts.read_manifest(self.folder)
-        self.prompt_keys = tuple(dict.fromkeys(prompt_keys or self.manifest.prompt_keys))
-        unknown = [key for key in self.prompt_keys if key not in self.manifest.prompt_keys]
-        if unknown:
-            raise UserError(
-                f"data.prompt_keys {listing(unknown)}: {folder} was prepared with "
-                f"{listing(self.manifest.prompt_keys)} only; choose among them, or prepare it again"
-            )
+        known, besides = self.manifest.prompt_keys, (required,) if required else ()
+        raise_if(
+            f"{field} {listing(unknown)}: {folder} was prepared with {listing(known)} only; choose "
+            "among them, or prepare it again"
+            for field, keys in ((keys_field, prompt_keys or ()), ("teacher.prompt_key", besides))
+            if (unknown := [key for key in keys if key not in known])
+        )
+        asked = (*prompt_keys, *besides) if prompt_keys else known
+        self.prompt_keys = tuple(dict.fromkeys(asked))
         self._check_all_there()
         self._paths = [self.folder / parts.part_name(n) for n in range(self.manifest.parts)]
         self.rows, self.infos = Table((*self.prompt_keys, EMPTY), str(folder)), Infos()

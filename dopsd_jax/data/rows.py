@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from dopsd_jax.common.atomic import is_remote
-from dopsd_jax.common.errors import UserError, raise_if
+from dopsd_jax.common.errors import Attempts, UserError, raise_if
 from dopsd_jax.common.files import expand, readable
 from dopsd_jax.data import masks
 from dopsd_jax.data.blobs import ARCHIVES
@@ -35,13 +35,18 @@ LAYOUTS: list[Layout] = [
 ]
 # Options that only some layouts use.
 ONLY_FOR = {
+    "data_root": (records.LAYOUT,),
     "image_key": (records.LAYOUT, parquet.LAYOUT),
+    "caption_extension": (folder.LAYOUT, tar.LAYOUT),
+    "caption_lines": (folder.LAYOUT, tar.LAYOUT),
     "folder_captions": (folder.LAYOUT,),
     "folder_repeats": (folder.LAYOUT,),
     "references": (records.LAYOUT, folder.LAYOUT),
     "masks": (records.LAYOUT, folder.LAYOUT),
 }
-
+# Of these every one of several data sets must make use; of the others, one of them.
+BY_ALL = ("references", "masks")
+_USUAL = Options()
 
 _SIDES = re.compile(r"\b(left|right)\b", re.IGNORECASE)
 
@@ -74,37 +79,56 @@ def load_rows(
     without a requested caption is an error. `variants`: of the captions. `views`: in which each
     picture is a row. `options`: see `Options`; with masks some row must have one.
     """
-    found = _read(path, prompt_keys, variants, views, **options)
-    if options.get("masks") and not found.masked:
+    chosen = Options(prompt_keys, **options)
+    chosen.check()
+    layout = _layout(path)
+    raise_if(_unused({str(path): layout}, chosen))
+    found = _read(path, layout, chosen, variants, views)
+    if chosen.masks and not found.masked:
         raise masks.none_found(str(path))
     return found
 
 
-def _read(
-    path: str | Path,
-    prompt_keys: Sequence[str] | None = None,
-    variants: CaptionVariants | None = None,
-    views: Sequence[View] = (WHOLE,),
-    **options: object,
-) -> Rows:
-    """See `load_rows`; there may be no masks."""
+def _layout(path: str | Path) -> Layout:
+    """How a data set is laid out. Raises `UserError` for what is none."""
     if is_remote(path):
         raise UserError(
             f"data.path {path}: pictures are read from local folders only; mount or download it, "
             "or give a folder made by dopsd_jax.prepare"
         )
-    path, chosen = expand(path), Options(prompt_keys, **options)
-    chosen.check()
+    path = expand(path)
     with readable(path):
         layout = next((layout for layout in LAYOUTS if layout.matches(path)), None)
         if layout is None:
             raise UserError(f"data.path {path}: {_what_it_is(path)}")
-        for name, of in ONLY_FOR.items():
-            if getattr(chosen, name) and layout not in of:
-                raise UserError(
-                    f"data.{name} is for {' or '.join(one.name for one in of)}, and {path} is read "
-                    f"as {layout.name}; unset it"
-                )
+    return layout
+
+
+def _unused(layouts: Mapping[str, Layout], chosen: Options) -> list[str]:
+    """The lines about options that the data sets make no use of; `layouts`: by path."""
+    faults = []
+    for name, of in ONLY_FOR.items():
+        others = {path: layout for path, layout in layouts.items() if layout not in of}
+        used = len(others) < len(layouts) and name not in BY_ALL
+        if getattr(chosen, name) == getattr(_USUAL, name) or used or not others:
+            continue
+        field = name.removeprefix("data_")
+        found = " and ".join(f"{path} is read as {one.name}" for path, one in others.items())
+        names = " or ".join(one.name for one in of)
+        faults.append(f"data.{field} is for {names}, and {found}; unset it")
+    return faults
+
+
+def _read(
+    path: str | Path,
+    layout: Layout,
+    chosen: Options,
+    variants: CaptionVariants | None = None,
+    views: Sequence[View] = (WHOLE,),
+) -> Rows:
+    """See `load_rows`; there may be no masks."""
+    path = expand(path)
+    with readable(path):
         collector = layout.read(path, chosen)
     table, problems, notes = collector.finish()
     if not table and not problems:
@@ -134,7 +158,14 @@ def _names_sides(table: RowList) -> list[str]:
     return [f"captions of {found.count} rows {why}: {found}"] * bool(found)
 
 
-def load_sets(paths: Sequence[str], weights: Sequence[object], **options: object) -> Rows:
+def load_sets(
+    paths: Sequence[str],
+    weights: Sequence[object],
+    prompt_keys: Sequence[str] | None = None,
+    variants: CaptionVariants | None = None,
+    views: Sequence[View] = (WHOLE,),
+    **options: object,
+) -> Rows:
     """The rows of all data sets in order; without `weights` each is used once an epoch.
 
     `options`: of `load_rows`; with masks some row of some set must have one. The faults of all sets
@@ -142,24 +173,29 @@ def load_sets(paths: Sequence[str], weights: Sequence[object], **options: object
     """
     shares = shares_of(weights, len(paths))
     if len(paths) == 1:
-        return load_rows(paths[0], **options)
-    problems: list[str] = []
+        return load_rows(paths[0], prompt_keys, variants, views, **options)
+    chosen = Options(prompt_keys, **options)
+    chosen.check()
+    attempt = Attempts()
     firsts: dict[str, str] = {}  # of the paths that mean one place
     for path in paths:
         place = os.path.realpath(os.path.expanduser(path))
         if place in firsts:
             twice = "twice" if path == firsts[place] else f"twice, also as {path}"
-            problems.append(f"data.path: names {firsts[place]} {twice}; give it a weight instead")
+            attempt.problems.append(
+                f"data.path: names {firsts[place]} {twice}; give it a weight instead"
+            )
         firsts.setdefault(place, path)
+    layouts = {path: attempt(lambda path=path: _layout(path)) for path in firsts.values()}
+    known = {path: layout for path, layout in layouts.items() if layout}
+    attempt(lambda: raise_if(_unused(known, chosen)))
     found: dict[str, Rows] = {}
-    for path in firsts.values():
-        try:
-            found[path] = _read(path, **options)
-        except UserError as error:
-            problems += error.problems
-    raise_if(problems)
+    for path, layout in known.items():
+        own = path, layout, chosen, variants, views
+        found[path] = attempt(lambda own=own: _read(*own))
+    attempt.end()
     masked = any(own.masked for own in found.values())
-    if options.get("masks") and not masked:
+    if chosen.masks and not masked:
         raise masks.none_found(", ".join(paths))
     keys, notes = _common_keys(found)
     sizes = [len(own.rows) for own in found.values()]

@@ -28,6 +28,7 @@ from dopsd_jax.data.prepared import MASKS, Prepared, short
 from dopsd_jax.data.prepared_parts import AGAIN, Manifest, names_prepared
 from dopsd_jax.data.rows import Rows, load_sets
 from dopsd_jax.data.sets import PartOfRows, parts_of, shares_of
+from dopsd_jax.data.sources.collector import KEYS_FIELD
 from dopsd_jax.data.table import View
 from dopsd_jax.data.varied import CaptionVariants
 from dopsd_jax.data.views import views_of
@@ -60,9 +61,12 @@ def open_data(config: ConfigDict, workdir: Path, pipe: Pipeline) -> Dataset:
     buckets = data_buckets(config, pipe.size_multiple)
     levels = data_levels(config, pipe.size_multiple)
     if names_prepared(config.data.path):
-        keys, other = asked_keys(config), registry.teacher_key(config)
-        keys += (other,) if keys and other else ()
-        prepared = Prepared(*as_paths(config.data.path), keys or None)
+        prepared = Prepared(
+            *as_paths(config.data.path),
+            asked_keys(config) or None,
+            required=registry.teacher_key(config),
+            keys_field=keys_field(config),
+        )
         prepared.check({MASKS: None} | data_settings(config, pipe), SETTINGS)
         check_reading(config, prepared)
         raise_if(
@@ -214,6 +218,11 @@ def asked_keys(config: ConfigDict) -> tuple[str, ...]:
     return (key,) if key else keys
 
 
+def keys_field(config: ConfigDict) -> str:
+    """The field that `asked_keys` come from, as messages of the readers name it."""
+    return "data.caption_key" if config.data.caption_key else KEYS_FIELD
+
+
 def trained_keys(config: ConfigDict, found: tuple[str, ...]) -> tuple[str, ...]:
     """The keys of the student's captions, of those that the rows have.
 
@@ -221,11 +230,6 @@ def trained_keys(config: ConfigDict, found: tuple[str, ...]) -> tuple[str, ...]:
     there is nothing to learn.
     """
     other, asked = registry.teacher_key(config), asked_keys(config)
-    if other is not None and other not in found:
-        raise UserError(
-            f"config.teacher.prompt_key: {other!r} is not a caption key of {config.data.path}, "
-            f"which has {', '.join(found)}"
-        )
     keys = tuple(key for key in found if (key in asked if asked else key != other))
     if not keys:
         raise UserError(
@@ -261,6 +265,7 @@ def open_rows(config: ConfigDict, workdir: Path) -> Rows:
         data_paths(config, workdir),
         as_list(data.weights),
         prompt_keys=asked_keys(config) or None,
+        keys_field=keys_field(config),
         variants=caption_variants(config),
         views=picture_views(config),
         data_root=data.root or None,

@@ -10,6 +10,7 @@ from dopsd_jax.data.sources.captions import CONCEPT, KNOWN_KEYS
 from dopsd_jax.data.table import Table
 
 NOT_READ = "it has so many faults that it was not read to the end"
+KEYS_FIELD = "data.prompt_keys"  # names the captions, where no other field does
 MAX_HIDDEN = 50_000  # problems that are counted before reading ends
 PLACEHOLDERS = ("[trigger]", "[name]")  # of ai-toolkit; stand for the word that is trained
 _LINE_END = re.compile(r"\r\n?")
@@ -62,8 +63,9 @@ class Collector:
     """Gathers rows into a `Table` and watches which caption keys they have.
 
     `where`: the source, for messages; `unit`: what its rows are counted in there. `required`: a key
-    that every row must have besides, the teacher's. `trigger`: replaces a placeholder. `fields`:
-    the names of the source's fields, for the message when none of them is known.
+    that every row must have besides, the teacher's. `trigger`: replaces a placeholder.
+    `keys_field`: see `Options`. `fields`: the names of the source's fields, for the message when
+    none of them is known.
     """
 
     def __init__(
@@ -73,8 +75,10 @@ class Collector:
         unit: str,
         required: str | None = None,
         trigger: str = "",
+        keys_field: str = KEYS_FIELD,
     ):
         self.where, self.unit, self.required, self.trigger = where, unit, required, trigger
+        self.keys_field = keys_field
         self.chosen, besides = prompt_keys is not None, [required] if required else []
         keys = prompt_keys if self.chosen else KNOWN_KEYS
         self.keys = tuple(dict.fromkeys((*keys, *besides)))
@@ -157,7 +161,7 @@ class Collector:
         for what, by_key in (("missing", self.missing), ("empty", self.empty)):
             for key, rows_of in by_key.items():
                 if (key in keys or key == self.required) and rows_of:
-                    other = "leave the key out of data.prompt_keys"
+                    other = f"leave the key out of {self.keys_field}"
                     if key == self.required:
                         other = "name another key in teacher.prompt_key"
                     self.problem(

@@ -72,7 +72,7 @@ def _check_keys(options: Options) -> None:
     keys = options.prompt_keys
     if keys is not None and tuple(keys) != (CAPTION_KEY,):
         raise UserError(
-            f"data.prompt_keys {listing(keys)}: a folder with caption files has only the key "
+            f"{options.keys_field} {listing(keys)}: a folder with caption files has only the key "
             f"{CAPTION_KEY!r}; unset it"
         )
     if options.teacher_key not in (None, CAPTION_KEY):

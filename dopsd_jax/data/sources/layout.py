@@ -9,7 +9,7 @@ from typing import NamedTuple
 from dopsd_jax.common.errors import UserError
 from dopsd_jax.common.files import expand
 from dopsd_jax.data.cache import FeatureCache
-from dopsd_jax.data.sources.collector import Collector
+from dopsd_jax.data.sources.collector import KEYS_FIELD, Collector
 
 MAX_KEYS = 200
 
@@ -19,6 +19,7 @@ class Options:
     """How rows are read.
 
     prompt_keys: the captions that every row must have; None: all known keys that every row has.
+    keys_field: the field that names them, for messages.
     caption_extension: of the caption file beside a picture. caption_lines: each of its lines is an
     alternative. data_root: where relative pictures are looked for besides. cache: keeps the indices
     of archives. teacher_key: a further key that every row must have (teacher.prompt_key).
@@ -41,6 +42,7 @@ class Options:
     folder_repeats: bool = False
     references: Sequence[str] = ()
     masks: bool = False
+    keys_field: str = KEYS_FIELD
 
     def check(self) -> None:
         """Raises `UserError` for the first option that cannot be."""
@@ -48,11 +50,11 @@ class Options:
         if root and not os.path.isdir(expand(root)):
             raise UserError(f"data.root {root}: no such folder")
         if isinstance(keys, str):
-            raise UserError(f"data.prompt_keys is the string {keys!r}; it must be a list")
+            raise UserError(f"{self.keys_field} is the string {keys!r}; it must be a list")
         if keys is not None and not keys:
-            raise UserError("data.prompt_keys is empty; name at least one key, or leave it unset")
+            raise UserError(f"{self.keys_field} is empty; name at least one key, or leave it unset")
         if keys is not None and len(keys) > MAX_KEYS:
-            raise UserError(f"data.prompt_keys has {len(keys)} keys; name {MAX_KEYS} at most")
+            raise UserError(f"{self.keys_field} has {len(keys)} keys; name {MAX_KEYS} at most")
         if not all(isinstance(name, str) for name in self.references):
             raise UserError(
                 f"data.references is {list(self.references)!r}; it must name columns or folders"
@@ -66,7 +68,8 @@ class Options:
     def collector(self, where: Path, unit: str, keys: Sequence[str] | None = None) -> Collector:
         """Gathers the rows of `where`, counted in `unit`; `keys`: all that this layout can have."""
         chosen = self.prompt_keys if keys is None else keys
-        return Collector(str(where), chosen, unit, self.teacher_key, self.trigger)
+        own = self.teacher_key, self.trigger, self.keys_field
+        return Collector(str(where), chosen, unit, *own)
 
 
 class Layout(NamedTuple):
