@@ -40,7 +40,7 @@ def main() -> None:
     pipe, _ = build.open_pipeline(config, workdir, mesh)
     size = pipe.config
     sharding.check(mesh, size, batch_size=config.batch_size)
-    build.check_method(config, pipe)
+    build.check_method(config, pipe, asked=CONFIG.asked)
     dataset, trained, _ = data_set.hold_out(config, data_set.open_data(config, workdir, pipe))
     lines = describe(dataset, config.batch_size * config.accumulate, trained)
     print("\n".join([*build.notes(config, pipe), *lines]), flush=True)

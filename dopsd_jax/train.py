@@ -80,7 +80,7 @@ def train(config: ConfigDict, workdir: epath.Path) -> int | None:
         sharding.check(mesh, pipe.config, batch_size=config.batch_size)
         folder = workdir / "checkpoints"
         begun = folder.exists() and any(path.name.isdigit() for path in folder.iterdir())
-        build.check_method(config, pipe, begun)
+        build.check_method(config, pipe, begun, CONFIG.asked)
         whole = data_set.open_data(config, workdir, pipe)
         dataset, rows, held_out = data_set.hold_out(config, whole)
         check_held_out(config, dataset, held_out, scorers.values())
@@ -323,6 +323,8 @@ def train(config: ConfigDict, workdir: epath.Path) -> int | None:
                     report()
                 progress.skip()
             ended = save_now and checkpoint_scores and checkpoint_scores.ranking.over()
+            if ended and not plan.trained.is_export_step(step):
+                export(step)  # it became the last one when it was scored
             if (stopped and not last) or ended:
                 break
         drawn = multihost.gather(sample_path(workdir, step).exists())[0]

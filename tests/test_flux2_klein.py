@@ -339,6 +339,21 @@ def test_presets_adapt_the_layers_they_name(preset, counts):
         assert len(chosen) == count and not any("norm_out" in name for name in chosen)
 
 
+def test_without_a_teacher_its_context_may_be_that_of_another_family(folder, tmp_path):
+    """The command line cannot set it: it has no effect then."""
+    fields = {"model": str(folder), "data.path": "x"}
+    for method in ("sft", "pso"):
+        config = loading.load("zimage:random", fields | {"method": method})
+        with pytest.raises(UserError, match=r"context: has no effect with config\.method"):
+            schema.check(config, ["teacher.context"])
+        pipe, _ = build.open_pipeline(config, tmp_path)
+        assert pipe.family is family
+        with pytest.raises(UserError, match=r"context: 'vlm' is not one of edit_ref"):
+            build.open_pipeline(config, tmp_path, shown=True)
+    with pytest.raises(UserError, match=r"context: 'vlm' is not one of edit_ref"):
+        build.open_pipeline(loading.load("zimage:random", fields), tmp_path)
+
+
 def test_a_prompt_that_is_too_long_is_refused(pipe):
     with pytest.raises(UserError, match="the model takes 512; shorten it"):
         pipe.request(STUDENT, "red circle " * 600)

@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 
 import numpy as np
 import pytest
@@ -62,6 +63,19 @@ def test_a_full_run_leaves_what_is_promised(full_run):
     rows = [json.loads(line) for line in (full_run / "metrics.jsonl").read_text().splitlines()]
     assert [r["step"] for r in rows] == [1, 2] and all(r["grad_norm"] > 0 for r in rows)
     assert "<svg" in (full_run / "report.html").read_text()
+
+
+def test_a_run_that_ends_early_writes_its_model_once(full_run, tmp_path):
+    """Without config.export_every; nothing is said to be missing."""
+    workdir = shutil.copytree(full_run, tmp_path / "run")
+    result = run_program(
+        "train", *ARGUMENTS, f"--workdir={workdir}", "--config.steps=5", "--config.export_every=0",
+        "--config.data.holdout=1", "--config.stop.patience=1", "--config.stop.tolerance=1",
+        "--allow_changes=data",
+    )  # fmt: skip
+    assert result.returncode == 0, result.stderr
+    assert "ended at step 3: " in result.stdout and "is missing" not in result.stdout
+    assert {p.name for p in (workdir / "model").iterdir()} == {"step_3", "step_3.safetensors"}
 
 
 def test_diffusers_draws_what_we_draw_with_the_delivered_model(full_run):

@@ -217,6 +217,25 @@ def test_it_is_not_for_rows_that_edit_pictures():
     data_set.check_references(config, klein, SimpleNamespace(references=()))
 
 
+@pytest.mark.parametrize("program", ["train", "check"])
+@pytest.mark.parametrize(
+    ("family", "field"),
+    [
+        ("zimage", "teacher.instruction=as shown"),
+        ("flux2_klein", "teacher.min_pixels=4096"),
+        ("flux2_klein", "teacher.vlm=/models/vlm"),
+    ],
+)
+def test_fields_of_another_family_are_refused(tmp_path, program, family, field):
+    """Every family has this context, so that it does not tell which fields belong to it."""
+    words = f"--config.{field}", "--config.teacher.context=other", f"--workdir={tmp_path}"
+    done = run_program(program, f"--config={family}:random", *words)
+    assert done.returncode == 2
+    name = field.partition("=")[0]
+    told = f"config.{name}: has no effect with models of the family {family}; leave it out"
+    assert done.stderr.strip() == f"error: {told}"
+
+
 def test_every_shard_of_a_preparation_shows_what_a_run_shows(table, tmp_path):
     from_config = (f"--config={ROOT}/configs/zimage.py:random", "--config.teacher.context=other")
     common = (*from_config, f"--config.data.path={table}", "--config.data.resolution=64")

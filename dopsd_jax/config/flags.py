@@ -1,6 +1,6 @@
 """The options --config and --workdir, which programs share. Imports no JAX; see common.program."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 from absl import flags
 from ml_collections import ConfigDict
@@ -28,7 +28,7 @@ class _Config:
     """The configuration of the command line, once it is parsed."""
 
     value: ConfigDict
-    asked: dict[str, str]  # the fields that the command line sets, as text
+    asked: Mapping[str, str] = {}  # the fields that the command line sets, as text
 
 
 CONFIG = _Config()
@@ -60,7 +60,8 @@ def parse(
 
 def taken(argv: Sequence[str]) -> list[str]:
     """The command line without the fields of the configuration, which are kept in CONFIG.asked."""
-    CONFIG.asked, rest = {}, []
+    asked, rest = {}, []
+    CONFIG.asked = asked
     words = iter(flags.FLAGS.read_flags_from_files(list(argv), force_gnu=False))
     for word in words:
         option, equals, text = word.partition("=")
@@ -77,5 +78,5 @@ def taken(argv: Sequence[str]) -> list[str]:
             text = "true" if is_switch else next(words, None)
             if text is None:
                 raise UserError(f"--config.{name}: has no value; write --config.{name}=VALUE")
-        CONFIG.asked[name] = text
+        asked[name] = text
     return rest

@@ -1,7 +1,7 @@
 """Makes what a configuration describes: model and step. Shared by all programs."""
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -14,7 +14,7 @@ from ml_collections import ConfigDict
 
 from dopsd_jax import dopsd, families
 from dopsd_jax.common.config_fields import as_list, highest, name_or_list
-from dopsd_jax.common.errors import UserError
+from dopsd_jax.common.errors import UserError, raise_if
 from dopsd_jax.common.files import expand
 from dopsd_jax.conditioning.cached import sees_picture
 from dopsd_jax.data.prepared_parts import names_prepared
@@ -76,7 +76,8 @@ def open_pipeline(
         model = hub.resolve(as_begun(workdir, config, "model"))
     family = families.of_folder(model.path, config.family)
     contexts = (*family.CONTEXTS, OTHER_CAPTION)
-    if config.teacher.context not in contexts:
+    asked = shown or registry.needs(config).teacher  # else the field cannot be set
+    if asked and config.teacher.context not in contexts:
         raise UserError(
             f"config.teacher.context: {config.teacher.context!r} is not one of "
             f"{', '.join(contexts)}, which the model's family, {family.NAME}, has"
@@ -142,11 +143,19 @@ def notes(config: ConfigDict, pipe: Pipeline) -> list[str]:
     return [*own, *registry.notes(config)]
 
 
-def check_method(config: ConfigDict, pipe: Pipeline, begun: bool = False) -> None:
+def check_method(
+    config: ConfigDict, pipe: Pipeline, begun: bool = False, asked: Collection[str] = ()
+) -> None:
     """Raises `UserError` for a grid, a loss, targets or a LoRA file that do not fit the model.
 
-    begun: the run has a checkpoint, which holds what the file gave; the file may be gone.
+    begun: the run has a checkpoint, which holds what the file gave; the file may be gone. asked:
+    fields that were set on the command line; those of other families are faults.
     """
+    raise_if(
+        f"config.{name}: has no effect with models of the family {pipe.family.NAME}; leave it out"
+        for name in asked
+        if name in _of_others(pipe.family)
+    )
     side = highest(config.data.resolution) // pipe.vae_config.factor
     grid = make_schedule(config, pipe.family, pipe.scheduler).grid(side, side)
     loss, loss_steps = name_or_list(config.loss), name_or_list(config.loss_steps)
@@ -154,6 +163,16 @@ def check_method(config: ConfigDict, pipe: Pipeline, begun: bool = False) -> Non
     what = trained(config, pipe.family, pipe.config)
     if not begun:
         what.check()
+
+
+def _of_others(family: Family) -> set[str]:
+    """Fields that have an effect with models of other families only."""
+    fields = {
+        name: {field.name for field in own.FIELDS}
+        for name, own in zip(families.FAMILIES, families.options(), strict=True)
+    }
+    vlm = {"teacher.vlm"} if "vlm" not in family.NETWORKS else set()
+    return (set().union(*fields.values()) | vlm) - fields[family.NAME]
 
 
 def make_schedule(config: ConfigDict, family: Family, scheduler: Any) -> Schedule:
