@@ -23,12 +23,13 @@ from dopsd_jax.conditioning.features import Features
 from dopsd_jax.data.dataset import describe
 from dopsd_jax.estimation import flops, remat
 from dopsd_jax.evaluation import teacher_traits
+from dopsd_jax.evaluation.checkpoint_scores import check_held_out, find_scorers
 from dopsd_jax.families.base import TEACHER
 from dopsd_jax.methods import registry
 from dopsd_jax.parallel import sharding
 from dopsd_jax.reporting import pictures
 from dopsd_jax.reporting.previews import Previews, rows_of
-from dopsd_jax.run import build, data_set
+from dopsd_jax.run import build, data_set, heldout
 from dopsd_jax.run.workdir import find_workdir
 
 
@@ -37,11 +38,14 @@ def main() -> None:
     workdir = find_workdir(WORKDIR.value, config)
     remove_leftovers(workdir)
     mesh = sharding.make_mesh(config.mesh)
+    heldout.check(config)
+    scorers = find_scorers(config)
     pipe, _ = build.open_pipeline(config, workdir, mesh)
     size = pipe.config
     sharding.check(mesh, size, batch_size=config.batch_size)
     build.check_method(config, pipe, asked=CONFIG.asked)
-    dataset, trained, _ = data_set.hold_out(config, data_set.open_data(config, workdir, pipe))
+    dataset, trained, held = data_set.hold_out(config, data_set.open_data(config, workdir, pipe))
+    check_held_out(config, dataset, held, scorers.values())
     lines = describe(dataset, config.batch_size * config.accumulate, trained)
     print("\n".join([*build.notes(config, pipe), *lines]), flush=True)
 

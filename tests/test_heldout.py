@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 from conftest import RANDOM_CONFIG, problems_of, relative_error, run_program
 from etils import epath
+from PIL import Image
 from test_dopsd import GRID, SHAPE, toy_denoiser, world
 
 from dopsd_jax import dopsd
@@ -359,11 +360,28 @@ def test_the_best_checkpoint_is_copied_and_a_run_ends_at_the_plateau(tmp_path):
     assert (lora / BEST).read_bytes() == files[0] != files[1]
 
 
-def test_stopping_needs_pictures_to_stop_by(tmp_path):
+@pytest.mark.parametrize("program", ["train", "check"])
+def test_stopping_needs_pictures_to_stop_by(tmp_path, program):
     result = run_program(
-        "train", *RANDOM_CONFIG, "--config.stop.patience=3", f"--workdir={tmp_path}"
+        program, *RANDOM_CONFIG, "--config.stop.patience=3", f"--workdir={tmp_path}"
     )
     assert result.returncode != 0 and "config.data.holdout is 0" in result.stderr
+
+
+def test_scorers_that_do_not_fit_the_rows_are_told_by_a_check_too(tmp_path):
+    (tmp_path / "own.py").write_text(
+        "class Judge:\n    name, better, identity = 'own', 'higher', 'own'\n"
+        "    kinds, needs = (), ('prompt',)\n"
+        "    def __call__(self, images, cases):\n        return [1.0] * len(images)\n"
+    )
+    for n in range(3):
+        Image.new("RGB", (96, 96), (n, 0, 9)).save(tmp_path / f"{n}.png")
+        (tmp_path / f"{n}.txt").write_text("a [V] dog")
+    words = "--config.stop.scorers=own:Judge", "--config.data.holdout=1", f"--workdir={tmp_path}/w"
+    result = run_program(
+        "check", *RANDOM_CONFIG, f"--config.data.path={tmp_path}", *words, folder=tmp_path
+    )
+    assert result.returncode == 2 and "set config.stop.class_word" in result.stderr
 
 
 def test_scorers_need_pictures_and_what_ranks_must_be_one_of_them():
