@@ -35,16 +35,19 @@ ABLATIONS = {
     "a quarter of them": {"teacher.vision_dropout": 0.75},
 }
 # How many anchors, and which; `new_words` besides the ordinary ones.
+NEW_WORDS = "1/2 anchors, half of them new words"
 SHARES = {
     "1/8 anchors": {"anchor.share": 0.125},
     "1/2 anchors": {"anchor.share": 0.5},
     "1/4 anchors, half of them new words": {"anchor.share": 0.25, "anchor.prompts": "new_words"},
-    "1/2 anchors, half of them new words": {"anchor.share": 0.5, "anchor.prompts": "new_words"},
+    NEW_WORDS: {"anchor.share": 0.5, "anchor.prompts": "new_words"},
 }
 ABLATION_SEEDS = 2
 # What the student was before: the shipped miniature is distilled by distribution matching.
-SHIPPED, STUDENTS = "shipped", ("not distilled", "segment", "endpoint")
+SHIPPED, APART = "shipped", "words apart"
+STUDENTS = "not distilled", "segment", "endpoint", APART
 COMPARED = ("dopsd", "sft")  # of another student
+ANCHORED = "dopsd + anchor", NEW_WORDS  # besides, where words differ
 DROPPED = ("half of the picture's tokens", "a quarter of them")
 # The teacher over many steps.
 LONG_STEPS, LONG_LOOKS = 600, (60, 150, 300, 600)
@@ -141,6 +144,12 @@ def arms() -> Iterator[Arm]:
     yield Arm("dopsd", "lora", 0.0, kind="words")
     for name, student in itertools.product(COMPARED, STUDENTS):
         yield Arm(name, "lora", rate, student=student)
+    for name in ANCHORED:
+        yield Arm(name, "lora", rate, student=APART)
+    yield Arm(NEW_WORDS, "lora", rate, captions=WHOLE, student=APART)
+    for name in (*SEQUENTIAL, NEW_WORDS):
+        yield Arm(name, "lora", rate, kind="sequence", captions=WHOLE, student=APART)
+    yield Arm("dopsd", "lora", 0.0, kind="words", student=APART)
     for name in LONG:
         yield Arm(name, "lora", rate)
     for name, rate in itertools.product(FULL, RATES["full"]):

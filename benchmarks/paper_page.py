@@ -7,6 +7,8 @@ import numpy as np
 import paper_claims
 from paper_arms import (
     ABLATIONS,
+    ANCHORED,
+    APART,
     CONCEPTS,
     DROPPED,
     FULL,
@@ -14,6 +16,7 @@ from paper_arms import (
     LONG_STEPS,
     LOOKS,
     METHODS,
+    NEW_WORDS,
     OPEN,
     PICTURES,
     RATES,
@@ -198,8 +201,9 @@ def worlds(records: Records) -> list[str]:
 def students(records: Records) -> list[str]:
     lines = [
         "The same training on other students (benchmarks/paper_students.py): *not distilled*, the",
-        "many-step model; *segment*, which learned the mean velocity between nodes; *endpoint*,",
-        "after the regression alone; and as shipped.",
+        "shipped one taken back to a many-step model by flow matching; from it, *segment*, which",
+        "learned the mean velocity between nodes, and *endpoint*, after the regression alone;",
+        "*words apart*, whose text encoder tells invented words apart; and the shipped one.",
         "",
         *head(["student", "run", "runs"]),
     ]
@@ -210,9 +214,12 @@ def students(records: Records) -> list[str]:
             lines.append(row([student, "*base*", ""], base))
             teacher = [records.teacher(m, student) for m in MEASURES]
             lines.append(row([student, "*teacher*", ""], teacher))
-        for name in ("dopsd", "sft"):
+        for name in ("dopsd", "sft", *(ANCHORED if student == APART else ())):
             arm = records.arm(name, student=student)
             lines.append(row([student, name, count(arm)], final(arm)))
+        if whole := records.arm(NEW_WORDS, captions=WHOLE, student=student):
+            title = f"{NEW_WORDS}, whole captions"
+            lines.append(row([student, title, count(whole)], final(whole)))
     return lines
 
 
@@ -264,16 +271,16 @@ def sequences(records: Records) -> list[str]:
     lines = [
         f"{len(SEQUENCE)} concepts with one student, {LOOKS[-1]} steps each, whole captions. Every",
         "run begins with the last result; with anchors, half of their prompts are the captions of",
-        "the earlier concepts, and their teacher is the student as the run found it. *Kept*: a",
-        "concept's identity after the last run, relative to that after its own (the mean over",
-        "concepts but the last, and the least).",
+        "the earlier concepts (a third, with new words), and their teacher is the student as the",
+        "run found it. *Kept*: a concept's identity after the last run, relative to that after its",
+        "own (the mean over concepts but the last, and the least).",
         "",
-        "| method | rate | runs | own identity | kept | least kept | retention | composition "
-        "| ordinary crispness | identity of each after the last |",
-        "|---|---|---|---|---|---|---|---|---|---|",
+        "| student | method | rate | runs | own identity | kept | least kept | retention "
+        "| composition | ordinary crispness | identity of each after the last |",
+        "|---|---|---|---|---|---|---|---|---|---|---|",
     ]
     mean = lambda values: f"{np.mean(values):.3f}"
-    for (name, rate), seeds in found.items():
+    for (name, rate, student), seeds in found.items():
         own = [[rounds[k][k]["identity"] for k in range(len(rounds))] for rounds in seeds]
         last = [[scores["identity"] for scores in rounds[-1]] for rounds in seeds]
         kept = (np.array(last) / np.array(own))[:, :-1]
@@ -281,10 +288,10 @@ def sequences(records: Records) -> list[str]:
         end = " | ".join([mean([[s[m] for s in r[-1]] for r in seeds]) for m in ends])
         each = ", ".join(f"{v:.2f}" for v in np.mean(last, axis=0))
         lines.append(
-            f"| {name} | {rate:g} | {len(seeds)} | {mean(own)} | {mean(kept)} | {kept.min():.3f} "
-            f"| {end} | {each} |"
+            f"| {student} | {name} | {rate:g} | {len(seeds)} | {mean(own)} | {mean(kept)} "
+            f"| {kept.min():.3f} | {end} | {each} |"
         )
-    return lines if found else [*lines, "| not run | | | | | | | | | |"]
+    return lines if found else [*lines, "| not run | | | | | | | | | | |"]
 
 
 def targets(records: Records) -> list[str]:
@@ -313,13 +320,14 @@ def words(records: Records) -> list[str]:
         "How far its pictures from the same noise are apart when one word differs, before",
         "training: levels of 255, the mean of all pixels and pairs, and that of the nearest pair.",
         "",
-        "| captions | what differs | mean | nearest pair |",
-        "|---|---|---|---|",
+        "| student | captions | what differs | mean | nearest pair |",
+        "|---|---|---|---|---|",
     ]
     if not records.words:
-        return [*lines, "| not run | | | |"]
+        return [*lines, "| not run | | | | |"]
     return lines + [
-        f"| {form} | {kind} | {apart['mean']:.2f} | {apart['least']:.2f} |"
-        for form, kinds in records.words.items()
+        f"| {student} | {form} | {kind} | {apart['mean']:.2f} | {apart['least']:.2f} |"
+        for student, forms in records.words.items()
+        for form, kinds in forms.items()
         for kind, apart in kinds.items()
     ]

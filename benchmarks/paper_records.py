@@ -1,12 +1,13 @@
 """The records of paper.py by arm, with means over concepts and seeds."""
 
 import fcntl
+import itertools
 import json
 from collections import defaultdict
 from pathlib import Path
 
 import numpy as np
-from paper_arms import OPEN, RATES, SEQUENTIAL, SHIPPED
+from paper_arms import APART, NEW_WORDS, OPEN, RATES, SEQUENTIAL, SHIPPED
 
 from dopsd_jax.evaluation import statistics
 from dopsd_jax.evaluation.statistics import Estimate
@@ -93,16 +94,18 @@ class Records:
 
     def __init__(self, records: list[dict]):
         self._runs: dict[tuple, dict] = defaultdict(dict)
-        self._sequences: dict[tuple[str, float], list] = defaultdict(list)
+        self._sequences: dict[tuple[str, float, str], list] = defaultdict(list)
         self.targets: list[dict] = []
-        self.words: dict[str, dict] = {}
+        self.words: dict[str, dict] = {}  # by student
         for record in records:
             if record["kind"] == "sequence":
-                self._sequences[record["name"], record["rate"]].append(record)
+                self._sequences[tuple(record[k] for k in ("name", "rate", "student"))].append(
+                    record
+                )
             elif record["kind"] == "states":
                 self.targets.append(record["targets"])
             elif record["kind"] == "words":
-                self.words = record["words"]
+                self.words[record["student"]] = record["words"]
             else:
                 key = [record[k] for k in ("name", "train", "rate", "captions", "student")]
                 self._runs[tuple(key)][record["concept"], record["seed"]] = record
@@ -142,16 +145,8 @@ class Records:
             return None
         return statistics.mean(np.array([[scores[measure]] for scores in firsts]))
 
-    def sequences(self) -> dict[tuple[str, float], list[list[list[dict]]]]:
-        """[seed][round][concept] scores by method and rate, those that are there."""
-        return {
-            (name, rate): [record["rounds"] for record in self._sequences[name, rate]]
-            for name in SEQUENTIAL
-            for rate in RATES["lora"]
-            if self._sequences[name, rate]
-        }
-
-    def sequence_base(self, measure: str) -> float:
-        """Mean over the concepts of the sequence, before training."""
-        first = next(iter(record for many in self._sequences.values() for record in many))
-        return float(np.mean([scores[measure] for scores in first["base"]]))
+    def sequences(self) -> dict[tuple[str, float, str], list[list[list[dict]]]]:
+        """[seed][round][concept] scores by method, rate and student, those that are there."""
+        keys = itertools.product((SHIPPED, APART), (*SEQUENTIAL, NEW_WORDS), RATES["lora"])
+        found = {(name, rate, who): self._sequences[name, rate, who] for who, name, rate in keys}
+        return {key: [one["rounds"] for one in many] for key, many in found.items() if many}

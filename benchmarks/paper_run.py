@@ -124,9 +124,12 @@ class Bench:
     def arm_config(self, arm: Arm, lesson: Lesson, **more: object) -> ConfigDict:
         """What an arm trains a lesson with; `ordinary`: other files of prompts for its anchors."""
         fields = arm.fields(lesson.word, str(more.pop("ordinary", ORDINARY))) | more
-        if arm.student in self.students:
-            fields["model"] = str(self.students[arm.student])
-        return self.config(lesson.path(arm.captions), fields)
+        return self.config(lesson.path(arm.captions), fields | self.model_of(arm))
+
+    def model_of(self, arm: Arm) -> dict[str, object]:
+        """The field that names the arm's student, unless it is the shipped one."""
+        name = arm.student
+        return {"model": str(self.students[name])} if name in self.students else {}
 
     def exam(self, lesson: Lesson, config: ConfigDict) -> tuple[Exam, Scores, Scores]:
         """The exam of a lesson; base and teacher before training, the same for every seed."""

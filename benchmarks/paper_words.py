@@ -17,9 +17,9 @@ FORMS = {OPEN: "a {}", WHOLE: "a large {} on the left on a white background"}
 NOISE = "the same words, other noise"
 
 
-def run(bench: Bench, _: Arm, number: int, seed: int) -> dict[str, object]:
+def run(bench: Bench, arm: Arm, number: int, seed: int) -> dict[str, object]:
     """By form of caption and pair of words: levels of 255 that their pictures differ by."""
-    pipe = bench.pipe_of(bench.config(bench.lesson(number).path(OPEN), {}))
+    pipe = bench.pipe_of(bench.config(bench.lesson(number).path(OPEN), bench.model_of(arm)))
     return {"words": {form: _differences(pipe, text, seed) for form, text in FORMS.items()}}
 
 

@@ -139,18 +139,18 @@ def test_the_page_says_what_was_not_run(many):
 
 def test_words_that_change_little_are_told():
     found = {"open": {"two new words": {"mean": 1.5, "least": 0.25}}}
-    records = paper_records.Records([{"name": "dopsd", "kind": "words", "words": found}])
-    assert paper_page.words(records)[-1] == "| open | two new words | 1.50 | 0.25 |"
+    records = paper_records.Records([{"student": "shipped", "kind": "words", "words": found}])
+    assert paper_page.words(records)[-1] == "| shipped | open | two new words | 1.50 | 0.25 |"
 
 
 def test_what_a_sequence_keeps_is_relative_to_what_each_run_had_learned():
     scores = lambda identity: {**dict.fromkeys(MEASURES, 0.5), "identity": identity}
     rounds = [[scores(0.8)], [scores(0.6), scores(0.9)]]
     run = {"name": "dopsd", "kind": "sequence", "rate": 0.001, "rounds": rounds}
-    run["base"] = [scores(0.1)]
+    run |= {"student": "shipped", "base": [scores(0.1)]}
     (line,) = [row for row in paper_page.sequences(paper_records.Records([run]))
-               if row.startswith("| dopsd")]  # fmt: skip
-    assert [cell.strip() for cell in line.split("|")[4:7]] == ["0.850", "0.750", "0.750"]
+               if row.startswith("| shipped | dopsd")]  # fmt: skip
+    assert [cell.strip() for cell in line.split("|")[5:8]] == ["0.850", "0.750", "0.750"]
 
 
 def test_anchors_of_a_sequence_hold_the_captions_of_what_was_learned(tmp_path):
