@@ -32,7 +32,7 @@ def main(jobs, whole):
             (workdir / "lora" / "step_4.safetensors").unlink()
         config = get_config("random")
         config.update_from_flattened_dict(fields)
-        train.CONFIG = SimpleNamespace(value=config)
+        train.CONFIG = SimpleNamespace(value=config, asked={})
         train.WORKDIR = SimpleNamespace(value=str(workdir))
         start = time.process_time()
         train.main()
