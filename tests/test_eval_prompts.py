@@ -147,7 +147,7 @@ def test_a_file_of_many_prompts_is_no_caption(tmp_path):
 
 
 def asked_of_the_teacher(found, **teacher):
-    pipe = SimpleNamespace(options=lambda role, teacher: {})
+    pipe = SimpleNamespace(options=lambda role, teacher: {}, mesh=None)
     return [Painter(pipe, teacher, 1).asked(case, TEACHER) for case in found]
 
 
