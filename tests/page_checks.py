@@ -56,3 +56,11 @@ class Page(html.parser.HTMLParser):
     def picture(self, attrs):
         """The picture inside an img."""
         return Image.open(io.BytesIO(base64.b64decode(attrs["src"].partition(",")[2])))
+
+
+def points(page, tag="polyline"):
+    """Of every line of a page, or other figure, its points (x, y)."""
+    return [
+        [tuple(map(float, pair.split(","))) for pair in attrs["points"].split()]
+        for attrs in page.all(tag)
+    ]

@@ -7,6 +7,7 @@ import numpy as np
 import paper_arms
 import paper_claims
 import paper_exam
+import paper_naming
 import paper_page
 import paper_records
 import paper_run
@@ -16,6 +17,7 @@ from paper_records import CRISP, IDENTITY, MEASURES, RETENTION
 from PIL import Image
 
 from dopsd_jax.conditioning.encoding import STUDENT, TEACHER
+from dopsd_jax.miniature import families, optimizer
 
 RATE = paper_arms.RATES["lora"][0]
 
@@ -232,3 +234,14 @@ def test_the_figure_of_pictures_is_not_drawn_anew_from_some_of_them(tmp_path, ca
     assert paper_figures._pictures(strips, kept)
     with Image.open(kept) as drawn:
         assert drawn.height > 9 * 64
+
+
+def test_only_the_text_encoder_learns_words():
+    family = families.family("zimage")
+    _, shipped = optimizer.flat(family.start(0))
+    stage = paper_naming.stage(family, shipped, 100)
+    gradient = jax.tree.map(np.ones_like, stage.start)
+    updates, _ = stage.tx.update(gradient, stage.tx.init(stage.start), stage.start)
+    moved = {name.partition(".")[0] for name, update in updates.items() if np.any(update)}
+    assert moved == {"text", "head"}
+    assert stage.shown(stage.start).keys() == shipped.keys()  # the head is not kept
