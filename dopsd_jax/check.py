@@ -2,7 +2,8 @@
 
 Checks the configuration, every row and picture; reports buckets, adapted layers, memory and work;
 then shows whether the teacher's context changes the prediction, what the teacher draws and what it
-takes from its picture, and advises in one sentence (`evaluation.teacher_traits`).
+takes from its picture, and advises in one sentence (`evaluation.teacher_traits`). With
+config.teacher.products = fp8 it says what that costs in accuracy (`evaluation.teacher_rounding`).
 For methods that learn from latents of the pictures the autoencoder is the limit, so its
 reconstruction is compared.
 """
@@ -22,7 +23,7 @@ from dopsd_jax.conditioning.encoding import class_prompt
 from dopsd_jax.conditioning.features import Features
 from dopsd_jax.data.dataset import describe
 from dopsd_jax.estimation import flops, remat
-from dopsd_jax.evaluation import teacher_traits
+from dopsd_jax.evaluation import teacher_rounding, teacher_traits
 from dopsd_jax.evaluation.checkpoint_scores import check_held_out, find_scorers
 from dopsd_jax.families.base import TEACHER
 from dopsd_jax.methods import registry
@@ -93,6 +94,11 @@ def main() -> None:
         progress = Progress("what the teacher takes from a picture", len(rows))
         traits = [measure(*each) for each in progress.over(asked)]
         print("\n".join(teacher_traits.describe(traits)))
+    if registry.rounds(config):
+        own = pipe, plan.net, start.student, teacher, plan.schedule.grid
+        measure = teacher_rounding.Measurement(*own)
+        roundings = [measure(sample) for sample in previews.samples]
+        print("\n".join(teacher_rounding.describe(roundings)))
     said = ", ".join(f"{name} {distance:.1f}" for name, distance in distances.items())
     print(f"distance to the target (rms of 255): {said}")
     print(f"pictures: {path}")

@@ -35,11 +35,19 @@ class Denoiser(NamedTuple):
     drop_picture(context, keys, share) -> a teacher's context in which this share of the tokens of
       the picture that the teacher alone sees is left out, drawn from a key for each sample; None
       where the family has none.
+    rounded: the same network, whose products round more, for a teacher: no gradient goes through
+      it. None: a teacher is asked like the student.
     """
 
     precompute: Callable[[Tree, Tree, Tree], Tree]
     velocity: Callable[[Tree, Tree, Float[Array, "b h w c"], Array, Tree, Tree], Array]
     drop_picture: Callable[[Tree, Array, float], Tree] | None = None
+    rounded: "Denoiser | None" = None
+
+    @property
+    def teacher(self) -> "Denoiser":
+        """The network as a teacher is asked."""
+        return self.rounded or self
 
 
 class Contexts(NamedTuple):
@@ -234,15 +242,20 @@ def _chosen(steps: Sequence[int], count: int, field: str) -> Bool[Array, " K"]:
 def ask_teacher(
     net: Denoiser, teacher: Tree | Teachers, base: Tree, contexts: Contexts
 ) -> Callable[[Float[Array, "b h w c"], Nodes], Float[Array, "b h w c"]]:
-    """(x, one node) -> the velocity that the student shall have there."""
+    """(x, one node) -> the velocity that the student shall have there.
 
-    def ask(weights, context):
+    Where the student is held to its start, in its own context, nothing is rounded: there the two
+    must be equal while nothing is learned.
+    """
+
+    def ask(net, weights, context):
         precomputed = net.precompute(weights, base, context)
         return lambda x, node: net.velocity(weights, base, x, node.sigma, context, precomputed)
 
     if not isinstance(teacher, Teachers):
-        return ask(teacher, contexts.teacher)
-    told, untold = ask(teacher.teacher, contexts.teacher), ask(teacher.start, contexts.student)
+        return ask(net.teacher, teacher, contexts.teacher)
+    told = ask(net.teacher, teacher.teacher, contexts.teacher)
+    untold = ask(net, teacher.start, contexts.student)
     return lambda x, node: jax.lax.cond(node.told, told, untold, x, node)
 
 

@@ -64,7 +64,7 @@ def sft_teacher(
     grid: tuple[float, ...],
 ) -> tuple[Losses, Tree]:
     """`sft` on pictures that the teacher draws in its own context, in place of the data set's."""
-    x0 = rollout(net, teacher, base, batch.contexts.teacher, draws.start, grid)
+    x0 = rollout(net.teacher, teacher, base, batch.contexts.teacher, draws.start, grid)
     return sft(net, student, base, batch._replace(target=x0), draws, levels)
 
 

@@ -134,7 +134,10 @@ def dreambooth(setup: Setup, student, start, base, batch: Batch, draws, key) -> 
 
 
 def anchor(setup: Setup, student, start, base, contexts, noise, key) -> Result:
-    """Holds the student to the velocity of `start`, which is told the same prompts."""
-    both = Contexts(contexts, contexts)
-    networks, nodes = (setup.net, student, start, base), setup.nodes(key)
+    """Holds the student to the velocity of `start`, which is told the same prompts.
+
+    Nothing is rounded: the student would be pulled away from a start that it has not left.
+    """
+    both, net = Contexts(contexts, contexts), setup.net._replace(rounded=None)
+    networks, nodes = (net, student, start, base), setup.nodes(key)
     return loss_and_gradient(*networks, both, noise, nodes, setup.every_step, setup.distance)

@@ -4,6 +4,7 @@ from dopsd_jax.common.config_fields import NEVER, POSITIVE, Field
 
 OTHER_CAPTION = "prompt"  # the teacher.context of every family: no picture
 OTHER_PICTURE = "other"  # the teacher.context that shows another picture of the row's concept
+ROUNDED = "fp8"  # the teacher.products that are rounded
 DECOUPLED = "decoupled"  # the loss that is no mean square; see `distance`
 SPLIT = {"loss": (DECOUPLED,)}
 AVERAGE = {"teacher.weights": ("ema",)}
@@ -26,6 +27,10 @@ TEACHER = (
     Field("teacher.vision_dropout", 0.0,
           "share of the picture's tokens that the teacher is not shown; they are drawn anew for "
           "every picture and step", low=0, high=0.99),
+    Field("teacher.products", "dtype",
+          "type that the large products of the teacher's forward pass multiply: dtype (that of "
+          "config.dtype) or fp8 (both operands rounded to 8 bits, for GPUs that multiply these "
+          "faster; docs/running.md)", choices=("dtype", ROUNDED)),
     Field("teacher.prompt_key", "", "key of the teacher's captions, such as detailed_en",
           when={"teacher.context": (OTHER_CAPTION,)}),
 )

@@ -10,7 +10,15 @@ from typing import TYPE_CHECKING
 from dopsd_jax.common.config_fields import Field, as_list, name_or_list
 from dopsd_jax.methods import anchor
 from dopsd_jax.methods.method import TO_TEACHER, Config, Count, Method, Needs, Passes, Teacher
-from dopsd_jax.methods.options import DISTANCE, LEVELS, NODES, OTHER_CAPTION, TEACHER, TOLD
+from dopsd_jax.methods.options import (
+    DISTANCE,
+    LEVELS,
+    NODES,
+    OTHER_CAPTION,
+    ROUNDED,
+    TEACHER,
+    TOLD,
+)
 
 if TYPE_CHECKING:
     from dopsd_jax.dopsd import Denoiser
@@ -175,6 +183,11 @@ def teacher(config: Config) -> Teacher:
     if keeps == "teacher":
         return Teacher(**{name: config["teacher"][name] for name in Teacher._fields})
     return Teacher("frozen" if keeps == "start" else "live")
+
+
+def rounds(config: Config) -> bool:
+    """Whether the teacher's large products are rounded: config.teacher.products, if it is used."""
+    return method(config).keeps == "teacher" and config["teacher"]["products"] == ROUNDED
 
 
 def notes(config: Config) -> list[str]:

@@ -9,10 +9,10 @@ from flax import nnx
 from jaxtyping import Array, Float
 
 from dopsd_jax.common.products import matmul
-from dopsd_jax.models import kinds
+from dopsd_jax.models import fp8, kinds
 from dopsd_jax.models.interleaved import Interleaved
 from dopsd_jax.models.kept import POLICY, keep
-from dopsd_jax.models.quantised import QuantisedKernel
+from dopsd_jax.models.quantised import QuantisedKernel, is_quantised
 from dopsd_jax.parallel.sharding import UNCONSTRAINED, constrain_batch, constrain_weights, to_device
 
 
@@ -27,7 +27,8 @@ class Dense(nnx.Module):
     class only calls their `updates`, or adds their `delta`s to the kernel where that is faster (see
     `adapters.base.Adapter`).
     The product runs in x's type, whatever the kernel is stored in; `quantised.quantised` may put a
-    `QuantisedKernel` in its place.
+    `QuantisedKernel` in its place. `rounds`: it is one of 8-bit floats instead, see `rounded`; bias
+    and adapters are still added in x's type: their small changes would be lost in the kernel.
     """
 
     def __init__(
@@ -47,11 +48,14 @@ class Dense(nnx.Module):
         self.kernel = nnx.Param(init(rngs.params(), (rows, columns)))
         self.bias = nnx.Param(jnp.zeros((columns,))) if bias else None
         self.adapters = nnx.Dict()
+        self.rounds = False
 
     def __call__(self, x: Float[Array, "... din"]) -> Float[Array, "... dout"]:
         free = (UNCONSTRAINED,) * (x.ndim - 1)
         merges = self._merges(x)
-        if isinstance(self.kernel, QuantisedKernel):
+        if self.rounds:
+            y = fp8.product(x, *self._rounded())
+        elif isinstance(self.kernel, QuantisedKernel):
             y = self.kernel.apply(x)
         else:
             kernel = self.kernel[...].astype(x.dtype)
@@ -75,10 +79,15 @@ class Dense(nnx.Module):
         """
         # Other types and other platforms round W + delta to fewer bits: small changes are lost.
         exact = x.dtype == jnp.float32 and jax.default_backend() == "cpu"
-        fit = exact and not isinstance(self.kernel, QuantisedKernel)
+        fit = exact and not self.rounds and not isinstance(self.kernel, QuantisedKernel)
         many = math.prod(x.shape[:-1]) >= x.shape[-1]  # a few rows are not worth a new kernel
         held = self.adapters.values()
         return bool(fit and many and held and all(adapter.is_wide for adapter in held))
+
+    def _rounded(self) -> tuple[Array, Float[Array, " dout"]]:
+        if isinstance(self.kernel, QuantisedKernel):
+            return self.kernel.rounded()
+        return fp8.rounded(self.kernel[...], 0)
 
     def _adapter_delta(self) -> Float[Array, "din dout"]:
         ordered = lambda adapter: self.inputs.ordered(adapter.delta(), axis=0)
@@ -98,6 +107,19 @@ class Dense(nnx.Module):
         empty = lambda size: jnp.zeros((*x.shape[:-1], size), x.dtype)
         parts = enumerate(self.outputs.sizes)
         return self.outputs.join([found.get(str(i), empty(size)) for i, size in parts])
+
+
+def rounded(graphdef: nnx.GraphDef, *states: nnx.State) -> nnx.GraphDef:
+    """The graph of the same network whose large products are those of `fp8`: no gradient's.
+
+    They are what `quantised.is_quantised` names. states: what the network was split into, arrays or
+    shapes; the new graph takes the same ones.
+    """
+    network = nnx.merge(graphdef, *states)
+    for path, layer in nnx.iter_graph(network):
+        if isinstance(layer, Dense) and is_quantised(".".join(map(str, (*path, "kernel")))):
+            layer.rounds = True
+    return nnx.graphdef(network)
 
 
 class RMSNorm(nnx.Module):

@@ -16,6 +16,7 @@ from jaxtyping import Array, Float
 
 from dopsd_jax.common.errors import UserError, raise_if
 from dopsd_jax.common.products import matmul
+from dopsd_jax.models import fp8
 from dopsd_jax.models.kinds import WHOLE, quantised_faults
 from dopsd_jax.parallel.sharding import block_kernel, gather_weights
 
@@ -67,6 +68,13 @@ class QuantisedKernel(nnx.Module):
     def apply(self, x: Float[Array, "... din"]) -> Float[Array, "... dout"]:
         """x W, in x's type; its gradient for x is that of the dequantised kernel."""
         return _product(self.scheme, x, self.codes[...], self.scales[...])
+
+    def rounded(self) -> tuple[Array, Float[Array, " dout"]]:
+        """The kernel as `fp8.rounded` gives it: of the scheme fp8 its own codes, else new ones."""
+        codes, scales = gather_weights(self.codes[...]), self.scales[...]
+        if codes.dtype == fp8.TYPE:
+            return codes, scales[0]
+        return fp8.rounded(dequantise(codes, scales, self.scheme), 0)
 
 
 def stored_type(base_dtype: str | None) -> str | None:

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import optax
 from flax import nnx
-from jax.sharding import Mesh
+from jax.sharding import AbstractMesh, Mesh
 from ml_collections import ConfigDict
 
 from dopsd_jax import dopsd, families
@@ -24,7 +24,7 @@ from dopsd_jax.families.pipeline import Pipeline
 from dopsd_jax.methods import registry
 from dopsd_jax.methods.losses import Schedule
 from dopsd_jax.methods.options import OTHER_CAPTION
-from dopsd_jax.models import kinds, quantised
+from dopsd_jax.models import fp8, kinds, layers, quantised
 from dopsd_jax.parallel import sharding
 from dopsd_jax.run.data_set import RANDOM
 from dopsd_jax.run.workdir import as_begun
@@ -146,7 +146,8 @@ def notes(config: ConfigDict, pipe: Pipeline) -> list[str]:
 def check_method(
     config: ConfigDict, pipe: Pipeline, begun: bool = False, asked: Collection[str] = ()
 ) -> None:
-    """Raises `UserError` for a grid, a loss, targets or a LoRA file that do not fit the model.
+    """Raises `UserError` for a grid, a loss, targets or a LoRA file that do not fit the model, and
+    for products that the devices have not.
 
     begun: the run has a checkpoint, which holds what the file gave; the file may be gone. asked:
     fields that were set on the command line; those of other families are faults.
@@ -156,6 +157,7 @@ def check_method(
         for name in asked
         if name in _of_others(pipe.family)
     )
+    check_products(config, pipe.mesh)
     side = highest(config.data.resolution) // pipe.vae_config.factor
     grid = make_schedule(config, pipe.family, pipe.scheduler).grid(side, side)
     loss, loss_steps = name_or_list(config.loss), name_or_list(config.loss_steps)
@@ -163,6 +165,12 @@ def check_method(
     what = trained(config, pipe.family, pipe.config)
     if not begun:
         what.check()
+
+
+def check_products(config: ConfigDict, mesh: Mesh | AbstractMesh | None) -> None:
+    """Raises `UserError` for config.teacher.products that the devices here have not."""
+    if registry.rounds(config) and isinstance(mesh, Mesh):
+        fp8.check_device(mesh.devices.flat[0])
 
 
 def _of_others(family: Family) -> set[str]:
@@ -196,11 +204,11 @@ def make_plan(
     """
     what = trained(config, pipe.family, pipe.config)
     what.attach(pipe.transformer)
-    graphdef, student, _ = pipe.split
-    if before is not None and before[1] == graphdef:
+    parts = pipe.split
+    if before is not None and before[1] == parts[0]:
         return before[0]
     made_for = pipe.scheduler, pipe.vae_config.factor
-    return _plan(config, pipe.family, what, graphdef, student, *made_for, mesh)
+    return _plan(config, pipe.family, what, parts, *made_for, mesh)
 
 
 def abstract_plan(
@@ -235,17 +243,21 @@ def abstract_plan(
     base = nnx.from_flat_state(flat)
     scheduler = family.SCHEDULER if scheduler is None else scheduler
     made_for = scheduler, factor or family.LATENT_FACTOR
-    plan = _plan(config, family, what, graphdef, student, *made_for, mesh)
+    plan = _plan(config, family, what, (graphdef, student, base), *made_for, mesh)
     places = sharding.state_shardings(base, mesh, keeps_base_away(config))
     return plan, graphdef, sharding.abstract(base, places)
 
 
 def _plan(
-    config, family: Family, what: Trained, graphdef, student, scheduler, factor: int, mesh: Mesh
+    config, family: Family, what: Trained, parts: tuple, scheduler, factor: int, mesh: Mesh
 ) -> Plan:
+    graphdef, student, _ = parts
     schedule = make_schedule(config, family, scheduler)
     side = highest(config.data.resolution) // factor
-    net = family.denoiser(graphdef)
+    exact = net = family.denoiser(graphdef)
+    if registry.rounds(config):
+        check_products(config, mesh)
+        net = exact._replace(rounded=family.denoiser(layers.rounded(*parts)))
     teacher = registry.teacher(config)
     tx = optimizers.optimizer(config)
     keep_start = registry.start(config) == "copy"
@@ -268,7 +280,7 @@ def _plan(
         sharding.abstract(abstract, placement),
         initial_state,
         step,
-        make_gap(config, net, schedule),
+        make_gap(config, exact, schedule),  # a judge does not round
     )
 
 
