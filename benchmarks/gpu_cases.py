@@ -117,6 +117,10 @@ def _switches(dry: bool) -> Iterator[Case]:
         yield Case(f"switch: {model}, layers one by one", loose)
         plain = _step(model, dry, {"attention": "xla"})
         yield Case(f"switch: {model}, attention by XLA", plain)
+        for batch in (1, 4):  # the kernels are rounded once a forward pass, however many images
+            own = {"batch_size": batch, "teacher.products": "fp8"}
+            name = f"switch: {model}, batch {batch}, teacher's products in fp8"
+            yield Case(name, _step(model, dry, own))
 
 
 def _torch(dry: bool) -> Iterator[Case]:

@@ -79,6 +79,8 @@ def _steps(rows: list[dict], records: Records) -> Iterator[str]:
             continue
         if name.endswith("auto"):
             name += f" ({found['remat']})"
+        if "teacher_error" in found:
+            name += f" (velocity off by {found['teacher_error']:.1%})"
         top = _rate(records, row["device"])
         share = f"{found['model_flop'] / found['median'] / top:.0%}" if top else ""
         yield (

@@ -1,9 +1,10 @@
-"""What a quantised base costs in accuracy: the velocity's error and the LoRA gradient's direction.
+"""What few bits cost in accuracy: the velocity's error and the LoRA gradient's direction.
 
     python benchmarks/quantised.py --report=docs/quantised.md
 
-One D-OPSD step of a Z-Image of smaller width and depth, its weights random: no published weights
-are read. Activations are float32, so that nothing but the stored weights differs.
+Of a quantised base, and of the teacher's products in fp8. One D-OPSD step of a Z-Image of smaller
+width and depth, its weights random: no published weights are read. Activations are float32, so that
+nothing else differs.
 """
 
 import platform
@@ -18,7 +19,7 @@ from flax import nnx
 from dopsd_jax import dopsd
 from dopsd_jax.adapters import attach
 from dopsd_jax.families.zimage import family
-from dopsd_jax.models import quantised, zimage, zimage_config
+from dopsd_jax.models import layers, quantised, zimage, zimage_config
 
 HEADS = flags.DEFINE_integer("heads", 10, "of 128; the published network has 30", lower_bound=1)
 LAYERS = flags.DEFINE_integer("layers", 6, "the published network has 30", lower_bound=1)
@@ -48,6 +49,19 @@ Made by `python benchmarks/quantised.py --report=docs/quantised.md`; do not edit
 * *{whole}*: not an option; it shows the gain of int8's tiles.
 
 {table}
+
+## The teacher's products in 8-bit floats
+
+With `config.teacher.products=fp8` ([how](running.md#the-teachers-products-in-8-bit-floats)) the
+products with these kernels are of 8-bit floats in the teacher's forward pass: its inputs are rounded
+too. The same step; the CPU multiplies the rounded numbers in float32. *base*: with it, `fp8` rounds
+no kernel twice.
+
+* *velocity*, *norm*, *cosine*: of the teacher's first velocity, against that of the same base without
+  the option: relative error, ratio of the norms, cosine.
+* *gradient*: cosine of one step's LoRA gradients with and without.
+
+{products}
 """
 WHOLE = "int8, one scale an output"  # to compare: do tiles help?
 OUTLIERS, GAIN = 0.005, 10.0  # share of a kernel's inputs that are larger, and how much
@@ -63,10 +77,15 @@ def main(_) -> None:
         "| weights | base | against | kernels | velocity | cosine of the LoRA gradient |",
         "|---|---|---|---|---|---|",
     ]
+    products = [
+        "| weights | base | velocity | norm | cosine | gradient |",
+        "|---|---|---|---|---|---|",
+    ]
     for kind in ("Gaussian", "outliers"):
-        for row in compare(cfg, kind):
-            lines.append(f"| {kind} | " + " | ".join(row) + " |")
-            print(lines[-1], flush=True)
+        for table, rows in ((lines, compare(cfg, kind)), (products, compare_products(cfg, kind))):
+            for row in rows:
+                table.append(f"| {kind} | " + " | ".join(row) + " |")
+                print(table[-1], flush=True)
     about = (
         f"One step of width {cfg.dim}, {cfg.layers} layers and one of each refiner, "
         f"{PIXELS.value}² pixels, rank 64, K = 2; jax {jax.__version__}, "
@@ -83,6 +102,7 @@ def main(_) -> None:
                 gain=GAIN,
                 whole=WHOLE,
                 table="\n".join(lines),
+                products="\n".join(products),
             )
         )
     print(about)
@@ -100,6 +120,22 @@ def compare(cfg: zimage_config.ZImageConfig, kind: str):
         short = nnx.split(quantised.quantised(module, scheme), nnx.LoRAParam, ...)
         found = measure(cfg, *short)
         yield scheme, "bfloat16", *scores(found, result, kernels(short[2], scheme), kernels(half))
+
+
+def compare_products(cfg: zimage_config.ZImageConfig, kind: str):
+    """(base, error, ratio of norms and cosine of the teacher's velocity, cosine of the gradients)
+    for each base type, with the teacher's products in fp8 against those without."""
+    graphdef, adapter, base = network(cfg, kind)
+    half = rounded(base)
+    for scheme in ("bfloat16", *(name for name in quantised.SCHEMES if name != WHOLE)):
+        parts = graphdef, adapter, half
+        if scheme != "bfloat16":
+            module = quantised.quantised(nnx.merge(*parts), scheme)
+            parts = nnx.split(module, nnx.LoRAParam, ...)
+        exact, found = (measure(cfg, *parts, asked=True, rounds=rounds) for rounds in (False, True))
+        norm = np.linalg.norm(found[0]) / np.linalg.norm(exact[0])
+        off = f"{error(found[0], exact[0]):.2%}"
+        yield scheme, off, f"{norm:.4f}", *(f"{cosine(found[i], exact[i]):.4f}" for i in (0, 1))
 
 
 def network(cfg: zimage_config.ZImageConfig, kind: str):
@@ -150,8 +186,11 @@ def kernels(base: nnx.State, scheme: str | None = None) -> dict[str, np.ndarray]
     }
 
 
-def measure(cfg: zimage_config.ZImageConfig, graphdef, adapter, base):
-    """The student's first velocity and the gradient of one step, flat."""
+def measure(cfg: zimage_config.ZImageConfig, graphdef, adapter, base, asked=False, rounds=False):
+    """The student's first velocity and the gradient of one step, flat.
+
+    asked: the teacher's velocity instead. rounds: the teacher's products are those of `models.fp8`.
+    """
     rng = np.random.default_rng(0)
     context = lambda rows: family.Context(
         jnp.asarray(rng.standard_normal((1, rows, cfg.caption_dim), np.float32)), jnp.array([rows])
@@ -160,24 +199,33 @@ def measure(cfg: zimage_config.ZImageConfig, graphdef, adapter, base):
     noise = jnp.asarray(rng.standard_normal((1, side, side, cfg.channels), np.float32))
     nodes = dopsd.make_nodes((1.0, 0.6, 0.0), "x0", "all", jax.random.key(0))
     net = family.denoiser(graphdef)
+    if rounds:
+        graph = layers.rounded(graphdef, adapter, base)
+        net = net._replace(rounded=family.denoiser(graph))
+    one, context = (net.teacher, contexts.teacher) if asked else (net, contexts.student)
 
     @jax.jit
     def step(adapter, base):
         _, gradient = dopsd.loss_and_gradient(net, adapter, adapter, base, contexts, noise, nodes)
-        precomputed = net.precompute(adapter, base, contexts.student)
-        return net.velocity(adapter, base, noise, nodes.sigma[0], contexts.student, precomputed), (
-            gradient
-        )
+        told = one.precompute(adapter, base, context)
+        return one.velocity(adapter, base, noise, nodes.sigma[0], context, told), gradient
 
     velocity, gradient = step(adapter, base)
     return np.ravel(velocity), np.concatenate([np.ravel(g) for g in jax.tree.leaves(gradient)])
 
 
 def scores(found, reference, weights, exact) -> tuple[str, str, str]:
-    cosine = found[1] @ reference[1] / np.linalg.norm(found[1]) / np.linalg.norm(reference[1])
     off = sum(np.sum((weights[p] - exact[p]) ** 2) for p in exact)
     size = sum(np.sum(exact[p] ** 2) for p in exact)
-    return f"{np.sqrt(off / size):.2%}", f"{error(found[0], reference[0]):.2%}", f"{cosine:.4f}"
+    return (
+        f"{np.sqrt(off / size):.2%}",
+        f"{error(found[0], reference[0]):.2%}",
+        f"{cosine(found[1], reference[1]):.4f}",
+    )
+
+
+def cosine(found, reference) -> float:
+    return float(found @ reference / np.linalg.norm(found) / np.linalg.norm(reference))
 
 
 def error(found, reference) -> float:

@@ -31,6 +31,7 @@ from dopsd_jax.config.flags import CONFIG, parse
 from dopsd_jax.estimation import abstract_step, compiled_step, counted_step, remat
 from dopsd_jax.estimation.abstract_step import Workload
 from dopsd_jax.families.base import STUDENT, TEACHER
+from dopsd_jax.methods import registry
 from dopsd_jax.models import kinds
 from dopsd_jax.parallel import sharding
 from dopsd_jax.run import build
@@ -106,10 +107,30 @@ def time_jax(config, case: Workload) -> dict[str, Any]:
             done = program.plan.step(state, base, batch, latent=program.latent)
             state, metrics = jax.block_until_ready(done)
             seconds.append(time.perf_counter() - begin)
+        peak = (device.memory_stats() or {}).get("peak_bytes_in_use")
+        if registry.rounds(config):
+            facts["teacher_error"] = rounding_error(program, state, base, batch)
     if not math.isfinite(float(metrics["loss"])):
         raise UserError(f"the loss is {float(metrics['loss'])}: these times mean nothing")
-    peak = (device.memory_stats() or {}).get("peak_bytes_in_use")
     return facts | {"seconds": seconds[WARMUP.value :], "peak_bytes": peak}
+
+
+def rounding_error(program: abstract_step.Program, state, base, batch) -> float:
+    """What config.teacher.products changes of the teacher's velocity for noise, relative."""
+    net, weights = program.plan.net, state.student if state.teacher is None else state.teacher
+    context = jax.tree.map(lambda x: x[0], batch.contexts.teacher)
+    noise = jax.random.normal(jax.random.key(0), program.latent)
+
+    @jax.jit
+    def error(weights, base, context, noise):
+        exact, rounded = (
+            one.velocity(weights, base, noise, jnp.float32(1), context, told)
+            for one in (net, net.teacher)
+            for told in [one.precompute(weights, base, context)]
+        )
+        return jnp.linalg.norm(rounded - exact) / jnp.linalg.norm(exact)
+
+    return float(error(weights, base, context, noise))
 
 
 def time_torch(config, case: Workload, words: list[str]) -> dict[str, Any]:

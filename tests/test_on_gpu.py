@@ -103,22 +103,25 @@ def test_without_a_gpu_it_says_so(tmp_path):
 
 @pytest.mark.slow
 def test_dry_runs_leave_records_and_a_page_and_go_on(tmp_path):
-    words = "--dry", "--cases=ceiling|step: zimage, batch 1, auto|torch: zimage, batch 1, per step$"
+    words = "--dry", "--cases=ceiling|step: zimage, batch 1, auto|switch: zimage, batch 1, teacher|"
+    words = words[0], words[1] + "torch: zimage, batch 1, per step$"
     done = on_gpu(tmp_path, *words)
     assert done.returncode == 0, done.stdout + done.stderr
     rows = [json.loads(line) for line in (tmp_path / "r.jsonl").read_text().splitlines()]
-    assert [row["outcome"] for row in rows] == [DONE] * 3, done.stdout
+    assert [row["outcome"] for row in rows] == [DONE] * 4, done.stdout
     for row in rows:
         assert row["device"] == "cpu (dry)" and row["commit"] and row["versions"]["jax"]
-    step, torch_row = rows[1]["result"], rows[2]["result"]
+    step, rounded, torch_row = (row["result"] for row in rows[1:])
     assert step["remat"] == "none" and step["counted_bytes"] > 0 and step["model_flop"] > 0
     assert torch_row["words"] == ["per_step"] and torch_row["images"] == step["images"] == 1
+    assert 1e-3 < rounded["teacher_error"] < 0.2 and "teacher_error" not in step
     page = (tmp_path / "p.md").read_text()
+    assert "teacher's products in fp8 (velocity off by " in page
     assert "| zimage, batch 1, auto (none) |" in page and "| zimage, batch 1, per step |" in page
     assert "## Not measured" in page
     before = (tmp_path / "r.jsonl").read_text()
     again = on_gpu(tmp_path, *words)
-    assert again.stdout.count(": is measured") == 3
+    assert again.stdout.count(": is measured") == 4
     assert (tmp_path / "r.jsonl").read_text() == before
 
 
