@@ -53,12 +53,12 @@ Made by `python benchmarks/quantised.py --report=docs/quantised.md`; do not edit
 ## The teacher's products in 8-bit floats
 
 With `config.teacher.products=fp8` ([how](running.md#the-teachers-products-in-8-bit-floats)) the
-products with these kernels are of 8-bit floats in the teacher's forward pass: its inputs are rounded
-too. The same step; the CPU multiplies the rounded numbers in float32. *base*: with it, `fp8` rounds
-no kernel twice.
+products with these kernels are of 8-bit floats in the teacher's forward pass: their inputs are
+rounded too. The same step; the CPU multiplies the rounded numbers in float32. The base `fp8` is
+rounded only once: its codes are used as they are.
 
-* *velocity*, *norm*, *cosine*: of the teacher's first velocity, against that of the same base without
-  the option: relative error, ratio of the norms, cosine.
+* *velocity*, *norm*, *cosine*: of the teacher's first velocity, against that of the same base
+  without the option: relative error, ratio of the norms, cosine.
 * *gradient*: cosine of one step's LoRA gradients with and without.
 
 {products}

@@ -1,6 +1,7 @@
 """Products of 8-bit floats in the teacher's forward: how far they are off, and where they are."""
 
 import functools
+import json
 import pathlib
 import re
 from types import SimpleNamespace
@@ -10,7 +11,7 @@ import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 import pytest
-from conftest import problems_of, relative_error
+from conftest import problems_of, relative_error, run_program
 from flax import nnx
 from test_baselines import NET
 from test_baselines import world as batch_world
@@ -335,3 +336,19 @@ def test_check_says_how_large_the_rounding_is_beside_the_gap():
     )
     large = [row._replace(gap=row.gap / 3) for row in rows]
     assert teacher_rounding.describe(large)[1].startswith("warning: the rounding is more than half")
+
+
+@pytest.mark.slow
+def test_the_miniature_learns_the_same(tmp_path):
+    few = ("--config.steps=4", "--config.sample_every=0", "--config.sample_rows=1")
+    gaps = {}
+    for products in ("dtype", "fp8"):
+        own = f"--config.teacher.products={products}", f"--workdir={tmp_path / products}"
+        done = run_program("train", "--config=configs/zimage.py:tiny", *few, *own)
+        assert done.returncode == 0, done.stderr
+        lines = (tmp_path / products / "metrics.jsonl").read_text().splitlines()
+        rows = [row for row in map(json.loads, lines) if "gap" in row]
+        gaps[products] = np.array([row["gap"] for row in rows])
+        assert rows[0]["anchor_gap"] == 0 and rows[-1]["anchor_gap"] > 0
+    assert len(gaps["fp8"]) == 4 and (gaps["fp8"] != gaps["dtype"]).all()
+    assert relative_error(gaps["fp8"], gaps["dtype"]) < 0.02

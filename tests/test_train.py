@@ -207,12 +207,14 @@ def test_check_reports_before_training(random_run, tmp_path):
     workdir = tmp_path / "run"
     for name in ("random_model", "random_data", "features"):
         shutil.copytree(random_run / name, workdir / name)
-    result = run_program("check", *RANDOM_CONFIG, f"--workdir={workdir}")
+    rounded = "--config.teacher.products=fp8"
+    result = run_program("check", *RANDOM_CONFIG, rounded, f"--workdir={workdir}")
     assert result.returncode == 0, result.stderr
     for words in (
         "data: 8 rows", "bucket 96x96", "adapters: 49 layers, 67,984 parameters",
         "memory", "TFLOP", "teacher: relative gap by step", "distance to the target",
         "sharpness of clean estimates by step", "row 1: likeness to its picture: teacher",
+        "teacher.products = fp8: relative error of the teacher's velocity by step 0.0",
     ):  # fmt: skip
         assert words in result.stdout, words
     assert re.search("^(advice|warning): .*(teacher|estimate)", result.stdout, re.MULTILINE)
