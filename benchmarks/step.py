@@ -25,7 +25,7 @@ import random_arrays
 from absl import flags
 
 from dopsd_jax.common import program
-from dopsd_jax.common.config_fields import highest, name_or_list
+from dopsd_jax.common.config_fields import name_or_list
 from dopsd_jax.common.errors import UserError, raise_if
 from dopsd_jax.config.flags import CONFIG, parse
 from dopsd_jax.estimation import abstract_step, compiled_step, counted_step, remat
@@ -34,9 +34,9 @@ from dopsd_jax.families.base import STUDENT, TEACHER
 from dopsd_jax.methods import registry
 from dopsd_jax.models import kinds
 from dopsd_jax.parallel import sharding
-from dopsd_jax.run import build
+from dopsd_jax.run import build, data_set
 
-SIDE = flags.DEFINE_integer("side", None, "pixels; else config.data.resolution", lower_bound=1)
+SIDE = flags.DEFINE_integer("side", None, "pixels; else of the largest size of the data", lower_bound=1)
 TOKENS = flags.DEFINE_list(
     "tokens", None, "rows of the student's and the teacher's captions; else those of long ones"
 )
@@ -49,11 +49,12 @@ def main() -> None:
     config = CONFIG.value
     config.data.path = config.data.path or build.RANDOM  # no data are read here
     family, size, factor, origin = abstract_step.find_network(config, full_size=False)
-    side = SIDE.value or highest(config.data.resolution)
+    size_of_data = data_set.largest_size(config)
+    width, height = [SIDE.value] * 2 if SIDE.value else size_of_data
     rows = [*map(int, TOKENS.value)] if TOKENS.value else family.ROWS
     shape = {"rows_student": rows[STUDENT], "rows_teacher": rows[TEACHER], "factor": factor}
-    case = Workload(family, size, side, side, **shape)
-    print(f"{'network':9} {origin}, {side} x {side} pixels, captions {rows}", flush=True)
+    case = Workload(family, size, height, width, **shape)
+    print(f"{'network':9} {origin}, {width} x {height} pixels, captions {rows}", flush=True)
     found = time_torch(config, case, TORCH.value) if TORCH.value else time_jax(config, case)
     images, seconds = config.batch_size * config.accumulate, found["seconds"]
     median = statistics.median(seconds)

@@ -18,8 +18,8 @@ DEVICE = OPTIONS.string(
     "device", "", "a GPU, by name or memory (H100, 24GB), or a TPU slice; instead of --topology"
 )
 FULL_SIZE = OPTIONS.bool("full_size", False, "the published network, not config.model's")
-HEIGHT = OPTIONS.integer("height", 0, "pixels; 0: config.data.resolution", 0, 65536)
-WIDTH = OPTIONS.integer("width", 0, "pixels; 0: config.data.resolution", 0, 65536)
+HEIGHT = OPTIONS.integer("height", 0, "pixels; 0: of the largest size of the data", 0, 65536)
+WIDTH = OPTIONS.integer("width", 0, "pixels; 0: of the largest size of the data", 0, 65536)
 STUDENT_ROWS = OPTIONS.integer(
     "student_rows", None, "caption tokens of the student; default: a long caption", 1, 10**6
 )
@@ -40,7 +40,6 @@ if __name__ == "__main__":
 import jax
 from ml_collections import ConfigDict
 
-from dopsd_jax.common.config_fields import highest
 from dopsd_jax.common.errors import UserError
 from dopsd_jax.estimation import (
     abstract_step,
@@ -58,6 +57,7 @@ from dopsd_jax.families.base import STUDENT, TEACHER
 from dopsd_jax.methods import anchor
 from dopsd_jax.models import kinds
 from dopsd_jax.parallel.sharding import BATCH_AXES
+from dopsd_jax.run import data_set
 
 
 def main() -> int:
@@ -75,11 +75,12 @@ def main() -> int:
     references = REFERENCES.value
     if references is None:
         references = int(bool(config.data.references))
+    size_of_data = data_set.largest_size(config)
     case = Workload(
         family,
         size,
-        height=HEIGHT.value or highest(config.data.resolution),
-        width=WIDTH.value or highest(config.data.resolution),
+        height=HEIGHT.value or size_of_data.height,
+        width=WIDTH.value or size_of_data.width,
         rows_student=STUDENT_ROWS.value or family.ROWS[STUDENT],
         rows_teacher=TEACHER_ROWS.value or family.ROWS[TEACHER],
         references=references,

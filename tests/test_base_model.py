@@ -20,7 +20,7 @@ pytestmark = pytest.mark.slow
 PROMPT = "put a red hat on it"
 CONFIG = (
     f"--config={ROOT}/configs/flux2_klein.py:random", "--config.data.references=auto",
-    "--config.data.resolution=64", "--config.data.buckets=64x64", "--config.batch_size=1",
+    "--config.data.buckets=64x64", "--config.batch_size=1",
 )  # fmt: skip
 
 

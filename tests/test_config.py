@@ -9,7 +9,15 @@ from ml_collections import ConfigDict
 
 from dopsd_jax import families
 from dopsd_jax.common import config_fields
-from dopsd_jax.common.config_fields import GIVEN, POSITIVE, TRUE, Field, as_list, name_or_list
+from dopsd_jax.common.config_fields import (
+    GIVEN,
+    POSITIVE,
+    TRUE,
+    UNSET,
+    Field,
+    as_list,
+    name_or_list,
+)
 from dopsd_jax.config import changes, flags, loading, schema
 from dopsd_jax.config.fields import choices, conditions, declared, defaults
 from dopsd_jax.config.reference import help_text, markdown
@@ -85,7 +93,7 @@ def test_conditions_name_fields_and_values_that_there_are():
     for field in fields.values():
         for name, needed in conditions(field).items():
             known = choices(fields[name]) or re.findall(r"\w+", fields[name].help)
-            listed = any(needed is one for one in (POSITIVE, TRUE, GIVEN))
+            listed = any(needed is one for one in (POSITIVE, TRUE, GIVEN, UNSET))
             assert listed or set(needed) <= set(known)
             assert needed is not POSITIVE or fields[name].kind in ("int", "float")
 
@@ -102,6 +110,15 @@ def test_a_field_that_only_another_gives_an_effect(name, other, value, why):
     (problem,) = problems_of(schema.check, RANDOM, [name])
     assert problem == f"config.{name}: has no effect {why}; leave it out"
     schema.check(config_with(other, value), [name])
+
+
+def test_a_resolution_beside_buckets_is_refused():
+    (problem,) = problems_of(schema.check, RANDOM, ["data.resolution"])
+    why = "with config.data.buckets = 128x128,144x112"
+    told = f"config.data.resolution: has no effect {why}; leave it out, or empty config.data.buckets"
+    assert problem == told
+    for empty in ("", []):
+        schema.check(config_with("data.buckets", empty), ["data.resolution", "data.buckets"])
 
 
 def test_presets_of_adapted_layers_are_told_with_their_family():

@@ -397,6 +397,25 @@ def test_a_lora_file_says_that_it_edits(pipe, tmp_path):
     assert said[0].keys() - said[1].keys() == {EDITS}
 
 
+@pytest.mark.parametrize(
+    ("field", "value", "size"),
+    [
+        ("resolution", (512, 768), "768x768"),
+        ("buckets", "512x512,768x512,256x1024", "768x512"),
+        ("buckets", ((32, 64),), "32x64"),
+    ],
+)
+def test_a_lora_file_says_the_largest_size_that_it_was_trained_at(
+    pipe, tmp_path, field, value, size
+):
+    config = defaults()
+    config.model, config.data.path = str(pipe.folder), "after"
+    config.data[field] = value
+    said = header_strings(config, pipe, tmp_path, 3, False, "d", None)
+    assert said["modelspec.resolution"] == size
+    assert said["ss_resolution"] == f"({size.replace('x', ', ')})"
+
+
 def test_a_model_is_imported_and_exported_exactly(folder, tmp_path):
     import_model(folder, tmp_path / "converted")
     assert families.of_folder(tmp_path / "converted") is family

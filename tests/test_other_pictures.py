@@ -122,7 +122,7 @@ def table(tmp_path_factory):
 
 
 def opened(table, context="other"):
-    overrides = {"teacher.context": context, "data.path": str(table), "data.resolution": "64"}
+    overrides = {"teacher.context": context, "data.path": str(table)}
     config = load("zimage:random", overrides)
     schema.check(config, ["teacher.context"])
     dataset = measure(load_rows(table), data_set.data_buckets(config, 16))
@@ -238,7 +238,7 @@ def test_fields_of_another_family_are_refused(tmp_path, program, family, field):
 
 def test_every_shard_of_a_preparation_shows_what_a_run_shows(table, tmp_path):
     from_config = (f"--config={ROOT}/configs/zimage.py:random", "--config.teacher.context=other")
-    common = (*from_config, f"--config.data.path={table}", "--config.data.resolution=64")
+    common = (*from_config, f"--config.data.path={table}")
     common += (f"--workdir={tmp_path}", f"--out={tmp_path}/set", "--rows_per_part=1", "--shards=2")
     for shard in range(2):
         done = run_program("prepare", *common, f"--shard={shard}")

@@ -69,7 +69,7 @@ PUT = {
 }
 # And what is added, so that it is small: few layers, of which every family has some.
 CONFIG = (
-    *("--config.data.resolution=64", "--config.data.buckets=64x64", "--config.grid=1,0.5"),
+    *("--config.data.buckets=64x64", "--config.grid=1,0.5"),
     *("--config.lora.targets=*.to_q,*.to_v", "--config.lora.rank=4"),
 )
 ADDED = {

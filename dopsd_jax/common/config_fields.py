@@ -47,6 +47,16 @@ class _Given(tuple):
 GIVEN = _Given(("not empty",))
 
 
+class _Unset(tuple):
+    """As the values in `Field.when`: only an empty text or list."""
+
+    def __contains__(self, value: object) -> bool:
+        return isinstance(value, str | list | tuple) and not as_list(value)
+
+
+UNSET = _Unset(("empty",))
+
+
 class Naming(tuple):
     """As the values in `Field.when`: a list that has one of these."""
 

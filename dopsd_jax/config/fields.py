@@ -9,7 +9,16 @@ from collections.abc import Mapping
 from ml_collections import ConfigDict
 
 from dopsd_jax import families
-from dopsd_jax.common.config_fields import ALWAYS, GIVEN, NEVER, POSITIVE, TRUE, Field, Naming
+from dopsd_jax.common.config_fields import (
+    ALWAYS,
+    GIVEN,
+    NEVER,
+    POSITIVE,
+    TRUE,
+    UNSET,
+    Field,
+    Naming,
+)
 from dopsd_jax.methods import anchor
 from dopsd_jax.methods.options import OTHER_CAPTION
 from dopsd_jax.methods.registry import METHODS
@@ -167,7 +176,7 @@ _DATA = (
     Field("data.resolution", 1024,
           "buckets have about the area of a square with this side, a multiple of 16; of a list, "
           "every picture is used at each that it fills", "int or list", low=1, high=65536,
-          unit="pixels"),
+          unit="pixels", when={"data.buckets": UNSET}),
     Field("data.buckets", "",
           "bucket sizes instead of these, width x height, such as 832x1248,1024x1024", "list"),
     Field("data.prompt_keys", "",

@@ -13,7 +13,7 @@ from jax.sharding import AbstractMesh, Mesh
 from ml_collections import ConfigDict
 
 from dopsd_jax import dopsd, families
-from dopsd_jax.common.config_fields import as_list, highest, name_or_list
+from dopsd_jax.common.config_fields import as_list, name_or_list
 from dopsd_jax.common.errors import UserError, raise_if
 from dopsd_jax.common.files import expand
 from dopsd_jax.conditioning.cached import sees_picture
@@ -26,7 +26,7 @@ from dopsd_jax.methods.losses import Schedule
 from dopsd_jax.methods.options import OTHER_CAPTION
 from dopsd_jax.models import fp8, kinds, layers, quantised
 from dopsd_jax.parallel import sharding
-from dopsd_jax.run.data_set import RANDOM
+from dopsd_jax.run.data_set import RANDOM, largest_size
 from dopsd_jax.run.workdir import as_begun
 from dopsd_jax.training import optimizers, state, train_step
 from dopsd_jax.training.trainable import VARIABLES, Trained, trained
@@ -37,8 +37,7 @@ from dopsd_jax.weights.model_folder import INDEX
 class Plan(NamedTuple):
     """The step of a configuration.
 
-    grid: the noise levels of a square picture of config.data.resolution, the highest; schedule: of
-    any size.
+    grid: the noise levels of a picture of the largest size of the data; schedule: of any size.
     abstract_state: shapes, types and placement of the training state; nothing is allocated.
     initial_state: the state before step 1, from the trained part of the network (donated).
     step: the compiled optimizer step; see `train_step.make_step`. gap: see `train_step.make_gap`.
@@ -158,8 +157,8 @@ def check_method(
         if name in _of_others(pipe.family)
     )
     check_products(config, pipe.mesh)
-    side = highest(config.data.resolution) // pipe.vae_config.factor
-    grid = make_schedule(config, pipe.family, pipe.scheduler).grid(side, side)
+    schedule = make_schedule(config, pipe.family, pipe.scheduler)
+    grid = schedule.grid(*_largest_latent(config, pipe.vae_config.factor))
     loss, loss_steps = name_or_list(config.loss), name_or_list(config.loss_steps)
     dopsd.make_nodes(grid, loss, loss_steps, jax.random.key(0), registry.told(config))
     what = trained(config, pipe.family, pipe.config)
@@ -190,6 +189,12 @@ def make_schedule(config: ConfigDict, family: Family, scheduler: Any) -> Schedul
         lambda height, width: family.grid(name, scheduler, height, width),
         lambda height, width: family.shift(scheduler, height, width),
     )
+
+
+def _largest_latent(config: ConfigDict, factor: int) -> tuple[int, int]:
+    """Height and width of the latent of the largest size of the data."""
+    size = largest_size(config)
+    return size.height // factor, size.width // factor
 
 
 def make_plan(
@@ -253,7 +258,6 @@ def _plan(
 ) -> Plan:
     graphdef, student, _ = parts
     schedule = make_schedule(config, family, scheduler)
-    side = highest(config.data.resolution) // factor
     exact = net = family.denoiser(graphdef)
     if registry.rounds(config):
         check_products(config, mesh)
@@ -273,7 +277,7 @@ def _plan(
         return jitted(jax.device_put(what.start(student), placement.student))
 
     return Plan(
-        schedule.grid(side, side),
+        schedule.grid(*_largest_latent(config, factor)),
         schedule,
         net,
         what,

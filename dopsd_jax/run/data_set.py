@@ -8,7 +8,7 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from dopsd_jax.common.atomic import is_remote
-from dopsd_jax.common.config_fields import as_list, as_numbers, as_paths
+from dopsd_jax.common.config_fields import as_list, as_numbers, as_paths, highest
 from dopsd_jax.common.errors import UserError, raise_if
 from dopsd_jax.common.files import expand
 from dopsd_jax.conditioning.cached import sees_picture
@@ -256,6 +256,14 @@ def data_levels(config: ConfigDict, step: int) -> tuple[tuple[Bucket, ...], ...]
 def data_buckets(config: ConfigDict, step: int) -> tuple[Bucket, ...]:
     """The sizes that pictures are cut to, each once."""
     return tuple(dict.fromkeys(itertools.chain(*data_levels(config, step))))
+
+
+def largest_size(config: ConfigDict) -> Bucket:
+    """The size with the most pixels, by which a run is described and its memory counted."""
+    sizes, side = as_list(config.data.buckets), highest(config.data.resolution)
+    if not sizes:
+        return Bucket(side, side)
+    return max(parse_buckets(sizes, step=1), key=lambda size: size.width * size.height)
 
 
 def open_rows(config: ConfigDict, workdir: Path) -> Rows:

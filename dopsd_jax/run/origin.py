@@ -10,11 +10,12 @@ from pathlib import Path
 
 from ml_collections import ConfigDict
 
-from dopsd_jax.common.config_fields import as_paths, highest
+from dopsd_jax.common.config_fields import as_paths
 from dopsd_jax.common.files import expand
 from dopsd_jax.conditioning.cached import DIGESTS
 from dopsd_jax.config.changes import WEIGHTS
 from dopsd_jax.families.pipeline import Pipeline
+from dopsd_jax.run import data_set
 from dopsd_jax.weights.lora_settings import EDITS, OWN
 
 BASE_DIGEST = f"{OWN}{WEIGHTS}"
@@ -37,16 +38,16 @@ def header_strings(
     """
     if config.train == "full":
         return {}
-    side, name = highest(config.data.resolution), Path(as_paths(config.data.path)[0]).stem
+    size, name = data_set.largest_size(config), Path(as_paths(config.data.path)[0]).stem
     model = Path(config.model).name if os.path.exists(expand(config.model)) else config.model
     model = f"{model}@{revision}" if revision else model
     steps = pipe.family.DEPLOYED_STEPS
     found = {
         "modelspec.title": name,
-        "modelspec.resolution": f"{side}x{side}",
+        "modelspec.resolution": str(size),
         "modelspec.usage_hint": f"{steps} steps, no guidance (cfg 1; diffusers: 0), strength 1",
         "ss_sd_model_name": model,
-        "ss_resolution": str((side, side)),
+        "ss_resolution": str(tuple(size)),
         "ss_num_train_images": str(pictures),
         f"{OWN}base_model": model,
         BASE_DIGEST: pipe.part_digest("transformer", cache / DIGESTS),
