@@ -36,7 +36,9 @@ from dopsd_jax.models import kinds
 from dopsd_jax.parallel import sharding
 from dopsd_jax.run import build, data_set
 
-SIDE = flags.DEFINE_integer("side", None, "pixels; else of the largest size of the data", lower_bound=1)
+SIDE = flags.DEFINE_integer(
+    "side", None, "pixels; else the largest size of the data", lower_bound=1
+)
 TOKENS = flags.DEFINE_list(
     "tokens", None, "rows of the student's and the teacher's captions; else those of long ones"
 )

@@ -1,5 +1,6 @@
 """An error in the arguments is told before the large libraries are imported."""
 
+import io
 import json
 import os
 import subprocess
@@ -90,6 +91,18 @@ def test_another_pipe_that_breaks_is_a_crash():
     with pytest.raises(BrokenPipeError):
         report(lambda: os.write(writing, b"x"))
     os.close(writing)
+
+
+@pytest.mark.parametrize("stdout", [io.StringIO(), None], ids=["text", "none"])
+def test_a_pipe_breaks_where_stdout_is_no_file(monkeypatch, stdout):
+    """As in a notebook, whose stdout has no number."""
+    monkeypatch.setattr(sys, "stdout", stdout)
+
+    def main():
+        raise BrokenPipeError
+
+    with pytest.raises(BrokenPipeError):
+        report(main)
 
 
 ADDRESS = "https://example.org/x"

@@ -115,7 +115,9 @@ def test_a_field_that_only_another_gives_an_effect(name, other, value, why):
 def test_a_resolution_beside_buckets_is_refused():
     (problem,) = problems_of(schema.check, RANDOM, ["data.resolution"])
     why = "with config.data.buckets = 128x128,144x112"
-    told = f"config.data.resolution: has no effect {why}; leave it out, or empty config.data.buckets"
+    told = (
+        f"config.data.resolution: has no effect {why}; leave it out, or empty config.data.buckets"
+    )
     assert problem == told
     for empty in ("", []):
         schema.check(config_with("data.buckets", empty), ["data.resolution", "data.buckets"])

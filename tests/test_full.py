@@ -13,10 +13,11 @@ import pytest
 from conftest import ROOT, relative_error
 from flax import nnx
 
-from dopsd_jax import dopsd
+from dopsd_jax import dopsd, families
 from dopsd_jax.common.errors import UserError
 from dopsd_jax.common.flow import euler
 from dopsd_jax.config import schema
+from dopsd_jax.config.loading import load
 from dopsd_jax.families.zimage import family
 from dopsd_jax.methods.flow_matching import Batch
 from dopsd_jax.models import zimage, zimage_config
@@ -315,6 +316,13 @@ def test_a_copy_of_the_start_goes_to_host_memory_without_a_teacher(fields):
     like = plan.abstract_state
     assert like.teacher is None
     assert {x.sharding.memory_kind for x in jax.tree.leaves(like.start)} == {sharding.HOST}
+
+
+def test_configurations_that_a_message_names_train_everything():
+    """One of each family."""
+    found = [load(name).to_dict() for name in schema.FULL_CONFIGS]
+    assert {(c["train"], c["base_dtype"]) for c in found} == {("full", "float32")}
+    assert [name.partition(":")[0] for name in schema.FULL_CONFIGS] == list(families.FAMILIES)
 
 
 def test_what_is_asked_for_and_has_no_effect_is_named():

@@ -5,12 +5,14 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
+from PIL import Image
 from test_loader import make, same
 from test_methods import open_features, write_rows
 from test_prepared import write
 
 from dopsd_jax.data.loader import BatchIndex
 from dopsd_jax.data.prepared import Prepared
+from dopsd_jax.data.rows import load_rows
 from dopsd_jax.data.table import DataRow
 from dopsd_jax.data.varied import EMPTY, CaptionVariants, Varied, tag_orders
 from dopsd_jax.families.base import STUDENT
@@ -50,6 +52,25 @@ def test_rows_have_orders_as_alternatives_and_an_empty_caption():
     (row,) = Varied(rows, variants)
     expected = ("short_en", "a, b"), ("short_en", "b, a"), ("long_en", "c, d"), (EMPTY, "")
     assert row.captions == expected and row.having("short_en") == (0, 1)
+
+
+@pytest.mark.parametrize(
+    ("orders", "keep", "texts", "where"),
+    [
+        (8, 0, ("a mug", "a cup on a table"), "has two tags with a comma between them"),
+        (8, 1, ("ohwx, mug", "ohwx,"), "two tags behind the first 1, with a comma between them"),
+        (8, 0, ("a mug", "a cup, red"), None),
+        (1, 0, ("a mug", "a cup"), None),
+    ],
+)
+@pytest.mark.parametrize("empty", [False, True])
+def test_captions_without_tags_to_shuffle_are_told(tmp_path, orders, keep, texts, where, empty):
+    for name, text in enumerate(texts):
+        Image.new("RGB", (8, 8)).save(tmp_path / f"{name}.png")
+        (tmp_path / f"{name}.txt").write_text(text)
+    variants = CaptionVariants(orders, keep, empty=empty)
+    notes = [n for n in load_rows(tmp_path, variants=variants).notes if "shuffle_tags" in n]
+    assert len(notes) == (where is not None) and all(where in note for note in notes)
 
 
 def test_dropout_is_a_share_of_draws_and_changes_nothing_else():

@@ -154,10 +154,14 @@ def report(main: Callable[[], int | None]) -> int:
 
 def _unread() -> bool:
     """Whether stdout is a pipe that nobody reads; what is left for it is then thrown away."""
+    try:
+        place = sys.stdout.fileno()
+    except (AttributeError, OSError, ValueError):  # what stands for it, as in a notebook, has none
+        return False
     watched = select.poll()
-    watched.register(sys.stdout.fileno(), 0)
+    watched.register(place, 0)
     if not watched.poll(0):  # another pipe
         return False
     # Python flushes stdout once more when it ends, and would complain.
-    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    os.dup2(os.open(os.devnull, os.O_WRONLY), place)
     return True

@@ -14,6 +14,8 @@ from dopsd_jax.methods.options import DECOUPLED, DISTANCE, OTHER_CAPTION
 from dopsd_jax.methods.registry import METHODS
 from dopsd_jax.models import kinds
 
+FULL_CONFIGS = ("zimage:full", "flux2_klein:4b_identity_full")  # examples, as messages name them
+
 
 def flat(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     """The fields of a nested configuration by dotted name, tuples as lists."""
@@ -146,7 +148,8 @@ def _full(given: Mapping[str, Any]) -> list[str]:
     if given["base_dtype"] != "float32":
         faults.append(
             f"config.base_dtype: {given['base_dtype']} with config.train = full, which trains "
-            "every parameter in float32; set it to float32, or use --config zimage:full"
+            "every parameter in float32; set it to float32, or use a configuration for it, "
+            f"--config {' or '.join(FULL_CONFIGS)}"
         )
     if given["lora.init_from"]:
         faults.append(

@@ -144,6 +144,12 @@ def _read(
     if len(views) > 1:
         rows = Viewed(rows, views)
     notes += _names_sides(table) if any(view.mirrored for view in views) else []
+    if variants and variants.orders > 1 and not _has_tags(table, variants):
+        notes.append(
+            f"{collector.where}: data.shuffle_tags changes nothing here: no caption has two tags "
+            f"{f'behind the first {variants.keep}, ' * (variants.keep > 0)}with a comma between "
+            "them"
+        )
     return Rows(rows, table.keys, tuple(notes), masked=masked)
 
 
@@ -156,6 +162,15 @@ def _names_sides(table: RowList) -> list[str]:
                 found.add(table.where(row))
     why = "name left or right, and data.flip shows their pictures mirrored too"
     return [f"captions of {found.count} rows {why}: {found}"] * bool(found)
+
+
+def _has_tags(table: RowList, variants: CaptionVariants) -> bool:
+    """Whether some caption has its tags in more than one order."""
+    return any(
+        len(variants.captions(captions)) > len(captions) + variants.empty
+        for some in in_parts(len(table))
+        for captions in table.captions(some)
+    )
 
 
 def load_sets(
