@@ -8,6 +8,8 @@ import jax
 import jax.numpy as jnp
 import pytest
 from conftest import relative_error
+from jax.extend.core import jaxprs_in_params
+from jax.lax import Precision
 
 import dopsd_jax
 from dopsd_jax.common.errors import UserError
@@ -81,6 +83,26 @@ def test_splash_and_xla_are_the_definition(case):
     for name, kernel in kernels.items():
         for array, wanted in zip(value_and_gradients(kernel, *qkv, weight), expected, strict=True):
             assert relative_error(array, wanted) < 5e-6, name
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_what_splash_multiplies_in_float32_is_not_rounded(dtype):
+    """Forward and backward, whatever the setting; in bfloat16 its kernels know nothing higher."""
+    found = []
+
+    def walk(jaxpr):
+        for line in jaxpr.eqns:
+            if line.primitive.name == "dot_general":
+                found.append(line.params["precision"])
+            for inner in jaxprs_in_params(line.params):
+                walk(getattr(inner, "jaxpr", inner))
+
+    run = lambda *qkv: splash_attention(*qkv, jnp.array([200]), causal=False).sum()
+    with jax.default_matmul_precision("default"):
+        step = jax.jit(jax.grad(jax.checkpoint(run), argnums=(0, 1, 2)))
+        walk(jax.make_jaxpr(step)(*[jax.ShapeDtypeStruct((1, 256, 2, 128), dtype)] * 3).jaxpr)
+    highest = [precision == (Precision.HIGHEST,) * 2 for precision in found]
+    assert found and (all(highest) if dtype == "float32" else not any(highest))
 
 
 def test_blocks_pad_least_and_suit_the_matrix_unit():

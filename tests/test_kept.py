@@ -135,12 +135,15 @@ def rematerialised(run, policy):
 
 @pytest.mark.parametrize("devices", [1, 4])
 @pytest.mark.parametrize("causal", [False, True])
-@pytest.mark.parametrize("implementation", ["splash", "cudnn", "xla"])
-def test_attention_is_not_run_again(monkeypatch, implementation, causal, devices):
+@pytest.mark.parametrize(
+    ("implementation", "dtype"),
+    [("splash", "bfloat16"), ("splash", "float32"), ("cudnn", "bfloat16"), ("xla", "bfloat16")],
+)
+def test_attention_is_not_run_again(monkeypatch, implementation, dtype, causal, devices):
     from jax._src.cudnn import fused_attention_stablehlo as cudnn
 
     monkeypatch.setattr(cudnn, "check_cudnn_version", lambda: 91000)
-    qkv = [jax.ShapeDtypeStruct((2, 256, 4, 128), jnp.bfloat16)] * 3
+    qkv = [jax.ShapeDtypeStruct((2, 256, 4, 128), dtype)] * 3
     shape = tuple({"data": 2, "tensor": devices // 2}.get(axis, 1) if devices > 1 else 1
                   for axis in sharding.AXES)  # fmt: skip
     mesh = AbstractMesh(shape, sharding.AXES, axis_types=(AxisType.Auto,) * len(shape))

@@ -8,11 +8,12 @@ import jax
 import jax.numpy as jnp
 from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as splash
 from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as splash_mask
+from jax.lax import Precision
 from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float, Int
 
 from dopsd_jax.common.errors import UserError
-from dopsd_jax.common.products import einsum
+from dopsd_jax.common.products import einsum, precision
 from dopsd_jax.models import kept
 from dopsd_jax.models.kinds import ATTENTION as IMPLEMENTATIONS
 from dopsd_jax.parallel.sharding import ambient_mesh, axes_dividing, constrain_batch, sample_axes
@@ -198,8 +199,35 @@ def splash_attention(q, k, v, lengths, *, causal: bool, interpret: bool = False)
         hidden = (jnp.arange(k.shape[1]) >= lengths[:, None]).astype(jnp.int32)
         segments = splash.SegmentIds(jnp.zeros(q.shape[:2], jnp.int32), hidden)
     heads_first = lambda x: x.transpose(0, 2, 1, 3)
-    y = jax.vmap(kernel)(heads_first(q), heads_first(k), heads_first(v), segments)
+    run = jax.vmap(kernel)
+    if precision(q, k, v) == Precision.HIGHEST:
+        run = exactly(run)
+    y = run(heads_first(q), heads_first(k), heads_first(v), segments)
     return heads_first(y)[:, :n]
+
+
+def exactly(kernel):
+    """`kernel(q, k, v, segments)` with float32 products that are not rounded, in both its passes.
+
+    Its products ask for no precision, and a setting around a call does not reach the backward pass.
+    """
+    setting = functools.partial(jax.default_matmul_precision, Precision.HIGHEST.name.lower())
+
+    @jax.custom_vjp
+    def run(q, k, v, segments):
+        with setting():
+            return kernel(q, k, v, segments)
+
+    def forward(q, k, v, segments):
+        with setting():
+            return jax.vjp(lambda q, k, v: kernel(q, k, v, segments), q, k, v)
+
+    def backward(pull, dy):
+        with setting():
+            return *pull(dy), None
+
+    run.defvjp(forward, backward)
+    return run
 
 
 def splash_block(length: int, sizes: Sequence[int]) -> int:
