@@ -29,7 +29,7 @@ def folder(tmp_path_factory):
     fields = {
         "family": "second", "teacher.context": "reference", "grid": "own4", "steps": 4,
         "checkpoint_every": 2, "sample_every": 4, "sample_rows": 1, "lora.rank": 4,
-        "data.resolution": 64, "data.buckets": "64x64,72x56", "anchor.share": 0.25,
+        "data.buckets": "64x64,72x56", "anchor.share": 0.25,
         "anchor.prompts": ANCHORS, "data.caption_dropout": 0.5, "data.shuffle_tags": True,
         "data.tag_variants": 2, "data.flip": True, "data.crops": 2,
     }  # fmt: skip
