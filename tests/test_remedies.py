@@ -118,3 +118,15 @@ def test_hopeless_runs_are_told_how_many_devices_they_need(monkeypatch):
     config.mesh.data, config.mesh.fsdp, config.mesh.context = 1, 1, -1  # is priced as 1, and set so
     lines = "\n".join(remedies.describe(config, FULL_SIZE, report))
     assert "--config.mesh.fsdp=-1 --config.mesh.context=1 --config.batch_size=8" in lines
+
+
+@pytest.mark.parametrize(
+    ("buckets", "field"), [("", "data.resolution"), ("1024x1024,768x768", "data.buckets")]
+)
+def test_where_nothing_helps_the_field_that_says_the_sizes_is_named(monkeypatch, buckets, field):
+    """Beside data.buckets, data.resolution has no effect and is refused."""
+    config = load_config("16gb", **{"data.buckets": buckets})
+    gpu = counted_step.find_gpu("24GB")
+    report = counted_step.count_step(load_config("random"), CASE, gpu)
+    monkeypatch.setattr(remedies, "advise", lambda *_: ([], [], None))
+    assert f" smaller --config.{field} or " in remedies.describe(config, CASE, report)[-1]

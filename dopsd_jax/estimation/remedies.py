@@ -117,7 +117,8 @@ def describe(config: ConfigDict, case: Workload, report: Report) -> list[str]:
         lines.append(f"  or {devices} devices: {Remedy(fields, '', 0).flags}")
     if not single and not devices:
         lines = ["no field of the configuration makes it fit; use devices with more memory, or"]
-        lines.append("  smaller --config.data.resolution or --config.lora.rank")
+        sizes = "buckets" if as_list(config.data.buckets) else "resolution"
+        lines.append(f"  smaller --config.data.{sizes} or --config.lora.rank")
     return lines
 
 
