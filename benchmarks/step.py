@@ -51,7 +51,7 @@ def main() -> None:
     config = CONFIG.value
     config.data.path = config.data.path or build.RANDOM  # no data are read here
     family, size, factor, origin = abstract_step.find_network(config, full_size=False)
-    size_of_data = data_set.largest_size(config)
+    size_of_data = data_set.largest_size(config, factor * size.patch)
     width, height = [SIDE.value] * 2 if SIDE.value else size_of_data
     rows = [*map(int, TOKENS.value)] if TOKENS.value else family.ROWS
     shape = {"rows_student": rows[STUDENT], "rows_teacher": rows[TEACHER], "factor": factor}

@@ -75,7 +75,7 @@ def main() -> int:
     references = REFERENCES.value
     if references is None:
         references = int(bool(config.data.references))
-    size_of_data = data_set.largest_size(config)
+    size_of_data = data_set.largest_size(config, factor * size.patch)
     case = Workload(
         family,
         size,

@@ -238,6 +238,16 @@ def test_the_program_runs():
     )
 
 
+@pytest.mark.slow
+def test_a_size_of_the_data_that_cannot_be_is_told_by_the_field_that_says_it():
+    options = "--config=configs/zimage.py:random", "--config.data.buckets=64x64,100x64"
+    done = run_program("estimate", *options)
+    assert done.returncode == 2
+    assert done.stderr == (
+        "error: data.buckets: 100x64: 100 is not a multiple of 16; use 96 or 112\n"
+    )
+
+
 MODULE = """HloModule jit_step, entry_computation_layout={()->f32[]}
 
 %sum (a: f32[], b: f32[]) -> f32[] {

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, relative_error
+from conftest import ROOT, problems_of, relative_error
 from diffusers import FlowMatchEulerDiscreteScheduler, Flux2KleinPipeline
 from diffusers.pipelines.flux2.image_processor import Flux2ImageProcessor
 from diffusers.pipelines.flux2.pipeline_flux2_klein import compute_empirical_mu
@@ -414,6 +414,20 @@ def test_a_lora_file_says_the_largest_size_that_it_was_trained_at(
     said = header_strings(config, pipe, tmp_path, 3, False, "d", None)
     assert said["modelspec.resolution"] == size
     assert said["ss_resolution"] == f"({size.replace('x', ', ')})"
+
+
+@pytest.mark.parametrize(
+    ("buckets", "told"),
+    [
+        ("0x64", "0 is not a multiple of 16; use 16 or more"),
+        ("64x64,100x64", "100 is not a multiple of 16; use 96 or 112"),
+    ],
+)
+def test_a_size_that_the_model_cannot_draw_is_told_with_the_next_that_it_can(pipe, buckets, told):
+    config = defaults()
+    config.family, config.data.buckets = family.NAME, buckets
+    (line,) = problems_of(build.check_method, config, pipe)
+    assert line == f"data.buckets: {buckets.split(',')[-1]}: {told}"
 
 
 def test_a_model_is_imported_and_exported_exactly(folder, tmp_path):

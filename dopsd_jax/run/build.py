@@ -158,7 +158,7 @@ def check_method(
     )
     check_products(config, pipe.mesh)
     schedule = make_schedule(config, pipe.family, pipe.scheduler)
-    grid = schedule.grid(*_largest_latent(config, pipe.vae_config.factor))
+    grid = schedule.grid(*_largest_latent(config, pipe.vae_config.factor, pipe.size_multiple))
     loss, loss_steps = name_or_list(config.loss), name_or_list(config.loss_steps)
     dopsd.make_nodes(grid, loss, loss_steps, jax.random.key(0), registry.told(config))
     what = trained(config, pipe.family, pipe.config)
@@ -191,9 +191,9 @@ def make_schedule(config: ConfigDict, family: Family, scheduler: Any) -> Schedul
     )
 
 
-def _largest_latent(config: ConfigDict, factor: int) -> tuple[int, int]:
-    """Height and width of the latent of the largest size of the data."""
-    size = largest_size(config)
+def _largest_latent(config: ConfigDict, factor: int, step: int = 1) -> tuple[int, int]:
+    """Height and width of the latent of the largest size of the data; see `largest_size`."""
+    size = largest_size(config, step)
     return size.height // factor, size.width // factor
 
 

@@ -258,12 +258,16 @@ def data_buckets(config: ConfigDict, step: int) -> tuple[Bucket, ...]:
     return tuple(dict.fromkeys(itertools.chain(*data_levels(config, step))))
 
 
-def largest_size(config: ConfigDict) -> Bucket:
-    """The size with the most pixels, by which a run is described and its memory counted."""
+def largest_size(config: ConfigDict, step: int = 1) -> Bucket:
+    """The size with the most pixels, by which a run is described and its memory counted.
+
+    step: what sides are multiples of, as `UserError` says of config.data.buckets; 1: these were
+    checked before.
+    """
     sizes, side = as_list(config.data.buckets), highest(config.data.resolution)
     if not sizes:
         return Bucket(side, side)
-    return max(parse_buckets(sizes, step=1), key=lambda size: size.width * size.height)
+    return max(parse_buckets(sizes, step), key=lambda size: size.width * size.height)
 
 
 def open_rows(config: ConfigDict, workdir: Path) -> Rows:
