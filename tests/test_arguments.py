@@ -105,6 +105,24 @@ def test_a_pipe_breaks_where_stdout_is_no_file(monkeypatch, stdout):
         report(main)
 
 
+def test_a_program_whose_stdout_is_closed_ends_as_another():
+    """As with `>&-`: Python then has none, which only shows where more than `print` asks for it."""
+    work = """if True:
+        import sys
+        from dopsd_jax.common import program
+
+        def main():
+            from dopsd_jax.common.progress import Progress
+            list(Progress("x", 1).over([1]))
+
+        program.parse()
+        program.run(main)
+    """
+    command = ["sh", "-c", 'exec "$@" >&-', "sh", sys.executable, "-c", work]
+    done = subprocess.run(command, stderr=subprocess.PIPE, text=True, cwd=ROOT)
+    assert done.returncode == 0 and not done.stderr, done.stderr
+
+
 ADDRESS = "https://example.org/x"
 PATHS = [
     ("train", ZIMAGE, f"--workdir={ADDRESS}"), ("prepare", ZIMAGE, f"--out={ADDRESS}"),

@@ -127,6 +127,8 @@ def report(main: Callable[[], int | None]) -> int:
     Where nobody reads stdout any more, as behind `| head`, it ends without a word.
     Returns the exit status.
     """
+    if sys.stdout is None:  # closed, as by `>&-`: what is opened next would get its number
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115
     try:
         status = main() or 0
         sys.stdout.flush()
