@@ -43,6 +43,14 @@ SHARES = {
     NEW_WORDS: {"anchor.share": 0.5, "anchor.prompts": "new_words"},
 }
 ABLATION_SEEDS = 2
+# Whether a word that leaked comes back to what it was.
+MORE_STEPS, MORE_LOOKS = 180, (60, 120, 180)
+MORE_NEW_WORDS = f"{MORE_STEPS} steps, {NEW_WORDS}"
+MORE = {
+    f"{MORE_STEPS} steps": {},
+    f"{MORE_STEPS} steps, 1/2 anchors": SHARES["1/2 anchors"],
+    MORE_NEW_WORDS: SHARES[NEW_WORDS],
+}
 # What the student was before: the shipped miniature is distilled by distribution matching.
 SHIPPED, APART = "shipped", "words apart"
 STUDENTS = "not distilled", "segment", "endpoint", APART
@@ -50,7 +58,7 @@ COMPARED = ("dopsd", "sft")  # of another student
 ANCHORED = "dopsd + anchor", NEW_WORDS  # besides, where words differ
 DROPPED = ("half of the picture's tokens", "a quarter of them")
 # The teacher over many steps.
-LONG_STEPS, LONG_LOOKS = 600, (60, 150, 300, 600)
+LONG_LOOKS = (60, 150, 300, 600)
 LONG = {
     "long, teacher live": {"teacher.weights": "live"},
     "long, EMA 0.9": {"teacher.decay": 0.9},
@@ -83,15 +91,17 @@ class Arm:
     @property
     def own(self) -> Mapping[str, object]:
         """The fields that make it what it is."""
-        return (METHODS | ABLATIONS | SHARES | LONG)[self.name]
+        return (METHODS | ABLATIONS | SHARES | MORE | LONG)[self.name]
 
     @property
     def steps(self) -> int:
-        return LONG_STEPS if self.name in LONG else STEPS
+        return self.looks[-1]
 
     @property
     def looks(self) -> tuple[int, ...]:
-        return LONG_LOOKS if self.name in LONG else LOOKS
+        if self.name in LONG:
+            return LONG_LOOKS
+        return MORE_LOOKS if self.name in MORE else LOOKS
 
     def fields(self, word: str, ordinary: str) -> dict[str, object]:
         """What the configuration has besides the quickstart's; `ordinary`: a file of prompts."""
@@ -149,6 +159,9 @@ def arms() -> Iterator[Arm]:
     yield Arm(NEW_WORDS, "lora", rate, captions=WHOLE, student=APART)
     for name in (*SEQUENTIAL, NEW_WORDS):
         yield Arm(name, "lora", rate, kind="sequence", captions=WHOLE, student=APART)
+    for name, student in itertools.product(MORE, (APART, SHIPPED)):
+        yield Arm(name, "lora", rate, student=student)
+    yield Arm(MORE_NEW_WORDS, "lora", rate, kind="sequence", captions=WHOLE, student=APART)
     yield Arm("dopsd", "lora", 0.0, kind="words", student=APART)
     for name in LONG:
         yield Arm(name, "lora", rate)

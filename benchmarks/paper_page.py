@@ -13,9 +13,10 @@ from paper_arms import (
     DROPPED,
     FULL,
     LONG,
-    LONG_STEPS,
+    LONG_LOOKS,
     LOOKS,
     METHODS,
+    MORE,
     NEW_WORDS,
     OPEN,
     PICTURES,
@@ -111,6 +112,7 @@ def write(results: Path, page: Path, folder: Path) -> None:
     parts += part("Other students", students(records))
     parts += part("Ablations", ablations(records))
     parts += part("How many anchors, and which", anchors(records))
+    parts += part("Leak after more steps", more(records))
     parts += part("Many steps", long(records))
     parts += part("One concept after another", sequences(records))
     parts += part("What the student is taught", targets(records))
@@ -252,24 +254,38 @@ def anchors(records: Records) -> list[str]:
 
 
 def long(records: Records) -> list[str]:
-    lines = [f"D-OPSD for {LONG_STEPS} steps, with other weights of the teacher.", ""]
+    lines = [f"D-OPSD for {LONG_LOOKS[-1]} steps, with other weights of the teacher.", ""]
     lines += head(["teacher", "steps", "runs"])
     for name in LONG:
-        arm = records.arm(name)
-        title = name.removeprefix("long, ")
-        if arm is None:
-            lines.append(row([title, "", "not run"], []) + " |" * len(MEASURES))
-            continue
-        for step in arm.steps[1:]:
-            found = [statistics.mean(arm.curve(m, step)) for m in MEASURES]
-            lines.append(row([title, step, arm.count], found))
+        lines += on_the_way([name.removeprefix("long, ")], records.arm(name))
     return lines
+
+
+def more(records: Records) -> list[str]:
+    lines = ["Whether a word that leaked comes back to what it was.", ""]
+    lines += head(["student", "run", "steps", "runs"])
+    for student in (APART, SHIPPED):
+        for name in MORE:
+            title = name.partition(" steps")[2].removeprefix(", ") or "dopsd"
+            lines += on_the_way([student, title], records.arm(name, student=student))
+    return lines
+
+
+def on_the_way(first: Sequence[str], arm: Runs | None) -> list[str]:
+    """A row for each step at which the student was scored."""
+    if arm is None:
+        return [row([*first, "", "not run"], []) + " |" * len(MEASURES)]
+    return [
+        row([*first, step, arm.count], [statistics.mean(arm.curve(m, step)) for m in MEASURES])
+        for step in arm.steps[1:]
+    ]
 
 
 def sequences(records: Records) -> list[str]:
     found = records.sequences()
     lines = [
-        f"{len(SEQUENCE)} concepts with one student, {LOOKS[-1]} steps each, whole captions. Every",
+        f"{len(SEQUENCE)} concepts with one student, {LOOKS[-1]} steps each unless said, whole "
+        "captions. Every",
         "run begins with the last result; with anchors, half of their prompts are the captions of",
         "the earlier concepts (a third, with new words), and their teacher is the student as the",
         "run found it. *Kept*: a concept's identity after the last run, relative to that after its",

@@ -7,7 +7,7 @@ from collections import defaultdict
 from pathlib import Path
 
 import numpy as np
-from paper_arms import APART, NEW_WORDS, OPEN, RATES, SEQUENTIAL, SHIPPED
+from paper_arms import APART, MORE_NEW_WORDS, NEW_WORDS, OPEN, RATES, SEQUENTIAL, SHIPPED
 
 from dopsd_jax.evaluation import statistics
 from dopsd_jax.evaluation.statistics import Estimate
@@ -147,6 +147,8 @@ class Records:
 
     def sequences(self) -> dict[tuple[str, float, str], list[list[list[dict]]]]:
         """[seed][round][concept] scores by method, rate and student, those that are there."""
-        keys = itertools.product((SHIPPED, APART), (*SEQUENTIAL, NEW_WORDS), RATES["lora"])
+        keys = itertools.product(
+            (SHIPPED, APART), (*SEQUENTIAL, NEW_WORDS, MORE_NEW_WORDS), RATES["lora"]
+        )
         found = {(name, rate, who): self._sequences[name, rate, who] for who, name, rate in keys}
         return {key: [one["rounds"] for one in many] for key, many in found.items() if many}

@@ -231,6 +231,14 @@ def test_the_class_and_new_words_take_the_place_of_the_concepts_word():
     assert found == chosen("new_words", "a dax on grass", "the dax, daxes")
 
 
+def test_new_words_have_several_forms_and_are_never_the_concepts_own():
+    found = anchors.new_words(256, 0)
+    assert len(set(found)) > 230 and min(map(len, found)) <= 3 and max(map(len, found)) >= 7
+    assert {text[-1] in "aeiou" for text in found} == {True, False}
+    own = found[0]
+    assert own not in anchors.new_words(256, 0, own.upper())
+
+
 def test_captions_without_the_word_are_told_all_at_once():
     with pytest.raises(UserError) as caught:
         chosen("class", "a dax", "a cat", "a hat")

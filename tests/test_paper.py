@@ -16,8 +16,11 @@ from paper_arms import Arm
 from paper_records import CRISP, IDENTITY, MEASURES, RETENTION
 from PIL import Image
 
+from dopsd_jax.conditioning.anchors import new_words
 from dopsd_jax.conditioning.encoding import STUDENT, TEACHER
 from dopsd_jax.miniature import families, optimizer
+from dopsd_jax.miniature.captions import NEW_WORDS
+from dopsd_jax.miniature.world_scorers import other_words
 
 RATE = paper_arms.RATES["lora"][0]
 
@@ -86,6 +89,13 @@ def test_only_runs_that_both_have_are_compared():
     one, two = records.arm("dopsd"), records.arm("sft")
     assert one.less(two, IDENTITY).value == pytest.approx(0.05)
     assert (one.count, two.count) == (8, 4)
+
+
+def test_leak_is_asked_on_words_that_no_anchor_holds():
+    held = set(new_words(256, paper_run.load_config({}).seed))
+    for number in paper_arms.SEQUENCE:
+        word = NEW_WORDS[number]
+        assert not held & {*other_words(word, paper_exam.PROMPTS["others"]), word}
 
 
 def test_equal_scores_are_read_off_the_lines_between_steps():

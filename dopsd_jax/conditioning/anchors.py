@@ -42,7 +42,9 @@ _SHIPPED = Path(__file__).parents[1] / "data" / "prompts"
 GENERAL, EDITS = _SHIPPED / "general.txt", _SHIPPED / "edits.txt"
 _LISTS = {anchor.GENERAL: GENERAL, anchor.EDITS: EDITS}
 MOST_NEW = 256  # prompts with new words
-_SYLLABLES = (("bl", "dr", "fl", "gr", "kl", "pr", "sn", "tr", "v", "z"), "aeiou", "bdfgklmnprstvz")
+# Of a syllable: what it may begin with, its vowel, what it may end with.
+_ONSETS = (*"bdfgklmnprstvwz", "bl", "dr", "fl", "gr", "kl", "pr", "sn", "tr")
+_VOWELS, _CODAS = "aeiou", "bdfklmnprstvz"
 
 
 class Anchors:
@@ -203,15 +205,29 @@ def _replaced(
     put = lambda text, other: pattern.sub(lambda _: other, text)
     some = [captions[i] for i in spread(len(captions), MOST_NEW)]
     each = MOST_NEW // len(some)
-    words = new_words(each * len(some), config.seed)
+    words = enumerate(new_words(each * len(some), config.seed, word))
     return [Prompt(kind, some[i // each][0], put(some[i // each][1], w)) for i, w in words]
 
 
-def new_words(count: int, seed: int) -> list[tuple[int, str]]:
-    """Numbered words of two syllables that mean nothing."""
+def new_words(count: int, seed: int, word: str = "") -> list[str]:
+    """Words of one or two syllables that mean nothing, none of them `word`.
+
+    They have as many forms as a user's own words may have: what is held on one form alone leaks to
+    words of another.
+    """
     rng = np.random.Generator(np.random.Philox(seed))
-    syllable = lambda: "".join(part[int(rng.random() * len(part))] for part in _SYLLABLES)
-    return [(i, syllable() + syllable()) for i in range(count)]
+    pick = lambda parts: parts[int(rng.random() * len(parts))]
+    found = []
+    while len(found) < count:
+        syllables = 1 + int(rng.random() < 0.5)
+        parts = []
+        for left in reversed(range(syllables)):  # a word of one syllable has an end
+            closed = rng.random() < 0.5 or (syllables == 1 and not left)
+            parts += [pick(_ONSETS), pick(_VOWELS), pick(_CODAS) if closed else ""]
+        text = "".join(parts)
+        if text != word.lower():
+            found.append(text)
+    return found
 
 
 def prompt_set(prompts: Sequence[Prompt]) -> Dataset:
