@@ -69,7 +69,8 @@ LONG = {
 }
 SEQUENCE = (0, 1, 2, 3, 4)  # concepts that are learned one after another
 SEQUENTIAL = ("dopsd + anchor", "1/2 anchors", "dopsd", "sft")
-OPEN, WHOLE = "open", "whole"  # captions: the word alone, or the whole arrangement
+# Captions: the word alone, the whole arrangement, or one and the other in turn.
+OPEN, WHOLE, BOTH = "open", "whole", "both"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -78,7 +79,7 @@ class Arm:
 
     kind: `alone`, one concept a run; `sequence`, one after another; `states`, `words`:
       nothing is trained, see paper_states.py and paper_words.py.
-    captions: `OPEN` or `WHOLE`. student: `SHIPPED`, or one of `STUDENTS`.
+    captions: `OPEN`, `WHOLE` or `BOTH`. student: `SHIPPED`, or one of `STUDENTS`.
     """
 
     name: str
@@ -161,6 +162,8 @@ def arms() -> Iterator[Arm]:
         yield Arm(name, "lora", rate, kind="sequence", captions=WHOLE, student=APART)
     for name, student in itertools.product(MORE, (APART, SHIPPED)):
         yield Arm(name, "lora", rate, student=student)
+    for name, told in itertools.product((MORE_NEW_WORDS, next(iter(MORE))), (WHOLE, BOTH)):
+        yield Arm(name, "lora", rate, captions=told, student=APART)
     yield Arm(MORE_NEW_WORDS, "lora", rate, kind="sequence", captions=WHOLE, student=APART)
     yield Arm("dopsd", "lora", 0.0, kind="words", student=APART)
     for name in LONG:

@@ -1,5 +1,6 @@
 """The page docs/results.md: figures from the records of paper.py, and our reading of them."""
 
+import itertools
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
@@ -9,6 +10,7 @@ from paper_arms import (
     ABLATIONS,
     ANCHORED,
     APART,
+    BOTH,
     CONCEPTS,
     DROPPED,
     FULL,
@@ -262,21 +264,28 @@ def long(records: Records) -> list[str]:
 
 
 def more(records: Records) -> list[str]:
-    lines = ["Whether a word that leaked comes back to what it was.", ""]
-    lines += head(["student", "run", "steps", "runs"])
-    for student in (APART, SHIPPED):
-        for name in MORE:
+    lines = [
+        "Whether a word that leaked comes back to what it was. *Both*: every other caption is the",
+        "word alone, the rest say the arrangement. *Identity, told*: of pictures whose prompts say",
+        "the arrangement.",
+        "",
+        *head(["student", "captions", "run", "steps", "runs"], ["identity, told"]),
+    ]
+    for student, told, name in itertools.product((APART, SHIPPED), (OPEN, WHOLE, BOTH), MORE):
+        arm = records.arm(name, captions=told, student=student)
+        if arm or told == OPEN:
             title = name.partition(" steps")[2].removeprefix(", ") or "dopsd"
-            lines += on_the_way([student, title], records.arm(name, student=student))
+            lines += on_the_way([student, told, title], arm, ["identity"])
     return lines
 
 
-def on_the_way(first: Sequence[str], arm: Runs | None) -> list[str]:
-    """A row for each step at which the student was scored."""
+def on_the_way(first: Sequence[str], arm: Runs | None, more: Sequence[str] = ()) -> list[str]:
+    """A row for each step at which the student was scored; more: measures besides the usual."""
+    asked = [*MEASURES, *more]
     if arm is None:
-        return [row([*first, "", "not run"], []) + " |" * len(MEASURES)]
+        return [row([*first, "", "not run"], []) + " |" * len(asked)]
     return [
-        row([*first, step, arm.count], [statistics.mean(arm.curve(m, step)) for m in MEASURES])
+        row([*first, step, arm.count], [statistics.mean(arm.curve(m, step)) for m in asked])
         for step in arm.steps[1:]
     ]
 

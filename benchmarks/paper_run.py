@@ -7,6 +7,7 @@ checkpoints, pictures and metrics are left out, and a step is compiled once for 
 import fcntl
 import functools
 import importlib.util
+import shutil
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
@@ -16,7 +17,7 @@ import numpy as np
 import optax
 from flax import nnx
 from ml_collections import ConfigDict
-from paper_arms import PICTURES, SEQUENCE, WHOLE, Arm
+from paper_arms import BOTH, OPEN, PICTURES, SEQUENCE, WHOLE, Arm
 from paper_exam import Exam, Scores
 from PIL import Image
 
@@ -66,12 +67,18 @@ class Lesson:
         self.concept = world.random_concept(np.random.default_rng([CONCEPT_SEED, number]))
 
     def path(self, told: str) -> Path:
-        """The data set with captions that are `OPEN` or `WHOLE`; written if it is not there."""
+        """The data set with captions of the form `told`; written if it is not there."""
         path = self.folder / f"concept_{self.number}_{told}"
         self.folder.mkdir(parents=True, exist_ok=True)
+        forms = [self.path(form) for form in (WHOLE, OPEN)] if told == BOTH else []
         with (self.folder / "lock").open("w") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX)  # another process may be about to write it
-            if not path.exists():
+            if not path.exists() and forms:
+                whole, alone = forms
+                shutil.copytree(whole, path)
+                for file in sorted(alone.glob("*.txt"))[::2]:
+                    shutil.copy(file, path)
+            elif not path.exists():
                 concepts.write_dataset(
                     path, self.concept, self.word, PICTURES, self.number, whole=told == WHOLE
                 )

@@ -255,3 +255,11 @@ def test_only_the_text_encoder_learns_words():
     moved = {name.partition(".")[0] for name, update in updates.items() if np.any(update)}
     assert moved == {"text", "head"}
     assert stage.shown(stage.start).keys() == shipped.keys()  # the head is not kept
+
+
+def test_captions_of_both_forms_take_turns(tmp_path):
+    lesson = paper_run.Lesson(0, tmp_path)
+    read = lambda told: [p.read_text() for p in sorted(lesson.path(told).glob("*.txt"))]
+    both, alone, whole = map(read, (paper_arms.BOTH, paper_arms.OPEN, paper_arms.WHOLE))
+    assert both == [(alone, whole)[i % 2][i] for i in range(paper_arms.PICTURES)]
+    assert lesson.path(paper_arms.BOTH) == tmp_path / "concept_0_both"
