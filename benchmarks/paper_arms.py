@@ -31,6 +31,12 @@ ABLATIONS = {
     "loss x0": {"loss": "x0"},
     "one random step": {"loss_steps": "random:1"},
     "all eight nodes": {"grid": "nodes8"},
+    "off-policy, all eight nodes": {"method": "offpolicy", "grid": "nodes8"},
+    "off-policy, noised pictures, all eight nodes": {
+        "method": "offpolicy",
+        "offpolicy.states": "targets",
+        "grid": "nodes8",
+    },
     "half of the picture's tokens": {"teacher.vision_dropout": 0.5},
     "a quarter of them": {"teacher.vision_dropout": 0.75},
 }
@@ -66,6 +72,7 @@ LONG = {
     "long, EMA 0.9999": {"teacher.decay": 0.9999},
     "long, teacher frozen": {"teacher.weights": "frozen"},
     "long, EMA 0.9999, 1/4 anchors": {"teacher.decay": 0.9999, **ANCHOR},
+    "long, EMA 0.9999, off-policy": {"teacher.decay": 0.9999, "method": "offpolicy"},
 }
 SEQUENCE = (0, 1, 2, 3, 4)  # concepts that are learned one after another
 SEQUENTIAL = ("dopsd + anchor", "1/2 anchors", "dopsd", "sft")

@@ -256,7 +256,10 @@ def anchors(records: Records) -> list[str]:
 
 
 def long(records: Records) -> list[str]:
-    lines = [f"D-OPSD for {LONG_LOOKS[-1]} steps, with other weights of the teacher.", ""]
+    lines = [
+        f"D-OPSD, unless said, for {LONG_LOOKS[-1]} steps, with other weights of the teacher.",
+        "",
+    ]
     lines += head(["teacher", "steps", "runs"])
     for name in LONG:
         lines += on_the_way([name.removeprefix("long, ")], records.arm(name))
