@@ -51,9 +51,9 @@ SHARES = {
 ABLATION_SEEDS = 2
 # Whether a word that leaked comes back to what it was.
 MORE_STEPS, MORE_LOOKS = 180, (60, 120, 180)
-MORE_NEW_WORDS = f"{MORE_STEPS} steps, {NEW_WORDS}"
+MORE_ALONE, MORE_NEW_WORDS = f"{MORE_STEPS} steps", f"{MORE_STEPS} steps, {NEW_WORDS}"
 MORE = {
-    f"{MORE_STEPS} steps": {},
+    MORE_ALONE: {},
     f"{MORE_STEPS} steps, 1/2 anchors": SHARES["1/2 anchors"],
     MORE_NEW_WORDS: SHARES[NEW_WORDS],
 }
@@ -169,7 +169,7 @@ def arms() -> Iterator[Arm]:
         yield Arm(name, "lora", rate, kind="sequence", captions=WHOLE, student=APART)
     for name, student in itertools.product(MORE, (APART, SHIPPED)):
         yield Arm(name, "lora", rate, student=student)
-    for name, told in itertools.product((MORE_NEW_WORDS, next(iter(MORE))), (WHOLE, BOTH)):
+    for name, told in itertools.product((MORE_NEW_WORDS, MORE_ALONE), (WHOLE, BOTH)):
         yield Arm(name, "lora", rate, captions=told, student=APART)
     yield Arm(MORE_NEW_WORDS, "lora", rate, kind="sequence", captions=WHOLE, student=APART)
     yield Arm("dopsd", "lora", 0.0, kind="words", student=APART)

@@ -221,8 +221,8 @@ def new_words(count: int, seed: int, word: str = "") -> list[str]:
     while len(found) < count:
         syllables = 1 + int(rng.random() < 0.5)
         parts = []
-        for left in reversed(range(syllables)):  # a word of one syllable has an end
-            closed = rng.random() < 0.5 or (syllables == 1 and not left)
+        for _ in range(syllables):
+            closed = rng.random() < 0.5 or syllables == 1  # else hardly a word
             parts += [pick(_ONSETS), pick(_VOWELS), pick(_CODAS) if closed else ""]
         text = "".join(parts)
         if text != word.lower():
