@@ -19,7 +19,7 @@ from typing import NoReturn
 
 from absl import flags, logging
 
-from dopsd_jax.common import compile_cache, gpu_flags, gpu_memory
+from dopsd_jax.common import compile_cache, cpu_memory, gpu_flags, gpu_memory
 from dopsd_jax.common.atomic import path_fault
 from dopsd_jax.common.background import Background
 from dopsd_jax.common.errors import USER_ERROR_EXIT, UserError, report
@@ -148,6 +148,7 @@ def run(main: Callable[[], int | None]) -> None:
         compile_cache.keep()
         gpu_memory.allow()
         gpu_flags.add()
+        cpu_memory.keep()
     try:
         status = report(main)
     except Exception:
