@@ -3,6 +3,7 @@
     python benchmarks/against_diffusers.py --family=zimage --page=docs/sampling.md
     python benchmarks/against_diffusers.py --family=flux2_klein --page=docs/sampling.md
     python benchmarks/against_diffusers.py --family=zimage --miniature --side=64 --batch=8
+    python benchmarks/against_diffusers.py --family=zimage --wide        # see wide_mkl.py
 
 The weights are random, of a network whose time is that of its products; with --miniature those that
 are shipped, of a much smaller one.
@@ -21,6 +22,7 @@ os.environ["OMP_NUM_THREADS"] = "1"
 import json
 import re
 import statistics
+import sys
 import tempfile
 import time
 from collections.abc import Callable
@@ -32,6 +34,7 @@ import diffusers
 import jax
 import numpy as np
 import torch
+import wide_mkl
 from absl import flags
 
 import dopsd_jax
@@ -49,6 +52,7 @@ SIDE = flags.DEFINE_integer("side", 256, "pixels", 64)
 BATCH = flags.DEFINE_integer("batch", 2, "pictures at once", 1)
 MINIATURE = flags.DEFINE_bool("miniature", False, "the shipped model of the family")
 ROUNDS = flags.DEFINE_integer("rounds", 5, "how often both are timed", 1)
+WIDE = flags.DEFINE_bool("wide", False, "PyTorch's products at the processor's full width")
 PAGE = flags.DEFINE_string("page", None, "page whose row of this family is written anew")
 
 VAE = (32, 64, 128, 128)
@@ -65,6 +69,9 @@ Actions = dict[str, Callable[[], Any]]
 
 
 def main() -> None:
+    if WIDE.value and "LD_PRELOAD" not in os.environ:  # it is read when a process starts
+        variables = wide_mkl.environment(Path(tempfile.mkdtemp()))
+        os.execve(sys.executable, [sys.executable, *sys.argv], os.environ | variables)
     os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})  # before JAX starts its threads
     folder = model()
     prompts = [PROMPTS[i % len(PROMPTS)] for i in range(BATCH.value)]
@@ -98,7 +105,7 @@ def timed(both: tuple[Actions, Actions], part: str) -> list[float]:
 
 def name() -> str:
     """What the page calls the network."""
-    return FAMILY.value + ", miniature" * MINIATURE.value
+    return FAMILY.value + ", miniature" * MINIATURE.value + ", wide MKL" * WIDE.value
 
 
 def model() -> Path:
