@@ -69,7 +69,7 @@ Actions = dict[str, Callable[[], Any]]
 
 
 def main() -> None:
-    if WIDE.value and "LD_PRELOAD" not in os.environ:  # it is read when a process starts
+    if WIDE.value and not wide_mkl.is_on():
         variables = wide_mkl.environment(Path(tempfile.mkdtemp()))
         os.execve(sys.executable, [sys.executable, *sys.argv], os.environ | variables)
     os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})  # before JAX starts its threads

@@ -92,7 +92,8 @@ def seconds(args: tuple[str, ...], variables: dict[str, str] | None = None) -> f
         cwd=ROOT, env=environment, capture_output=True, text=True,
     )  # fmt: skip
     if done.returncode:
-        raise UserError(f"{' '.join(map(str, command))}: {done.stderr.strip().splitlines()[-1]}")
+        said = done.stderr.strip().splitlines() or ["no message"]
+        raise UserError(f"{' '.join(map(str, command))}: {said[-1]}")
     return json.loads(done.stdout.splitlines()[-1].removeprefix("result: "))["median"]
 
 

@@ -60,12 +60,18 @@ def test_what_the_user_has_set_holds(environment):
 
 @pytest.mark.parametrize("lacking", [OSError, AttributeError, TypeError])
 def test_nothing_happens_without_glibc(monkeypatch, lacking):
+    asked = []
+
     def no_library(name):
+        asked.append(name)
         raise lacking
 
     monkeypatch.setattr(cpu_memory.ctypes, "CDLL", no_library)
-    monkeypatch.setattr(gpu_flags, "PLUGINS", ())
+    monkeypatch.setattr(gpu_flags, "may_use_gpu", lambda: False)
+    monkeypatch.setattr(cpu_memory, "may_use_tpu", lambda: False)
+    monkeypatch.delenv("GLIBC_TUNABLES", raising=False)
     cpu_memory.keep()
+    assert asked
 
 
 @pytest.mark.parametrize(
