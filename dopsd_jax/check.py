@@ -143,7 +143,6 @@ def budget(config, pipe, plan, features, devices) -> list[str]:
         inner=plan.trained.inner,
         full=config.train == "full",
         remat=pipe.remat,
-        flash=pipe.attention != "xla",
     )
     images = config.batch_size * config.accumulate
     gib = lambda n: f"{n / 2**30:.3g} GiB"

@@ -213,3 +213,27 @@ def test_a_loaded_pipeline_has_the_kernel_of_the_platform(monkeypatch, platform,
     monkeypatch.setattr("dopsd_jax.weights.hub.resolve", lambda path: SimpleNamespace(path=path))
     monkeypatch.setattr(jax, "default_backend", lambda: platform)
     assert dopsd_jax.load_pipeline("model").attention == kernel
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_products_keep_no_array_of_all_weights(dtype):
+    """A backward pass has queries, keys, values and the output."""
+    (b, n, m, h, g, d), lengths = (2, 48, 80, 6, 3, 16), jnp.array([80, 7])
+    shapes = [(b, n, h, d), (b, m, g, d), (b, m, g, d)]
+    run = lambda *qkv: attention(*qkv, lengths=lengths, implementation="xla")
+    pull = lambda *qkv: jax.vjp(run, *qkv)[1]
+    found = jax.tree.leaves(jax.eval_shape(pull, *(jax.ShapeDtypeStruct(s, dtype) for s in shapes)))
+    large = [a for a in found if a.size > b * m]
+    assert sorted(a.size for a in large) == sorted([*[b * n * h * d] * 2, *[b * m * g * d] * 2])
+    assert {a.dtype.name for a in large} == {dtype}
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_products_give_the_same_bits_with_and_without_a_gradient(dtype):
+    """A student that has not learned yet is its own start: exactly, not nearly."""
+    *keys, last = jax.random.split(jax.random.key(0), 4)
+    shapes = [(2, 48, 6, 16), (2, 80, 3, 16), (2, 80, 3, 16)]
+    qkv = [jax.random.normal(*of).astype(dtype) for of in zip(keys, shapes, strict=True)]
+    run = lambda *qkv: attention(*qkv, lengths=jnp.array([80, 7]), implementation="xla")
+    y, *_ = value_and_gradients(run, *qkv, jax.random.normal(last, shapes[0]))
+    assert (jax.jit(run)(*qkv) == y).all()

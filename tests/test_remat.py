@@ -64,11 +64,11 @@ def test_a_device_that_does_not_tell_its_memory_is_refused():
         choose(config, case, None)
 
 
-def test_probabilities_that_a_cpu_keeps_are_counted():
+def test_a_processor_keeps_as_little_of_attention_as_a_kernel():
     config, case = step()
     big = 1 << 50
     gib = [gib_needed(choose(config, case, big, platform)) for platform in ("cpu", "gpu")]
-    assert gib[0] > gib[1]
+    assert gib[0] == pytest.approx(gib[1], rel=0.02)
 
 
 def test_a_base_that_the_compiler_writes_twice_is_counted_twice():

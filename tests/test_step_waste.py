@@ -101,7 +101,10 @@ def test_no_product_is_done_that_is_not_counted(name, remat):
     needs is not computed again."""
     work = step(name, remat).report.work
     assert 0.9 < executed(step(name, remat)) <= 1
-    assert (work.executed > work.model) == (remat != "none")
+    again = work.executed - work.model
+    assert again > 0  # attention makes its weights again, with every remat
+    own = step(name, "none").report.work
+    assert (again > own.executed - own.model) == (remat == "full")
 
 
 @by_case
@@ -116,15 +119,19 @@ def test_a_layer_is_taken_from_its_stack_once_a_pass(name, remat):
 def test_memory_holds_what_the_backward_pass_needs_and_one_layer(name, remat):
     """Beside what is kept of the forward pass and two sums of gradients (of the rollout, of the
     step), one layer's backward pass at a time: the gradient of each of its arrays, a copy of each
-    in the order in which a product takes it, and with remat the arrays themselves; and for each
-    pass the layer's weights, taken from the stack. No node keeps anything."""
+    in the order in which a product takes it, and with remat the arrays themselves; attention's
+    weights, which no pass keeps, and their gradient; and for each pass the layer's weights, taken
+    from the stack. No node keeps anything."""
     own = step(name, remat)
     layer = step(name, "none").report.account.activations / LAYERS
     kernels = sum(
         4 * leaf.size / DEPTH for leaf in jax.tree.leaves(own.program.base) if deepest(leaf)
     )
+    case = workload(name)
+    tokens = (case.height // 16) * (case.width // 16) + case.rows_student
+    attended = 4 * case.size.heads * tokens**2
     account, copies = own.report.account, {"none": 2, "dots": 3, "full": 3}[remat]
-    bound = account.activations + 2 * account.gradient + copies * layer + 3 * kernels
+    bound = account.activations + 2 * account.gradient + copies * layer + 2 * attended + 3 * kernels
     assert own.compiled.memory_analysis().temp_size_in_bytes < bound
     if remat == "full":  # the bound would not hold for a step that keeps everything
         assert step(name, "none").compiled.memory_analysis().temp_size_in_bytes > bound

@@ -144,7 +144,6 @@ def work(config, case: Workload, program: Program, mesh: jax.sharding.Mesh) -> f
         inner=program.plan.trained.inner,
         full=config.train == "full",
         remat=config.remat,
-        flash=program.attention != "xla",
     )
 
 

@@ -60,7 +60,6 @@ def step_work(
     inner: Products = lambda slot: 0,
     full: bool = False,
     remat: str = "none",
-    flash: bool = True,
 ) -> StepWork:
     """One optimizer step for one image.
 
@@ -72,7 +71,6 @@ def step_work(
       chosen: the adapted layers; see `attach.select`. products: see `families.work.Products`.
       inner: of these, those that `remat=dots` does again.
       full: all is trained, without adapters.
-      flash: attention by a kernel that keeps no probabilities (splash, cudnn).
     """
 
     def counted(work: Callable[[Products], Work]) -> Work:
@@ -96,8 +94,8 @@ def step_work(
         model += own.backward_captions * caption.backward
         model += own.teacher_forward * velocities[1].forward
         model += own.teacher_captions * captions[1].forward
-        again += own.backward * student.again(remat, flash)
-        again += own.backward_captions * caption.again(remat, flash)
+        again += own.backward * student.again(remat)
+        again += own.backward_captions * caption.again(remat)
     return StepWork(model, model + again)
 
 

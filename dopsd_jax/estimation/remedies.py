@@ -132,7 +132,7 @@ def _changes(config: ConfigDict, report: Report) -> Iterator[tuple[dict[str, Any
             "the same images a step, one at a time on a device",
         )
     if report.attention == "xla" and not report.device_kind.startswith("cpu"):
-        yield {"attention": "auto"}, "a kernel that does not keep the probabilities"
+        yield {"attention": "auto"}, "a kernel that makes no array of all probabilities"
     if report.mesh["data"] > 1:
         yield {"mesh.data": 1, "mesh.fsdp": rows}, f"weights split over {rows} devices"
     if config.train == "lora" and config.base_dtype == "float32":

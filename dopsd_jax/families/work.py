@@ -35,16 +35,16 @@ class Work:
     def backward(self) -> float:
         return self.linear + 2 * self.attention + 2 * self.trained
 
-    def again(self, remat: str, flash: bool) -> float:
+    def again(self, remat: str) -> float:
         """What a backward pass computes a second time."""
-        # A flash kernel keeps no probabilities, and neither does `dots`: of the forward's two
-        # products the one that makes them is done again. After `full` the kernel does so once more.
+        # Attention keeps no probabilities: of its two products the one that makes them is done
+        # again, after `full` once more.
         probabilities = 0.5 * self.attention
         return {
-            "none": probabilities * flash,
-            kinds.UNROLLED: probabilities * flash,
+            "none": probabilities,
+            kinds.UNROLLED: probabilities,
             "dots": self.inner + probabilities,
-            "full": self.linear + self.attention + self.trained + probabilities * flash,
+            "full": self.linear + self.attention + self.trained + probabilities,
         }[remat]
 
 

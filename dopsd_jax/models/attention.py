@@ -13,8 +13,9 @@ from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float, Int
 
 from dopsd_jax.common.errors import UserError
-from dopsd_jax.common.products import einsum, precision
+from dopsd_jax.common.products import precision
 from dopsd_jax.models import kept
+from dopsd_jax.models.einsum_attention import einsum_attention
 from dopsd_jax.models.kinds import ATTENTION as IMPLEMENTATIONS
 from dopsd_jax.parallel.sharding import ambient_mesh, axes_dividing, constrain_batch, sample_axes
 
@@ -22,8 +23,6 @@ LANES = 128  # width of a TPU vector register: splash's blocks and head sizes ar
 # Sizes of splash's blocks, the usual first. What is padded is computed too: of these is taken what
 # pads least. Those of keys are multiples of the widest matrix unit's side, 256 (v6e, 7x).
 QUERY_BLOCKS, KEY_BLOCKS = (512, 384, 640), (512, 768)
-
-HIDDEN = -1e30  # added to the logit of a key that is not seen: its weight is exactly 0
 
 
 def attention(
@@ -127,30 +126,6 @@ def per_device(kernel, *, causal: bool = False):
         return mapped(q, k, v, lengths)
 
     return call
-
-
-def einsum_attention(q, k, v, lengths, *, causal: bool):
-    """Two products and a softmax, in every type.
-
-    The sum of the weights divides the output, not each of n x m weights: on a processor a backward
-    pass takes half the time of `jax.nn.dot_product_attention`'s.
-    """
-    (b, n, h, d), (m, g) = q.shape, k.shape[1:3]
-    # The queries of heads that share a key are rows of one product: keys are not repeated.
-    q = q.reshape(b, n, g, h // g, d).transpose(0, 2, 3, 1, 4).reshape(b, g, -1, d)
-    k, v = k.swapaxes(1, 2), v.swapaxes(1, 2)
-    logits = einsum("bgnd,bgmd->bgnm", q, k, to=jnp.float32) * d**-0.5
-    if lengths is not None:
-        logits += jnp.where(jnp.arange(m) >= lengths[:, None, None, None], HIDDEN, 0.0)
-    if causal:
-        position = jnp.tile(jnp.arange(n), h // g)[:, None]
-        logits += jnp.where(jnp.arange(m) > position, HIDDEN, 0.0)
-    largest = kept.keep(jax.lax.stop_gradient(jnp.max(logits, axis=-1, keepdims=True)))
-    weights = jnp.exp(logits - largest)
-    y = kept.keep(einsum("bgnm,bgmd->bgnd", weights.astype(v.dtype), v))
-    total = kept.keep(jnp.sum(weights, axis=-1, keepdims=True))
-    y = (y.astype(jnp.float32) / total).astype(q.dtype)
-    return y.reshape(b, g, h // g, n, d).transpose(0, 3, 1, 2, 4).reshape(b, n, h, d)
 
 
 def cudnn_attention(q, k, v, lengths, *, causal: bool):

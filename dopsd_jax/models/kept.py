@@ -1,8 +1,8 @@
 """What `remat=dots` keeps of a layer for its backward pass; all else is computed again from it.
 
 Kept is what a matrix product gave and a backward pass asks for, each once: a `Dense`'s output with
-its adapters in it, the small side of a LoRA, attention's output and a softmax's sums. Between these
-are norms, rotations, gates: cheap to repeat.
+its adapters in it, the small side of a LoRA, attention's output, and of a kernel the sums of its
+softmax. Between these are norms, rotations, gates: cheap to repeat.
 """
 
 import jax

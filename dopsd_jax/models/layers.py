@@ -13,7 +13,13 @@ from dopsd_jax.models import fp8, kinds
 from dopsd_jax.models.interleaved import Interleaved
 from dopsd_jax.models.kept import POLICY, keep
 from dopsd_jax.models.quantised import QuantisedKernel, is_quantised
-from dopsd_jax.parallel.sharding import UNCONSTRAINED, constrain_batch, constrain_weights, to_device
+from dopsd_jax.parallel.sharding import (
+    UNCONSTRAINED,
+    ambient_mesh,
+    constrain_batch,
+    constrain_weights,
+    to_device,
+)
 
 
 class Dense(nnx.Module):
@@ -51,6 +57,12 @@ class Dense(nnx.Module):
         self.rounds = False
 
     def __call__(self, x: Float[Array, "... din"]) -> Float[Array, "... dout"]:
+        # XLA on a processor copies, turned, a gradient whose rows have two axes. On a mesh the two
+        # are split over devices in different ways.
+        rows = x if ambient_mesh() is not None else x.reshape(-1, x.shape[-1])
+        return keep(self._applied(rows).reshape(*x.shape[:-1], -1))
+
+    def _applied(self, x: Float[Array, "... din"]) -> Float[Array, "... dout"]:
         free = (UNCONSTRAINED,) * (x.ndim - 1)
         merges = self._merges(x)
         if self.rounds:
@@ -65,7 +77,7 @@ class Dense(nnx.Module):
             y = y + self.bias[...].astype(x.dtype)
         if len(self.adapters) and not merges:
             y = constrain_batch(y + self._adapter_update(x), *free)
-        return keep(y)
+        return y
 
     def split(self, y: Float[Array, "... dout"]) -> list[Float[Array, "... _part"]]:
         """Cuts an output into its parts."""
