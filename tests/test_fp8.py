@@ -13,10 +13,11 @@ import numpy as np
 import pytest
 from conftest import problems_of, relative_error, run_program
 from flax import nnx
+from jax.sharding import Mesh
 from test_baselines import NET
 from test_baselines import world as batch_world
 from test_dopsd import GRID, nodes, toy_denoiser, world
-from test_estimate import load_config
+from test_estimate import CASE, load_config
 from test_losses import SCHEDULE
 from test_step_waste import workload
 from weights_helpers import run_python
@@ -26,7 +27,7 @@ from dopsd_jax.adapters import attach
 from dopsd_jax.config import schema
 from dopsd_jax.config.fields import defaults
 from dopsd_jax.config.loading import load
-from dopsd_jax.estimation import abstract_step
+from dopsd_jax.estimation import abstract_step, counted_step
 from dopsd_jax.evaluation import teacher_rounding
 from dopsd_jax.methods import registry
 from dopsd_jax.models import fp8, quantised
@@ -302,13 +303,31 @@ def test_methods_without_a_teacher_refuse_it():
     ],
 )
 def test_a_device_without_such_products_is_refused(platform, kind, version, lack):
-    device = SimpleNamespace(platform=platform, device_kind=kind)
-    if version:
-        device.compute_capability = version
+    own = {"platform": platform, "device_kind": kind}
+    device = type("Device", (), own | ({"compute_capability": version} if version else {}))()
+    mesh = Mesh(np.full((1, 1, 1, 1), device), sharding.AXES)
+    own = load_config(**{"teacher.products": "fp8"}), mesh
     if lack is None:
-        return fp8.check_device(device)
-    (line,) = problems_of(fp8.check_device, device)
+        return build.check_products(*own)
+    (line,) = problems_of(build.check_products, *own)
     assert line.startswith("config.teacher.products: fp8 needs ") and lack in line
+
+
+@pytest.mark.parametrize(
+    ("card", "method", "refused"),
+    [("A100", "dopsd", True), ("3090", "dopsd", True), ("A100", "sft", False),
+     ("H100", "dopsd", False), ("RTX 4090", "dopsd", False), ("80GB", "dopsd", False)],
+)  # fmt: skip
+def test_an_estimate_for_a_card_refuses_what_training_on_it_would(card, method, refused):
+    """Of a card that is named by its memory nobody knows."""
+    config = load_config("random", **{"teacher.products": "fp8", "method": method})
+    gpu = counted_step.find_gpu(card)
+    if refused:
+        (line,) = problems_of(counted_step.count_step, config, CASE, gpu)
+        assert line.startswith("config.teacher.products: fp8 needs a GPU of compute capability 8.9")
+        assert f"this {gpu.name} has 8." in line
+    else:
+        assert counted_step.count_step(config, CASE, gpu).needed
 
 
 def test_check_says_how_large_the_rounding_is_beside_the_gap():

@@ -18,7 +18,8 @@ from dopsd_jax.estimation import abstract_step, compiled_step, memory
 from dopsd_jax.estimation.abstract_step import Program, Workload, make_program
 from dopsd_jax.estimation.compiled_step import Report
 from dopsd_jax.estimation.memory import Account
-from dopsd_jax.models import attention
+from dopsd_jax.methods import registry
+from dopsd_jax.models import attention, fp8
 from dopsd_jax.parallel import sharding
 
 # Vectors of the network's width, in the type of activations, that a token needs while a layer is
@@ -27,20 +28,24 @@ WIDTHS, GRADIENTS = 55, 0.65
 # Devices whose compiler writes a frozen base once more, in another layout: docs/scaling.md.
 BASE_TWICE = ("TPU7x",)
 
-# Memory in GiB, as the driver tells it: where it checks for errors, less than is on the box. Older
-# ones have no bfloat16.
+# Memory in GiB, as the driver tells it: where it checks for errors, less than is on the box; and
+# the compute capability (developer.nvidia.com/cuda-gpus). Older ones have no bfloat16.
 GPUS = {
-    "RTX 3060": 12, "RTX 4070": 12, "RTX 5070": 12, "RTX 4060 Ti": 16, "RTX 4080": 16,
-    "RTX 5080": 16, "RTX 3090": 24, "RTX 4090": 24, "A10G": 22.49, "L4": 22.49, "RTX 5090": 32,
-    "A100-40GB": 40, "A6000": 48, "L40S": 44.99, "A100": 80, "H100": 80, "H200": 140, "B200": 179,
+    "RTX 3060": (12, "8.6"), "RTX 4070": (12, "8.9"), "RTX 5070": (12, "12.0"),
+    "RTX 4060 Ti": (16, "8.9"), "RTX 4080": (16, "8.9"), "RTX 5080": (16, "12.0"),
+    "RTX 3090": (24, "8.6"), "RTX 4090": (24, "8.9"), "A10G": (22.49, "8.6"), "L4": (22.49, "8.9"),
+    "RTX 5090": (32, "12.0"), "A100-40GB": (40, "8.0"), "A6000": (48, "8.6"),
+    "L40S": (44.99, "8.9"), "A100": (80, "8.0"), "H100": (80, "9.0"), "H200": (140, "9.0"),
+    "B200": (179, "10.0"),
 }  # fmt: skip
 
 
 class Gpu(NamedTuple):
-    """name: as jax's `device_kind` contains it. memory: bytes."""
+    """name: as jax's `device_kind` contains it. memory: bytes. capability: empty if unknown."""
 
     name: str
     memory: int
+    capability: str = ""
 
     @property
     def usable(self) -> float:
@@ -54,9 +59,9 @@ def find_gpu(text: str) -> Gpu:
     if size:
         return Gpu(f"GPU of {size[1]} GiB", int(size[1]) << 30)
     plain = lambda name: re.sub(r"[\s_-]|NVIDIA|GeForce", "", name, flags=re.IGNORECASE).lower()
-    for name, gib in GPUS.items():
+    for name, (gib, capability) in GPUS.items():
         if plain(text) in (plain(name), plain(name).removeprefix("rtx")):
-            return Gpu(f"NVIDIA {name}", int(gib * 2**30))
+            return Gpu(f"NVIDIA {name}", int(gib * 2**30), capability)
     raise UserError(
         f"--device: {text!r} is not known; give its memory, such as 24GB, or one of "
         f"{', '.join(GPUS)}"
@@ -66,8 +71,10 @@ def find_gpu(text: str) -> Gpu:
 def count_step(config: ConfigDict, case: Workload, gpu: Gpu, devices: int = 1) -> Report:
     """The report on a step that was not compiled; `needed` is an estimate.
 
-    Raises `UserError`: see `make_program`.
+    Raises `UserError` for what the card cannot do; and see `make_program`.
     """
+    if registry.rounds(config):
+        fp8.check_device("gpu", gpu.name, gpu.capability)
     mesh = abstract_step.abstract_mesh(config, devices)
     program, held, needed = need(config, case, mesh)
     return Report(

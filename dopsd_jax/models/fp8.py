@@ -50,20 +50,20 @@ def product(
     return (y.astype(jnp.float32) * factors[..., None] * scales).astype(x.dtype)
 
 
-def check_device(device: jax.Device) -> None:
+def check_device(platform: str, kind: str, capability: str = "") -> None:
     """Raises `UserError` for a device that has no such products, and would only lose accuracy.
 
-    A CPU may: it multiplies the rounded numbers in float32, so the error can be seen there.
+    platform, kind: as jax's `platform` and `device_kind`. capability: of a GPU of NVIDIA, such as
+    8.9; empty: unknown, and then it is not refused. A CPU may: it multiplies the rounded numbers in
+    float32, so the error can be seen there.
     """
-    version = str(getattr(device, "compute_capability", ""))
-    numbered = device.platform == "gpu" and re.fullmatch(r"\d+\.\d+", version)
+    numbered = platform == "gpu" and re.fullmatch(r"\d+\.\d+", capability)
     lacks = ""
-    if device.platform == "tpu" and not re.search(TPUS, device.device_kind):
-        lacks = f"a TPU7x, and this is a {device.device_kind}"
-    elif numbered and float(version) < CAPABILITY:
+    if platform == "tpu" and not re.search(TPUS, kind):
+        lacks = f"a TPU7x, and this is a {kind}"
+    elif numbered and float(capability) < CAPABILITY:
         lacks = (
-            f"a GPU of compute capability {CAPABILITY} or more, and this {device.device_kind} has "
-            f"{version}"
+            f"a GPU of compute capability {CAPABILITY} or more, and this {kind} has {capability}"
         )
     if lacks:
         raise UserError(f"config.teacher.products: fp8 needs {lacks}; set it to dtype")

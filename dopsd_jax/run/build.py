@@ -169,7 +169,9 @@ def check_method(
 def check_products(config: ConfigDict, mesh: Mesh | AbstractMesh | None) -> None:
     """Raises `UserError` for config.teacher.products that the devices here have not."""
     if registry.rounds(config) and isinstance(mesh, Mesh):
-        fp8.check_device(mesh.devices.flat[0])
+        device = mesh.devices.flat[0]
+        capability = str(getattr(device, "compute_capability", ""))
+        fp8.check_device(device.platform, device.device_kind, capability)
 
 
 def _of_others(family: Family) -> set[str]:
