@@ -19,6 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float
 
+from dopsd_jax.common.config_fields import shown
 from dopsd_jax.common.errors import UserError
 from dopsd_jax.common.flow import euler
 
@@ -153,7 +154,7 @@ def step_weights(loss: str | Sequence[float], grid: Sequence[float]) -> tuple[fl
     finite = not isinstance(loss, str) and all(0 <= w < math.inf for w in loss)
     if not finite or len(loss) != len(sigma) or not any(loss):
         raise UserError(
-            f"config.loss: {loss!r} is not x0, velocity, decoupled, step or a list of "
+            f"config.loss: {shown(loss)} is not x0, velocity, decoupled, step or a list of "
             f"{len(sigma)} weights, one for each step of config.grid, finite, none negative and "
             "not all zero"
         )
@@ -175,8 +176,8 @@ def draw_loss_mask(loss_steps: str | Sequence[int], count: int, key: Array) -> B
         head, _, number = loss_steps.partition(":")
         if head != "random" or not number.isdecimal() or not 1 <= int(number) <= count:
             raise UserError(
-                f"config.loss_steps: {loss_steps!r} is not all, random:m with m from 1 to {count}, "
-                "or a list of step numbers"
+                f"config.loss_steps: {shown(loss_steps)} is not all, random:m with m from 1 to "
+                f"{count}, or a list of step numbers"
             )
         return jax.random.permutation(key, count) < int(number)
     return _chosen(loss_steps, count, "loss_steps")
@@ -199,8 +200,8 @@ def make_nodes(
     _check_weights(step_weights(loss, grid), loss_steps)
     if told_at is not None and not isinstance(loss_steps, str) and not {*told} & {*loss_steps}:
         raise UserError(
-            f"config.teacher.told: none of the steps {list(told)} is in config.loss_steps, "
-            f"{list(loss_steps)}, so the teacher's context would never be used; name one that is"
+            f"config.teacher.told: none of the steps {shown(told)} is in config.loss_steps, "
+            f"{shown(loss_steps)}, so the teacher's context would never be used; name one that is"
         )
     return Nodes(sigma[:-1], sigma[1:], weight, loss_mask, told_at)
 
@@ -215,9 +216,9 @@ def _check_weights(weights: Sequence[float], loss_steps: str | Sequence[int]) ->
         idle = not any(weights[step] for step in loss_steps)
     if idle:
         raise UserError(
-            f"config.loss: {list(weights)} may have no weight at any step of config.loss_steps, "
-            f"{loss_steps if isinstance(loss_steps, str) else list(loss_steps)}, and then nothing "
-            "is learned; give those steps weights, or choose others"
+            f"config.loss: {shown(weights)} may have no weight at any step of config.loss_steps, "
+            f"{shown(loss_steps)}, and then nothing is learned; give those steps "
+            "weights, or choose others"
         )
 
 
@@ -226,7 +227,7 @@ def told_mask(told: str | Sequence[int], count: int) -> Bool[Array, " K"] | None
     if told == "all":
         return None
     if isinstance(told, str):
-        raise UserError(f"config.teacher.told: {told!r} is not all, or a list of step numbers")
+        raise UserError(f"config.teacher.told: {shown(told)} is not all, or a list of step numbers")
     return _chosen(told, count, "teacher.told")
 
 
@@ -234,7 +235,7 @@ def _chosen(steps: Sequence[int], count: int, field: str) -> Bool[Array, " K"]:
     whole = all(type(step) is int and 0 <= step < count for step in steps)
     if not steps or not whole:
         raise UserError(
-            f"config.{field}: {list(steps)} must name some of the steps 0 to {count - 1}"
+            f"config.{field}: {shown(steps)} must name some of the steps 0 to {count - 1}"
         )
     return jnp.zeros((count,), bool).at[jnp.array(sorted(set(steps)))].set(True)
 

@@ -348,7 +348,7 @@ def test_published_config_is_read_and_survives_transformers_5():
         (
             "text_config",
             dict(rope_scaling={"mrope_section": [24, 20, 20], "mrope_interleaved": False}),
-            "mrope_interleaved is False",
+            "mrope_interleaved is false",
         ),
         (
             "text_config",

@@ -143,7 +143,7 @@ def test_faults_of_weights_and_tokenizer_are_told_together(clip_folder, tmp_path
     (folder / "tokenizer.json").unlink()
     (folder / "preprocessor_config.json").write_text("[]")
     problems = problems_of(torch_scorers.ClipScore, str(folder), "cpu")
-    words = "preprocessor_config.json: holds list", "has no tokenizer", "is empty"
+    words = "preprocessor_config.json: is a list", "has no tokenizer", "is empty"
     assert all(any(word in problem for problem in problems) for word in words), problems
 
 

@@ -147,7 +147,7 @@ def test_published_settings_are_read():
         (dict(size={"shortest_edge": 9, "longest_edge": 4}), "empty"),
         (dict(image_mean=[0.5, 0.5]), "image_mean"),
         (dict(image_std=[0.5, 0, 0.5]), "image_std"),
-        (dict(do_resize=False), "do_resize is False"),
+        (dict(do_resize=False), "do_resize is false"),
         (dict(resample=2), "resample is 2"),
         (dict(rescale_factor=1), "rescale_factor"),
         (dict(image_processor_type="CLIPImageProcessor"), "CLIPImageProcessor"),

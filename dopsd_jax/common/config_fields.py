@@ -187,12 +187,39 @@ class Field:
         return text
 
 
+def as_option(value: Any) -> str:
+    """A value as a command line gives it.
+
+    Examples:
+      >>> as_option(False), as_option((512, 768)), as_option([[832, 1248], "1024x1024"])
+      ('false', '512,768', '832x1248,1024x1024')
+    """
+    if isinstance(value, bool):
+        return str(value).lower()
+    if not isinstance(value, list | tuple):
+        return str(value)
+    return ",".join("x".join(map(str, v)) if isinstance(v, list | tuple) else str(v) for v in value)
+
+
 def shown(value: Any) -> str:
-    """A value in a message; whole numbers of thousands of digits have no text in Python."""
+    """A value in a message: as a command line gives it, texts in quotes; else as Python writes it.
+
+    Examples:
+      >>> shown("nodes4"), shown((1, 0.5)), shown([]), shown([None])
+      ("'nodes4'", '1,0.5', "''", '[None]')
+    """
     try:
-        return repr(value)
-    except ValueError:
+        return as_option(value) if _is_option(value) else repr("" if value in ([], ()) else value)
+    except ValueError:  # whole numbers of thousands of digits have no text in Python
         return "a value with a number of thousands of digits"
+
+
+def _is_option(value: Any) -> bool:
+    """Whether it is true, false, or a list that is not empty, of texts, numbers and sizes."""
+    if not isinstance(value, list | tuple):
+        return isinstance(value, bool)
+    is_size = lambda one: isinstance(one, list | tuple) and [*map(type, one)] == [int, int]
+    return bool(value) and all(isinstance(one, str | int | float) or is_size(one) for one in value)
 
 
 def name_or_list(value: str | list | tuple) -> str | tuple:

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 import numpy as np
 from jaxtyping import Array, Float
 
+from dopsd_jax.common.config_fields import shown
 from dopsd_jax.common.errors import UserError
 
 
@@ -38,8 +39,8 @@ def check_grid(nodes: Sequence[float], field: str) -> tuple[float, ...]:
     falls = all(a > b for a, b in itertools.pairwise(nodes))
     if len(nodes) < 2 or not falls or nodes[0] != 1.0:  # a rollout begins with noise alone
         raise UserError(
-            f"{field}: {list(nodes)} is not a grid; give noise levels that fall from 1 towards 0, "
-            "for example [1, 0.9, 0.75, 0.5]"
+            f"{field}: {shown(nodes)} is not a grid; give noise levels that fall from 1 towards 0, "
+            "for example 1,0.9,0.75,0.5"
         )
     return nodes
 

@@ -1,5 +1,6 @@
 """Reading the fields of a configuration file, gathering every fault before reporting."""
 
+import json
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -22,7 +23,7 @@ class Fields:
         self.problems: list[str] = []
         self.json = json_dict if isinstance(json_dict, Mapping) else {}
         if not isinstance(json_dict, Mapping):
-            self.problem(f"holds {type(json_dict).__name__}, not a JSON object")
+            self.problem(f"is {kind_of(json_dict)}, not a JSON object")
 
     def problem(self, text: str) -> None:
         """Notes a fault of this file."""
@@ -54,7 +55,7 @@ class Fields:
         if found is None:
             return None
         if not good(found):
-            self.problem(f"field {name} is {found!r}; it must be {kind}")
+            self.problem(f"field {name} is {in_json(found)}; it must be {kind}")
             return None if default is REQUIRED else default
         return found
 
@@ -107,14 +108,34 @@ class Fields:
             return
         value = self.json.get(name)
         if not any(value == a and isinstance(value, bool) == isinstance(a, bool) for a in allowed):
-            wanted = " or ".join(repr(a) for a in allowed)
-            self.problem(f"field {name} is {value!r}; only {wanted} is supported")
+            wanted = " or ".join(map(in_json, allowed))
+            self.problem(f"field {name} is {in_json(value)}; only {wanted} is supported")
 
     def part(self, name: str) -> "Fields":
         """An object inside this one; its problems are noted here."""
         inner = Fields(self.table(name), f"{self.where}: {name}")
         inner.problems = self.problems
         return inner
+
+
+def in_json(value: Any) -> str:
+    """A value of a JSON file in a message: as it stands there, but texts in Python's quotes.
+
+    Examples:
+      >>> in_json(None), in_json({"a": [True, "b"]}), in_json("b")
+      ('null', '{"a": [true, "b"]}', "'b'")
+    """
+    if isinstance(value, str):
+        return repr(value)
+    return json.dumps(value, ensure_ascii=False, default=repr)
+
+
+def kind_of(value: object) -> str:
+    """What a JSON value is, in words."""
+    if value is None:
+        return "null"
+    names = {bool: "true or false", int: "a number", float: "a number", str: "a string"}
+    return names.get(type(value), "a list" if isinstance(value, list) else "an object")
 
 
 def is_number(value: Any) -> bool:

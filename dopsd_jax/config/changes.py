@@ -3,7 +3,7 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from dopsd_jax.common.config_fields import ALWAYS, NEVER
+from dopsd_jax.common.config_fields import ALWAYS, NEVER, shown
 from dopsd_jax.common.errors import raise_if
 from dopsd_jax.config.fields import declared
 from dopsd_jax.config.schema import unknown
@@ -55,7 +55,9 @@ def compare(
         advice = f"keep the old value, or {new_run}"
         if change != NEVER:
             advice = f"keep the old value, allow it with --allow_changes={group}, or {new_run}"
-        faults.append(f"belongs to a run with config.{name} = {was!r}, now {now!r}; {advice}")
+        faults.append(
+            f"belongs to a run with config.{name} = {_told(was)}, now {_told(now)}; {advice}"
+        )
     for name, now in new["facts"].items():
         was = old["facts"].get(name)
         if was == now or (name == WEIGHTS and was is None):  # the run is older than this fact
@@ -64,7 +66,9 @@ def compare(
             changes.append({"field": name, "old": was, "new": now})
             continue
         allow = f"allow it with --allow_changes={DATA}, or " if name == DATA else ""
-        was = old["facts"].get(name, "unknown")
+        was, now = (
+            "none" if fact is None else fact for fact in (old["facts"].get(name, "unknown"), now)
+        )
         where = _places(old, new) if name == DATA else ""
         faults.append(f"was trained with {name} {was}, now it is {now}{where}; {allow}{new_run}")
     return changes, faults
@@ -73,7 +77,12 @@ def compare(
 def _places(*runs: Mapping[str, Mapping[str, Any]]) -> str:
     """Where the data of two runs lie, which may be the same place with another content."""
     was, now = (run["config"].get(PLACE) for run in runs)
-    return f" (config.{PLACE} = {was!r}" + (")" if was == now else f", now {now!r})")
+    return f" (config.{PLACE} = {shown(was)}" + (")" if was == now else f", now {shown(now)})")
+
+
+def _told(value: Any) -> str:
+    """A field's value; None: this version has no such field."""
+    return "nothing" if value is None else shown(value)
 
 
 def _never(name: str) -> str:

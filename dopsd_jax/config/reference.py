@@ -3,7 +3,7 @@
 `python -m dopsd_jax.config.reference` writes that file to stdout.
 """
 
-from dopsd_jax.common.config_fields import NEVER, NUMBERS, ON_REQUEST, Field
+from dopsd_jax.common.config_fields import NEVER, NUMBERS, ON_REQUEST, Field, as_option
 from dopsd_jax.config.fields import METHOD, choices, conditions, sections
 from dopsd_jax.methods import anchor
 from dopsd_jax.methods.registry import METHODS
@@ -14,9 +14,9 @@ This file is generated: `python -m dopsd_jax.config.reference > docs/configurati
 
 A configuration is a Python file with a function `get_config`, such as
 [configs/zimage.py](../configs/zimage.py); copy that file to write your own. Single fields are set
-on the command line: `--config.teacher.decay=0.999`. A field that has no effect because of another
-(*only with*) is an error, and so is a number outside its range, NaN or infinity. Lists are written
-with commas.
+on the command line: `--config.teacher.decay=0.999`. There a field that has no effect because of
+another (*only with*) is an error; a file may set it, for the settings that use it. A number outside
+its range, NaN or infinity is always an error. Lists are written with commas.
 
 *Continued*: whether the field may differ when a run is continued. `yes`: freely. `on request`: if
 `--allow_changes` names it ([running.md](running.md)). `no`: never; start a new run, with
@@ -52,7 +52,7 @@ def help_text() -> str:
         for field in fields:
             known = allowed(field)
             lines.append(
-                f"  --config.{field.name}={_text(field.default)}" + f"  ({known})" * bool(known)
+                f"  --config.{field.name}={as_option(field.default)}" + f"  ({known})" * bool(known)
             )
             lines.append(f"      {field.help}")
     return "\n".join(lines)
@@ -78,17 +78,13 @@ def _row(field: Field) -> str:
     change = {NEVER: "no", ON_REQUEST: "on request"}.get(field.change, "yes")
     for name, values in field.asked_with.items():
         change += f"; on request with {name} = {', '.join(values)}"
-    default = f"`{_text(field.default)}`" if field.default != "" else ""
+    default = f"`{as_option(field.default)}`" if field.default != "" else ""
     return f"| `{field.name}` | {default} | {allowed(field)} | {help} | {change} |"
 
 
 def _anchors(field: Field, name: str) -> str:
     """What else gives a field of methods an effect."""
     return " or anchor.share above 0" if name == "method" and field.name in anchor.USED else ""
-
-
-def _text(value: object) -> str:
-    return str(value).lower() if isinstance(value, bool) else str(value)
 
 
 if __name__ == "__main__":

@@ -6,7 +6,7 @@ from collections.abc import Collection, Mapping
 from typing import Any
 
 from dopsd_jax import families
-from dopsd_jax.common.config_fields import UNSET, Field, as_list, as_paths, shown
+from dopsd_jax.common.config_fields import UNSET, Field, as_list, as_option, as_paths, shown
 from dopsd_jax.common.errors import raise_if
 from dopsd_jax.config.fields import TRACKERS, choices, conditions, declared
 from dopsd_jax.methods import anchor, registry
@@ -120,7 +120,7 @@ def _idle(field: Field, given: Mapping[str, Any]) -> str | None:
             continue
         if given[other] not in needed:
             value, empty = given[other], f"while config.{other} is empty"
-            why = empty if value == "" else f"with config.{other} = {value}"
+            why = empty if value in ("", []) else f"with config.{other} = {as_option(value)}"
             use = f", or empty config.{other}" if needed is UNSET else ""
             return f"config.{field.name}: has no effect {why}; leave it out{use}"
     return None

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from fractions import Fraction
 from typing import NamedTuple
 
+from dopsd_jax.common.config_fields import shown
 from dopsd_jax.common.errors import UserError, raise_if
 
 
@@ -92,7 +93,7 @@ def parse_buckets(sizes: Sequence[object], step: int = 16) -> tuple[Bucket, ...]
     for size in sizes:
         bucket = _parse(size)
         if bucket is None:
-            problems.append(f'data.buckets: {size!r} is not a size; write it as "832x1248"')
+            problems.append(f'data.buckets: {shown(size)} is not a size; write it as "832x1248"')
         elif bucket in buckets:
             problems.append(f"data.buckets: {bucket} is there twice; remove one")
         else:

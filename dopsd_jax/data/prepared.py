@@ -14,6 +14,7 @@ import numpy as np
 from jaxtyping import UInt8
 from PIL import Image
 
+from dopsd_jax.common.config_fields import as_option
 from dopsd_jax.common.errors import UserError, raise_if
 from dopsd_jax.data import prepared_parts as parts
 from dopsd_jax.data.buckets import Bucket, Reference
@@ -241,5 +242,5 @@ def _arrays(content: bytes, layout: parts.Layout) -> dict[str, np.ndarray]:
 
 def short(value: object) -> str:
     """A setting in a message; None: it has none."""
-    text = "none" if value is None else str(value)
+    text = "none" if value is None else as_option(value)
     return text if len(text) <= 80 else f"{text[:12]}..."

@@ -12,6 +12,7 @@ from flax import nnx
 from ml_collections import ConfigDict
 
 from dopsd_jax.common.atomic import is_remote
+from dopsd_jax.common.config_fields import shown
 from dopsd_jax.common.errors import UserError, raise_if
 from dopsd_jax.common.files import expand, open_regular
 from dopsd_jax.common.json_files import read_json
@@ -76,8 +77,9 @@ def of_run(workdir: str, config: ConfigDict) -> Tuned:
         raise UserError(f"--workdir {workdir}: holds no run ({CONFIG} is missing or no run's)")
     now = flat(config)
     raise_if(
-        f"--workdir {workdir}: its run has config.{name} = {recorded['config'].get(name)!r}, here "
-        f"it is {now[name]!r}; set it to the run's, or name its result with --lora or --model"
+        f"--workdir {workdir}: its run has config.{name} = {shown(recorded['config'].get(name))}, "
+        f"here it is {shown(now[name])}; set it to the run's, or name its result "
+        "with --lora or --model"
         for name in ("model", "train", "teacher.vlm")
         if recorded["config"].get(name) != now[name]
     )

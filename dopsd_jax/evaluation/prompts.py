@@ -11,6 +11,7 @@ from pathlib import Path
 
 from dopsd_jax.common.errors import UserError, raise_if
 from dopsd_jax.common.files import expand, read_bytes
+from dopsd_jax.common.json_fields import in_json
 from dopsd_jax.common.json_files import parse_json
 from dopsd_jax.conditioning.encoding import concept_pattern, put_class
 from dopsd_jax.data.dataset import Dataset, spread
@@ -65,9 +66,9 @@ def _faults(test: object) -> list[str]:
     if not isinstance(prompt, str) or not prompt.strip():
         faults.append("has no text under 'prompt'")
     if row is not None and (type(row) is not int or row < 0):
-        faults.append(f"'row' is {row!r}; it must be a whole number from 0")
+        faults.append(f"'row' is {in_json(row)}; it must be a whole number from 0")
     if name is not None and (not isinstance(name, str) or not name.strip()):
-        faults.append(f"'class_name' is {name!r}; it must be text")
+        faults.append(f"'class_name' is {in_json(name)}; it must be text")
     return faults
 
 

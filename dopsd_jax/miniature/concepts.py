@@ -12,7 +12,7 @@ from PIL import Image
 from dopsd_jax.common.atomic import atomic_folder, write_text
 from dopsd_jax.common.errors import UserError
 from dopsd_jax.common.files import expand
-from dopsd_jax.common.json_fields import Fields
+from dopsd_jax.common.json_fields import Fields, in_json
 from dopsd_jax.common.json_files import read_json
 from dopsd_jax.miniature import captions, render, world
 from dopsd_jax.miniature.outlines import ANGLES
@@ -54,14 +54,18 @@ def read_concept(path: str | os.PathLike) -> tuple[str, Concept]:
         fields.problem(f"field outline: its largest radius is {max(outline):g}; it must be 1")
     scale, texture = fields.json.get("core_scale"), fields.json.get("texture")
     if word is not None and not (isinstance(word, str) and _WORD.fullmatch(word)):
-        fields.problem(f"field word is {word!r}; it must be 1 to 20 letters from a to z")
+        fields.problem(f"field word is {in_json(word)}; it must be 1 to 20 letters from a to z")
     elif word in captions.vocabulary(nonce=False):
-        fields.problem(f"field word is {word!r}, which has a meaning already; choose a new one")
+        fields.problem(
+            f"field word is {in_json(word)}, which has a meaning already; choose a new one"
+        )
     if not _is_number(scale) or not 0 <= scale < 1:
-        fields.problem(f"field core_scale is {scale!r}; it must be a number from 0 to below 1")
+        fields.problem(
+            f"field core_scale is {in_json(scale)}; it must be a number from 0 to below 1"
+        )
     if type(texture) is not int or not 0 <= texture < len(render.TEXTURES):
         fields.problem(
-            f"field texture is {texture!r}; it must be 0 to {len(render.TEXTURES) - 1} "
+            f"field texture is {in_json(texture)}; it must be 0 to {len(render.TEXTURES) - 1} "
             f"({', '.join(render.TEXTURES)})"
         )
     fields.finish()

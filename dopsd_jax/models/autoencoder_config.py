@@ -5,7 +5,7 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from dopsd_jax.common.json_fields import MAX_LAYERS, Fields
+from dopsd_jax.common.json_fields import MAX_LAYERS, Fields, in_json
 
 DOWN_BLOCK, UP_BLOCK = "DownEncoderBlock2D", "UpDecoderBlock2D"
 
@@ -93,7 +93,7 @@ def _check_blocks(fields: Fields, name: str, block: str, levels: int) -> None:
     if kinds is None:
         return
     if not isinstance(kinds, list | tuple):
-        return fields.problem(f"field {name} is {kinds!r}; it must be a list of block types")
+        return fields.problem(f"field {name} is {in_json(kinds)}; it must be a list of block types")
     others = sorted({str(kind) for kind in kinds if kind != block})
     if others:
         fields.problem(f"field {name} has {', '.join(others)}; only {block} is supported")
@@ -107,7 +107,7 @@ def _shift(fields: Fields) -> float:
     if value is None:
         return 0.0
     if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
-        fields.problem(f"field shift_factor is {value!r}; it must be a number or null")
+        fields.problem(f"field shift_factor is {in_json(value)}; it must be a number or null")
         return 0.0
     return float(value)
 
@@ -115,7 +115,7 @@ def _shift(fields: Fields) -> float:
 def _flag(fields: Fields, name: str) -> bool:
     value = fields.json.get(name, ABSENT_MEANS[name])
     if not isinstance(value, bool):
-        fields.problem(f"field {name} is {value!r}; it must be true or false")
+        fields.problem(f"field {name} is {in_json(value)}; it must be true or false")
     return bool(value)
 
 
@@ -125,4 +125,4 @@ def _check_unknown(fields: Fields, own: Sequence[str]) -> None:
     known |= {"down_block_types", "up_block_types", "act_fn", *IGNORED, *own}
     for name, value in fields.json.items():
         if name not in known and not name.startswith("_") and value is not None:
-            fields.problem(f"field {name} is {value!r}; it is not supported, only null is")
+            fields.problem(f"field {name} is {in_json(value)}; it is not supported, only null is")

@@ -14,7 +14,7 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
-from dopsd_jax.common.json_fields import MAX_LAYERS, Fields
+from dopsd_jax.common.json_fields import MAX_LAYERS, Fields, in_json
 from dopsd_jax.models.attention import attention
 from dopsd_jax.models.layers import Dense, RMSNorm, scan_range, stack
 from dopsd_jax.models.names import Leaf, Source, linear, vector
@@ -62,9 +62,9 @@ def read_language_fields(fields: Fields, tied: Any) -> tuple[Qwen3Config, Mappin
     fields.only("use_sliding_window", False, None)
     kinds = fields.json.get("layer_types") or []
     if not isinstance(kinds, list) or any(kind != "full_attention" for kind in kinds):
-        fields.problem(f"field layer_types is {kinds!r}; only 'full_attention' is supported")
+        fields.problem(f"field layer_types is {in_json(kinds)}; only 'full_attention' is supported")
     if not isinstance(tied, bool):
-        fields.problem(f"field tie_word_embeddings is {tied!r}; it must be true or false")
+        fields.problem(f"field tie_word_embeddings is {in_json(tied)}; it must be true or false")
     theta, rope = _read_rope(fields)
     config = Qwen3Config(
         vocab_size=fields.count("vocab_size"),
@@ -94,21 +94,26 @@ def _read_rope(fields: Fields) -> tuple[float, Mapping]:
     if found is None:
         rope = fields.json.get("rope_scaling") or {}
         if not isinstance(rope, Mapping):
-            fields.problem(f"field rope_scaling is {rope!r}; it must be a JSON object or null")
+            fields.problem(
+                f"field rope_scaling is {in_json(rope)}; it must be a JSON object or null"
+            )
             rope = {}
         return fields.positive("rope_theta"), rope
     inner = fields.part("rope_parameters")
     theta = (inner if "rope_theta" in inner.json else fields).positive("rope_theta")
     old = fields.json.get("rope_theta", theta)
     if old != theta:
-        fields.problem(f"fields rope_theta {old!r} and rope_parameters.rope_theta {theta!r} differ")
+        both = f"rope_theta {in_json(old)} and rope_parameters.rope_theta {in_json(theta)}"
+        fields.problem(f"fields {both} differ")
     return theta, inner.json
 
 
 def _check_plain_rope(fields: Fields, rope: Mapping) -> None:
     settings = {k: v for k, v in rope.items() if k != "rope_theta"}
     if any(k not in ("rope_type", "type") or v != "default" for k, v in settings.items()):
-        fields.problem(f"rope settings {settings!r} are unsupported; only rope_type 'default' is")
+        fields.problem(
+            f"rope settings {in_json(settings)} are unsupported; only rope_type 'default' is"
+        )
 
 
 def names(cfg: Qwen3Config, prefix: str = "model.") -> list[Leaf]:

@@ -15,7 +15,7 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
-from dopsd_jax.common.json_fields import MAX_LAYERS, Fields
+from dopsd_jax.common.json_fields import MAX_LAYERS, Fields, in_json
 from dopsd_jax.models.attention import attention
 from dopsd_jax.models.layers import Dense, LayerNorm, scan_range, stack
 from dopsd_jax.models.names import Leaf, Source, linear, vector
@@ -58,7 +58,7 @@ def read_vision_fields(fields: Fields) -> Qwen3VLVisionConfig:
     rope = fields.json.get("rope_parameters")
     if rope not in (None, {}, {"rope_theta": ROPE_THETA, "rope_type": "axial"}):
         fields.problem(
-            f"field rope_parameters is {rope!r}; only axial of {ROPE_THETA:g} is supported"
+            f"field rope_parameters is {in_json(rope)}; only axial of {ROPE_THETA:g} is supported"
         )
     config = Qwen3VLVisionConfig(
         depth=fields.count("depth", most=MAX_LAYERS),

@@ -4,7 +4,7 @@ import dataclasses
 import math
 from collections.abc import Mapping
 
-from dopsd_jax.common.json_fields import MAX_LAYERS, Fields
+from dopsd_jax.common.json_fields import MAX_LAYERS, Fields, in_json
 from dopsd_jax.models.names import Leaf, linear, vector
 
 MODULATION_DIM = 256  # ADALN_EMBED_DIM; narrower models use their own width
@@ -66,11 +66,11 @@ class ZImageConfig:
         # diffusers ignores n_kv_heads; the class has no grouped heads.
         patches = fields.counts("all_patch_size")
         if fields.counts("all_f_patch_size") != (1,) or len(patches) != 1:
-            fields.problem(
-                f"all_patch_size {fields.json.get('all_patch_size')} and all_f_patch_size "
-                f"{fields.json.get('all_f_patch_size')}: supported are one patch size and frame "
-                "patch 1"
+            given = (
+                f"{name} {in_json(fields.json.get(name))}"
+                for name in ("all_patch_size", "all_f_patch_size")
             )
+            fields.problem(f"{' and '.join(given)}: supported are one patch size and frame patch 1")
         if fields.json.get("siglip_feat_dim") is not None:
             fields.problem("siglip_feat_dim is set: Z-Image-Omni checkpoints are not supported")
         dim, heads = fields.count("dim"), fields.count("n_heads")

@@ -11,6 +11,7 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
+from dopsd_jax.common.config_fields import shown
 from dopsd_jax.common.errors import UserError
 
 T = TypeVar("T")
@@ -71,9 +72,10 @@ def need_same(values: Mapping[str, Any]) -> None:
     for name in dict.fromkeys(name for each in found for name in each):
         for index, other in enumerate(others, 1):
             if other.get(name) != first.get(name):
+                own, theirs = shown(first.get(name)), shown(other.get(name))
                 problems.append(
-                    f"{name}: is {first.get(name)!r} in process 0 and {other.get(name)!r} in "
-                    f"process {index}; start all with the same command, on the same files"
+                    f"{name}: is {own} in process 0 and {theirs} in process {index}; start all "
+                    "with the same command, on the same files"
                 )
                 break
     if problems:

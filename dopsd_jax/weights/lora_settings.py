@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from dopsd_jax.common.errors import UserError
-from dopsd_jax.common.json_fields import Fields, is_number
+from dopsd_jax.common.json_fields import Fields, in_json, is_number
 from dopsd_jax.common.json_files import parse_json, read_json
 
 HEADER = "lora_adapter_metadata"  # diffusers' header string with PEFT's settings
@@ -182,18 +182,18 @@ def _numbers(metadata: Mapping[str, str], names: tuple[str, ...], path: Path) ->
 def _peft_settings(fields: Fields, prefix: str) -> Settings:
     get = lambda name: fields.json.get(prefix + name)
     if get("peft_type") not in ("LORA", None):
-        fields.problem(f"peft_type {get('peft_type')!r} is not supported, only LORA")
+        fields.problem(f"peft_type {in_json(get('peft_type'))} is not supported, only LORA")
     for name, what in (("use_dora", "DoRA"), ("lora_bias", "biases"), ("fan_in_fan_out", "Conv1D")):
         if get(name):
             fields.problem(f"{name} is set; {what} in adapters is not supported")
     if str(get("init_lora_weights")).lower().startswith(CHANGES_BASE):
         fields.problem(
-            f"init_lora_weights {get('init_lora_weights')!r} changes the base model too; "
+            f"init_lora_weights {in_json(get('init_lora_weights'))} changes the base model too; "
             "convert the adapter to a plain LoRA with PEFT first"
         )
     for name in ("r", "lora_alpha"):
         if not is_number(get(name)) or get(name) <= 0:
-            fields.problem(f"{name} {get(name)!r} is not a positive number; {AGAIN}")
+            fields.problem(f"{name} {in_json(get(name))} is not a positive number; {AGAIN}")
     tables = []
     for name in ("rank_pattern", "alpha_pattern"):
         table = get(name) or {}

@@ -14,6 +14,7 @@ import numpy as np
 from dopsd_jax.common.errors import UserError, raise_if
 from dopsd_jax.common.file_kinds import FIRST_BYTES, kind_of
 from dopsd_jax.common.files import open_regular
+from dopsd_jax.common.json_fields import in_json
 from dopsd_jax.common.json_files import parse_json, read_json
 from dopsd_jax.weights.tensors import DTYPES, TensorInfo
 
@@ -103,12 +104,12 @@ def _entry_fault(entry) -> str | None:
     if not isinstance(entry, dict) or entry.keys() != {"dtype", "shape", "data_offsets"}:
         return "its entry does not hold exactly dtype, shape and data_offsets"
     if not isinstance(entry["dtype"], str) or entry["dtype"] not in DTYPES:
-        return f"type {entry['dtype']!r} is not one of {', '.join(DTYPES)}"
+        return f"type {in_json(entry['dtype'])} is not one of {', '.join(DTYPES)}"
     if not _is_sizes(entry["shape"]):
-        return f"shape {entry['shape']!r} is not a list of sizes"
+        return f"shape {in_json(entry['shape'])} is not a list of sizes"
     offsets = entry["data_offsets"]
     if not _is_sizes(offsets) or len(offsets) != 2 or offsets[0] > offsets[1]:
-        return f"data_offsets {offsets!r} are not a range"
+        return f"data_offsets {in_json(offsets)} are not a range"
     expected = TensorInfo(entry["dtype"], tuple(entry["shape"])).nbytes
     if offsets[1] - offsets[0] != expected:
         return (

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from dopsd_jax.common.errors import UserError, raise_if
-from dopsd_jax.common.json_fields import Fields
+from dopsd_jax.common.json_fields import Fields, in_json
 from dopsd_jax.common.json_files import read_json
 from dopsd_jax.models.names import Leaf, to_flax, to_torch
 from dopsd_jax.weights import converted
@@ -133,7 +133,7 @@ def _check_manifest(folder: Path, manifest: Any, network: Network) -> None:
     fields.only("format", converted.FORMAT, required=True)
     if fields.problems:
         found = fields.json.get("format")
-        raise UserError(f"{where}: format {found!r} is not {converted.FORMAT}; {AGAIN}")
+        raise UserError(f"{where}: format {in_json(found)} is not {converted.FORMAT}; {AGAIN}")
     for name in ("component", "digest", "config_sha256"):
         fields.text(name)
     layout, parts, sums = (fields.table(name) for name in ("layout", "parts", "sha256"))

@@ -5,6 +5,7 @@ from collections.abc import Iterable, Mapping
 
 from dopsd_jax.common.errors import UserError
 from dopsd_jax.common.files import BOM, decode
+from dopsd_jax.common.json_fields import kind_of
 from dopsd_jax.common.json_files import parse_json
 
 UPSTREAM_KEYS = tuple(
@@ -115,11 +116,3 @@ def not_utf8(error: UnicodeDecodeError) -> str:
     wide = error.object[:2] in (b"\xff\xfe", b"\xfe\xff")
     what = "looks like UTF-16" if wide else f"byte 0x{error.object[error.start]:02x}"
     return f"not UTF-8 text ({what}); save it as UTF-8"
-
-
-def kind_of(value: object) -> str:
-    """What a JSON value is, in words."""
-    if value is None:
-        return "null"
-    names = {bool: "true or false", int: "a number", float: "a number", str: "a string"}
-    return names.get(type(value), "a list" if isinstance(value, list) else "an object")

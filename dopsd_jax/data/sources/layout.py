@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
+from dopsd_jax.common.config_fields import shown
 from dopsd_jax.common.errors import UserError
 from dopsd_jax.common.files import expand
 from dopsd_jax.data.cache import FeatureCache
@@ -57,7 +58,7 @@ class Options:
             raise UserError(f"{self.keys_field} has {len(keys)} keys; name {MAX_KEYS} at most")
         if not all(isinstance(name, str) for name in self.references):
             raise UserError(
-                f"data.references is {list(self.references)!r}; it must name columns or folders"
+                f"data.references is {shown(self.references)}; it must name columns or folders"
             )
         if not self.caption_extension.startswith("."):
             raise UserError(

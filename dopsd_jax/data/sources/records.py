@@ -16,8 +16,9 @@ from pathlib import Path
 from dopsd_jax.common.atomic import is_remote
 from dopsd_jax.common.errors import UserError
 from dopsd_jax.common.files import BOM, expand, open_regular
+from dopsd_jax.common.json_fields import kind_of
 from dopsd_jax.common.json_files import parse_json, read_json
-from dopsd_jax.data.sources.captions import CAPTION_KEY, captions_of, concept_of, kind_of, not_utf8
+from dopsd_jax.data.sources.captions import CAPTION_KEY, captions_of, concept_of, not_utf8
 from dopsd_jax.data.sources.collector import Collector, Examples, listing
 from dopsd_jax.data.sources.files import IMAGE_SUFFIXES, stem_of, walk
 from dopsd_jax.data.sources.layout import Layout, Options

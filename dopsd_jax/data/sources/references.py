@@ -7,7 +7,7 @@ from pathlib import Path
 
 from dopsd_jax.common.errors import UserError
 from dopsd_jax.common.files import expand
-from dopsd_jax.data.sources.captions import kind_of
+from dopsd_jax.common.json_fields import kind_of
 from dopsd_jax.data.sources.collector import listing
 from dopsd_jax.data.sources.files import normal, stem_of, walk
 

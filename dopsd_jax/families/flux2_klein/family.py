@@ -11,6 +11,7 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float, Int, Key
 
+from dopsd_jax.common.config_fields import shown
 from dopsd_jax.common.errors import UserError
 from dopsd_jax.common.flow import check_grid
 from dopsd_jax.common.json_fields import Fields
@@ -123,7 +124,7 @@ def grid(name: str | Sequence[float], scheduler: Any, height: int, width: int) -
     }
     if name not in levels:
         raise UserError(
-            f"config.grid: {name!r} is not one of {', '.join(levels)} or a list of sigmas"
+            f"config.grid: {shown(name)} is not one of {', '.join(levels)} or a list of sigmas"
         )
     return _shifted(levels[name], height, width)
 

@@ -9,6 +9,7 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float, Int, Key
 
+from dopsd_jax.common.config_fields import shown
 from dopsd_jax.common.errors import UserError
 from dopsd_jax.common.flow import check_grid, shifted_grid
 from dopsd_jax.common.json_fields import Fields
@@ -98,7 +99,7 @@ def grid(
     }
     if name not in grids:
         raise UserError(
-            f"config.grid: {name!r} is not one of {', '.join(grids)} or a list of sigmas"
+            f"config.grid: {shown(name)} is not one of {', '.join(grids)} or a list of sigmas"
         )
     return grids[name]
 
