@@ -83,7 +83,7 @@ def test_every_fault_of_an_explicit_list_is_told():
     assert "3x4: 3 is not" in problems and "3x4: 4 is not" in problems
     assert "64x64 is there twice" in problems
     assert "0x16: 0 is not a multiple of 16; use 16 or more" in problems
-    for wrong in ("'x'", "[64, 64.0]", "(True, 64)", "-1"):
+    for wrong in ("'x'", "64,64.0", "(True, 64)", "-1"):
         assert f"{wrong} is not a size" in problems
     for empty in ([], (), "64x64", None):
         with pytest.raises(UserError, match="must be a list"):

@@ -112,7 +112,7 @@ def test_every_row_without_its_pictures_is_told(pictures):
         assert part in problem
     assert "name its column in data.references" in found[0]
     (problem,) = problems_of(load_rows, path, references=[3])
-    assert "data.references is [3]; it must name columns or folders" in problem
+    assert "data.references is 3; it must name columns or folders" in problem
     problem = problems_of(load_rows, path, references=["source"])[0]
     assert "names no picture to edit in 'source'" in problem
 

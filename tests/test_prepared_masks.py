@@ -56,10 +56,10 @@ def test_masks_of_prepared_sets_count_as_those_of_their_pictures(random_model, t
     jax.tree.map(np.testing.assert_array_equal, *batches)
     region = batches[0].region
     assert region.shape == (2, 6, 6, 8, 1) and 0.1 < region.min() < 0.5 < 1.5 < region.max()
-    for other, said in (("off", "none"), ("alpha", "['alpha', 8]")):
+    for other, said in (("off", "none"), ("alpha", "alpha,8")):
         with pytest.raises(UserError) as caught:
             open_features(random_model, made, tmp_path, **{**masked, "data__masks": other})
-        assert f"['files', 8], now it is {said}; set it back" in caught.value.problems[0]
+        assert f" files,8, now it is {said}; set it back" in caught.value.problems[0]
 
 
 def test_masks_that_a_prepared_set_does_not_have(random_model, tmp_path):
@@ -71,7 +71,7 @@ def test_masks_that_a_prepared_set_does_not_have(random_model, tmp_path):
     with pytest.raises(UserError) as caught:
         data_set.open_data(config, tmp_path, pipe)
     (problem,) = caught.value.problems
-    assert "masks (config.data.masks, pixels of a cell) none, now it is ['files', 8]" in problem
+    assert "masks (config.data.masks, pixels of a cell) none, now it is files,8" in problem
 
 
 def test_a_preparation_goes_on_with_its_own_masks_only(tmp_path):
@@ -81,7 +81,7 @@ def test_a_preparation_goes_on_with_its_own_masks_only(tmp_path):
     settings = {k: v for k, v in own.settings.items() if k != "masks"}
     with pytest.raises(UserError) as caught:
         prepared_folder.open_folder(path, own._replace(settings=settings))
-    assert "begun with masks ['files', 8], now none; give another --out" in caught.value.problems[0]
+    assert "begun with masks files,8, now none; give another --out" in caught.value.problems[0]
 
 
 def test_parts_are_made_again_whose_pictures_or_masks_have_changed(random_model, tmp_path):

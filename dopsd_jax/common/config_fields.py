@@ -219,7 +219,7 @@ def _is_option(value: Any) -> bool:
     if not isinstance(value, list | tuple):
         return isinstance(value, bool)
     is_size = lambda one: isinstance(one, list | tuple) and [*map(type, one)] == [int, int]
-    return bool(value) and all(isinstance(one, str | int | float) or is_size(one) for one in value)
+    return bool(value) and all(type(one) in (str, int, float) or is_size(one) for one in value)
 
 
 def name_or_list(value: str | list | tuple) -> str | tuple:
