@@ -132,6 +132,10 @@ def make(job: Job, old: dict | None) -> dict | None:
     print(f"{job.name}: compiling, {time.strftime('%H:%M')}", flush=True)
     report = compiled_step.compile_step(config, case, devices)
     print(f"{job.name}: {'fits' if report.fits else report.problem}", flush=True)
+    less = None
+    if report.fits:
+        quick = compiled_step.compile_step(config, case, devices, quick=True)
+        less = {"needed": quick.needed, "seconds": quick.seconds} if quick.quick else None
     return {
         "name": job.name,
         "topology": job.topology,
@@ -140,6 +144,7 @@ def make(job: Job, old: dict | None) -> dict | None:
         "fields": {name: config[name] for name in ("train", "base_dtype", "remat", "optimizer")},
         "fits": report.fits,
         "report": plain(report),
+        "quick": less,
         "commit": commit(),
         "checked": commit(),
         "versions": versions(),

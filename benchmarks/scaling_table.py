@@ -39,6 +39,7 @@ def page(rows: list[tuple[str, dict | None]]) -> str:
         "## Memory and work of one device\n\n" + "\n".join(_memory(rows)) + "\n",
         "## Collectives of one step, per device\n\n" + "\n".join(_traffic(rows)) + "\n",
         "## From few chips to many: what one device does\n\n" + "\n".join(_growth(records)) + "\n",
+        "## Compiled with less effort\n\n" + "\n".join(_quick(rows)) + "\n",
         "## Versions\n\n" + "\n".join(_versions(rows)) + "\n",
     ]
     return "\n".join(parts)
@@ -186,6 +187,26 @@ def _of_one_device(report: dict) -> list[float]:
         sum(traffic["bytes"] for traffic in sent) / 2**30,
         sum(traffic["count"] for traffic in sent),
     ]
+
+
+def _quick(rows) -> list[str]:
+    lines = [
+        "`estimate` asks the compiler for less effort than a run does, and once more for the whole",
+        "where the peak is within 3 % of the device's memory. GiB at the peak, and seconds of the",
+        "compiler on two cores; only those of one row can be compared.",
+        "",
+        "| case | peak | with less | ratio | seconds | with less | ratio |",
+        "|---|--:|--:|--:|--:|--:|--:|",
+    ]
+    for name, record in rows:
+        if record is None or not record.get("quick"):
+            continue
+        cells = []
+        for key, form in (("needed", _gib), ("seconds", "{:.0f}".format)):
+            full, less = record["report"][key], record["quick"][key]
+            cells += [form(full), form(less), f"{less / full:.3f}"]
+        lines.append(f"| {name} | {' | '.join(cells)} |")
+    return lines
 
 
 def _versions(rows) -> list[str]:

@@ -98,13 +98,33 @@ def test_an_update_is_the_product_with_delta(kind):
     attach.attach(nnx.Dict(dense=layer), slots, 2, 6.0, jax.random.key(0), kind)
     nnx.update(layer, noisy(nnx.state(layer, nnx.LoRAParam)))
     x = jax.random.normal(jax.random.key(3), (5, 12))
-    plain = layer.split(x @ layer.kernel[...])
-    for part, (found, base) in enumerate(zip(layer.split(layer(x)), plain, strict=True)):
+    plain = layer.outputs.split(x @ layer.kernel[...])
+    for part, (found, base) in enumerate(zip(layer.parts(x), plain, strict=True)):
         if part == 1:
             np.testing.assert_array_equal(found, base)
         else:
             change = x @ layer.adapters[str(part)].delta()
             assert relative_error(found - base, change) < 1e-5
+
+
+@pytest.mark.parametrize("kind", [Lora, Lokr])
+@pytest.mark.parametrize("fused_before", [False, True])
+def test_updates_meet_the_output_in_its_parts(kind, fused_before):
+    """Nothing is joined, and the base's product alone has the width of all parts."""
+    layer = Dense(12, (8, 4, 4), groups=2, fused_before=fused_before, rngs=nnx.Rngs(0))
+    douts = {0: 16} if fused_before else {0: 8, 2: 4}
+    slots = {str(i): attach.Slot("dense", i, None, 12, dout) for i, dout in douts.items()}
+    attach.attach(nnx.Dict(dense=layer), slots, 2, 6.0, jax.random.key(0), kind)
+    for adapter in layer.adapters.values():
+        adapter.is_wide = False
+    x = jax.random.normal(jax.random.key(3), (5, 12))
+    lines = jax.make_jaxpr(layer.parts)(x).jaxpr.eqns
+    made = {e.primitive.name for e in lines if e.outvars[0].aval.size == 5 * 16}
+    # A Kronecker product has no columns to cut: of one PyTorch layer its update is whole.
+    whole = {"reshape", "dot_general", "transpose"} if fused_before and kind is Lokr else set()
+    assert {"dot_general"} <= made <= {"dot_general", "reshape", "name", *whole}, made
+    joined = layer.outputs.join(layer.parts(x))
+    np.testing.assert_array_equal(joined, layer(x))
 
 
 @pytest.mark.parametrize("kind", [Lora, Lokr])

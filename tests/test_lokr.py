@@ -98,7 +98,7 @@ def test_nothing_of_the_size_of_the_whole_product_is_made_and_the_work_is_counte
         slots = {"": attach.Slot("dense", 0, None, 64, 96)}
         attach.attach(nnx.Dict(dense=layer), slots, rank, 4.0, jax.random.key(0), Lokr.of(4))
         adapter = layer.adapters["0"]
-        graph = jax.make_jaxpr(lambda x, a=adapter: Lokr.updates([a], x)[0])(jnp.ones((1, 64)))
+        graph = jax.make_jaxpr(lambda x, a=adapter: Lokr.updates([a], x, [[96]]))(jnp.ones((1, 64)))
         products, sizes = 0, []
         for line in graph.eqns:
             sizes += [v.aval.size for v in line.outvars]

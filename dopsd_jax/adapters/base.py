@@ -4,6 +4,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float
@@ -55,18 +56,21 @@ class Adapter(nnx.Module):
         cls,
         parts: Sequence["Adapter"],
         x: Float[Array, "... din"],
+        sizes: Sequence[Sequence[int]],
         inputs: Interleaved = IN_ORDER,
-        outputs: Interleaved = IN_ORDER,
-    ) -> list[Array]:
-        """What each of a `Dense`'s adapters adds to its layer's output [..., dout].
+    ) -> list[list[Float[Array, "... _size"]]]:
+        """What each of a `Dense`'s adapters adds to its layer's output, cut into its `sizes`.
 
-        In x's type. `inputs`, `outputs`: the order that the `Dense` has x and the output in. Better
-        put weights in this order: to order x or the output would send these between devices. A kind
-        that has a cheaper way than its whole `delta`, or can share work between parts, says so
-        here.
+        In x's type. `inputs`: the order that the `Dense` has x in. Better put weights in this
+        order, and cut them: to order x would send it between devices, and to cut an output reads it
+        once more. A kind that has a cheaper way than its whole `delta`, or can share work between
+        adapters, says so here.
         """
-        ordered = lambda delta: outputs.ordered(inputs.ordered(delta, axis=0))
-        return [matmul(x, ordered(part.delta().astype(x.dtype))) for part in parts]
+        deltas = [inputs.ordered(part.delta().astype(x.dtype), axis=0) for part in parts]
+        return [
+            [matmul(x, columns) for columns in cut(delta, own)]
+            for delta, own in zip(deltas, sizes, strict=True)
+        ]
 
     @classmethod
     def size(cls, din: int, dout: int, rank: int) -> int:
@@ -104,3 +108,8 @@ class Adapter(nnx.Module):
     ) -> Mapping[str, np.ndarray]:
         """`weights` with what `export` gave elsewhere. Raises ValueError for what does not fit."""
         raise NotImplementedError
+
+
+def cut(x: Float[Array, "... d"], sizes: Sequence[int]) -> list[Float[Array, "... _size"]]:
+    """Pieces of the last axis, of `sizes`, one after another."""
+    return jnp.split(x, np.cumsum(sizes)[:-1], axis=-1)

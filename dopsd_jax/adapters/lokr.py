@@ -14,7 +14,7 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float
 
-from dopsd_jax.adapters.base import IN_ORDER, Adapter
+from dopsd_jax.adapters.base import IN_ORDER, Adapter, cut
 from dopsd_jax.common.products import einsum, matmul
 from dopsd_jax.models.interleaved import Interleaved
 from dopsd_jax.weights.lokr import LokrModule
@@ -81,13 +81,14 @@ class Lokr(Adapter):
 
     @classmethod
     def updates(
-        cls, parts: Sequence["Lokr"], x: Float[Array, "... din"], inputs: Interleaved = IN_ORDER,
-        outputs: Interleaved = IN_ORDER,
-    ) -> list[Array]:  # fmt: skip
-        # A Kronecker product fits no order of rows or columns but the layer's own. So here it is
-        # x and the output that are ordered: sent, between devices that split heads.
+        cls, parts: Sequence["Lokr"], x: Float[Array, "... din"], sizes: Sequence[Sequence[int]],
+        inputs: Interleaved = IN_ORDER,
+    ) -> list[list[Array]]:  # fmt: skip
+        # A Kronecker product fits no order of rows and no cut of columns but the layer's own. So
+        # here it is x that is ordered, and the output that is cut: sent, between devices that split
+        # heads.
         x = inputs.plain(x)
-        return [outputs.ordered(part._update(x)) for part in parts]
+        return [cut(part._update(x), own) for part, own in zip(parts, sizes, strict=True)]
 
     def _update(self, x: Float[Array, "... din"]) -> Float[Array, "... dout"]:
         """x as a grid [m, n]: w1 is applied along one side, w2 along the other."""

@@ -8,7 +8,7 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float
 
-from dopsd_jax.adapters.base import IN_ORDER, Adapter
+from dopsd_jax.adapters.base import IN_ORDER, Adapter, cut
 from dopsd_jax.common.products import matmul
 from dopsd_jax.models.interleaved import Interleaved
 from dopsd_jax.models.kept import keep
@@ -36,17 +36,18 @@ class Lora(Adapter):
 
     @classmethod
     def updates(
-        cls, parts: Sequence["Lora"], x: Float[Array, "... din"], inputs: Interleaved = IN_ORDER,
-        outputs: Interleaved = IN_ORDER,
-    ) -> list[Array]:  # fmt: skip
+        cls, parts: Sequence["Lora"], x: Float[Array, "... din"], sizes: Sequence[Sequence[int]],
+        inputs: Interleaved = IN_ORDER,
+    ) -> list[list[Array]]:  # fmt: skip
         # One product for all down-projections: x is read once.
         downs = [inputs.ordered(part.a[...].astype(x.dtype), axis=0) for part in parts]
         lows = jnp.split(keep(matmul(x, jnp.concatenate(downs, -1))), len(downs), axis=-1)
         return [
-            matmul(
-                low * part.scale[...].astype(x.dtype), outputs.ordered(part.b[...].astype(x.dtype))
-            )
-            for part, low in zip(parts, lows, strict=True)
+            [
+                matmul(low * part.scale[...].astype(x.dtype), columns)
+                for columns in cut(part.b[...].astype(x.dtype), own)
+            ]
+            for part, low, own in zip(parts, lows, sizes, strict=True)
         ]
 
     @classmethod

@@ -17,6 +17,11 @@ from dopsd_jax.estimation.memory import Account
 from dopsd_jax.methods import registry
 from dopsd_jax.parallel import sharding
 
+# The least effort for a fast program: a sixth of the time, and nearly the same memory. Which tiles
+# of a product are the fastest is then not searched for. docs/scaling.md compares the two.
+QUICK = {"exec_time_optimization_effort": -1.0}
+CLOSE = 0.03  # of a device's memory: where the two might not give the same verdict
+
 
 @dataclasses.dataclass(frozen=True)
 class Report:
@@ -25,7 +30,8 @@ class Report:
     account: what is counted without it. needed: the most memory at one time; None if that is not
     known. sent: what devices send each other; activations: the part of it that is none of weights
     and gradients. None if there is no program. problem: why there is none, in the compiler's words.
-    capacity: bytes of a device; None if unknown. digest: of the program before compilation.
+    capacity: bytes of a device; None if unknown. digest: of the program before compilation. quick:
+    it was compiled as `QUICK` says.
     """
 
     device_kind: str
@@ -41,6 +47,7 @@ class Report:
     activations: dict[str, Traffic] | None = None
     problem: str | None = None
     digest: str = ""
+    quick: bool = False
 
     @property
     def temporaries(self) -> int | None:
@@ -52,20 +59,50 @@ class Report:
         return self.problem is None and not (self.capacity and self.needed > self.capacity)
 
 
-def compile_step(config: ConfigDict, case: Workload, devices: list[jax.Device]) -> Report:
+def compile_step(
+    config: ConfigDict, case: Workload, devices: list[jax.Device], *, quick: bool = False
+) -> Report:
     """Compiles the step of `config` on the network of `case`. Nothing is allocated.
 
-    Nothing is compiled if the arrays that stay for the whole run exceed a device's memory.
+    Nothing is compiled if the arrays that stay for the whole run exceed a device's memory. quick:
+    for a TPU with less effort than a run's step, see `QUICK`; then once more, as for a run, if the
+    peak is within `CLOSE` of the device's memory.
     Raises `UserError`: see `make_program`.
     """
     report, lower = prepare(config, case, devices)
     if report.problem:
         return report
-    platform, clock = devices[0].platform, time.monotonic()
-    lowered, program = lower()
+    platform, (lowered, program) = devices[0].platform, lower()
     report = dataclasses.replace(report, digest=digest(lowered))
+    seconds = 0.0
+    for effort in (QUICK, {}) if quick and platform == "tpu" else ({},):
+        found = _compiled(report, lowered, program, case, platform, effort)
+        seconds += found.seconds
+        if not _is_close(found):
+            break
+    return dataclasses.replace(found, seconds=seconds)
+
+
+def _is_close(found: Report) -> bool:
+    """Whether another effort could give another verdict."""
+    if found.needed is None:
+        return True
+    return bool(found.capacity) and abs(found.needed / found.capacity - 1) < CLOSE
+
+
+def _compiled(
+    report: Report,
+    lowered: jax.stages.Lowered,
+    program: Program,
+    case: Workload,
+    platform: str,
+    effort: dict[str, float],
+) -> Report:
+    """The report with what the compiler says; effort: its options."""
+    clock = time.monotonic()
+    report = dataclasses.replace(report, quick=bool(effort))
     try:
-        compiled = lowered.compile()
+        compiled = lowered.compile(compiler_options=effort or None)
     except jax.errors.JaxRuntimeError as error:
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise

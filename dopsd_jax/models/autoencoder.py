@@ -122,7 +122,7 @@ class SpatialAttention(nnx.Module):
 
     def __call__(self, x: Float[Array, "b h w d"]) -> Float[Array, "b h w d"]:
         b, h, w, d = x.shape
-        q, k, v = self.qkv.split(self.qkv(self.norm(x)))
+        q, k, v = self.qkv.parts(self.norm(x))
         k, v = k.reshape(b, h * w, 1, d), v.reshape(b, h * w, 1, d)
         attend = lambda q: attention(q.reshape(b, -1, 1, d), k, v).reshape(q.shape)
         if h * w <= ATTENTION_ROWS:

@@ -95,7 +95,7 @@ class Stream(nnx.Module):
 
     def project(self, x: Float[Array, "b n d"], shift, scale) -> tuple[Array, Array, Array]:
         """Queries, keys and values [b, n, head, head_dim]."""
-        parts = self.qkv.split(self.qkv(modulated(x, shift, scale, self.cfg.eps)))
+        parts = self.qkv.parts(modulated(x, shift, scale, self.cfg.eps))
         q, k, v = (_heads(part, self.cfg) for part in parts)
         return self.q_norm(q), self.k_norm(k), v
 
@@ -103,7 +103,7 @@ class Stream(nnx.Module):
         """Adds what attention gave, then the feed-forward part; `rest`: its shift, scale, gate."""
         x = x + gate.astype(x.dtype) * self.out(attended)
         shift, scale, gate = rest
-        parts = self.w_in.split(self.w_in(modulated(x, shift, scale, self.cfg.eps)))
+        parts = self.w_in.parts(modulated(x, shift, scale, self.cfg.eps))
         return x + gate.astype(x.dtype) * self.w_out(gated(*parts))
 
 
@@ -147,7 +147,7 @@ class SingleBlock(nnx.Module):
 
     def __call__(self, x: Float[Array, "b n d"], row: Row, modulation) -> Float[Array, "b n d"]:
         shift, scale, gate = modulation
-        *qkv, hidden, up = self.w_in.split(self.w_in(modulated(x, shift, scale, self.cfg.eps)))
+        *qkv, hidden, up = self.w_in.parts(modulated(x, shift, scale, self.cfg.eps))
         q, k, v = (_heads(part, self.cfg) for part in qkv)
         y = attend(self.q_norm(q), self.k_norm(k), v, row, self.implementation)
         y = self.w_out.inputs.join([y, gated(hidden, up)])

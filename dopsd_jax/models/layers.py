@@ -57,12 +57,17 @@ class Dense(nnx.Module):
         self.rounds = False
 
     def __call__(self, x: Float[Array, "... din"]) -> Float[Array, "... dout"]:
+        """The whole output. What takes its parts alone asks for `parts`: it need not be joined."""
+        return self.outputs.join(self.parts(x))
+
+    def parts(self, x: Float[Array, "... din"]) -> list[Float[Array, "... _part"]]:
+        """The output of each part."""
         # XLA on a processor copies, turned, a gradient whose rows have two axes. On a mesh the two
         # are split over devices in different ways.
         rows = x if ambient_mesh() is not None else x.reshape(-1, x.shape[-1])
-        return keep(self._applied(rows).reshape(*x.shape[:-1], -1))
+        return [keep(y.reshape(*x.shape[:-1], -1)) for y in self._applied(rows)]
 
-    def _applied(self, x: Float[Array, "... din"]) -> Float[Array, "... dout"]:
+    def _applied(self, x: Float[Array, "... din"]) -> list[Float[Array, "... _part"]]:
         free = (UNCONSTRAINED,) * (x.ndim - 1)
         merges = self._merges(x)
         if self.rounds:
@@ -75,13 +80,18 @@ class Dense(nnx.Module):
         y = constrain_batch(y, *free)
         if self.bias is not None:
             y = y + self.bias[...].astype(x.dtype)
-        if len(self.adapters) and not merges:
-            y = constrain_batch(y + self._adapter_update(x), *free)
-        return y
+        parts = self._cut(y)
+        if merges or not len(self.adapters):
+            return parts
+        # Added after the cut: joined, the updates would be arrays of the whole output's size.
+        for part, update in self._adapter_updates(x).items():
+            parts[part] = constrain_batch(parts[part] + update, *free)
+        return parts
 
-    def split(self, y: Float[Array, "... dout"]) -> list[Float[Array, "... _part"]]:
-        """Cuts an output into its parts."""
-        return self.outputs.split(y)
+    def _cut(self, y: Float[Array, "... dout"]) -> list[Float[Array, "... _part"]]:
+        if len(self.outputs.sizes) == 1:
+            return [y]
+        return jax.lax.platform_dependent(y, tpu=self.outputs.gathered, default=self.outputs.split)
 
     def _merges(self, x: Float[Array, "... din"]) -> bool:
         """Whether x meets the kernel with the adapters in it, and not each alone.
@@ -110,15 +120,19 @@ class Dense(nnx.Module):
         parts = enumerate(self.outputs.sizes)
         return self.outputs.join([found.get(str(i), empty(size)) for i, size in parts])
 
-    def _adapter_update(self, x: Float[Array, "... din"]) -> Float[Array, "... dout"]:
+    def _adapter_updates(self, x: Float[Array, "... din"]) -> dict[int, Float[Array, "... _part"]]:
+        """What is added to each part, by its number."""
         layers = sorted(self.adapters, key=int)
         held = [self.adapters[layer] for layer in layers]
-        if self.fused_before:
-            return type(held[0]).updates(held, x, self.inputs, self.outputs)[0]
-        found = dict(zip(layers, type(held[0]).updates(held, x, self.inputs), strict=True))
-        empty = lambda size: jnp.zeros((*x.shape[:-1], size), x.dtype)
-        parts = enumerate(self.outputs.sizes)
-        return self.outputs.join([found.get(str(i), empty(size)) for i, size in parts])
+        every = range(len(self.outputs.sizes))
+        owned = [every] if self.fused_before else [[int(layer)] for layer in layers]
+        sizes = [[self.outputs.sizes[i] for i in own] for own in owned]
+        updates = type(held[0]).updates(held, x, sizes, self.inputs)
+        return {
+            i: y
+            for own, found in zip(owned, updates, strict=True)
+            for i, y in zip(own, found, strict=True)
+        }
 
 
 def rounded(graphdef: nnx.GraphDef, *states: nnx.State) -> nnx.GraphDef:

@@ -180,7 +180,7 @@ class Attention(nnx.Module):
     ) -> tuple[Float[Array, "b n h e"], Float[Array, "b n g e"], Float[Array, "b n g e"]]:
         """Queries, keys and values, the first two normed and turned to their positions."""
         heads = lambda y: y.reshape(*y.shape[:2], -1, self.head_dim)
-        q, k, v = map(heads, self.qkv.split(self.qkv(x)))
+        q, k, v = map(heads, self.qkv.parts(x))
         return rotate(self.q_norm(q), cos, sin), rotate(self.k_norm(k), cos, sin), v
 
     def __call__(self, x: Float[Array, "b n d"], lengths, cos, sin) -> Float[Array, "b n d"]:
@@ -197,7 +197,7 @@ class FeedForward(nnx.Module):
         self.down = Dense(cfg.intermediate_size, cfg.hidden_size, rngs=rngs)
 
     def __call__(self, x: Float[Array, "b n d"]) -> Float[Array, "b n d"]:
-        gate, up = self.gate_up.split(self.gate_up(x))
+        gate, up = self.gate_up.parts(x)
         return self.down(jax.nn.silu(gate) * up)
 
 

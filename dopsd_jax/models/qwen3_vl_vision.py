@@ -181,7 +181,7 @@ class Block(nnx.Module):
         self, x: Float[Array, "b p d"], cos: Float[Array, "1 p r"], sin: Float[Array, "1 p r"]
     ) -> Float[Array, "b p d"]:
         heads = lambda y: y.reshape(*y.shape[:2], self.heads, -1)
-        q, k, v = map(heads, self.qkv.split(self.qkv(self.attention_norm(x))))
+        q, k, v = map(heads, self.qkv.parts(self.attention_norm(x)))
         # The tower rotates in float32 whatever its type; the language model does not.
         turn = lambda y: rotate(y.astype(jnp.float32), cos, sin).astype(y.dtype)
         y = attention(turn(q), turn(k), v, implementation=self.implementation)

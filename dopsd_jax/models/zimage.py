@@ -46,7 +46,7 @@ class Attention(nnx.Module):
     ) -> Float[Array, "b n d"]:
         q, k, v = (
             constrain_batch(y.reshape(*y.shape[:2], self.heads, -1), "context", "tensor", None)
-            for y in self.qkv.split(self.qkv(x))
+            for y in self.qkv.parts(x)
         )
         if self.q_norm is not None:
             q, k = self.q_norm(q), self.k_norm(k)
@@ -63,7 +63,7 @@ class FeedForward(nnx.Module):
         self.w2 = Dense(cfg.hidden_dim, cfg.dim, rngs=rngs)
 
     def __call__(self, x: Float[Array, "b n d"]) -> Float[Array, "b n d"]:
-        return self.w2(gated(*self.w13.split(self.w13(x))))
+        return self.w2(gated(*self.w13.parts(x)))
 
 
 class Block(nnx.Module):

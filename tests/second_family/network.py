@@ -56,7 +56,7 @@ class Block(nnx.Module):
         self.out = Dense(cfg.dim, cfg.dim, rngs=rngs)
 
     def __call__(self, x, lengths):
-        parts = self.qkv.split(self.qkv(normalize(x, 1e-6)))
+        parts = self.qkv.parts(normalize(x, 1e-6))
         q, k, v = (part.reshape(*part.shape[:2], *self.shape) for part in parts)
         y = attention(q, k, v, lengths=lengths, implementation=self.kernel)
         return x + self.out(y.reshape(x.shape))
