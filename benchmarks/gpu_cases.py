@@ -93,7 +93,9 @@ def _step(model: str, dry: bool, changes: Mapping[str, Any], side: int = 1024, *
         side, tokens = side // 16, tokens and SHORT[family]
         words += ["--config.grid=1,0.5", "--repeats=1", "--warmup=1"]
     words += [f"--side={side}"] + ([f"--tokens={tokens}"] if tokens else [])
-    own = {"batch_size": 1, "accumulate": 1, "remat": "none"} | dict(changes)
+    # PyTorch's loop has no anchors.
+    plain = {"batch_size": 1, "accumulate": 1, "remat": "none", "anchor.share": 0.0}
+    own = plain | dict(changes)
     words += [f"--config.{name}={value}" for name, value in own.items()]
     return (*words, *(f"--{name}={value}" for name, value in more.items()))
 

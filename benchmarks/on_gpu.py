@@ -17,19 +17,19 @@ import datetime
 import json
 import os
 import re
-import subprocess
+import signal
 import sys
 import time
 from pathlib import Path
 from typing import Any
 
+import gpu_card
 import gpu_page
 from absl import flags
 from gpu_cases import Case, cases
 from gpu_records import FAILED, LATE, ROOT, commit, left_out, read, run, versions
 
 from dopsd_jax.common import gpu_memory, program
-from dopsd_jax.common.errors import UserError
 
 CASES = flags.DEFINE_string("cases", "", "only cases whose name matches this pattern; or none")
 AGAIN = flags.DEFINE_bool("again", False, "also cases that are measured")
@@ -50,9 +50,21 @@ def main() -> int | None:
         print("\n".join(case.name for case in chosen))
         return None
     records = read(Path(RECORDS.value))
-    card = None if DRY.value or not chosen else find_card()
+    card = None if DRY.value or not chosen else gpu_card.find()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
+    try:
+        measure_all(chosen, card, records, began)
+    finally:  # also where it is stopped
+        write(every, records)
+    return int(any(records[c.name]["outcome"] == FAILED for c in chosen if c.name in records))
+
+
+def measure_all(
+    chosen: list[Case], card: gpu_card.Card | None, records: dict[str, dict], began: float
+) -> None:
+    """Adds to `records`, and to their file, what was not measured yet."""
     for number, case in enumerate(chosen, 1):
-        if why := left_out(case, records, card and card[1], AGAIN.value):
+        if why := left_out(case, records, card and card.memory, AGAIN.value):
             print(f"{number}/{len(chosen)} {case.name}: {why}", flush=True)
             continue
         left = 60 * MINUTES.value - (time.monotonic() - began) if MINUTES.value else case.seconds
@@ -68,31 +80,19 @@ def main() -> int | None:
         with Path(RECORDS.value).open("a", encoding="utf-8") as file:
             file.write(json.dumps(record) + "\n")
         records[case.name] = record
+
+
+def write(every: list[Case], records: dict[str, dict]) -> None:
+    """The newest record of each case, and the page."""
     kept = [records[case.name] for case in every if case.name in records]
     if kept:
         lines = "".join(json.dumps(record) + "\n" for record in kept)
         Path(RECORDS.value).write_text(lines, encoding="utf-8")
     Path(PAGE.value).write_text(gpu_page.page(every, records), encoding="utf-8")
-    print(f"wrote {PAGE.value}")
-    return int(any(records[c.name]["outcome"] == FAILED for c in chosen if c.name in records))
+    print(f"wrote {PAGE.value}", flush=True)
 
 
-def find_card() -> tuple[str, int]:
-    """Name and bytes of the GPU. Raises `UserError` where there is none."""
-    ask = ["nvidia-smi", "--query-gpu=name,memory.total", "--format=csv,noheader,nounits"]
-    try:
-        lines = subprocess.run(ask, capture_output=True, text=True, check=True).stdout.splitlines()
-    except (OSError, subprocess.CalledProcessError):
-        lines = []
-    if not lines:
-        raise UserError(
-            "no NVIDIA GPU is here; --dry tries the cases at tiny size, --list names them"
-        )
-    name, mebibytes = lines[0].rsplit(",", 1)
-    return name.strip(), int(mebibytes) << 20
-
-
-def measure(case: Case, card: tuple[str, int] | None, seconds: float) -> dict[str, Any]:
+def measure(case: Case, card: gpu_card.Card | None, seconds: float) -> dict[str, Any]:
     """The record of a case that is run now."""
     path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH", "")]))
     env = os.environ | {"PYTHONPATH": path}
@@ -101,8 +101,11 @@ def measure(case: Case, card: tuple[str, int] | None, seconds: float) -> dict[st
     elif case.section != "start":
         env["JAX_ENABLE_COMPILATION_CACHE"] = "false"  # compilation is timed too
     env |= case.env
+    if card:
+        env["CUDA_VISIBLE_DEVICES"] = card.uuid
     if case.card and card:
-        env[gpu_memory.NAMES[0]] = f"{gpu_memory.SHARE * (case.card << 30) / card[1]:.4f}"
+        share = min(1, (case.card << 30) / card.memory)
+        env[gpu_memory.NAMES[0]] = f"{gpu_memory.SHARE * share:.4f}"
     script, *words = case.command
     command = [sys.executable, str(Path(__file__).with_name(script)), *words]
     begin = time.monotonic()
@@ -115,8 +118,8 @@ def measure(case: Case, card: tuple[str, int] | None, seconds: float) -> dict[st
         "result": result,
         "command": " ".join([*(f"{k}={v}" for k, v in case.env.items()), *case.command]),
         "wall": round(time.monotonic() - begin, 1),
-        "device": "cpu (dry)" if DRY.value else card[0],
-        "versions": versions(),
+        "device": "cpu (dry)" if DRY.value else card.name,
+        "versions": versions() | ({"driver": card.driver} if card else {}),
         "commit": COMMIT.value or commit(),
         "day": datetime.date.today().isoformat(),
     }

@@ -8,7 +8,6 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from dopsd_jax.methods.flow_matching import Batch
 from dopsd_jax.parallel.sharding import HOST
 
 CODE = 7  # quantised kernels: codes from 1 to this, which 4 bits hold
@@ -42,8 +41,8 @@ def _weight(kind: str, leaf, number: int) -> jax.Array:
     return jax.jit(lambda: jnp.broadcast_to(one(), shape), out_shardings=leaf.sharding)()
 
 
-def batch(like: Batch) -> Batch:
-    """Unit noise; captions fill their rows."""
+def batch(like):
+    """A batch, or contexts: unit noise; captions fill their rows."""
     rng = np.random.default_rng(0)
 
     def fill(leaf) -> np.ndarray:

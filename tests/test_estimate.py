@@ -134,7 +134,7 @@ def test_what_does_not_fit_is_explained(local_report, monkeypatch):
         "RESOURCE_EXHAUSTED: XLA:TPU compile permanent error. Ran out of memory in memory "
         "space hbm. Used 40.71G of 31.25G hbm. Exceeded hbm capacity by 9.46G.\n\nTotal: ..."
     )
-    failing = lambda self: (_ for _ in ()).throw(jax.errors.JaxRuntimeError(message))
+    failing = lambda self, **given: (_ for _ in ()).throw(jax.errors.JaxRuntimeError(message))
     monkeypatch.setattr(jax.stages.Lowered, "compile", failing)
     report = compiled_step.compile_step(config, CASE, jax.devices()[:1])
     assert not report.fits and report.needed == int(40.71 * GIB)
@@ -144,7 +144,9 @@ def test_what_does_not_fit_is_explained(local_report, monkeypatch):
 
 
 def test_other_compiler_errors_are_not_swallowed(monkeypatch):
-    failing = lambda self: (_ for _ in ()).throw(jax.errors.JaxRuntimeError("INTERNAL: a bug"))
+    failing = lambda self, **given: (_ for _ in ()).throw(
+        jax.errors.JaxRuntimeError("INTERNAL: a bug")
+    )
     monkeypatch.setattr(jax.stages.Lowered, "compile", failing)
     with pytest.raises(jax.errors.JaxRuntimeError, match="INTERNAL"):
         compiled_step.compile_step(load_config("random"), CASE, jax.devices()[:1])

@@ -3,9 +3,13 @@
 import dataclasses
 import json
 import os
+import pathlib
+import signal
 import subprocess
 import sys
+import time
 
+import gpu_card
 import gpu_page
 import numpy as np
 import pytest
@@ -16,6 +20,7 @@ from conftest import ROOT
 from gpu_cases import SECTIONS, XLA, Case, cases
 from gpu_records import DONE, FAILED, FULL, LATE, left_out, run
 
+from dopsd_jax.common.errors import UserError
 from dopsd_jax.config import schema
 from dopsd_jax.config.loading import load
 
@@ -70,6 +75,62 @@ def test_a_case_is_run_once_and_a_larger_card_only_where_a_smaller_one_is_not_en
     assert "has 14 GiB" in why(large, {}, 14 << 30) and not why(small, {}, 14 << 30)
 
 
+# MiB that drivers tell of cards whose names have these GB: A10G, L4, RTX 4090, L40S, A100, H100.
+@pytest.mark.parametrize(
+    "gigabytes, told",
+    [(24, 23028), (24, 23034), (24, 24564), (48, 46068), (80, 81920), (80, 81559)],
+)
+def test_a_card_of_a_size_is_measured_at_it(gigabytes, told):
+    case = Case("card: x", (), card=gigabytes, group="x")
+    assert not left_out(case, {}, told << 20, False)
+    assert left_out(case._replace(card=2 * gigabytes), {}, told << 20, False)
+
+
+def smi(*rows):
+    """Lines of nvidia-smi: index, memory, used."""
+    return [f"{i}, GPU-{i}, NVIDIA X, {total}, {used}, 570.1" for i, total, used in rows]
+
+
+def test_the_idlest_gpu_that_may_be_used_is_measured():
+    lines = smi((0, 81559, 70000), (1, 81559, 4), (2, 24564, 0))
+    assert gpu_card.choose(lines, None) == ("NVIDIA X", 24564 << 20, "GPU-2", "570.1")
+    assert gpu_card.choose(lines, "0,1").uuid == gpu_card.choose(lines, "GPU-1").uuid == "GPU-1"
+    for visible, told in (
+        ("0", "70000 MiB of NVIDIA X are in use"),
+        ("7", "no NVIDIA GPU is here"),
+    ):
+        with pytest.raises(UserError, match=told):
+            gpu_card.choose(lines, visible)
+    with pytest.raises(UserError, match="no NVIDIA GPU is here"):
+        gpu_card.choose([], None)
+    with pytest.raises(UserError, match="does not say how much memory NVIDIA X has"):
+        gpu_card.choose(smi((0, "[N/A]", "[N/A]")), None)
+
+
+def test_on_a_gpu_nothing_is_timed_that_pytorch_has_not():
+    """Anchors are work beside the step; PyTorch's loop has none."""
+    words = [case.command for case in cases(False) if case.command[0] == "step.py"]
+    assert words and all("--config.anchor.share=0.0" in command for command in words)
+
+
+@pytest.mark.slow
+def test_a_stopped_run_ends_its_case_and_leaves_a_page(tmp_path):
+    page = tmp_path / "p.md"
+    own = [f"--records={tmp_path / 'r.jsonl'}", f"--page={page}", "--dry"]
+    command = [sys.executable, str(BENCHMARKS / "on_gpu.py"), *own, "--cases=step: zimage, batch 1"]
+    env = os.environ | {"PYTHONPATH": str(ROOT)}
+    process = subprocess.Popen(command, env=env, stdout=subprocess.PIPE, text=True)
+    assert process.stdout.readline().startswith("1/4 step: zimage, batch 1, none")
+    children = pathlib.Path(f"/proc/{process.pid}/task/{process.pid}/children")
+    while not (found := children.read_text().split()):
+        time.sleep(0.05)
+    process.terminate()
+    out, _ = process.communicate(timeout=60)
+    assert process.returncode == 128 + signal.SIGTERM
+    assert f"wrote {page}" in out and "has not been run yet" in page.read_text()
+    assert not any(pathlib.Path(f"/proc/{child}").exists() for child in found)
+
+
 @pytest.mark.parametrize(
     "code, seconds, outcome",
     [
@@ -97,7 +158,7 @@ def on_gpu(tmp_path, *words: str, **env: str) -> subprocess.CompletedProcess:
 def test_without_a_gpu_it_says_so(tmp_path):
     done = on_gpu(tmp_path, PATH="/nowhere")
     assert done.returncode == 2 and not done.stdout
-    assert done.stderr.startswith("error: no NVIDIA GPU is here; --dry")
+    assert done.stderr.startswith("error: no NVIDIA GPU is here that may be used")
     assert len(done.stderr.splitlines()) == 1
 
 
@@ -119,6 +180,7 @@ def test_dry_runs_leave_records_and_a_page_and_go_on(tmp_path):
     assert "teacher's products in fp8 (velocity off by " in page
     assert "| zimage, batch 1, auto (none) |" in page and "| zimage, batch 1, per step |" in page
     assert "## Not measured" in page
+    assert "Goal: at least 70 % of the ceiling." in page and "Goals: at least 2.0" in page
     before = (tmp_path / "r.jsonl").read_text()
     again = on_gpu(tmp_path, *words)
     assert again.stdout.count(": is measured") == 4
