@@ -11,5 +11,7 @@ from dopsd_jax.models.interleaved import Interleaved
 def test_both_ways_to_split_an_axis_undo_a_join(groups):
     order = Interleaved((8, 4, 12), groups)
     parts = [jax.random.normal(jax.random.key(k), (3, size)) for k, size in enumerate(order.sizes)]
-    for found in (order.split(order.join(parts)), order.gathered(order.join(parts))):
+    joined = order.join(parts)
+    ways = [order.split(joined), order.gathered(joined), order.gathered(joined, groups)]
+    for found in ways:
         jax.tree.map(np.testing.assert_array_equal, found, parts)

@@ -9,6 +9,7 @@ from test_estimate import load_config, needs_libtpu
 from dopsd_jax import estimate, families
 from dopsd_jax.estimation import abstract_step, compiled_step, flops, memory, tpu_topologies
 from dopsd_jax.models import zimage_config
+from dopsd_jax.models.interleaved import Interleaved
 
 FULL = {}
 
@@ -73,25 +74,43 @@ def test_only_a_tpu_s_compiler_has_less_effort(compiled, quick, platform):
     assert efforts == [FULL] and not found.quick
 
 
+SIZE = zimage_config.ZImageConfig(
+    dim=768, layers=12, refiner_layers=1, heads=6, caption_dim=64, axes_dims=(32, 48, 48)
+)
+
+
+def compiled_for(slice_name, quick=True, **changes):
+    """LoRA of rank 4 on a network of `SIZE`, 512 x 512."""
+    case = abstract_step.Workload(
+        families.load("zimage"), SIZE, height=512, width=512, rows_student=32, rows_teacher=64
+    )
+    devices = tpu_topologies.devices(slice_name)
+    own = {"lora.rank": 4, "lora.alpha": 8.0, "batch_size": len(devices)}
+    config = load_config(**own, **changes)
+    with jax.default_matmul_precision("default"):
+        report = compiled_step.compile_step(config, case, devices, quick=quick)
+    return report, "\n".join(estimate.describe(report, config, case))
+
+
 @needs_libtpu
 @pytest.mark.tpu_aot
 @pytest.mark.slow
 def test_the_peak_is_that_of_a_run_and_no_layer_s_weights_are_turned_round():
     """As splitting the outputs with an axis of blocks would have it: 1.16 of the base."""
-    size = zimage_config.ZImageConfig(
-        dim=768, layers=12, refiner_layers=1, heads=6, caption_dim=64, axes_dims=(32, 48, 48)
-    )
-    case = abstract_step.Workload(
-        families.load("zimage"), size, height=512, width=512, rows_student=32, rows_teacher=64
-    )
-    config = load_config(batch_size=1, **{"lora.rank": 4, "lora.alpha": 8.0})
-    devices = tpu_topologies.devices("v6e-1")
-    ask = lambda quick: compiled_step.compile_step(config, case, devices, quick=quick)
-    with jax.default_matmul_precision("default"):
-        quick, full = ask(True), ask(False)
+    (quick, told), (full, told_of_full) = (compiled_for("v6e-1", q) for q in (True, False))
     assert quick.quick and not full.quick and quick.digest == full.digest
     assert abs(quick.needed / full.needed - 1) < compiled_step.CLOSE
     assert quick.sent.traffic == full.sent.traffic
     assert max(quick.temporaries, full.temporaries) < 0.6 * full.account.live["base"]
-    assert "less effort" in "\n".join(estimate.describe(quick, config, case))
-    assert "less effort" not in "\n".join(estimate.describe(full, config, case))
+    assert "less effort" in told and "less effort" not in told_of_full
+
+
+@needs_libtpu
+@pytest.mark.tpu_aot
+@pytest.mark.slow
+def test_outputs_are_cut_on_the_devices_that_split_them(monkeypatch):
+    """What devices send each other is the same as with an axis of blocks."""
+    found, _ = compiled_for("v6e-4", **{"mesh.data": 2, "mesh.tensor": 2})
+    monkeypatch.setattr(Interleaved, "gathered", lambda order, x, devices: order.split(x))
+    expected, _ = compiled_for("v6e-4", **{"mesh.data": 2, "mesh.tensor": 2})
+    assert found.digest != expected.digest and found.sent.traffic == expected.sent.traffic

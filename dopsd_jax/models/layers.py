@@ -16,6 +16,7 @@ from dopsd_jax.models.quantised import QuantisedKernel, is_quantised
 from dopsd_jax.parallel.sharding import (
     UNCONSTRAINED,
     ambient_mesh,
+    axis_size,
     constrain_batch,
     constrain_weights,
     to_device,
@@ -91,7 +92,14 @@ class Dense(nnx.Module):
     def _cut(self, y: Float[Array, "... dout"]) -> list[Float[Array, "... _part"]]:
         if len(self.outputs.sizes) == 1:
             return [y]
-        return jax.lax.platform_dependent(y, tpu=self.outputs.gathered, default=self.outputs.split)
+        devices = axis_size("tensor")
+        if self.outputs.groups % devices:
+            return self.outputs.split(y)
+        return jax.lax.platform_dependent(
+            y,
+            tpu=lambda y: self.outputs.gathered(y, devices),
+            default=self.outputs.split,
+        )
 
     def _merges(self, x: Float[Array, "... din"]) -> bool:
         """Whether x meets the kernel with the adapters in it, and not each alone.
