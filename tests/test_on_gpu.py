@@ -122,8 +122,10 @@ def test_a_stopped_run_ends_its_case_and_leaves_a_page(tmp_path):
     process = subprocess.Popen(command, env=env, stdout=subprocess.PIPE, text=True)
     assert process.stdout.readline().startswith("1/4 step: zimage, batch 1, none")
     children = pathlib.Path(f"/proc/{process.pid}/task/{process.pid}/children")
-    while not (found := children.read_text().split()):
-        time.sleep(0.05)
+    script = lambda child: b"step.py" in pathlib.Path(f"/proc/{child}/cmdline").read_bytes()
+    while not any(map(script, found := children.read_text().split())):
+        time.sleep(0.5)
+    time.sleep(1)  # until the benchmark knows of its case
     process.terminate()
     out, _ = process.communicate(timeout=60)
     assert process.returncode == 128 + signal.SIGTERM

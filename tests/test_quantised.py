@@ -296,7 +296,9 @@ def test_other_types_are_refused():
 @pytest.mark.parametrize(("scheme", "bits"), [("int8", 8), ("fp8", 8), ("nf4", 4)])
 def test_a_footprint_counts_codes(scheme, bits, monkeypatch):
     full = jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: not compiled here")
-    monkeypatch.setattr(jax.stages.Lowered, "compile", lambda self: (_ for _ in ()).throw(full))
+    monkeypatch.setattr(
+        jax.stages.Lowered, "compile", lambda self, **given: (_ for _ in ()).throw(full)
+    )
     config = load_config("random", base_dtype=scheme)
     report = compiled_step.compile_step(config, CASE, jax.devices()[:1])
     sizes = {True: 0, False: 0}
