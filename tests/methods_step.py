@@ -33,7 +33,7 @@ FIELDS = {
     "grid": "1,0.5",
     "adam_eps": 1e-3,  # Adam divides by the gradient's size: no steps out of rounding errors
     "lora.targets": "attention",
-    "learning_rate": 0.05,  # the anchors' loss is then no rounding error
+    "learning_rate": 0.5,  # the anchors' loss is then no rounding error
     "data.masks": "files",
     "anchor.share": 0.5,  # as many anchors as rows, on either mesh
 }
